@@ -1,0 +1,62 @@
+"""The errors a user can cause. The command line prints one line and exits with code 2 for all of them.
+
+    AdaptersError
+    ├── ConfigError       an option, a YAML key or a method's field
+    ├── DataError         a data file, a row, a task's test set
+    ├── CheckpointError   a model folder, a weight file, a tokenizer, a config.json
+    ├── AdapterError      an adapter folder, or an adapter that does not fit its base model
+    ├── OutputError       the place to write to: exists, full, read-only
+    └── UnsupportedError  understood, but not possible here; says what is
+
+Every message names the culprit (file, field, line), what was found, and what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "AdapterError",
+    "AdaptersError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "OutputError",
+    "UnsupportedError",
+    "unknown",
+]
+
+
+class AdaptersError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(AdaptersError):
+    """A wrong option, YAML key or method field."""
+
+
+class DataError(AdaptersError):
+    """A data file or a row that cannot be used."""
+
+
+class CheckpointError(AdaptersError):
+    """A model folder or file that cannot be used."""
+
+
+class AdapterError(AdaptersError):
+    """An adapter folder that cannot be used, or does not fit the model."""
+
+
+class OutputError(AdaptersError):
+    """The output cannot be written."""
+
+
+class UnsupportedError(AdaptersError):
+    """A request that is understood but cannot be served."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line for a name that is not in a list: `Unknown method 'lroa'. Did you mean 'lora'? Known: ...`."""
+    choices = sorted(known)
+    close = get_close_matches(name, choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}"
