@@ -1,0 +1,262 @@
+"""Attach an adapter to a model, save it, load it.
+
+An adapter folder is already what PEFT reads, so PyTorch opens it as it stands:
+
+    adapter_config.json        PEFT's configuration
+    adapter_model.safetensors  PEFT's tensor names and layout, float32
+    mlx_adapters.json          ours: method fields, base model, prompt template, how it was trained
+    seen.txt                   hashes of the training questions, one a line: eval tells seen items apart
+
+A folder without the last two (one that PEFT wrote) loads as well.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_adapters import __version__, methods
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods.base import AdapterLayer, dims
+from mlx_adapters.model import Loaded, describe
+from mlx_adapters.models import sites
+
+__all__ = ["AdapterMeta", "attach", "count", "layers", "load", "peft_config", "read_meta", "save", "tensors"]
+
+CONFIG, WEIGHTS, META, SEEN = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "mlx_adapters.json",
+    "seen.txt",
+)
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What is known of an adapter besides its tensors. `template` is empty when PEFT wrote the folder."""
+
+    method: str
+    config: dict[str, Any]
+    base: dict[str, Any]
+    template: str = ""
+    loss_on: str = ""
+    seen: list[str] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def attach(model: nn.Module, method: str, config: Any, *, base: dict[str, Any]) -> list[str]:
+    """Freeze `model`, wrap the layers the method's `config` chooses, and return their paths.
+
+    Afterwards `model.trainable_parameters()` is exactly the adapter. Raises ConfigError when nothing matches.
+    """
+    module = methods.get(method)
+    paths: list[str] = module.targets(model, base["model_type"], config)
+    _wrap(model, module, dict.fromkeys(paths, config))
+    return paths
+
+
+def layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The attached adapter layers, by the path of the layer they wrap."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a quantized weight counts as many as it stands for."""
+    trainable = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    quantized = {
+        f"{path}.weight": dims(module)[0] * dims(module)[1]
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    }
+    total = 0
+    for name, array in tree_flatten(model.parameters()):
+        packed = name.rpartition(".")[0] + ".weight" in quantized
+        if name in quantized:
+            total += quantized[name]
+        elif not (packed and name.endswith((".scales", ".biases"))):
+            total += array.size
+    return trainable, total
+
+
+def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
+    """The adapter's arrays under PEFT's names."""
+    named = {}
+    for path, layer in layers(model).items():
+        for attribute, array in _own(layer).items():
+            named[f"{_PREFIX}{sites.to_hf(path, model_type)}.{layer.TENSORS[attribute]}"] = array
+    return named
+
+
+def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
+    """The `adapter_config.json` that PEFT reads."""
+    module = methods.get(meta.method)
+    return {
+        "peft_type": module.PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": meta.base.get("_name_or_path") or meta.base.get("path", ""),
+        "inference_mode": True,
+        **module.to_peft(module.Config(**meta.config)),
+        "target_modules": _target_modules(model, meta.base["model_type"]),
+    }
+
+
+def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
+    """Write the adapter folder; each file is written beside and renamed, the weights last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"mlx_adapters": __version__, **asdict(meta)}
+    seen = about.pop("seen")
+    _replace(folder / CONFIG, json.dumps(peft_config(model, meta), indent=2) + "\n")
+    _replace(folder / META, json.dumps(about, indent=2) + "\n")
+    _replace(folder / SEEN, "".join(f"{item}\n" for item in seen))
+    temporary = folder / ".adapter_model.tmp.safetensors"
+    mx.save_safetensors(str(temporary), tensors(model, meta.base["model_type"]), metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS)
+
+
+def read_meta(folder: Path) -> AdapterMeta:
+    """What an adapter folder says of itself. Raises AdapterError naming the file and the field."""
+    fields = _json(folder / CONFIG, "so it is not an adapter folder")
+    if not isinstance(fields.get("peft_type"), str):
+        raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
+    try:
+        method = methods.by_peft_type(fields["peft_type"])
+        config = methods.get(method).from_peft(fields)
+    except AdapterError as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from None
+    if not (folder / META).exists():
+        name = fields.get("base_model_name_or_path")
+        return AdapterMeta(method=method, config=asdict(config), base={"_name_or_path": name} if name else {})
+    about = _json(folder / META, "")
+    about.pop("mlx_adapters", None)
+    seen = (folder / SEEN).read_text().split() if (folder / SEEN).exists() else []
+    try:
+        return AdapterMeta(**about, seen=seen)
+    except TypeError as error:
+        raise AdapterError(f"{folder / META}: {str(error).partition('__init__() ')[2] or error}") from None
+
+
+def load(loaded: Loaded, folder: Path) -> AdapterMeta:
+    """Attach the adapter in `folder` to a loaded model.
+
+    Strict: every tensor must find its layer and its shape, and every wrapped layer its tensors. Raises
+    AdapterError that lists what does not fit.
+    """
+    meta = read_meta(folder)
+    arrays = _read_tensors(folder)
+    model_type = loaded.config["model_type"]
+    trained_on = meta.base.get("model_type", model_type)
+    if trained_on != model_type:
+        raise AdapterError(
+            f"{folder}: was trained on a {trained_on} model, but {loaded.path} is a {model_type} model"
+        )
+    module = methods.get(meta.method)
+    config = module.Config(**meta.config)
+    grouped = _by_layer(arrays, module.Layer.TENSORS, model_type, folder)
+    known = sites.linears(loaded.model)
+    if strange := [path for path in grouped if path not in known]:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {len(strange)} layers are not in {loaded.path}, e.g. {strange[0]}: "
+            "this adapter belongs to another model"
+        )
+    _wrap(loaded.model, module, dict.fromkeys(grouped, config))
+    for path, layer in layers(loaded.model).items():
+        _fill(layer, grouped[path], path, folder, loaded)
+    mx.eval(loaded.model.parameters())
+    return AdapterMeta(**{**asdict(meta), "base": {**describe(loaded), **meta.base}})
+
+
+def _wrap(model: nn.Module, module: Any, configs: dict[str, Any]) -> None:
+    if layers(model):
+        raise AdapterError("the model carries an adapter already: load the base again first")
+    model.freeze()
+    modules = dict(model.named_modules())
+    wrapped = [(path, module.wrap(modules[path], config)) for path, config in configs.items()]
+    model.update_modules(tree_unflatten(wrapped))
+
+
+def _own(layer: AdapterLayer) -> dict[str, mx.array]:
+    return {name: getattr(layer, name) for name in layer.TENSORS if name in layer}
+
+
+def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, loaded: Loaded) -> None:
+    own = _own(layer)
+    if missing := sorted(set(own) - set(given)):
+        names = ", ".join(layer.TENSORS[name] for name in missing)
+        raise AdapterError(f"{folder / WEIGHTS}: {path} has no {names}")
+    for name, array in given.items():
+        if array.shape != own[name].shape:
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {path}.{layer.TENSORS[name]} has shape {list(array.shape)}, but "
+                f"{loaded.path} needs {list(own[name].shape)}: this adapter belongs to another model"
+            )
+        setattr(layer, name, array.astype(mx.float32))
+
+
+def _by_layer(
+    arrays: dict[str, mx.array], table: dict[str, str], model_type: str, folder: Path
+) -> dict[str, dict[str, mx.array]]:
+    grouped: dict[str, dict[str, mx.array]] = {}
+    strange = []
+    for key, array in arrays.items():
+        name = next((name for name, suffix in table.items() if key.endswith("." + suffix)), None)
+        if name is None or not key.startswith(_PREFIX):
+            strange.append(key)
+            continue
+        path = key[len(_PREFIX) : -len(table[name]) - 1]
+        grouped.setdefault(sites.from_hf(path, model_type), {})[name] = array
+    if strange or not grouped:
+        what = f"{len(strange)} unexpected tensors, e.g. {strange[0]}" if strange else "no tensors"
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {what}. Expected names like {_PREFIX}...{next(iter(table.values()))}"
+        )
+    return grouped
+
+
+def _target_modules(model: nn.Module, model_type: str) -> list[str]:
+    """Last parts of names where they say exactly which layers are wrapped, whole paths where they do not."""
+    wrapped = set(layers(model))
+    everything = {path.removesuffix(".base") for path in sites.linears(model)}
+    short: set[str] = set()
+    for path in wrapped:
+        name = path.rpartition(".")[2]
+        if any(other.endswith("." + name) and other not in wrapped for other in everything):
+            return sorted(sites.to_hf(path, model_type) for path in wrapped)
+        short.add(name)
+    return sorted(short)
+
+
+def _read_tensors(folder: Path) -> dict[str, mx.array]:
+    file = folder / WEIGHTS
+    if not file.exists():
+        raise AdapterError(f"{folder}: has no {WEIGHTS}")
+    try:
+        arrays = mx.load(str(file))
+        mx.eval(arrays)
+    except Exception as error:
+        raise AdapterError(
+            f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
+        ) from None
+    return dict(arrays)
+
+
+def _json(file: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{file.parent}: has no {file.name}, {otherwise}") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file}: is not a JSON object")
+    return value
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name("." + file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
