@@ -50,8 +50,8 @@ def dims(linear: nn.Module) -> tuple[int, int]:
 
 
 def plain_weight(linear: nn.Module) -> mx.array:
-    """The weight [out, in] of a linear layer in floating point; dequantized where it was quantized."""
-    if not isinstance(linear, nn.QuantizedLinear):
+    """The weight of a linear layer or an embedding in floating point; dequantized where it was quantized."""
+    if not isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return linear.weight
     return mx.dequantize(
         linear.weight,

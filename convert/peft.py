@@ -1,0 +1,242 @@
+"""Export an adapter to a PEFT folder, and prove that PyTorch computes the same with it.
+
+Our adapter folders are PEFT's already (`mlx_adapters.adapter`), so an export is a check, the hub id of the
+base, and a model card.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters import adapter
+from mlx_adapters import model as models
+from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.errors import AdapterError, UnsupportedError
+
+__all__ = ["Exported", "Verdict", "export", "verify"]
+
+_PROMPTS = (
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "The capital of France is",
+    "Below is an instruction that describes a task.",
+)
+_NEW_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    base: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How the adapter in PyTorch compares with the adapter in MLX, in float32 on the same base.
+
+    `peft_diff` is max|logit difference| through `PeftModel.from_pretrained`, `auto_diff` through
+    `AutoModelForCausalLM.from_pretrained(adapter folder)`; `bound` is 1e-5 + 1e-5 * max|logit|.
+    `effect` is the negative control: how far the logits move when the adapter is left out.
+    """
+
+    peft_diff: float
+    auto_diff: float
+    bound: float
+    effect: float
+    greedy_equal: bool
+    tokens: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison held. The effect is a control of the test, not a property to demand."""
+        close = max(self.peft_diff, self.auto_diff) <= self.bound
+        return close and self.greedy_equal and not self.missing and not self.unexpected
+
+
+def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
+    """Write the adapter in `source` to `dst` as a PEFT folder with a model card.
+
+    `base` is the hub id (or path) that PyTorch users will load the base from. Raises AdapterError for a
+    folder that is no adapter, OutputError for a `dst` that is not empty.
+    """
+    meta = adapter.read_meta(source)
+    fields = json.loads((source / adapter.CONFIG).read_text(encoding="utf-8"))
+    if base is not None:
+        fields["base_model_name_or_path"] = base
+    if not fields.get("base_model_name_or_path"):
+        raise AdapterError(
+            f"{source}: does not name its base model. Say which one PyTorch shall load: --base OWNER/NAME"
+        )
+    count = len(_tensors(source))
+    with writing(dst) as folder:
+        (folder / adapter.CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
+    size = sum(file.stat().st_size for file in dst.iterdir())
+    return Exported(dst, count, size, fields["base_model_name_or_path"])
+
+
+def verify(folder: Path, model: Path | str) -> Verdict:
+    """Open the PEFT folder with peft and transformers on the dequantized base, and compare with MLX.
+
+    `model` is the MLX model folder the adapter was trained on. Needs torch, transformers and peft
+    (UnsupportedError otherwise). The base is written in float32 to a temporary folder for PyTorch.
+    """
+    _require_torch()
+    loaded = models.load(model, dtype="float32")
+    loaded.model.eval()
+    prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
+    with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
+        base = write_transformers(loaded.model, loaded.config, Path(temporary) / "base")
+        copy = _with_base(folder, Path(temporary) / "adapter", base)
+        plain = [_logits(loaded.model, ids) for ids in prompts]
+        adapter.load(loaded, folder)
+        loaded.model.eval()
+        ours = [_logits(loaded.model, ids) for ids in prompts]
+        greedy = [_greedy(loaded.model, ids) for ids in prompts]
+        return _compare(copy, base, prompts, plain, ours, greedy)
+
+
+def _compare(
+    folder: Path,
+    base: Path,
+    prompts: list[list[int]],
+    plain: list[np.ndarray],
+    ours: list[np.ndarray],
+    greedy: list[list[int]],
+) -> Verdict:
+    import torch
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    def opened(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    peft_model = PeftModel.from_pretrained(opened(base), folder).eval()
+    keys = set_peft_model_state_dict(peft_model, load_file(folder / adapter.WEIGHTS))
+    missing = tuple(name for name in keys.missing_keys if "lora_" in name)
+    with torch.no_grad():
+        theirs = [peft_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+        tokens = [_torch_greedy(peft_model, ids) for ids in prompts]
+        auto_model = opened(folder)
+        auto = [auto_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+    return Verdict(
+        peft_diff=_max_diff(ours, theirs),
+        auto_diff=_max_diff(ours, auto),
+        bound=1e-5 + 1e-5 * max(float(np.abs(logits).max()) for logits in theirs),
+        effect=_max_diff(ours, plain),
+        greedy_equal=tokens == greedy,
+        tokens=sum(map(len, greedy)),
+        missing=missing,
+        unexpected=tuple(keys.unexpected_keys),
+    )
+
+
+def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+def _logits(model: Any, ids: list[int]) -> np.ndarray:
+    return np.array(model(mx.array([ids]))[0].astype(mx.float32))
+
+
+def _greedy(model: Any, ids: list[int]) -> list[int]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, chunk, chosen = make_prompt_cache(model), ids, []
+    for _ in range(_NEW_TOKENS):
+        chosen.append(int(mx.argmax(model(mx.array([chunk]), cache=cache)[0, -1]).item()))
+        chunk = chosen[-1:]
+    return chosen
+
+
+def _torch_greedy(model: Any, ids: list[int]) -> list[int]:
+    # Token by token over the whole text: transformers' generate would stop at the end token, ours goes on.
+    import torch
+
+    text = list(ids)
+    for _ in range(_NEW_TOKENS):
+        text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    return text[len(ids) :]
+
+
+def _with_base(folder: Path, copy: Path, base: Path) -> Path:
+    copy.mkdir()
+    fields = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+    fields["base_model_name_or_path"] = str(base)
+    (copy / adapter.CONFIG).write_text(json.dumps(fields), encoding="utf-8")
+    shutil.copyfile(folder / adapter.WEIGHTS, copy / adapter.WEIGHTS)
+    return copy
+
+
+def _tensors(source: Path) -> dict[str, mx.array]:
+    file = source / adapter.WEIGHTS
+    try:
+        return dict(mx.load(str(file)))
+    except Exception as error:
+        raise AdapterError(
+            f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
+        ) from None
+
+
+def _require_torch() -> None:
+    from importlib.util import find_spec
+
+    absent = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
+    if absent:
+        raise UnsupportedError(
+            f"--verify compares with PyTorch, and {', '.join(absent)} is not installed. "
+            "Install it: pip install torch==2.13.0 transformers peft"
+        )
+
+
+def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
+    base = fields["base_model_name_or_path"]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in {**meta.config, **meta.training}.items())
+    front = f"---\nlibrary_name: peft\ntags: [{meta.method}, mlx-adapters]\n"
+    front += (
+        f"base_model: {base}\n---\n\n"
+        if base.count("/") == 1 and not base.startswith(("/", "."))
+        else "---\n\n"
+    )
+    return f"""{front}# {meta.method} adapter for {base}
+
+Trained with mlx-adapters on Apple MLX; the files are PEFT's. The prompt template was `{meta.template or "unknown"}`.
+
+| setting | value |
+|---|---|
+{rows}
+
+## Load it in PyTorch
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")
+```
+
+## Load it in MLX
+
+```
+mlx-adapters generate MODEL --adapter PATH/OF/THIS/FOLDER --prompt "..."
+```
+"""
