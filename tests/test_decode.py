@@ -145,7 +145,8 @@ def test_dropout_is_off_while_decoding_and_training_mode_comes_back() -> None:
     layer.down_proj = Noisy(layer.down_proj)
     model.train()
     assert dict(generate_ids(model, prompts, stop=frozenset(), max_tokens=6, batch_size=4)) == expected
-    assert model.training and layer.down_proj.dropout.training
+    assert model.training
+    assert layer.down_proj.dropout.training
 
 
 def test_no_prompts_no_rows() -> None:
