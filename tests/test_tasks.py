@@ -133,7 +133,7 @@ def test_a_letter_task_wants_letters(tmp_path: Path) -> None:
 
 
 def test_missing_folders_say_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder; --data-dir must hold gsm8k/test.json"):
+    with pytest.raises(DataError, match="no such folder; --data-dir must hold gsm8k/test"):
         load_items("gsm8k", data_dir=tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"mawps.test\.json: no such file"):
         load_items("mawps", data_dir=tmp_path)
