@@ -1,0 +1,193 @@
+"""Files of a checkpoint: write a folder all or nothing, and check weight files before anything reads them."""
+
+import errno
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import CheckpointError, OutputError
+
+__all__ = ["INDEX", "header", "require_space", "weight_files", "writing"]
+
+INDEX = "model.safetensors.index.json"
+_WIDTHS = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+}
+_HEADER_LIMIT = 100_000_000  # the format's own limit; a broken file would make us read anything
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# MLX's C++ writer reports a short write in its own words, without an errno
+_FULL_WORDS = ("no space left", "failed to write", "unable to write", "write failed")
+
+
+@contextmanager
+def writing(dst: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `dst` to write to; it becomes `dst` when the block ends without an error.
+
+    `dst` may not exist, or be an empty folder. OutputError if it holds something, cannot be written, or the
+    disk fills up; the temporary folder is removed then, and an existing `dst` is untouched.
+    """
+    dst = Path(dst)
+    _refuse_existing(dst)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".part", dir=dst.parent))
+    except OSError as error:
+        raise _output_error(dst, error) from None
+    try:
+        yield temporary
+        _publish(temporary, dst)
+    except (OSError, RuntimeError) as error:
+        if _is_ours(error, temporary):
+            raise _output_error(dst, error) from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_space(dst: Path, needed: int) -> None:
+    """OutputError when the disk of `dst` has less than `needed` bytes free."""
+    folder = Path(dst).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{dst}: needs about {_size(needed)}, and {_size(free)} are free on its disk. "
+            "Free some space or choose another place"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, each checked to be whole; [] when it has none.
+
+    With an index, every shard it names must be in the folder, and every tensor in the shard it names.
+    CheckpointError names the file that is missing, outside, truncated or broken.
+    """
+    index = folder / INDEX
+    if index.exists():
+        return _indexed(folder, index)
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
+        header(file)
+    return files
+
+
+def header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, checked against the file's size; CheckpointError if they disagree."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 < length <= min(_HEADER_LIMIT, size - 8):
+                raise CheckpointError(_truncated(file, f"it has {size} bytes, its header wants {length}"))
+            fields = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise CheckpointError(f"{file}: is not a safetensors file (its header is no JSON)") from None
+    tensors = {name: entry for name, entry in fields.items() if name != "__metadata__"}
+    for name, entry in tensors.items():
+        _check_entry(file, name, entry)
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if 8 + length + end != size:
+        raise CheckpointError(_truncated(file, f"it has {size} bytes, its header says {8 + length + end}"))
+    return tensors
+
+
+def _check_entry(file: Path, name: str, entry: Any) -> None:
+    try:
+        begin, end = entry["data_offsets"]
+        count = 1
+        for extent in entry["shape"]:
+            count *= extent
+        width = _WIDTHS.get(entry["dtype"])
+        sound = 0 <= begin <= end and (width is None or end - begin == count * width)
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{file}: tensor '{name}' has a shape that does not fit its bytes; download it again"
+        )
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    try:
+        mapping: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(mapping.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise CheckpointError(
+            f"{index}: is not an index of shards (no readable field 'weight_map')"
+        ) from None
+    outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
+    if outside:
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which lies outside the folder; refused")
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({', '.join(absent[:4])}); download them"
+        )
+    held = {shard: header(folder / shard) for shard in shards}
+    lost = [name for name, shard in mapping.items() if name not in held[shard]]
+    if lost:
+        raise CheckpointError(f"{index}: says '{lost[0]}' is in {mapping[lost[0]]}, which does not hold it")
+    return [folder / shard for shard in shards]
+
+
+def _refuse_existing(dst: Path) -> None:
+    if dst.is_dir():
+        if any(dst.iterdir()):
+            raise OutputError(f"{dst}: exists and is not empty. Choose another folder, or remove it first")
+    elif dst.exists() or dst.is_symlink():
+        raise OutputError(f"{dst}: exists and is not a folder. Choose another place")
+
+
+def _publish(temporary: Path, dst: Path) -> None:
+    # mkdtemp makes private folders; a model folder gets what the user's umask gives any other folder
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o777 & ~mask)
+    _refuse_existing(dst)  # again: another process may have been faster
+    if dst.is_dir():
+        dst.rmdir()
+    temporary.rename(dst)
+
+
+def _is_ours(error: Exception, temporary: Path) -> bool:
+    """Whether the error is about writing the output, not about a file the block read."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    names = str(error)
+    if isinstance(error, OSError):
+        names += f" {error.filename} {error.filename2}"
+        return str(temporary) in names
+    return any(words in names.lower() for words in _FULL_WORDS)
+
+
+def _output_error(dst: Path, error: Exception) -> OutputError:
+    if isinstance(error, OSError) and error.errno not in _FULL:
+        return OutputError(f"{dst}: cannot be written ({error.strerror or error}). Choose another place")
+    return OutputError(f"{dst}: no space left on its disk. Free some space or choose another place")
+
+
+def _truncated(file: Path, detail: str) -> str:
+    return f"{file}: is truncated or damaged ({detail}); download it again"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
