@@ -140,7 +140,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise CheckpointError(
-            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({', '.join(absent[:4])}); download them"
+            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({', '.join(absent[:4])}); "
+            "download them"
         )
     held = {shard: header(folder / shard) for shard in shards}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]

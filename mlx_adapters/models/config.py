@@ -1,0 +1,272 @@
+"""Read a checkpoint's `config.json` so that mlx-lm computes the function transformers computes.
+
+Transformers 5 writes `rope_parameters`; transformers 4 and mlx-lm read `rope_theta` and `rope_scaling`, and
+fall back to a default without a word. `normalise` writes both styles, fills in the defaults where mlx-lm's
+differ from transformers', and refuses what mlx-lm would silently compute otherwise. What can be put right in
+the modules themselves is put right by `mlx_adapters.models.fixes`.
+"""
+
+import inspect
+import math
+from typing import Any
+
+from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.models import fixes
+
+__all__ = ["classes", "normalise", "to_transformers"]
+
+Config = dict[str, Any]
+
+_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
+# Transformers' defaults for fields that old configs leave out and mlx-lm fills in differently.
+_DEFAULTS: dict[str, Config] = {
+    **{name: {"tie_word_embeddings": False} for name in _UNTIED},
+    "mixtral": {"tie_word_embeddings": False, "rope_theta": 1e6},
+    "phi": {"partial_rotary_factor": 0.5},
+    "stablelm": {"partial_rotary_factor": 0.25},
+    "gpt_neox": {"partial_rotary_factor": 0.25},
+    "gemma2": {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 256,
+    },
+}
+
+# Fields that mlx-lm 0.32 fixes to one value: any other value is another function. None stands for "absent".
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {"add_cross_attention": (None, False), "tie_word_embeddings": (None, True)},
+    "gptj": {"tie_word_embeddings": (None, False)},
+    "gpt_neox": {"tie_word_embeddings": (None, False)},
+    "gpt_bigcode": {"scale_attn_weights": (None, True), "tie_word_embeddings": (None, True)},
+    "phi": {"qk_layernorm": (None, False), "tie_word_embeddings": (None, False)},
+    "gemma": {"tie_word_embeddings": (None, True), "use_bidirectional_attention": (None, False)},
+    "gemma2": {"tie_word_embeddings": (None, True), "use_bidirectional_attention": (None, False)},
+    "cohere": {"tie_word_embeddings": (None, True)},
+    "stablelm": {"tie_word_embeddings": (None, False)},
+    "olmo": {"clip_qkv": (None,)},
+}
+# A field left out of ModelArgs is never read: these change the function when they are not the neutral value.
+_UNREAD: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
+_SCALED = ("linear", "llama3", "yarn", "longrope", "mrope", "proportional")
+
+
+def normalise(config: Config) -> Config:
+    """A copy of `config` that mlx-lm, transformers 4 and transformers 5 all read as the same function.
+
+    Raises UnsupportedError naming the field that mlx-lm cannot honour, CheckpointError for a field that is
+    missing or contradicts another. Applying it twice changes nothing.
+    """
+    config = dict(config)
+    if config.get("model_file"):
+        raise UnsupportedError(
+            "config.json: field 'model_file' asks to run code from the checkpoint; refused"
+        )
+    if isinstance(config.get("text_config"), dict):
+        if isinstance(config["text_config"].get("model_type"), str):
+            config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
+        return config
+    fields = _accepted(config)
+    for name, value in _DEFAULTS.get(config["model_type"], {}).items():
+        if name not in ("rope_theta", "partial_rotary_factor"):
+            config.setdefault(name, value)
+    heads = config.get("num_attention_heads")
+    if heads and "num_key_value_heads" in fields and config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = heads
+    if config["model_type"] == "gpt2":
+        config.setdefault("n_ctx", config.get("n_positions"))
+    config = _both_rope_styles(config, fields)
+    _refuse(config, fields)
+    _require(config, fields)
+    return config
+
+
+def to_transformers(config: Config) -> Config:
+    """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
+    config = normalise(config)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
+
+
+def classes(config: Config) -> tuple[Any, Any]:
+    """mlx-lm's (Model, ModelArgs) for `config`, corrected where mlx-lm ignores a field: for `load_model`."""
+    return fixes.corrected(*_plain_classes(config), config)
+
+
+def _plain_classes(config: Config) -> tuple[Any, Any]:
+    from mlx_lm.utils import _get_classes
+
+    try:
+        return _get_classes(config)
+    except ValueError:
+        own = " Its own code (auto_map) is never run." if config.get("auto_map") else ""
+        raise UnsupportedError(
+            f"config.json: field 'model_type' is {config['model_type']!r}, which mlx-lm does not have.{own}"
+        ) from None
+
+
+def _accepted(config: Config) -> dict[str, bool]:
+    """The fields mlx-lm's ModelArgs reads, and whether each must be there."""
+    _, args = _plain_classes(config)
+    return {
+        name: parameter.default is inspect.Parameter.empty
+        for name, parameter in inspect.signature(args).parameters.items()
+    }
+
+
+# Rope ------------------------------------------------------------------------------------------------------
+
+
+def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
+    modern = config.get("rope_parameters")
+    if isinstance(modern, dict) and any(isinstance(value, dict) for value in modern.values()):
+        return _per_layer_type(config, modern, fields)
+    rotary = {"rope_theta", "rotary_emb_base", "partial_rotary_factor"}
+    stated = isinstance(modern, dict) or "rope_theta" in config
+    if fields is not None and not fields.keys() & rotary and not stated:
+        return config  # learned or fixed positions: gpt2, gptj
+    defaults = _DEFAULTS.get(config["model_type"], {})
+    modern = modern if isinstance(modern, dict) else {}
+    old = config.get("rope_scaling") or {}
+    if not isinstance(old, dict):
+        raise CheckpointError(
+            f"config.json: field 'rope_scaling' is {old!r}, and should be an object or null"
+        )
+    theta = _agreed(
+        "rope_theta", modern.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base")
+    )
+    theta = theta if theta is not None else defaults.get("rope_theta", 10000.0)
+    part = _agreed(
+        "partial_rotary_factor",
+        modern.get("partial_rotary_factor"),
+        config.get("partial_rotary_factor"),
+        config.get("rotary_pct"),
+    )
+    part = part if part is not None else defaults.get("partial_rotary_factor")
+    scaling = _scaling({**old, **modern}, config)
+    written: Config = {"rope_theta": theta, "rope_scaling": scaling}
+    written["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+    if part is not None:
+        written["partial_rotary_factor"] = written["rope_parameters"]["partial_rotary_factor"] = part
+    if config["model_type"] == "gpt_neox":
+        written |= {"rotary_emb_base": theta, "rotary_pct": part}
+    return config | written
+
+
+def _scaling(values: Config, config: Config) -> Config | None:
+    """The scaling of the rotations as `rope_scaling` holds it; None when there is none."""
+    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = "longrope" if kind == "su" else kind
+    if kind == "default":
+        return None
+    kept = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    scaling = kept | {"rope_type": kind, "type": kind}
+    if kind not in _SCALED:
+        raise UnsupportedError(
+            f"config.json: field 'rope_scaling' is of type {kind!r}, which mlx-lm computes differently from "
+            f"transformers. Supported: {', '.join(_SCALED)}"
+        )
+    if kind == "yarn":
+        _check_yarn(scaling, config)
+    if kind == "longrope" and scaling.get("short_factor") != scaling.get("long_factor"):
+        raise UnsupportedError(
+            "config.json: field 'rope_scaling' has a short_factor that differs from its long_factor; "
+            "mlx-lm uses only the long one. Use the model's variant for short contexts"
+        )
+    return scaling
+
+
+def _check_yarn(scaling: Config, config: Config) -> None:
+    # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
+    if not scaling.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    factor, given = scaling.get("factor") or 1.0, scaling.get("attention_factor")
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if given is not None and not math.isclose(given, usual, rel_tol=1e-6):
+        raise UnsupportedError(
+            f"config.json: rope_scaling's attention_factor is {given}; mlx-lm always uses {usual:.6g}"
+        )
+    if scaling.get("truncate") is False and config["model_type"] != "gpt_oss":
+        raise UnsupportedError("config.json: rope_scaling's truncate is false; mlx-lm always truncates")
+
+
+def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | None) -> Config:
+    """Gemma 3's style: one set of rope parameters for each type of layer."""
+    if fields is not None and "rope_parameters" in fields:
+        return config
+    full, local = modern.get("full_attention") or {}, modern.get("sliding_attention") or {}
+    if fields is not None and "rope_local_base_freq" not in fields:
+        raise UnsupportedError(
+            "config.json: field 'rope_parameters' differs by layer type, which mlx-lm does not read for "
+            f"model_type {config['model_type']!r}"
+        )
+    written: Config = {"rope_scaling": _scaling(full, config)}
+    if full.get("rope_theta"):
+        written["rope_theta"] = full["rope_theta"]
+    if local.get("rope_theta"):
+        written["rope_local_base_freq"] = local["rope_theta"]
+    return config | written
+
+
+def _agreed(name: str, *values: Any) -> Any:
+    given = [value for value in values if value is not None]
+    if any(not isinstance(value, (int, float)) for value in given):
+        raise CheckpointError(f"config.json: field {name!r} is {given!r}, and should be a number")
+    if len(set(given)) > 1:
+        raise CheckpointError(
+            f"config.json: field {name!r} is given as {' and as '.join(map(str, dict.fromkeys(given)))}; "
+            "make rope_parameters and the older fields agree"
+        )
+    return given[0] if given else None
+
+
+# Refusals --------------------------------------------------------------------------------------------------
+
+
+def _refuse(config: Config, fields: dict[str, bool]) -> None:
+    kind = config["model_type"]
+    rules = dict(_FIXED.get(kind, {}))
+    rules |= {
+        n: allowed for n, allowed in _UNREAD.items() if n not in fields and kind not in fixes.OWN_BIASES
+    }
+    for name, allowed in rules.items():
+        if config.get(name) not in allowed:
+            raise UnsupportedError(_ignored(name, config[name], f"mlx-lm's {kind} always uses {allowed[-1]}"))
+    if config.get("rope_scaling") and "rope_scaling" not in fields:
+        raise UnsupportedError(
+            _ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
+        )
+    if not fields.keys() & {"rope_theta", "rotary_emb_base"} and config.get("rope_theta", 10000) != 10000:
+        raise UnsupportedError(
+            _ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
+        )
+    reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct"}
+    if not reads_part and config.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UnsupportedError(
+            _ignored(
+                "partial_rotary_factor", config["partial_rotary_factor"], f"mlx-lm's {kind} always uses 1"
+            )
+        )
+    heads, width, given = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
+    if heads and width and given and "head_dim" not in fields and given != width // heads:
+        raise UnsupportedError(_ignored("head_dim", given, f"mlx-lm's {kind} always uses {width // heads}"))
+    if kind == "gemma2" and not all(
+        config.get(n) for n in ("attn_logit_softcapping", "final_logit_softcapping")
+    ):
+        raise UnsupportedError(
+            _ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
+        )
+
+
+def _require(config: Config, fields: dict[str, bool]) -> None:
+    absent = [name for name, needed in fields.items() if needed and name not in config]
+    if absent:
+        raise CheckpointError(
+            f"config.json: field {absent[0]!r} is missing; a {config['model_type']} model cannot be built "
+            "without it"
+        )
+
+
+def _ignored(name: str, value: Any, why: str) -> str:
+    return (
+        f"config.json: field {name!r} is {value!r}, but {why}: the results would be silently wrong; refused"
+    )
