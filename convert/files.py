@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_adapters.errors import CheckpointError, OutputError
 
-__all__ = ["INDEX", "header", "require_space", "weight_files", "writing"]
+__all__ = ["INDEX", "header", "require_space", "shards_of", "weight_files", "writing"]
 
 INDEX = "model.safetensors.index.json"
 _WIDTHS = {
@@ -126,7 +126,12 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
         )
 
 
-def _indexed(folder: Path, index: Path) -> list[Path]:
+def shards_of(folder: Path, index: Path) -> list[Path]:
+    """The shards an index names; CheckpointError if one is missing or lies outside the folder."""
+    return [folder / shard for shard in sorted(set(_weight_map(folder, index).values()))]
+
+
+def _weight_map(folder: Path, index: Path) -> dict[str, str]:
     try:
         mapping: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(mapping.values()))
@@ -143,6 +148,12 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
             f"{folder}: {len(absent)} of {len(shards)} shards are missing ({', '.join(absent[:4])}); "
             "download them"
         )
+    return mapping
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    mapping = _weight_map(folder, index)
+    shards = sorted(set(mapping.values()))
     held = {shard: header(folder / shard) for shard in shards}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]
     if lost:

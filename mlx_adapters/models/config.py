@@ -47,6 +47,10 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # A field left out of ModelArgs is never read: these change the function when they are not the neutral value.
 _UNREAD: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
+_NATIVE: dict[str, Config] = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+}
 _SCALED = ("linear", "llama3", "yarn", "longrope", "mrope", "proportional")
 
 
@@ -61,6 +65,7 @@ def normalise(config: Config) -> Config:
         raise UnsupportedError(
             "config.json: field 'model_file' asks to run code from the checkpoint; refused"
         )
+    _refuse_foreign_quantization(config)
     if isinstance(config.get("text_config"), dict):
         if isinstance(config["text_config"].get("model_type"), str):
             config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
@@ -255,6 +260,18 @@ def _refuse(config: Config, fields: dict[str, bool]) -> None:
         raise UnsupportedError(
             _ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
         )
+
+
+def _refuse_foreign_quantization(config: Config) -> None:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is None or config.get("quantization"):
+        return
+    if method not in _NATIVE:
+        raise UnsupportedError(
+            f"config.json: field 'quantization_config' is of method {method!r}, which is not read here; "
+            "use the model's unquantized checkpoint and --bits"
+        )
+    config["quantization"] = _NATIVE[method]
 
 
 def _require(config: Config, fields: dict[str, bool]) -> None:

@@ -1,0 +1,356 @@
+"""Convert a checkpoint (hub id, folder, or .gguf file) to an MLX model folder, quantized if asked.
+
+Reading never runs code from the checkpoint: safetensors and GGUF hold no code, `.bin` files go through an
+allow-list, and custom model files are refused. The quantization is mlx-lm's.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_adapters import model as models
+from mlx_adapters.convert import files
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.models import config as model_config
+
+__all__ = ["MODES", "RECIPES", "Converted", "convert"]
+
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+# What MLX's kernels exist for: mode -> (bits, group sizes)
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
+_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion wrote. `parameters` counts weights, however many bits each has."""
+
+    path: Path
+    bytes: int
+    bits_per_weight: float
+    parameters: int
+    seconds: float
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A checkpoint in memory (weights not yet read from disk where the format allows it)."""
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, mx.array]
+    write_tokenizer: Callable[[Path], None]
+
+
+def convert(
+    src: str | Path,
+    dst: Path,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str | None = None,
+    dtype: str | None = None,
+) -> Converted:
+    """Convert `src` to the new folder `dst`.
+
+    Without `bits`, `recipe` or another `mode` than affine nothing is quantized, and without `dtype` the
+    source's precision is kept. The folder appears only when it is whole. Raises ConfigError (options),
+    CheckpointError (the source), UnsupportedError (an architecture or a format) and OutputError (`dst`).
+    """
+    start, dst = time.perf_counter(), Path(dst)
+    quantize = _check_options(bits, group_size, mode, recipe, dtype)
+    with files.writing(dst) as folder:
+        source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
+        model, config = _build(source)
+        if dtype is not None:
+            _cast(model, models.DTYPES[dtype])
+        if quantize:
+            config = _quantize(model, config, bits, group_size, mode, recipe)
+        config = _written_config(model, config)
+        files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
+        parameters, per_weight = _measure(model)
+        _save(folder, model, config, source)
+    return Converted(
+        path=dst,
+        bytes=sum(file.stat().st_size for file in dst.iterdir()),
+        bits_per_weight=per_weight,
+        parameters=parameters,
+        seconds=time.perf_counter() - start,
+        dtype=config["dtype"],
+    )
+
+
+def _check_options(
+    bits: int | None, group_size: int | None, mode: str, recipe: str | None, dtype: str | None
+) -> bool:
+    """Whether to quantize; ConfigError for options that do not go together."""
+    if mode not in MODES:
+        raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
+    if dtype is not None and dtype not in models.DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(models.DTYPES)}")
+    if recipe is not None and recipe not in RECIPES:
+        raise ConfigError(f"--recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    if recipe is not None and (bits is not None or mode != "affine"):
+        raise ConfigError("--recipe chooses bits and mode itself; give it without --bits and --mode")
+    quantize = bits is not None or recipe is not None or mode != "affine"
+    if group_size is not None and not quantize:
+        raise ConfigError("--group-size without --bits does nothing; give --bits as well")
+    for option, value, known in zip(("bits", "group-size"), (bits, group_size), MODES[mode], strict=True):
+        if value is not None and value not in known:
+            raise ConfigError(
+                f"--{option} {value} is not one of {', '.join(map(str, known))} for mode {mode}"
+            )
+    return quantize
+
+
+# Sources ---------------------------------------------------------------------------------------------------
+
+
+def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
+    if Path(src).suffix == ".gguf":
+        return _gguf(Path(src), keep_quantized=keep_quantized)
+    folder = models.locate(src, revision=revision)
+    config = _with_generation_eos(models.read_config(folder), folder)
+    weights = _read_weights(folder)
+    if not weights and not Path(src).exists():
+        weights = _read_weights(_download_bin(src, revision))
+    if not weights:
+        raise CheckpointError(f"{folder}: has no weights (model*.safetensors or pytorch_model*.bin)")
+    return _Source(
+        name=src, config=config, weights=weights, write_tokenizer=lambda to: _copy_tokenizer(folder, to)
+    )
+
+
+def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
+    from mlx_adapters.convert.gguf import read_gguf
+
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    found = read_gguf(file, keep_quantized=keep_quantized)
+    config = model_config.normalise(found.config)
+    if found.quantization:
+        config |= {"quantization": found.quantization}
+    return _Source(
+        name=str(file), config=config, weights=found.weights, write_tokenizer=found.write_tokenizer
+    )
+
+
+def _read_weights(folder: Path) -> dict[str, mx.array]:
+    found = files.weight_files(folder)
+    weights: dict[str, mx.array] = {}
+    for file in found:
+        try:
+            weights |= mx.load(str(file))
+        except Exception as error:  # a header that is whole, in a type MLX does not know
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    return weights if found else _read_bins(folder)
+
+
+def _read_bins(folder: Path) -> dict[str, mx.array]:
+    shards = sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        return {}
+    from mlx_adapters.convert.torch_bin import read_bin
+
+    index = folder / "pytorch_model.bin.index.json"
+    if index.exists():
+        shards = files.shards_of(folder, index)
+    weights: dict[str, Any] = {}
+    for shard in shards:
+        weights |= read_bin(shard)
+    return {
+        name: array if isinstance(array, mx.array) else mx.array(array) for name, array in weights.items()
+    }
+
+
+def _download_bin(src: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(src, revision=revision, allow_patterns=list(_BIN)))
+    except Exception as error:
+        raise CheckpointError(f"{src}: the hub did not give its weights ({_first_line(error)})") from None
+
+
+def _with_generation_eos(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    # chat models name the end of a turn only here; mlx-lm reads it the same way
+    file = folder / "generation_config.json"
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    except (ValueError, OSError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+    return config | ({"eos_token_id": ends} if ends is not None else {})
+
+
+def _copy_tokenizer(folder: Path, to: Path) -> None:
+    if not any((folder / name).exists() for name in _KINDS):
+        raise CheckpointError(f"{folder}: has no tokenizer ({' or '.join(_KINDS)}); copy it there first")
+    for file in {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}:
+        if file.suffix != ".py":
+            shutil.copyfile(file, to / file.name)
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        from mlx_adapters.convert.tokenizer import ensure_tokenizer
+
+        ensure_tokenizer(folder, to)
+    if (folder / "generation_config.json").exists():
+        shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
+
+
+# Models ----------------------------------------------------------------------------------------------------
+
+
+def _build(source: _Source) -> tuple[Any, dict[str, Any]]:
+    """The model with the source's weights in it, still on disk where the format allows that."""
+    config = dict(source.config)
+    model_class, args_class = model_config.classes(config)
+    try:
+        model = model_class(args_class.from_dict(config))
+        weights = model.sanitize(source.weights) if hasattr(model, "sanitize") else source.weights
+        quantization = config.get("quantization")
+        if quantization:
+            _quantized_modules(model, quantization, weights)
+    except AdaptersError:
+        raise
+    except Exception as error:  # a shape or a name mlx-lm stumbles over
+        raise CheckpointError(
+            f"{source.name}: the weights do not fit config.json ({_first_line(error)})"
+        ) from None
+    _compare_names(source.name, dict(tree_flatten(model.parameters())), weights)
+    model.eval()
+    model.load_weights(list(weights.items()), strict=True)
+    return model, config
+
+
+def _quantized_modules(model: Any, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    def predicate(path: str, module: Any) -> Any:
+        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
+            return False
+        return quantization.get(path, True)
+
+    nn.quantize(
+        model,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=predicate,
+    )
+
+
+def _compare_names(name: str, wanted: dict[str, mx.array], given: dict[str, mx.array]) -> None:
+    shapes = [
+        f"{path} {tuple(given[path].shape)} instead of {tuple(array.shape)}"
+        for path, array in wanted.items()
+        if path in given and given[path].shape != array.shape
+    ]
+    found = {
+        "missing": [path for path in wanted if path not in given],
+        "unknown": [path for path in given if path not in wanted],
+        "wrong shape": shapes,
+    }
+    said = [f"{len(paths)} {what}: {_some(paths)}" for what, paths in found.items() if paths]
+    if said:
+        raise CheckpointError(f"{name}: the weights do not fit config.json ({'; '.join(said)})")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _cast(model: Any, dtype: mx.Dtype) -> None:
+    wanted = getattr(model, "cast_predicate", lambda _: True)
+    cast = {
+        path: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and wanted(path) else array
+        for path, array in tree_flatten(model.parameters())
+    }
+    model.load_weights(list(cast.items()), strict=True)
+
+
+def _quantize(
+    model: Any,
+    config: dict[str, Any],
+    bits: int | None,
+    group_size: int | None,
+    mode: str,
+    recipe: str | None,
+) -> dict[str, Any]:
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import quantize_model
+
+    if config.get("quantization"):
+        raise UnsupportedError(
+            f"The source is already quantized to {config['quantization'].get('bits')} bits. "
+            "Convert the original checkpoint instead, or leave out --bits"
+        )
+    predicate = None
+    if recipe is not None:
+        try:
+            predicate = mixed_quant_predicate_builder(recipe, model, group_size or 64)
+        except ValueError:
+            raise UnsupportedError(
+                f"--recipe {recipe} needs layers named down_proj; {config['model_type']} has none. Use --bits"
+            ) from None
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; a library returns
+        _, config = quantize_model(model, config, group_size, bits, mode=mode, quant_predicate=predicate)
+    if not any(hasattr(module, "bits") for module in model.modules()):
+        size = config["quantization"]["group_size"]
+        raise ConfigError(
+            f"--group-size {size} divides no layer's width, so nothing was quantized; use a smaller one"
+        )
+    return config
+
+
+def _written_config(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    floats: dict[str, int] = {}
+    for path, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating) and not path.endswith((".scales", ".biases")):
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            floats[kind] = floats.get(kind, 0) + array.size
+    most = max(floats, key=lambda kind: floats[kind]) if floats else "float32"
+    return model_config.to_transformers(config | {"dtype": most})
+
+
+def _measure(model: Any) -> tuple[int, float]:
+    from mlx_lm.utils import compute_bits_per_weight, get_total_parameters
+
+    return int(get_total_parameters(model)), float(compute_bits_per_weight(model))
+
+
+def _save(folder: Path, model: Any, config: dict[str, Any], source: _Source) -> None:
+    from mlx_lm.utils import save_config, save_model
+
+    source.write_tokenizer(folder)
+    save_config(dict(config), folder / "config.json")
+    source.weights.clear()  # or every array would stay in memory once it is evaluated
+    save_model(folder, model, donate_model=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__

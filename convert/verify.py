@@ -1,0 +1,115 @@
+"""Check a converted model folder against transformers, in float32 on a few prompts."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters import model as models
+from mlx_adapters.convert import files
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.errors import UnsupportedError
+
+__all__ = ["Verdict", "verify_model"]
+
+_PROMPTS = (
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "The capital of France is",
+    "Below is an instruction that describes a task. Write a response that completes the request.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a converted model compares with transformers.
+
+    `max_diff` is max|logit difference| and must not exceed `bound`, 1e-5 + 1e-5 * max|logit|. A lossless
+    conversion is compared with the source itself. A quantized or re-typed one cannot equal its source:
+    `lossless` is False then, `max_diff` compares with the same rounded weights in transformers, and
+    `argmax_agreement` (the share of positions with the same most likely token) always with the source.
+    """
+
+    max_diff: float
+    bound: float
+    argmax_agreement: float
+    lossless: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether transformers computes the same function."""
+        return self.max_diff <= self.bound and (not self.lossless or self.argmax_agreement == 1.0)
+
+
+def verify_model(src: Path | str, dst: Path) -> Verdict:
+    """Compare the converted folder `dst` with `src` (folder, hub id or .gguf file) opened by transformers.
+
+    UnsupportedError without torch and transformers.
+    """
+    _require_torch()
+    loaded = models.load(dst, dtype="float32")
+    loaded.model.eval()
+    prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
+    ours = [np.array(loaded.model(mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
+    source = _source_logits(src, prompts)
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, source, strict=True))
+    agreement = same / sum(map(len, prompts))
+    lossless = _lossless(src, dst)
+    theirs = source
+    if not lossless:
+        with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
+            theirs = _logits(write_transformers(loaded.model, loaded.config, Path(temporary)), prompts)
+    return Verdict(
+        max_diff=max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)),
+        bound=1e-5 + 1e-5 * max(float(np.abs(logits).max()) for logits in theirs),
+        argmax_agreement=agreement,
+        lossless=lossless,
+    )
+
+
+def _source_logits(src: Path | str, prompts: list[list[int]]) -> list[np.ndarray]:
+    path = Path(src)
+    if path.suffix != ".gguf":
+        return _logits(models.locate(src), prompts)
+    if find_spec("gguf") is None:
+        raise UnsupportedError("--verify of a .gguf file needs the package gguf: pip install gguf")
+    return _logits(path.parent, prompts, gguf_file=path.name)
+
+
+def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.ndarray]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **options
+    ).eval()
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+
+
+def _lossless(src: Path | str, dst: Path) -> bool:
+    config = json.loads((dst / "config.json").read_text(encoding="utf-8"))
+    if Path(src).suffix == ".gguf":
+        return True  # affine groups only where they hold GGUF's numbers exactly
+    if config.get("quantization"):
+        return False
+    kinds = _float_types(models.locate(src))
+    return not kinds or kinds == _float_types(dst)
+
+
+def _float_types(folder: Path) -> set[str]:
+    entries = [entry for file in files.weight_files(folder) for entry in files.header(file).values()]
+    return {entry["dtype"] for entry in entries if "F" in entry["dtype"]}
+
+
+def _require_torch() -> None:
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if absent:
+        raise UnsupportedError(
+            f"--verify compares with PyTorch, and {', '.join(absent)} is not installed. "
+            "Install it: pip install torch==2.13.0 transformers"
+        )
