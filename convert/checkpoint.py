@@ -149,10 +149,10 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
 
 
 def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
-    from mlx_adapters.convert.gguf import read_gguf
-
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
+    from mlx_adapters.convert.gguf import read_gguf
+
     found = read_gguf(file, keep_quantized=keep_quantized)
     config = model_config.normalise(found.config)
     if found.quantization:
@@ -167,7 +167,7 @@ def _read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in found:
         try:
-            weights |= mx.load(str(file))
+            weights |= dict(mx.load(str(file)))
         except Exception as error:  # a header that is whole, in a type MLX does not know
             raise CheckpointError(f"{file}: cannot be read ({error})") from None
     return weights if found else _read_bins(folder)

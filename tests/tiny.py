@@ -67,6 +67,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_fast",
         "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5},
     },
+    "gemma": _BASE | {"head_dim": 8},
+    "phi3": _BASE,
+    "starcoder2": _BASE,
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
 }
 
@@ -83,7 +86,11 @@ def make_tiny(arch: str, folder: Path, *, seed: int = 0, dtype: str = "float32",
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # matrices five times the usual width give logits of size 1 to 10: a wrong theta then shows
-            centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") and arch != "gemma2" else 0.0
+            centre = (
+                1.0
+                if parameter.ndim == 1 and name.endswith("weight") and not arch.startswith("gemma")
+                else 0.0
+            )
             parameter.copy_(centre + torch.randn_like(parameter) * 0.15)
     target = Path(folder) / arch
     model.to(getattr(torch, dtype)).save_pretrained(target)

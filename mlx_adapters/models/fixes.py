@@ -66,7 +66,7 @@ def corrected(model: Any, args: Any, config: Config) -> tuple[Any, Any]:
     """`model` and `args` (mlx-lm's classes), subclassed to honour what `config` says."""
     windowed = _windowed_layers(config)
 
-    class Args(args):  # type: ignore[misc]
+    class Args(args):
         @classmethod
         def from_dict(cls, params: Config) -> Any:
             # with every layer windowed mlx-lm's own mixture finds no full layer; ours below needs none
@@ -74,7 +74,7 @@ def corrected(model: Any, args: Any, config: Config) -> tuple[Any, Any]:
                 params = params | {"layer_types": None}
             return args.from_dict(params)
 
-    class Model(model):  # type: ignore[misc]
+    class Model(model):
         def __init__(self, values: Any) -> None:
             super().__init__(values)
             _correct(self, config, windowed)
@@ -205,7 +205,7 @@ def _windowed(base: type, window: int) -> type:
         past = _length(cache)
         if past is None or past + x.shape[1] > window:
             mask = create_attention_mask(x, cache, window_size=window, return_array=True)
-        return base.__call__(self, x, mask, cache)  # type: ignore[operator]
+        return base.__call__(self, x, mask, cache)
 
     return type(base.__name__, (base,), {"__call__": call})
 
