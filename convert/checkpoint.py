@@ -167,7 +167,8 @@ def _read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in found:
         try:
-            weights |= dict(mx.load(str(file)))
+            arrays: Any = mx.load(str(file))
+            weights |= arrays
         except Exception as error:  # a header that is whole, in a type MLX does not know
             raise CheckpointError(f"{file}: cannot be read ({error})") from None
     return weights if found else _read_bins(folder)

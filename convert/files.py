@@ -97,6 +97,8 @@ def header(file: Path) -> dict[str, Any]:
             if not 0 < length <= min(_HEADER_LIMIT, size - 8):
                 raise CheckpointError(_truncated(file, f"it has {size} bytes, its header wants {length}"))
             fields = json.loads(stream.read(length))
+            if not isinstance(fields, dict):
+                raise ValueError("not an object")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError:

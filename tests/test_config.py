@@ -171,3 +171,17 @@ def test_a_broken_config_names_the_field(change: dict[str, Any], culprit: str, t
     config = {name: value for name, value in config.items() if value is not ...}
     with pytest.raises(CheckpointError, match=culprit):
         model_config.normalise(config)
+
+
+def test_gemma3_has_a_theta_for_each_type_of_layer() -> None:
+    old = {
+        "model_type": "gemma3_text",
+        "rope_theta": 777.0,
+        "rope_local_base_freq": 55.0,
+        "rope_scaling": None,
+    }
+    new = model_config.normalise(old)
+    thetas = {kind: values["rope_theta"] for kind, values in new["rope_parameters"].items()}
+    assert thetas == {"full_attention": 777.0, "sliding_attention": 55.0}
+    only_new = {name: new[name] for name in ("model_type", "rope_parameters")}
+    assert model_config.normalise(only_new) == new == model_config.normalise(new)

@@ -186,9 +186,29 @@ def test_a_truncated_file_is_named(keep: int, llama: Path, tmp_path: Path) -> No
     refused(llama, tmp_path, r"model\.safetensors: is truncated")
 
 
-def test_a_file_that_is_no_safetensors_is_named(llama: Path, tmp_path: Path) -> None:
-    (llama / "model.safetensors").write_bytes(struct.pack("<Q", 50) + b"x" * 60)
+@pytest.mark.parametrize("content", [b"x" * 50, b"[1, 2]".ljust(50), b"\xff" * 50])
+def test_a_file_that_is_no_safetensors_is_named(content: bytes, llama: Path, tmp_path: Path) -> None:
+    (llama / "model.safetensors").write_bytes(struct.pack("<Q", 50) + content)
     refused(llama, tmp_path, r"model\.safetensors: is not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [None, 4]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {},
+        7,
+    ],
+    ids=str,
+)
+def test_a_tensor_that_does_not_fit_its_bytes_is_named(entry: Any, llama: Path, tmp_path: Path) -> None:
+    head = json.dumps({"w": entry}).encode()
+    (llama / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(4))
+    refused(llama, tmp_path, "tensor 'w'")
 
 
 def _rewrite(folder: Path, change: Any) -> None:

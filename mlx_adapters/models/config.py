@@ -32,6 +32,9 @@ _DEFAULTS: dict[str, Config] = {
     },
 }
 
+# Where transformers takes 10000 for a config without a theta; elsewhere an absent theta stays absent.
+_THETA_10000 = (*_UNTIED, "gemma", "gemma2", "gpt_neox", "granite", "phi", "stablelm", "starcoder2")
+
 # Fields that mlx-lm 0.32 fixes to one value: any other value is another function. None stands for "absent".
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {"add_cross_attention": (None, False), "tie_word_embeddings": (None, True)},
@@ -139,7 +142,8 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     theta = _agreed(
         "rope_theta", modern.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base")
     )
-    theta = theta if theta is not None else defaults.get("rope_theta", 10000.0)
+    if theta is None:
+        theta = defaults.get("rope_theta", 10000.0 if config["model_type"] in _THETA_10000 else None)
     part = _agreed(
         "partial_rotary_factor",
         modern.get("partial_rotary_factor"),
@@ -148,10 +152,21 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     )
     part = part if part is not None else defaults.get("partial_rotary_factor")
     scaling = _scaling({**old, **modern}, config)
-    written: Config = {"rope_theta": theta, "rope_scaling": scaling}
-    written["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+    written: Config = {"rope_scaling": scaling, "rope_parameters": scaling or {"rope_type": "default"}}
+    if theta is not None:
+        written |= {
+            "rope_theta": theta,
+            "rope_parameters": written["rope_parameters"] | {"rope_theta": theta},
+        }
     if part is not None:
-        written["partial_rotary_factor"] = written["rope_parameters"]["partial_rotary_factor"] = part
+        written["partial_rotary_factor"] = part
+        written["rope_parameters"] = written["rope_parameters"] | {"partial_rotary_factor": part}
+    if fields is not None and "rope_local_base_freq" in fields:
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 10000.0)}
+        written["rope_parameters"] = {
+            "full_attention": written["rope_parameters"],
+            "sliding_attention": local,
+        }
     if config["model_type"] == "gpt_neox":
         written |= {"rotary_emb_base": theta, "rotary_pct": part}
     return config | written
@@ -236,15 +251,18 @@ def _refuse(config: Config, fields: dict[str, bool]) -> None:
     for name, allowed in rules.items():
         if config.get(name) not in allowed:
             raise UnsupportedError(_ignored(name, config[name], f"mlx-lm's {kind} always uses {allowed[-1]}"))
-    if config.get("rope_scaling") and "rope_scaling" not in fields:
+    if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
         raise UnsupportedError(
             _ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
         )
-    if not fields.keys() & {"rope_theta", "rotary_emb_base"} and config.get("rope_theta", 10000) != 10000:
+    if (
+        not fields.keys() & {"rope_theta", "rotary_emb_base", "rope_parameters"}
+        and config.get("rope_theta", 10000) != 10000
+    ):
         raise UnsupportedError(
             _ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
         )
-    reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct"}
+    reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}
     if not reads_part and config.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UnsupportedError(
             _ignored(
