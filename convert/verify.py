@@ -29,7 +29,7 @@ class Verdict:
     """How a converted model compares with transformers.
 
     `max_diff` is max|logit difference| and must not exceed `bound`, 1e-5 + 1e-5 * max|logit|. A lossless
-    conversion is compared with the source itself. A quantized or re-typed one cannot equal its source:
+    conversion is compared with the source itself. One that rounded the weights cannot equal its source:
     `lossless` is False then, `max_diff` compares with the same rounded weights in transformers, and
     `argmax_agreement` (the share of positions with the same most likely token) always with the source.
     """
@@ -58,23 +58,36 @@ def verify_model(src: Path | str, dst: Path) -> Verdict:
     source = _source_logits(src, prompts)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, source, strict=True))
     agreement = same / sum(map(len, prompts))
-    lossless = _lossless(src, dst)
+    lossless = _max_diff(ours, source) <= _bound(source) or not _may_round(src, dst)
     theirs = source
     if not lossless:
         with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
             theirs = _logits(write_transformers(loaded.model, loaded.config, Path(temporary)), prompts)
     return Verdict(
-        max_diff=max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)),
-        bound=1e-5 + 1e-5 * max(float(np.abs(logits).max()) for logits in theirs),
+        max_diff=_max_diff(ours, theirs),
+        bound=_bound(theirs),
         argmax_agreement=agreement,
         lossless=lossless,
     )
 
 
+def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+def _bound(logits: list[np.ndarray]) -> float:
+    return 1e-5 + 1e-5 * max(float(np.abs(array).max()) for array in logits)
+
+
 def _source_logits(src: Path | str, prompts: list[list[int]]) -> list[np.ndarray]:
     path = Path(src)
     if path.suffix != ".gguf":
-        return _logits(models.locate(src), prompts)
+        folder = models.locate(src)
+        if models.read_config(folder).get("quantization"):
+            raise UnsupportedError(
+                f"--verify: {src} is quantized for MLX already, transformers cannot open it"
+            )
+        return _logits(folder, prompts)
     if find_spec("gguf") is None:
         raise UnsupportedError("--verify of a .gguf file needs the package gguf: pip install gguf")
     return _logits(path.parent, prompts, gguf_file=path.name)
@@ -91,14 +104,15 @@ def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.n
         return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
 
 
-def _lossless(src: Path | str, dst: Path) -> bool:
+def _may_round(src: Path | str, dst: Path) -> bool:
+    """Whether the conversion changed the numbers: quantized them, or changed their type."""
     config = json.loads((dst / "config.json").read_text(encoding="utf-8"))
-    if Path(src).suffix == ".gguf":
-        return True  # affine groups only where they hold GGUF's numbers exactly
     if config.get("quantization"):
+        return True
+    if Path(src).suffix == ".gguf":
         return False
     kinds = _float_types(models.locate(src))
-    return not kinds or kinds == _float_types(dst)
+    return bool(kinds) and kinds != _float_types(dst)
 
 
 def _float_types(folder: Path) -> set[str]:

@@ -116,6 +116,8 @@ def test_a_quantized_folder_converts_again_unchanged(llama: Path, tmp_path: Path
     assert all(bool(mx.array_equal(left[name], right[name])) for name in left)
     with pytest.raises(UnsupportedError, match="already quantized"):
         convert(first, tmp_path / "third", bits=2, group_size=32)
+    with pytest.raises(UnsupportedError, match="quantized for MLX already"):
+        verify_model(first, second)
 
 
 def test_shards_and_the_end_of_a_turn(tmp_path: Path) -> None:
