@@ -1,1 +1,175 @@
-def load_fast_blas() -> None: ...
+"""The device below MLX: a fast BLAS on Linux, compute types, quantized layers on CPU, memory.
+
+MLX's Linux wheels link the reference BLAS (a few GFLOP/s). A library that exports `cblas_sgemm`, loaded with
+RTLD_GLOBAL before `mlx.core`, takes its place. PyPI's `scipy-openblas32` has a fast one whose names carry a
+`scipy_` prefix; `patchelf` writes a copy with the plain names into the user's cache, once. Whatever fails on
+the way is no error: MLX works without, and `mlx-adapters doctor` says what happened.
+
+Only the three matrix products that MLX calls are renamed: a wider set of global names could be picked up by
+other libraries in the process (torch, say).
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+__all__ = [
+    "Blas",
+    "blas",
+    "compute_dtype",
+    "load_fast_blas",
+    "on_cpu",
+    "peak_memory",
+    "speed_up",
+]
+
+_NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+_INSTALL = 'pip install "mlx-adapters[cpu]"'
+
+
+@dataclass(frozen=True)
+class Blas:
+    """Which BLAS serves MLX on this CPU, and why; `remedy` is None where there is nothing to improve."""
+
+    name: str
+    path: str | None
+    reason: str
+    remedy: str | None
+
+
+_status = Blas("system", None, "not looked at yet", None)
+
+
+def blas() -> Blas:
+    """The outcome of `load_fast_blas`."""
+    return _status
+
+
+def load_fast_blas() -> None:
+    """Load a fast BLAS before MLX, on Linux. Never raises; `blas()` tells the outcome.
+
+    `MLX_ADAPTERS_BLAS=off` skips it; `MLX_ADAPTERS_BLAS=/path/lib.so` names a library to use instead.
+    """
+    global _status
+    wish = os.environ.get("MLX_ADAPTERS_BLAS", "")
+    if sys.platform == "darwin":
+        _status = Blas("Accelerate", None, "macOS has it built in", None)
+    elif _status.path is not None:
+        return
+    elif sys.platform != "linux" or wish == "off":
+        _status = Blas("reference", None, f"MLX_ADAPTERS_BLAS={wish}" if wish else sys.platform, None)
+    elif "mlx.core" in sys.modules:
+        remedy = "import mlx_adapters before mlx or mlx_lm"
+        _status = Blas("reference", None, "mlx was imported before mlx_adapters", remedy)
+    else:
+        try:
+            _status = _load(wish)
+        except Exception as error:  # a slow BLAS is better than no program
+            _status = Blas("reference", None, f"{type(error).__name__}: {error}", _INSTALL)
+
+
+def _load(wish: str) -> Blas:
+    if wish:
+        _check(ctypes.CDLL(wish, mode=ctypes.RTLD_GLOBAL))
+        return Blas("custom", wish, "MLX_ADAPTERS_BLAS", None)
+    spec = util.find_spec("scipy_openblas32")
+    if spec is None or spec.origin is None:
+        return Blas("reference", None, "scipy-openblas32 is not installed", _INSTALL)
+    source = next((Path(spec.origin).parent / "lib").glob("libscipy_openblas*.so"))
+    copy = _cached(source)
+    if not copy.exists():
+        _rename_symbols(source, copy)
+    _check(ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL))
+    return Blas("OpenBLAS", str(copy), "scipy-openblas32", None)
+
+
+def _cached(source: Path) -> Path:
+    # Size and time of the installed file stand for its content: hashing 25 MB at every start would cost more
+    # than loading it.
+    facts = source.stat()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-adapters"
+    return cache / f"openblas-{facts.st_size:x}-{facts.st_mtime_ns:x}.so"
+
+
+def _rename_symbols(source: Path, copy: Path) -> None:
+    beside = Path(sys.executable).with_name("patchelf")
+    tool = str(beside) if beside.exists() else shutil.which("patchelf")
+    if tool is None:
+        raise FileNotFoundError("patchelf is not installed")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
+        names, output = Path(folder) / "names", Path(folder) / "openblas.so"
+        names.write_text("".join(f"scipy_{name} {name}\n" for name in _NAMES))
+        command = [tool, "--rename-dynamic-symbols", str(names), "--output", str(output), str(source)]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        output.replace(copy)
+
+
+def _check(library: Any) -> None:
+    """One small product: a library that loads but computes wrong must not be used."""
+    row_major, no_transpose, n = 101, 111, 3
+    matrix = ctypes.c_float * (n * n)
+    a, b, c = matrix(*range(9)), matrix(*range(1, 10)), matrix()
+    one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    library.cblas_sgemm(
+        row_major, no_transpose, no_transpose, n, n, n, one, a, n, b, n, zero, c, n
+    )  # fmt: skip
+    expected = [sum((3 * i + k) * (3 * k + j + 1) for k in range(n)) for i in range(n) for j in range(n)]
+    if list(c) != expected:
+        raise ArithmeticError("its matrix product is wrong")
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.cpu)
+
+
+def compute_dtype() -> "mx.Dtype | None":
+    """float32 on CPU, where half precision is not accelerated; None on Metal: keep the checkpoint's type."""
+    import mlx.core as mx
+
+    return mx.float32 if on_cpu() else None
+
+
+def peak_memory() -> int:
+    """Bytes: the process's peak resident size on CPU, MLX's peak allocation on Metal."""
+    if on_cpu():
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    import mlx.core as mx
+
+    return int(mx.get_peak_memory())
+
+
+def speed_up(model: "nn.Module") -> None:
+    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM.
+
+    MLX's quantized product does not use BLAS: it is up to fifty times slower there. Metal keeps the native
+    kernel. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.
+    """
+    if not on_cpu():
+        return
+    import mlx.nn as nn
+
+    from mlx_adapters import quantized
+
+    for module in model.modules():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = quantized.QuantizedLinear
+        elif type(module) is nn.QuantizedEmbedding:
+            module.__class__ = quantized.QuantizedEmbedding
