@@ -9,12 +9,13 @@ import mlx.nn as nn
 
 from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.answers import correct, extract
 from mlx_adapters.evaluate.decode import generate
 from mlx_adapters.evaluate.tasks import Item, Task, find
 
-__all__ = ["Record", "Score", "evaluate", "prompt_ids", "summarise", "wilson"]
+__all__ = ["Record", "Score", "evaluate", "summarise", "wilson"]
 
 Z95 = 1.959964
 
@@ -94,17 +95,6 @@ def evaluate(
             paper_correct=correct(task.kind, paper, item.label),
             seen=item_hash(row_text(row, "instruction")) in seen,
         )
-
-
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids with the tokenizer's start token once (chat templates write it themselves), no end token."""
-    start = tokenizer.bos_token
-    ids: list[int] = list(
-        tokenizer.encode(prompt, add_special_tokens=not (start and prompt.startswith(start)))
-    )
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-        ids.pop()
-    return ids
 
 
 def summarise(records: Iterable[Record]) -> Score:

@@ -1,0 +1,139 @@
+"""Training data: a JSON or JSONL file, a folder of them, or a dataset of the hub.
+
+The format is told by the fields of the rows, and every row must have it:
+
+| format | fields |
+|---|---|
+| instruction | instruction, output (and input) |
+| completion | prompt, completion |
+| messages | messages: a list of {"role", "content"} |
+| text | text |
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import DataError
+
+__all__ = ["FORMATS", "Rows", "load_rows"]
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "instruction": ("instruction", "output"),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source, their format, and where they came from."""
+
+    rows: list[dict[str, Any]]
+    format: str
+    origin: str
+
+
+def load_rows(source: str, *, split: str = "train") -> Rows:
+    """Read and check all rows of `source`. DataError names the file and the line or row at fault.
+
+    In a folder, `{split}.jsonl` or `{split}.json` is read, or its only data file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _in_folder(path, split)
+    if path.is_file():
+        return _checked(list(_read(path)), str(path))
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
+        raise DataError(f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id")
+    return _checked(list(enumerate(_from_hub(source, split))), f"{source} ({split})")
+
+
+def _in_folder(folder: Path, split: str) -> Path:
+    for name in (f"{split}.jsonl", f"{split}.json"):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise DataError(f"{folder}: needs {split}.json(l), or a single data file; found {found}")
+    return files[0]
+
+
+def _read(file: Path) -> Iterator[tuple[str | int, Any]]:
+    """(where, row) of each row: a line number in JSONL, an index in a JSON list."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{file}: is not a JSON list ({error})") from None
+        yield from enumerate(rows)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}:{number}: is not JSON ({error}). Each line must be one object") from None
+
+
+def _checked(rows: list[tuple[str | int, Any]], origin: str) -> Rows:
+    if not rows:
+        raise DataError(f"{origin}: has no rows")
+    fmt = _detect(rows[0][1], rows[0][0], origin)
+    for where, row in rows:
+        _check_row(row, fmt, f"{origin}: {where if isinstance(where, str) else f'row {where}'}")
+    return Rows([row for _, row in rows], fmt, origin)
+
+
+def _detect(row: Any, where: str | int, origin: str) -> str:
+    if isinstance(row, dict):
+        for name, fields in FORMATS.items():
+            if all(field in row for field in fields):
+                return name
+    found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    forms = "; ".join("+".join(fields) for fields in FORMATS.values())
+    raise DataError(f"{origin}: {where}: unknown fields ({found}). Known forms: {forms}")
+
+
+def _check_row(row: Any, fmt: str, where: str) -> None:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is {type(row).__name__}, not an object")
+    for field in FORMATS[fmt]:
+        if field not in row:
+            raise DataError(f"{where}: field {field!r} is missing, though the first row is of the form {fmt}")
+        if fmt == "messages":
+            _check_messages(row[field], where)
+        elif not isinstance(row[field], str):
+            raise DataError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text")
+    if not isinstance(row.get("input") or "", str):
+        raise DataError(f"{where}: field 'input' is {type(row['input']).__name__}, not text")
+
+
+def _check_messages(turns: Any, where: str) -> None:
+    good = isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    if not good or not turns:
+        raise DataError(f"{where}: field 'messages' must be a list of objects with 'role' and 'content' texts")
+
+
+def _from_hub(source: str, split: str) -> list[Any]:
+    try:
+        from datasets import load_dataset
+
+        return list(load_dataset(source, split=split))
+    except Exception as error:  # datasets raises many unrelated types for "could not get it"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{source}: no such file, and the hub did not give it ({reason})") from None

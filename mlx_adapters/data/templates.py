@@ -1,0 +1,99 @@
+"""Prompt templates: one object for training, evaluation and chat; its name is stored with the adapter.
+
+| name | form |
+|---|---|
+| alpaca | the instruction template of Stanford Alpaca, clean |
+| llm-adapters | the same with the seed's whitespace to the letter; its training and evaluation forms differ |
+| chat | the tokenizer's own chat template |
+| plain | the prompt as it is |
+"""
+
+from typing import Any, Literal
+
+from mlx_adapters.errors import ConfigError, DataError, unknown
+
+__all__ = ["TEMPLATES", "default_template", "prompt_for", "render"]
+
+TEMPLATES = ("alpaca", "llm-adapters", "chat", "plain")
+Phase = Literal["train", "eval"]
+
+_TASK = "Below is an instruction that describes a task"
+_CONTEXT = ", paired with an input that provides further context"
+_WRITE = ". Write a response that appropriately completes the request."
+_INDENT = " " * 16
+
+
+def default_template(fmt: str) -> str:
+    """The template for a data format when the user names none."""
+    return {"instruction": "alpaca", "messages": "chat"}.get(fmt, "plain")
+
+
+def prompt_for(
+    instruction: str, input: str = "", *, template: str, tokenizer: Any, phase: Phase = "train"
+) -> str:
+    """The prompt text of one instruction, up to where the model's answer begins.
+
+    Raises ConfigError for an unknown template, or `chat` with a tokenizer that has no chat template.
+    """
+    if template == "alpaca":
+        return _alpaca(instruction, input)
+    if template == "llm-adapters":
+        return _seed(instruction, input, phase)
+    text = f"{instruction}\n\n{input}" if input else instruction
+    if template == "plain":
+        return text
+    if template == "chat":
+        return _chat([{"role": "user", "content": text}], tokenizer)
+    raise ConfigError(unknown("template", template, TEMPLATES))
+
+
+def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> tuple[str, str]:
+    """(prompt, completion) of one training row.
+
+    `messages` rows use the chat template; the completion is the last assistant turn. `text` rows have no
+    prompt. Raises DataError where the row does not fit the template.
+    """
+    if fmt == "text":
+        return "", row["text"]
+    if fmt == "instruction":
+        prompt = prompt_for(
+            row["instruction"], row.get("input") or "", template=template, tokenizer=tokenizer
+        )
+        return prompt, row["output"]
+    if fmt == "completion":
+        return prompt_for(row["prompt"], template=template, tokenizer=tokenizer), row["completion"]
+    if template != "chat":
+        raise DataError(f"rows of messages need the template chat, found {template!r}: use --template chat")
+    *context, last = row["messages"]
+    if last.get("role") != "assistant" or not context:
+        raise DataError("the last of the messages must be the assistant's, after at least one other")
+    return _chat(context, tokenizer), last["content"]
+
+
+def _alpaca(instruction: str, input: str) -> str:
+    context = f"\n\n### Input:\n{input}" if input else ""
+    head = _TASK + (_CONTEXT if input else "") + _WRITE
+    return f"{head}\n\n### Instruction:\n{instruction}{context}\n\n### Response:\n"
+
+
+def _seed(instruction: str, input: str, phase: Phase) -> str:
+    # (spaces after "request.", the line between blocks): three accidents of the seed's f-strings.
+    if phase == "train":
+        spaces, separator = (" " if input else "  "), _INDENT
+    else:
+        spaces, separator = ("" if input else " "), ""
+    head = _TASK + (_CONTEXT if input else "") + _WRITE + spaces
+    blocks = [f"### Instruction:\n{_INDENT}{instruction}"]
+    if input:
+        blocks.append(f"### Input:\n{_INDENT}{input}")
+    blocks.append(f"### Response:\n{_INDENT}")
+    return f"{head}\n\n{_INDENT}" + f"\n{separator}\n{_INDENT}".join(blocks)
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    if not tokenizer.has_chat_template:
+        raise ConfigError(
+            "this tokenizer has no chat template: use --template alpaca or plain, or data without messages"
+        )
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text

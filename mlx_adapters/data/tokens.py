@@ -1,0 +1,89 @@
+"""Rows to token ids, and where the supervised part begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_adapters.data.sources import Rows
+from mlx_adapters.data.templates import render
+from mlx_adapters.errors import ConfigError, DataError, unknown
+
+__all__ = ["LOSS_ON", "Encoded", "Example", "encode", "prompt_ids"]
+
+LOSS_ON = ("completion", "all")
+
+
+@dataclass(frozen=True)
+class Example:
+    """`ids` with the first supervised target at index `start` (at least 1: nothing predicts the first)."""
+
+    ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples, and what the cutoff did: `truncated` lost their end, `dropped` had nothing left to learn."""
+
+    examples: list[Example]
+    truncated: int
+    dropped: int
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Token ids with the tokenizer's start token once (chat templates write it themselves), no end token."""
+    start = tokenizer.bos_token
+    ids: list[int] = list(
+        tokenizer.encode(prompt, add_special_tokens=not (start and prompt.startswith(start)))
+    )
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids
+
+
+def encode(
+    rows: Rows, tokenizer: Any, *, template: str, cutoff: int = 256, loss_on: str = "completion"
+) -> Encoded:
+    """Encode training rows; an end token is appended unless the row was cut at `cutoff` tokens.
+
+    Prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges, and
+    the prompt's tokens are those that generation starts from. `loss_on` is `completion` or `all` (prompt
+    included, as in the paper). Raises DataError when nothing remains.
+    """
+    if loss_on not in LOSS_ON:
+        raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
+    examples: list[Example] = []
+    truncated = dropped = 0
+    for index, row in enumerate(rows.rows):
+        try:
+            prompt, completion = render(row, rows.format, template=template, tokenizer=tokenizer)
+        except DataError as error:
+            raise DataError(f"{rows.origin}: row {index}: {error}") from None
+        example, cut = _example(prompt, completion, tokenizer, cutoff, loss_on)
+        truncated += cut
+        if example is None:
+            dropped += 1
+        else:
+            examples.append(example)
+    if not examples:
+        raise DataError(
+            f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff"
+        )
+    return Encoded(examples, truncated, dropped)
+
+
+def _example(
+    prompt: str, completion: str, tokenizer: Any, cutoff: int, loss_on: str
+) -> tuple[Example | None, bool]:
+    before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(tokenizer)
+    ids = [*before, *tokenizer.encode(completion, add_special_tokens=False)]
+    cut = len(ids) > cutoff
+    ids = ids[:cutoff] if cut or len(ids) == cutoff else [*ids, tokenizer.eos_token_id]
+    start = max(1, len(before) if loss_on == "completion" else 1)
+    return (Example(ids, start) if start < len(ids) else None), cut
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The start token where the tokenizer writes one by itself."""
+    ids = list(tokenizer.encode("", add_special_tokens=True))
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
