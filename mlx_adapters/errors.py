@@ -6,6 +6,7 @@
     ├── CheckpointError   a model folder, a weight file, a tokenizer, a config.json
     ├── AdapterError      an adapter folder, or an adapter that does not fit its base model
     ├── OutputError       the place to write to: exists, full, read-only
+    ├── TrainingError     a run that went wrong: the loss is no number, a checkpoint does not fit
     └── UnsupportedError  understood, but not possible here; says what is
 
 Every message names the culprit (file, field, line), what was found, and what to do.
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "OutputError",
+    "TrainingError",
     "UnsupportedError",
     "unknown",
 ]
@@ -48,6 +50,10 @@ class AdapterError(AdaptersError):
 
 class OutputError(AdaptersError):
     """The output cannot be written."""
+
+
+class TrainingError(AdaptersError):
+    """A training run that cannot go on."""
 
 
 class UnsupportedError(AdaptersError):

@@ -1,0 +1,100 @@
+"""What a run needs to go on as if it had never stopped: adapter, optimizer, random state, position.
+
+    checkpoints/step-000100/
+        state.safetensors   adapter.* and optimizer.* arrays, and the random key
+        state.json          step, and the settings the run must share
+
+A checkpoint is written beside and renamed: it is there whole or not at all. The data order follows from
+(seed, epoch), so the step says where in the data the run stands.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_adapters.errors import TrainingError
+
+__all__ = ["latest", "restore", "save"]
+
+_ARRAYS, _FACTS = "state.safetensors", "state.json"
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, *, step: int, settings: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
+    arrays = {f"adapter.{name}": array for name, array in tree_flatten(model.trainable_parameters())}
+    arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)}
+    arrays["random"] = mx.random.state[0]
+    target = folder / f"step-{step:06d}"
+    temporary = folder / f".step-{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    mx.save_safetensors(str(temporary / _ARRAYS), arrays)
+    (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder`."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    settings: dict[str, Any],
+    warn: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Load the newest checkpoint that can be read, and return its step.
+
+    Raises TrainingError when there is none, or when it was made with other settings or another adapter.
+    """
+    for checkpoint in reversed(_all(folder)):
+        try:
+            facts = json.loads((checkpoint / _FACTS).read_text())
+            arrays = dict(mx.load(str(checkpoint / _ARRAYS)))
+            mx.eval(arrays)
+        except Exception as error:  # a damaged file fails in many ways; the one before may be whole
+            warn(f"{checkpoint}: cannot be read ({error}); trying the one before")
+            continue
+        _same(facts["settings"], settings, checkpoint)
+        _apply(arrays, model, optimizer, checkpoint)
+        return int(facts["step"])
+    raise TrainingError(f"{folder}: has no readable checkpoint to resume from. Start without --resume")
+
+
+def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
+    own = dict(tree_flatten(model.trainable_parameters()))
+    adapter = {k.removeprefix("adapter."): v for k, v in arrays.items() if k.startswith("adapter.")}
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in adapter.items()}:
+        raise TrainingError(f"{checkpoint}: holds another adapter than this run's. Use the same method and fields")
+    model.update(tree_unflatten(list(adapter.items())))
+    state = [(k.removeprefix("optimizer."), v) for k, v in arrays.items() if k.startswith("optimizer.")]
+    optimizer.state = tree_unflatten(state)
+    mx.random.state[0] = arrays["random"]
+    mx.eval(model.trainable_parameters(), optimizer.state)
+
+
+def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in now.items() if saved.get(k) != v]
+    if changed:
+        raise TrainingError(f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume")
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []

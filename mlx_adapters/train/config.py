@@ -1,0 +1,70 @@
+"""The settings of a training run: the command line's flags, YAML's keys and the saved record are these fields."""
+
+import math
+from dataclasses import dataclass
+
+from mlx_adapters.data.tokens import LOSS_ON
+from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.methods.base import field
+
+__all__ = ["SCHEDULES", "TrainConfig"]
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Defaults are the paper's where it states them (batch 16 in micro-batches, lr 3e-4, 3 epochs)."""
+
+    epochs: int = field(3, "passes over the data")
+    steps: int | None = field(None, "optimizer steps; overrides epochs")
+    batch_size: int = field(8, "rows per forward pass")
+    accumulation: int = field(1, "forward passes per optimizer step")
+    lr: float = field(3e-4, "peak learning rate of AdamW")
+    warmup: int = field(10, "steps of linear warm-up")
+    schedule: str = field("linear", "after the warm-up: linear or cosine to zero, or constant")
+    weight_decay: float = field(0.0, "AdamW's decoupled weight decay")
+    clip: float = field(1.0, "largest norm of the gradient; 0 for no limit")
+    seed: int = field(0, "seed of initialisation, data order and dropout")
+    cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
+    template: str | None = field(None, "alpaca, llm-adapters, chat or plain; by default what suits the data")
+    loss_on: str = field("completion", "completion, or all: the prompt too, as in the paper")
+    validation: int = field(0, "rows held out to measure the loss on")
+    validate_every: int = field(50, "steps between two validations")
+    save_every: int = field(50, "steps between two checkpoints")
+    keep: int = field(2, "checkpoints kept")
+    limit: int | None = field(None, "use only the first N rows")
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)} must be at least {least}"
+            for name, least in _LEAST.items()
+            if getattr(self, name) is not None and getattr(self, name) < least
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} must be a finite number, 0 or more"
+            for name in ("lr", "weight_decay", "clip")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
+        ]
+        if self.schedule not in SCHEDULES:
+            problems.append(unknown("schedule", self.schedule, SCHEDULES))
+        if self.loss_on not in LOSS_ON:
+            problems.append(unknown("value of loss-on", self.loss_on, LOSS_ON))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+_LEAST = {
+    "epochs": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "warmup": 0,
+    "seed": 0,
+    "cutoff": 2,
+    "validation": 0,
+    "validate_every": 1,
+    "save_every": 1,
+    "keep": 1,
+    "limit": 1,
+}
