@@ -48,7 +48,9 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     if path.is_file():
         return _checked(list(_read(path)), str(path))
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
-        raise DataError(f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id")
+        raise DataError(
+            f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id"
+        )
     return _checked(list(enumerate(_from_hub(source, split))), f"{source} ({split})")
 
 
@@ -126,7 +128,9 @@ def _check_messages(turns: Any, where: str) -> None:
         for turn in turns
     )
     if not good or not turns:
-        raise DataError(f"{where}: field 'messages' must be a list of objects with 'role' and 'content' texts")
+        raise DataError(
+            f"{where}: field 'messages' must be a list of objects with 'role' and 'content' texts"
+        )
 
 
 def _from_hub(source: str, split: str) -> list[Any]:

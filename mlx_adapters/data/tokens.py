@@ -66,9 +66,7 @@ def encode(
         else:
             examples.append(example)
     if not examples:
-        raise DataError(
-            f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff"
-        )
+        raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
     return Encoded(examples, truncated, dropped)
 
 
