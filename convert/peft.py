@@ -162,9 +162,14 @@ def _greedy(model: Any, ids: list[int]) -> list[int]:
 
     cache, chunk, chosen = make_prompt_cache(model), ids, []
     for _ in range(_NEW_TOKENS):
-        chosen.append(int(mx.argmax(model(mx.array([chunk]), cache=cache)[0, -1]).item()))
+        chosen.append(_int(mx.argmax(model(mx.array([chunk]), cache=cache)[0, -1])))
         chunk = chosen[-1:]
     return chosen
+
+
+def _int(value: mx.array) -> int:
+    number: int = value.item()  # type: ignore[assignment]
+    return number
 
 
 def _torch_greedy(model: Any, ids: list[int]) -> list[int]:
@@ -189,11 +194,12 @@ def _with_base(folder: Path, copy: Path, base: Path) -> Path:
 def _tensors(source: Path) -> dict[str, mx.array]:
     file = source / adapter.WEIGHTS
     try:
-        return dict(mx.load(str(file)))
+        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
     except Exception as error:
         raise AdapterError(
             f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
         ) from None
+    return arrays
 
 
 def _require_torch() -> None:
@@ -218,7 +224,8 @@ def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
     )
     return f"""{front}# {meta.method} adapter for {base}
 
-Trained with mlx-adapters on Apple MLX; the files are PEFT's. The prompt template was `{meta.template or "unknown"}`.
+Trained with mlx-adapters on Apple MLX; the files are PEFT's.
+The prompt template was `{meta.template or "unknown"}`.
 
 | setting | value |
 |---|---|

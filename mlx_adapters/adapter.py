@@ -235,13 +235,13 @@ def _read_tensors(folder: Path) -> dict[str, mx.array]:
     if not file.exists():
         raise AdapterError(f"{folder}: has no {WEIGHTS}")
     try:
-        arrays = mx.load(str(file))
+        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         mx.eval(arrays)
     except Exception as error:
         raise AdapterError(
             f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
         ) from None
-    return dict(arrays)
+    return arrays
 
 
 def _json(file: Path, otherwise: str) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def dequantized_matmul(layer: Any, x: mx.array) -> mx.array:
     def gradient(primals: Any, cotangent: mx.array, output: Any) -> mx.array:
         return cotangent @ dequantize(layer)
 
-    return product(x)
+    y: mx.array = product(x)  # type: ignore[assignment]
+    return y
 
 
 def _few(x: mx.array) -> bool:

@@ -17,7 +17,7 @@ _NAMES = {
     "train": "Ada Ben Carla Dan Eva Finn Gina Hugo Iris Jack Kira Leo Mona Nils Olga Paul Rosa Sam Tara Will",
     "test": "Amir Bella Cyrus Dora Emil Fatma Goran Hana Igor Jana",
 }
-_THINGS = ["apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers", "toys", "cards", "flowers", "buttons"]
+_THINGS = ["apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers", "toys", "cards"]
 _CONTAINERS = ["boxes", "bags", "baskets", "jars", "shelves", "drawers"]
 
 
@@ -56,8 +56,8 @@ _FORMS = (
     _Form("Of {n}'s {a} {t}, {b} were lost. How many {t} remain?", 2, 30, _subtract),
     _Form("{n} has {a} {k} with {b} {t} in each. How many {t} are there in all?", 2, 9, _multiply),
     _Form("{n} buys {a} {t} every day for {b} days. How many {t} does {n} buy?", 2, 9, _multiply),
-    _Form("{n} had {a} {t}, got {b} more from {m} and then lost {c}. How many {t} does {n} have?", 2, 15, _add_subtract),
-    _Form("{n} picks {a} {t} and {m} picks {b}. They give away {c}. How many {t} do they keep?", 2, 15, _add_subtract),
+    _Form("{n} had {a} {t}, got {b} more from {m} and then lost {c}. How many {t} has {n}?", 2, 15, _add_subtract),
+    _Form("{n} picks {a} {t} and {m} picks {b}. They give away {c}. How many are left?", 2, 15, _add_subtract),
 )  # fmt: skip
 
 

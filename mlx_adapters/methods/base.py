@@ -140,7 +140,8 @@ def _layer_range(layers: str, present: set[int]) -> set[int]:
         if chosen and last in present:
             return chosen
     raise ConfigError(
-        f"layers {layers!r} is not a choice of the {len(present)} layers. Use all, last:N, or A-B within 0-{len(present) - 1}"
+        f"layers {layers!r} is not a choice of the {len(present)} layers. "
+        f"Use all, last:N, or A-B within 0-{len(present) - 1}"
     )
 
 

@@ -20,7 +20,13 @@ __all__ = ["Targets", "loss_sum", "split_head", "targets"]
 Head = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
 
 # Names of head twists: with small logits they hide below the comparison's tolerance.
-_TWISTS = ("final_logit_softcapping", "final_logits_softcap", "logit_scale", "logits_scaling", "output_multiplier")
+_TWISTS = (
+    "final_logit_softcapping",
+    "final_logits_softcap",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+)
 _MULTIPLE = 64
 
 
