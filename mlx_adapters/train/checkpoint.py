@@ -1,156 +1,100 @@
-"""Checkpoints of a run: `folder/checkpoints/step-000100/`, complete or absent.
+"""What a run needs to go on as if it had never stopped: adapter, optimizer, random state, position.
 
-    state.safetensors  the adapter's arrays under the model's own names, and the optimizer's two moments
-    state.json         the step and what identifies the run: settings that fix the data, and a digest of it
-    adapter/           the adapter folder as of this step, ready for eval and export
+    checkpoints/step-000100/
+        state.safetensors   adapter.* and optimizer.* arrays, and the random key
+        state.json          step, and the settings the run must share
 
-There is no state of random numbers or of the data to store: both follow from the seed and the step.
+A checkpoint is written beside and renamed: it is there whole or not at all. The data order follows from
+(seed, epoch), so the step says where in the data the run stands.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import CheckpointError, OutputError
-from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.errors import TrainingError
 
-__all__ = ["State", "check", "identity", "newest", "optimizer_tree", "path", "read", "write"]
+__all__ = ["latest", "restore", "save"]
 
-# A resumed run must see the same batches; the learning rate, the length and the rest may be changed.
-_FIXED = ("batch_size", "accumulation", "seed")
-_ARRAYS, _FIELDS = "state.safetensors", "state.json"
+_ARRAYS, _FACTS = "state.safetensors", "state.json"
 
 
-@dataclass(frozen=True)
-class State:
-    """What a checkpoint holds. `moments` maps a parameter's name to AdamW's `m` and `v`."""
-
-    step: int
-    parameters: dict[str, mx.array]
-    moments: dict[str, dict[str, mx.array]]
-    run: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls, step: int, parameters: dict[str, mx.array], optimizer: dict[str, Any], run: dict[str, Any]
-    ) -> "State":
-        """From an optimizer's state over the same flat names."""
-        return cls(step, parameters, {name: optimizer[name] for name in parameters}, run)
-
-
-def identity(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]:
-    """What must be equal for a run to be continued."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([example.start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
-    return {name: getattr(config, name) for name in _FIXED} | {"data": digest.hexdigest()[:16]}
-
-
-def path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
-    return folder / "checkpoints" / f"step-{step:06d}"
-
-
-def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, or None."""
-    found = _all(folder)
-    return found[-1] if found else None
-
-
-def write(folder: Path, state: State, *, save: Callable[[Path], None] | None, keep: int) -> Path:
-    """Write a checkpoint beside its place, move it there, then delete all but the last `keep`."""
-    target = path(folder, state.step)
-    temporary = target.with_name("." + target.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        mx.save_safetensors(str(temporary / _ARRAYS), _flat(state))
-        fields = {"step": state.step, "run": state.run}
-        (temporary / _FIELDS).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        if save is not None:
-            save(temporary / "adapter")
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except (OSError, RuntimeError) as error:  # mlx reports a failed write as RuntimeError
-        raise OutputError(f"{target}: the checkpoint cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, *, step: int, settings: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
+    arrays = {f"adapter.{name}": array for name, array in tree_flatten(model.trainable_parameters())}
+    arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)}
+    arrays["random"] = mx.random.state[0]
+    target = folder / f"step-{step:06d}"
+    temporary = folder / f".step-{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    mx.save_safetensors(str(temporary / _ARRAYS), arrays)
+    (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def read(folder: Path) -> State:
-    """Read a checkpoint; CheckpointError names the file that cannot be used."""
-    try:
-        fields = json.loads((folder / _FIELDS).read_text(encoding="utf-8"))
-        step, run = int(fields["step"]), dict(fields["run"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / _FIELDS}: not the state of a run ({error!r}). {_remedy(folder)}"
-        ) from None
-    try:
-        arrays: dict[str, mx.array] = dict(mx.load(str(folder / _ARRAYS)))
-        mx.eval(arrays)
-    except Exception as error:  # mlx raises several types for a file that is cut or missing
-        raise CheckpointError(f"{folder / _ARRAYS}: cannot be read ({error}). {_remedy(folder)}") from None
-    parameters: dict[str, mx.array] = {}
-    moments: dict[str, dict[str, mx.array]] = {}
-    for key, array in arrays.items():
-        kind, _, name = key.partition("/")
-        if kind == "parameter":
-            parameters[name] = array
-        else:
-            moments.setdefault(name, {})[kind] = array
-    return State(step, parameters, moments, run)
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder`."""
+    found = _all(folder)
+    return found[-1] if found else None
 
 
-def check(state: State, *, run: dict[str, Any], arrays: dict[str, mx.array], where: Path) -> None:
-    """CheckpointError, with all differences, unless `state` belongs to this run and this adapter."""
-    problems = [
-        f"{name} was {state.run.get(name)} and is {value}"
-        for name, value in run.items()
-        if state.run.get(name) != value
-    ]
-    if missing := sorted(set(arrays) ^ set(state.parameters)):
-        problems.append(f"{len(missing)} arrays are not in both, e.g. {missing[0]}")
-    problems += [
-        f"{name} has shape {list(state.parameters[name].shape)}, not {list(array.shape)}"
-        for name, array in arrays.items()
-        if name in state.parameters and state.parameters[name].shape != array.shape
-    ][:1]
-    if sorted(state.moments) != sorted(state.parameters):
-        problems.append("the optimizer's arrays are incomplete")
-    if problems:
-        raise CheckpointError(
-            f"{where}: cannot be resumed: {'; '.join(problems)}. Use the same settings, or train to another folder"
-        )
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    settings: dict[str, Any],
+    warn: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Load the newest checkpoint that can be read, and return its step.
+
+    Raises TrainingError when there is none, or when it was made with other settings or another adapter.
+    """
+    for checkpoint in reversed(_all(folder)):
+        try:
+            facts = json.loads((checkpoint / _FACTS).read_text())
+            arrays = dict(mx.load(str(checkpoint / _ARRAYS)))
+            mx.eval(arrays)
+        except Exception as error:  # a damaged file fails in many ways; the one before may be whole
+            warn(f"{checkpoint}: cannot be read ({error}); trying the one before")
+            continue
+        _same(facts["settings"], settings, checkpoint)
+        _apply(arrays, model, optimizer, checkpoint)
+        return int(facts["step"])
+    raise TrainingError(f"{folder}: has no readable checkpoint to resume from. Start without --resume")
 
 
-def optimizer_tree(state: State) -> dict[str, Any]:
-    """The state that `mlx.optimizers.AdamW` takes. AdamW counts every step, so its count is ours."""
-    return {"step": mx.array(state.step, mx.uint64), "learning_rate": mx.array(0.0), **state.moments}
+def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
+    own = dict(tree_flatten(model.trainable_parameters()))
+    adapter = {k.removeprefix("adapter."): v for k, v in arrays.items() if k.startswith("adapter.")}
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in adapter.items()}:
+        raise TrainingError(f"{checkpoint}: holds another adapter than this run's. Use the same method and fields")
+    model.update(tree_unflatten(list(adapter.items())))
+    state = [(k.removeprefix("optimizer."), v) for k, v in arrays.items() if k.startswith("optimizer.")]
+    optimizer.state = tree_unflatten(state)
+    mx.random.state[0] = arrays["random"]
+    mx.eval(model.trainable_parameters(), optimizer.state)
 
 
-def _flat(state: State) -> dict[str, mx.array]:
-    flat = {f"parameter/{name}": array for name, array in state.parameters.items()}
-    for name, pair in state.moments.items():
-        flat |= {f"{kind}/{name}": array for kind, array in pair.items()}
-    return flat
+def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in now.items() if saved.get(k) != v]
+    if changed:
+        raise TrainingError(f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume")
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _remedy(folder: Path) -> str:
-    return f"Delete {folder} to resume from the one before"
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
