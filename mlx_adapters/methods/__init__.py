@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
-from mlx_adapters.methods.base import parse_fields
+from mlx_adapters.fields import parse_fields
 
 __all__ = ["by_peft_type", "config_class", "get", "make_config", "names", "register"]
 

@@ -1,22 +1,19 @@
-"""What every adapter method shares: the layer's interface, its fields, and how targets are chosen.
+"""What every adapter method shares: the layer's interface, and how its targets are chosen.
 
 The one idea (docs: CONTRIBUTING.md): an adapter is a module that stands where `base` stood. The base is
 frozen first and wrapped afterwards, so what the wrapper owns is what trains.
 """
 
-import dataclasses
 import re
-import types
-import typing
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.models import sites as table
 
-__all__ = ["AdapterLayer", "dims", "field", "parse_fields", "plain_weight", "resolve_targets"]
+__all__ = ["AdapterLayer", "dims", "plain_weight", "resolve_targets"]
 
 
 class AdapterLayer(nn.Module):
@@ -34,11 +31,6 @@ class AdapterLayer(nn.Module):
         raise ConfigError(
             f"{type(self).__name__} cannot be merged into a linear layer: keep it as an adapter"
         )
-
-
-def field(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that the command line, YAML and docs show."""
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 def dims(linear: nn.Module) -> tuple[int, int]:
@@ -61,23 +53,6 @@ def plain_weight(linear: nn.Module) -> mx.array:
         bits=linear.bits,
         mode=linear.mode,
     )
-
-
-def parse_fields(config_class: type, settings: dict[str, Any], *, where: str) -> Any:
-    """Build `config_class` from `{field: text or value}`; every mistake is reported in one ConfigError."""
-    hints = typing.get_type_hints(config_class)
-    problems, values = [], {}
-    for name, raw in settings.items():
-        if name not in hints:
-            problems.append(unknown(f"field of {where}", name, hints))
-            continue
-        try:
-            values[name] = _parse(raw, hints[name])
-        except ValueError:
-            problems.append(f"{where}: {name}={raw!r} is not {_type_name(hints[name])}")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return config_class(**values)
 
 
 def resolve_targets(
@@ -143,42 +118,3 @@ def _layer_range(layers: str, present: set[int]) -> set[int]:
         f"layers {layers!r} is not a choice of the {len(present)} layers. "
         f"Use all, last:N, or A-B within 0-{len(present) - 1}"
     )
-
-
-def _parse(raw: Any, hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        if raw is None or (isinstance(raw, str) and raw.lower() == "none"):
-            if type(None) in hint.__args__:
-                return None
-            raise ValueError
-        return _parse(raw, next(arg for arg in hint.__args__ if arg is not type(None)))
-    if hint is bool:
-        if isinstance(raw, bool):
-            return raw
-        return (
-            {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[str(raw).lower()]
-            if str(raw).lower() in ("true", "false", "1", "0", "yes", "no")
-            else _fail()
-        )
-    if hint in (int, float):
-        if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
-            raise ValueError
-        if hint is int and isinstance(raw, float) and not raw.is_integer():
-            raise ValueError
-        return hint(raw)
-    if hint is str and isinstance(raw, str):
-        return raw
-    if hint is str and isinstance(raw, (list, tuple)):
-        return ",".join(map(str, raw))
-    raise ValueError
-
-
-def _fail() -> Any:
-    raise ValueError
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if isinstance(hint, types.UnionType):
-        return " or ".join("none" if arg is type(None) else names.get(arg, str(arg)) for arg in hint.__args__)
-    return names.get(hint, str(hint))

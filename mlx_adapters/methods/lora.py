@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError
-from mlx_adapters.methods.base import AdapterLayer, dims, field, plain_weight, resolve_targets
+from mlx_adapters.fields import field
+from mlx_adapters.methods.base import AdapterLayer, dims, plain_weight, resolve_targets
 
 PEFT_TYPE = "LORA"
 

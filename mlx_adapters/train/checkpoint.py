@@ -82,7 +82,9 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
     own = dict(tree_flatten(model.trainable_parameters()))
     adapter = {k.removeprefix("adapter."): v for k, v in arrays.items() if k.startswith("adapter.")}
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in adapter.items()}:
-        raise TrainingError(f"{checkpoint}: holds another adapter than this run's. Use the same method and fields")
+        raise TrainingError(
+            f"{checkpoint}: holds another adapter than this run's. Use the same method and fields"
+        )
     model.update(tree_unflatten(list(adapter.items())))
     state = [(k.removeprefix("optimizer."), v) for k, v in arrays.items() if k.startswith("optimizer.")]
     optimizer.state = tree_unflatten(state)
@@ -93,7 +95,9 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
 def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in now.items() if saved.get(k) != v]
     if changed:
-        raise TrainingError(f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume")
+        raise TrainingError(
+            f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"
+        )
 
 
 def _all(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
-from mlx_adapters.methods.base import field
+from mlx_adapters.fields import field
 
 __all__ = ["SCHEDULES", "TrainConfig"]
 

@@ -23,7 +23,18 @@ from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
 __all__ = ["Run", "Step", "learning_rate", "total_steps", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
-_FIXED = ("epochs", "steps", "batch_size", "accumulation", "lr", "warmup", "schedule", "weight_decay", "clip", "seed")
+_FIXED = (
+    "epochs",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "lr",
+    "warmup",
+    "schedule",
+    "weight_decay",
+    "clip",
+    "seed",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""From rows to an adapter folder: what `mlx-adapters train` does, as a library.
+
+session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={}, config=TrainConfig(),
+                  output=Path("adapter"))
+for step in session:
+    print(step.loss)
+session.finish()
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.data.overlap import item_hash, row_text
+from mlx_adapters.data.sources import Rows
+from mlx_adapters.data.templates import default_template
+from mlx_adapters.data.tokens import Encoded, Example, encode
+from mlx_adapters.errors import DataError, OutputError
+from mlx_adapters.model import Loaded, describe
+from mlx_adapters.train import metrics
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.loop import Run, Step
+
+__all__ = ["Session", "prepare"]
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A prepared run. Iterate to train; then `finish`. The counts say what became of the rows."""
+
+    loaded: Loaded
+    run: Run
+    meta: AdapterMeta
+    output: Path
+    paths: list[str]
+    encoded: Encoded
+    excluded: int
+    trainable: int
+    parameters: int
+
+    def __iter__(self) -> Iterator[Step]:
+        for step in self.run:
+            metrics.append(self.output / METRICS, step)
+            yield step
+
+    def save(self) -> None:
+        """Save what there is now: the adapter, and a checkpoint to resume from."""
+        self.run.save()
+        self._save_adapter()
+
+    def finish(self) -> None:
+        """Save the adapter and draw the losses."""
+        self._save_adapter()
+        rows = metrics.read(self.output / METRICS)
+        metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+
+    def _save_adapter(self) -> None:
+        training = {**self.meta.training, "steps_done": self.run.step}
+        adapter.save(self.output, self.loaded.model, meta=replace(self.meta, training=training))
+
+
+def prepare(
+    loaded: Loaded,
+    rows: Rows,
+    *,
+    method: str,
+    fields: dict[str, Any],
+    config: TrainConfig,
+    output: Path,
+    exclude: frozenset[str] = frozenset(),
+    resume: bool = False,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Session:
+    """Encode the rows, attach the adapter, and set up the run (or go on with the one in `output`).
+
+    `fields` are the method's settings, texts or values. Rows whose question's hash is in `exclude` are left
+    out. Raises OutputError when `output` holds something and `resume` is not set.
+    """
+    method_config = methods.make_config(method, fields)
+    _check_output(output, resume)
+    kept, excluded = _select(rows, config, exclude)
+    template = config.template or default_template(rows.format)
+    encoded = encode(kept, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
+    training, validation = _split(encoded.examples, config)
+    mx.random.seed(config.seed)
+    base = describe(loaded)
+    paths = adapter.attach(loaded.model, method, method_config, base=base)
+    mx.eval(loaded.model.parameters())
+    trainable, parameters = adapter.count(loaded.model)
+    output.mkdir(parents=True, exist_ok=True)
+    run = Run(
+        loaded.model, training, validation, config=config, pad_id=_pad_id(loaded.tokenizer), folder=output
+    )
+    if resume:
+        run.resume(warn)
+        _forget_after(output / METRICS, run.step)
+    seen = sorted({item_hash(row_text(row, kept.format)) for row in kept.rows})
+    meta = AdapterMeta(
+        method=method,
+        config=asdict(method_config),
+        base=base,
+        template=template,
+        loss_on=config.loss_on,
+        seen=seen,
+        training={**asdict(config), "template": template, "data": kept.origin, "rows": len(kept.rows)},
+    )
+    return Session(
+        loaded=loaded,
+        run=run,
+        meta=meta,
+        output=output,
+        paths=paths,
+        encoded=encoded,
+        excluded=excluded,
+        trainable=trainable,
+        parameters=parameters,
+    )
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if output.is_file():
+        raise OutputError(f"{output}: is a file. Choose another --output folder")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        raise OutputError(f"{output}: is not empty. Choose another --output, or go on with --resume")
+
+
+def _select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
+    kept = [row for row in rows.rows if item_hash(row_text(row, rows.format)) not in exclude]
+    excluded = len(rows.rows) - len(kept)
+    kept = kept[: config.limit]
+    if not kept:
+        raise DataError(
+            f"{rows.origin}: all {excluded} rows stand in the excluded files, nothing is left to train on"
+        )
+    return replace(rows, rows=kept), excluded
+
+
+def _split(examples: list[Example], config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """The held-out rows are drawn by the seed, so that they are no run of neighbours in the file."""
+    if config.validation == 0:
+        return examples, []
+    if config.validation >= len(examples):
+        raise DataError(f"validation={config.validation} leaves none of the {len(examples)} rows to train on")
+    order = np.random.default_rng(config.seed).permutation(len(examples))
+    return (
+        [examples[i] for i in sorted(order[config.validation :])],
+        [examples[i] for i in order[: config.validation]],
+    )
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the metrics of steps that a resumed run takes again."""
+    import json
+
+    rows = metrics.read(file, before=step)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
