@@ -1,4 +1,4 @@
-"""Dataclass fields as the one declaration of an option: the command line, YAML and saved JSON follow from them.
+"""Dataclass fields as the one declaration of an option: flags, YAML and saved JSON follow from them.
 
 Imports nothing heavy: the command line reads these declarations before it knows whether MLX is needed.
 """

@@ -32,7 +32,7 @@ def save(
     """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
     arrays = {f"adapter.{name}": array for name, array in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)}
-    arrays["random"] = mx.random.state[0]
+    arrays["random"] = _random()[0]
     target = folder / f"step-{step:06d}"
     temporary = folder / f".step-{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +67,7 @@ def restore(
     for checkpoint in reversed(_all(folder)):
         try:
             facts = json.loads((checkpoint / _FACTS).read_text())
-            arrays = dict(mx.load(str(checkpoint / _ARRAYS)))
+            arrays: dict[str, mx.array] = mx.load(str(checkpoint / _ARRAYS))  # type: ignore[assignment]
             mx.eval(arrays)
         except Exception as error:  # a damaged file fails in many ways; the one before may be whole
             warn(f"{checkpoint}: cannot be read ({error}); trying the one before")
@@ -88,7 +88,7 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
     model.update(tree_unflatten(list(adapter.items())))
     state = [(k.removeprefix("optimizer."), v) for k, v in arrays.items() if k.startswith("optimizer.")]
     optimizer.state = tree_unflatten(state)
-    mx.random.state[0] = arrays["random"]
+    _random()[0] = arrays["random"]
     mx.eval(model.trainable_parameters(), optimizer.state)
 
 
@@ -98,6 +98,11 @@ def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
         raise TrainingError(
             f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"
         )
+
+
+def _random() -> list[mx.array]:
+    state: list[mx.array] = mx.random.state  # type: ignore[assignment]
+    return state
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The settings of a training run: the command line's flags, YAML's keys and the saved record are these fields."""
+"""The settings of a training run: flags, YAML's keys and the saved record are these fields."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Defaults are the paper's where it states them (batch 16 in micro-batches, lr 3e-4, 3 epochs)."""
+    """One run. Epochs, rate and cutoff default to the paper's."""
 
     epochs: int = field(3, "passes over the data")
     steps: int | None = field(None, "optimizer steps; overrides epochs")

@@ -1,4 +1,4 @@
-"""The training loop: a generator that yields one `Step` after each update, so the caller logs, saves, stops."""
+"""The training loop: it yields one `Step` after each update; the caller logs, saves and stops."""
 
 import math
 import time
@@ -62,7 +62,7 @@ def total_steps(examples: int, config: TrainConfig) -> int:
 
 
 def learning_rate(config: TrainConfig, total: int) -> Callable[[mx.array], mx.array] | float:
-    """The rate by step, as transformers' schedules give it: 0 at the first step of a warm-up, 0 at the end."""
+    """The rate by step, as transformers' schedules give it: a warm-up starts at 0, a decay ends at 0."""
     warmup = min(config.warmup, total)
     rest = max(1, total - warmup)
     after = {
@@ -82,7 +82,7 @@ def validate(model: nn.Module, examples: Sequence[Example], *, batch_size: int, 
     model.eval()
     total, count = 0.0, 0
     for batch in batches(examples, batch_size=batch_size, pad_id=pad_id, shuffle=False):
-        total += loss_sum(model, targets(batch), head=head).item()
+        total += float(loss_sum(model, targets(batch), head=head))
         count += batch.targets
     model.train(was_training)
     return total / max(1, count)
