@@ -1,0 +1,171 @@
+"""The training loop: what is learned, how batches are weighted, what a bad step leaves behind, the record."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.errors import ConfigError, TrainingError
+from mlx_adapters.train import metrics
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.loop import Run, total_steps, validate
+
+
+def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """A random two-layer llama with LoRA on it."""
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=48,
+        tie_word_embeddings=False,
+    )
+    model = llama.Model(args)
+    config = methods.make_config("lora", {"rank": 4, "dropout": dropout})
+    adapter.attach(model, "lora", config, base={"model_type": "llama"})
+    mx.eval(model.parameters())
+    return model
+
+
+def examples(count: int = 20, *, seed: int = 0) -> list[Example]:
+    """Random prompts of 3 to 12 tokens, each answered by its first token, repeated."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        prompt = [int(token) for token in rng.integers(3, 48, size=int(rng.integers(3, 13)))]
+        made.append(Example([*prompt, prompt[0], prompt[0], 2], len(prompt)))
+    return made
+
+
+def flat(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+
+
+def config(**fields: Any) -> TrainConfig:
+    return TrainConfig(**({"batch_size": 4, "lr": 1e-2, "warmup": 2, "steps": 6} | fields))
+
+
+def test_loss_falls_and_the_base_stays() -> None:
+    model = tiny()
+    before = {k: np.array(v) for k, v in tree_flatten(model.parameters()) if "lora" not in k}
+    steps = list(Run(model, examples(), config=config(steps=40)))
+    assert np.mean([s.loss for s in steps[-5:]]) < 0.8 * steps[0].loss
+    after = {k: np.array(v) for k, v in tree_flatten(model.parameters()) if "lora" not in k}
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_accumulation_weighs_tokens_and_keeps_the_partial_window() -> None:
+    # 10 rows: one batch of 10 equals windows of 4 + 4 + 2, whose batches have different numbers of targets
+    rows = examples(10)
+    rows[0] = Example(rows[0].ids, 1)
+    whole, parts = tiny(), tiny()
+    one = list(Run(whole, rows, config=config(batch_size=10, steps=None, epochs=2, warmup=0)))
+    split = config(batch_size=4, accumulation=3, steps=None, epochs=2, warmup=0)
+    two = list(Run(parts, rows, config=split))
+    assert len(one) == len(two) == 2
+    assert [s.tokens for s in one] == [s.tokens for s in two] == [sum(len(r.ids) for r in rows)] * 2
+    for a, b in zip(one, two):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+
+
+def test_last_partial_window_of_an_epoch_is_a_step() -> None:
+    fields = config(steps=None, epochs=2, batch_size=4, accumulation=2)
+    steps = list(Run(tiny(), examples(10), config=fields))
+    assert len(steps) == total_steps(10, fields) == 4
+    assert sum(s.tokens for s in steps[:2]) == sum(len(e.ids) for e in examples(10))
+    assert steps[-1].epoch == 2
+
+
+def test_first_gradient_norm_is_that_of_the_plain_mean_loss() -> None:
+    rows, model = examples(4), tiny()
+
+    def mean(model: nn.Module) -> mx.array:
+        total, count = mx.array(0.0), 0
+        for row in rows:
+            logits = model(mx.array([row.ids[:-1]]))[0]
+            wanted = mx.array(row.ids[1:])
+            losses = nn.losses.cross_entropy(logits, wanted)[row.start - 1 :]
+            total, count = total + losses.sum(), count + len(row.ids) - row.start
+        return total / count
+
+    loss, grads = nn.value_and_grad(model, mean)(model)
+    norm = math.sqrt(sum(float(g.square().sum()) for _, g in tree_flatten(grads)))
+    first = next(iter(Run(model, rows, config=config())))
+    assert first.loss == pytest.approx(float(loss), rel=1e-5)
+    assert first.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_validation_is_weighted_by_tokens() -> None:
+    model, rows = tiny(), examples(7)
+    together = validate(model, rows, batch_size=7, pad_id=0)
+    assert validate(model, rows, batch_size=2, pad_id=0) == pytest.approx(together, rel=1e-5)
+
+
+def test_validation_does_not_disturb_the_run() -> None:
+    plain, watched = tiny(dropout=0.3), tiny(dropout=0.3)
+    mx.random.seed(1)
+    list(Run(plain, examples(), config=config()))
+    mx.random.seed(1)
+    steps = list(Run(watched, examples(), examples(3, seed=9), config=config(validate_every=2)))
+    assert [s.step for s in steps if s.validation_loss is not None] == [2, 4, 6]
+    a, b = flat(plain), flat(watched)
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_not_a_number_stops_before_the_update(tmp_path: Path) -> None:
+    model = tiny()
+    run = Run(model, examples(), config=config(save_every=2), folder=tmp_path)
+    steps = iter(run)
+    for _ in range(3):
+        next(steps)
+    good = flat(model)
+    model.model.norm.weight = model.model.norm.weight * math.nan
+    with pytest.raises(TrainingError, match="step 4"):
+        next(steps)
+    now = flat(model)
+    assert all(np.array_equal(good[k], now[k]) for k in good)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_rates_rise_then_fall() -> None:
+    for schedule, last in (("linear", 0.1), ("cosine", 0.025), ("constant", 1.0)):
+        steps = list(Run(tiny(), examples(), config=config(steps=14, warmup=4, lr=1.0e-3, schedule=schedule)))
+        rates = [s.lr for s in steps]
+        assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=1e-4, abs=1e-9)
+        assert rates[-1] == pytest.approx(last * 1e-3, rel=0.05)
+
+
+def test_every_wrong_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=0.*lr=nan.*schedule 'linaer'.*'linear'"):
+        TrainConfig(batch_size=0, lr=math.nan, schedule="linaer")
+
+
+def test_record_and_plot(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    steps = list(Run(tiny(), examples(), examples(3, seed=9), config=config(validate_every=3)))
+    for step in steps:
+        metrics.append(file, step)
+    metrics.append(file, replace(steps[-1], loss=0.5))  # a resumed run repeats a step: the later one counts
+    with file.open("a") as stream:
+        stream.write('{"step": 7, "lo')  # a killed run
+    rows = metrics.read(file)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] == 0.5
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    metrics.plot(rows, tmp_path / "loss.png", title="run")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
