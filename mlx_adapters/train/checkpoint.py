@@ -1,11 +1,11 @@
-"""What a run needs to go on as if it had never stopped: adapter, optimizer, random state, position.
+"""What a run needs to go on as if it had never stopped: adapter, optimizer, position.
 
     checkpoints/step-000100/
-        state.safetensors   adapter.* and optimizer.* arrays, and the random key
+        state.safetensors   adapter.* and optimizer.* arrays
         state.json          step, and the settings the run must share
 
 A checkpoint is written beside and renamed: it is there whole or not at all. The data order follows from
-(seed, epoch), so the step says where in the data the run stands.
+(seed, epoch) and the noise of dropout from (seed, step): the step alone says where the run stands.
 """
 
 import json
@@ -32,7 +32,6 @@ def save(
     """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
     arrays = {f"adapter.{name}": array for name, array in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)}
-    arrays["random"] = _random()[0]
     target = folder / f"step-{step:06d}"
     temporary = folder / f".step-{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -88,7 +87,6 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
     model.update(tree_unflatten(list(adapter.items())))
     state = [(k.removeprefix("optimizer."), v) for k, v in arrays.items() if k.startswith("optimizer.")]
     optimizer.state = tree_unflatten(state)
-    _random()[0] = arrays["random"]
     mx.eval(model.trainable_parameters(), optimizer.state)
 
 
@@ -99,10 +97,6 @@ def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
             f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"
         )
 
-
-def _random() -> list[mx.array]:
-    state: list[mx.array] = mx.random.state  # type: ignore[assignment]
-    return state
 
 
 def _all(folder: Path) -> list[Path]:

@@ -77,9 +77,9 @@ def learning_rate(config: TrainConfig, total: int) -> Callable[[mx.array], mx.ar
 
 def validate(model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
     """Mean loss per supervised token over all `examples`, without dropout."""
-    head = split_head(model)
     was_training = model.training
     model.eval()
+    head = split_head(model)
     total, count = 0.0, 0
     for batch in batches(examples, batch_size=batch_size, pad_id=pad_id, shuffle=False):
         total += float(loss_sum(model, targets(batch), head=head))
@@ -148,8 +148,9 @@ class Run:
 
     def __iter__(self) -> Iterator[Step]:
         """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
-        self.model.train()
+        self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
+        self.model.train()
         for epoch, window in self._windows():
             started = time.perf_counter()
             loss, norm, rate = self._update(window)
@@ -200,6 +201,8 @@ class Run:
             epoch += 1
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float]:
+        # The noise of dropout follows from (seed, step): a resumed run repeats it, validation cannot shift it.
+        mx.random.seed(self.config.seed * 1_000_003 + self.step)
         value_and_grad = nn.value_and_grad(self.model, self._loss)
         count = max(1, sum(batch.targets for batch in window))
         loss: mx.array | float = 0.0
