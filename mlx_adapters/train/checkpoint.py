@@ -98,6 +98,5 @@ def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
         )
 
 
-
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []

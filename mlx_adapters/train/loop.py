@@ -201,7 +201,7 @@ class Run:
             epoch += 1
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float]:
-        # The noise of dropout follows from (seed, step): a resumed run repeats it, validation cannot shift it.
+        # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
         mx.random.seed(self.config.seed * 1_000_003 + self.step)
         value_and_grad = nn.value_and_grad(self.model, self._loss)
         count = max(1, sum(batch.targets for batch in window))
