@@ -56,7 +56,7 @@ _FORMS = (
     _Form("Of {n}'s {a} {t}, {b} were lost. How many {t} remain?", 2, 30, _subtract),
     _Form("{n} has {a} {k} with {b} {t} in each. How many {t} are there in all?", 2, 9, _multiply),
     _Form("{n} buys {a} {t} every day for {b} days. How many {t} does {n} buy?", 2, 9, _multiply),
-    _Form("{n} had {a} {t}, got {b} more from {m}, then lost {c}. How many {t} has {n}?", 2, 15, _add_subtract),
+    _Form("{n} had {a} {t}, got {b} from {m}, then lost {c}. How many {t} has {n}?", 2, 15, _add_subtract),
     _Form("{n} picks {a} {t}, {m} picks {b}. They give away {c}. How many are left?", 2, 15, _add_subtract),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ for step in session:
 session.finish()
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text
-from mlx_adapters.data.sources import Rows
+from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError, OutputError
@@ -27,7 +27,7 @@ from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run, Step
 
-__all__ = ["Session", "prepare"]
+__all__ = ["Session", "check_output", "excluded_hashes", "prepare"]
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 
@@ -85,7 +85,7 @@ def prepare(
     out. Raises OutputError when `output` holds something and `resume` is not set.
     """
     method_config = methods.make_config(method, fields)
-    _check_output(output, resume)
+    check_output(output, resume)
     kept, excluded = _select(rows, config, exclude)
     template = config.template or default_template(rows.format)
     encoded = encode(kept, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
@@ -125,11 +125,21 @@ def prepare(
     )
 
 
-def _check_output(output: Path, resume: bool) -> None:
+def check_output(output: Path, resume: bool) -> None:
+    """Raise OutputError when `output` holds something and the run does not resume."""
     if output.is_file():
         raise OutputError(f"{output}: is a file. Choose another --output folder")
     if output.is_dir() and any(output.iterdir()) and not resume:
         raise OutputError(f"{output}: is not empty. Choose another --output, or go on with --resume")
+
+
+def excluded_hashes(files: Sequence[Path]) -> frozenset[str]:
+    """Hashes of the questions in test files: rows that must not be trained on."""
+    hashes: set[str] = set()
+    for file in files:
+        rows = load_rows(str(file))
+        hashes |= {item_hash(row_text(row, rows.format)) for row in rows.rows}
+    return frozenset(hashes)
 
 
 def _select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:

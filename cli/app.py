@@ -1,0 +1,71 @@
+"""The `mlx-adapters` command: one file per subcommand, and one place that turns errors into exit codes.
+
+0 done, 1 a comparison failed (`--verify`), 2 the user's to mend (one line says what), 130 interrupted.
+Nothing heavy is imported here: `mlx-adapters --help` must answer at once.
+"""
+
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mlx_adapters.cli import convert, doctor, eval, export, generate, info, methods, quickstart, train
+from mlx_adapters.errors import AdaptersError
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdaptersError as error:
+            _fail(" ".join(str(error).split()), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            # the reader (head, say) has seen enough; keep Python from complaining at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"{place}{error.strerror or error}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train adapters for language models on Apple MLX (or a plain CPU) and hand them to PyTorch unchanged.",
+)
+app.command("quickstart")(quickstart.command)
+app.command("convert")(convert.command)
+app.command("train")(train.command)
+app.command("eval")(eval.command)
+app.command("export")(export.command)
+app.command("generate")(generate.command)
+app.command("info")(info.command)
+app.command("methods")(methods.command)
+app.command("doctor")(doctor.command)
+
+
+def main() -> None:
+    """The console script."""
+    # transformers' and the hub's progress bars and hints would interleave with ours
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

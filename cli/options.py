@@ -1,0 +1,84 @@
+"""Command-line options made from the dataclass that declares them: each option is written once."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["fields_as_options", "merged", "read_yaml", "settings"]
+
+
+def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Append the fields of `config_class` to a command's signature; the command gets them in `**given`,
+    None where the user said nothing."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(config_class)
+        own = inspect.signature(command)
+        parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for field in dataclasses.fields(config_class):
+            default = "" if field.default is None else f" [default: {field.default}]"
+            kind = _plain(hints[field.name])
+            option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default)
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kind | None, option],
+                )
+            )
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
+    """A run file as a flat mapping; ConfigError for what is no mapping or not known."""
+    if file is None:
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: is not YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must be a mapping of option names to values")
+    if strange := sorted(set(map(str, content)) - known):
+        raise ConfigError(f"{file}: unknown keys {', '.join(strange)}. Known: {', '.join(sorted(known))}")
+    return content
+
+
+def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
+    """`["rank=8", ...]` as a mapping; ConfigError for an entry without `=`."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{where} {pair!r}: write it as name=value")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win; None means not said."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        result |= {name: value for name, value in layer.items() if value is not None}
+    return result
+
+
+def _plain(hint: Any) -> Any:
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    return arguments[0] if arguments else hint

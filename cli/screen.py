@@ -1,0 +1,102 @@
+"""What the user sees: progress on a terminal, plain lines in a log, tables, and sizes in words."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+__all__ = ["Lines", "duration", "lines", "say", "size", "table", "track"]
+
+# A log gets a line at most this often (seconds), besides the first and the last.
+_LOG_EVERY = 10.0
+
+
+def say(text: str) -> None:
+    """A line about the work, on stderr: stdout is for results."""
+    typer.echo(text, err=True)
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+
+
+class Lines:
+    """A progress display: `update(done, text)`. Subclasses draw it on a terminal or write it to a log."""
+
+    def update(self, done: int, text: str) -> None:
+        raise NotImplementedError
+
+
+class _Log(Lines):
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.last = title, total, 0.0
+
+    def update(self, done: int, text: str) -> None:
+        now = time.monotonic()
+        if done in (1, self.total) or now - self.last >= _LOG_EVERY:
+            self.last = now
+            say(f"{self.title} {done}/{self.total}  {text}")
+
+
+class _Bar(Lines):
+    def __init__(self, progress: Any, task: Any) -> None:
+        self.progress, self.task = progress, task
+
+    def update(self, done: int, text: str) -> None:
+        self.progress.update(self.task, completed=done, text=text)
+
+
+@contextmanager
+def lines(title: str, total: int) -> Iterator[Lines]:
+    """A live bar with the time left on a terminal, a plain line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Log(title, total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bar(progress, progress.add_task(title, total=total, text=""))
+
+
+def track(title: str, items: Iterable[Any], total: int, text: Callable[[Any], str]) -> Iterator[Any]:
+    """Yield the items while showing progress; `text(item)` stands beside the bar."""
+    with lines(title, total) as display:
+        for done, item in enumerate(items, start=1):
+            display.update(done, text(item))
+            yield item

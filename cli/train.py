@@ -1,0 +1,167 @@
+"""`mlx-adapters train MODEL --data SOURCE --output DIR`."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
+from mlx_adapters.cli.screen import duration, lines, say, size
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from mlx_adapters.train.loop import Step
+    from mlx_adapters.train.session import Session
+
+__all__ = ["command", "run"]
+
+
+@fields_as_options(TrainConfig)
+def command(
+    model: Annotated[str | None, typer.Argument(help="model folder or hub id")] = None,
+    data: Annotated[str | None, typer.Option(help=".json or .jsonl file, folder, or hub id")] = None,
+    output: Annotated[Path | None, typer.Option(help="new folder for the adapter")] = None,
+    method: Annotated[str | None, typer.Option(help="see `mlx-adapters methods` [default: lora]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
+    targets: Annotated[str | None, typer.Option(help="short for --set targets=...")] = None,
+    layers: Annotated[str | None, typer.Option(help="short for --set layers=...")] = None,
+    dropout: Annotated[float | None, typer.Option(help="short for --set dropout=...")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win")] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="leave out rows that stand in this test file")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
+    dtype: Annotated[str | None, typer.Option(help="compute in float32, float16 or bfloat16")] = None,
+    **given: Any,
+) -> None:
+    """Train an adapter on a frozen base model."""
+    import dataclasses
+
+    named = {"model": model, "data": data, "output": output and str(output), "method": method}
+    training = {field.name for field in dataclasses.fields(TrainConfig)}
+    file = read_yaml(config, {*named, *training, "set"})
+    chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
+    if missing := [name for name in ("model", "data", "output") if name not in chosen]:
+        raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
+    fields = merged(
+        _method_fields(file, config),
+        settings(set_ or []),
+        {"targets": targets, "layers": layers, "dropout": dropout},
+    )
+    run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
+    _train(chosen, fields, run_config, exclude or [], resume=resume, dtype=dtype)
+
+
+def run(session: "Session") -> float:
+    """Train a prepared session with progress on screen; Ctrl-C saves and exits 130. Returns seconds."""
+    started = time.perf_counter()
+    with _interruptible() as interrupted, lines("train", session.run.total) as display:
+        for step in session:
+            display.update(step.step, _text(step))
+            if step.validation_loss is not None:
+                say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
+            if interrupted and step.step < step.total:
+                session.save()
+                say(f"interrupted at step {step.step}: saved in {session.output}. Go on with --resume")
+                raise typer.Exit(130)
+    session.finish()
+    return time.perf_counter() - started
+
+
+def describe(session: "Session") -> None:
+    """Say what will be trained, before it is."""
+    names = sorted({path.rpartition(".")[2] for path in session.paths})
+    share = session.trainable / session.parameters
+    say(f"{session.meta.method} on {len(session.paths)} layers ({', '.join(names)})")
+    say(f"trainable {session.trainable:,} of {session.parameters:,} parameters ({share:.3%})")
+    counts = f"{len(session.run.examples)} rows to train on, {len(session.run.validation)} held out"
+    counts += f", template {session.meta.template}, loss on {session.meta.loss_on}"
+    if session.excluded:
+        counts += f"; {session.excluded} left out because they stand in the excluded files"
+    if session.encoded.truncated:
+        counts += f"; {session.encoded.truncated} cut at {session.run.config.cutoff} tokens"
+    if session.encoded.dropped:
+        counts += f"; {session.encoded.dropped} dropped: nothing to learn within the cutoff"
+    say(counts)
+
+
+def _train(
+    chosen: dict[str, Any],
+    fields: dict[str, Any],
+    config: TrainConfig,
+    exclude: list[Path],
+    *,
+    resume: bool,
+    dtype: str | None,
+) -> None:
+    from mlx_adapters import methods, model
+    from mlx_adapters.data.sources import load_rows
+    from mlx_adapters.train import session as sessions
+
+    methods.make_config(chosen["method"], fields)  # a typing error is told before the model loads
+    output = Path(chosen["output"])
+    sessions.check_output(output, resume)
+    rows = load_rows(chosen["data"])
+    hashes = sessions.excluded_hashes(exclude)
+    say(f"{rows.origin}: {len(rows.rows)} rows of the form {rows.format}")
+    loaded = model.load(chosen["model"], dtype=dtype)
+    session = sessions.prepare(
+        loaded,
+        rows,
+        method=chosen["method"],
+        fields=fields,
+        config=config,
+        output=output,
+        exclude=hashes,
+        resume=resume,
+        warn=say,
+    )
+    describe(session)
+    if resume:
+        say(f"resuming after step {session.run.step}")
+    seconds = run(session)
+    typer.echo(f"{output}: trained {session.run.step} steps in {duration(seconds)}. Next:")
+    typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
+    typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
+
+
+def _text(step: "Step") -> str:
+    return (
+        f"loss {step.loss:.4f}  lr {step.lr:.1e}  {step.tokens_per_second:.0f} tokens/s  "
+        f"memory {size(step.memory)}"
+    )
+
+
+def _method_fields(file: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    fields = file.get("set") or {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: key 'set' must be a mapping of the method's fields")
+    return fields
+
+
+def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
+    from mlx_adapters.fields import parse_fields
+
+    config: TrainConfig = parse_fields(TrainConfig, values, where=f"train ({file})" if file else "train")
+    return config
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C ends the run after the current step, when model and optimizer agree; a second one ends it now."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        say("stopping after this step ...")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
