@@ -28,6 +28,7 @@ __all__ = [
     "Blas",
     "blas",
     "compute_dtype",
+    "free_memory",
     "load_fast_blas",
     "on_cpu",
     "peak_memory",
@@ -154,6 +155,14 @@ def peak_memory() -> int:
     import mlx.core as mx
 
     return int(mx.get_peak_memory())
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free for use; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
 
 
 def speed_up(model: "nn.Module") -> None:

