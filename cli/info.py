@@ -1,0 +1,101 @@
+"""`mlx-adapters info FOLDER`: read from the small files and the weight files' headers."""
+
+import json as json_format
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_adapters.cli.screen import size
+from mlx_adapters.errors import CheckpointError
+
+__all__ = ["command"]
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="model folder or adapter folder")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what is in a model folder or an adapter folder. No weights are loaded."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a model folder or an adapter folder")
+    found = _adapter(folder) if (folder / "adapter_config.json").exists() else _model(folder)
+    if json:
+        typer.echo(json_format.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        typer.echo(f"{key:<14} {_text(value)}")
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    from mlx_adapters.model import read_config
+    from mlx_adapters.models import sites
+
+    config = read_config(folder)
+    quantization = config.get("quantization") or {}
+    row = sites.TABLE.get(config["model_type"])
+    plain = {name: value for name, value in quantization.items() if not isinstance(value, dict | bool)}
+    mixed = sum(isinstance(value, dict) for value in quantization.values())
+    return {
+        "kind": "model",
+        "folder": str(folder),
+        "architecture": config["model_type"],
+        "source": config.get("_name_or_path"),
+        "layers": config.get("num_hidden_layers"),
+        "hidden size": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "quantization": (plain | ({"modules of their own": mixed} if mixed else {})) or None,
+        **_weights(folder, "model*.safetensors"),
+        "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from mlx_adapters import adapter
+
+    meta = adapter.read_meta(folder)
+    return {
+        "kind": "adapter",
+        "folder": str(folder),
+        "method": meta.method,
+        "fields": meta.config,
+        "base": meta.base or None,
+        "template": meta.template or None,
+        "loss on": meta.loss_on or None,
+        "training": meta.training or None,
+        "seen": f"{len(meta.seen)} training questions" if meta.seen else None,
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
+        **_weights(folder, adapter.WEIGHTS),
+    }
+
+
+def _weights(folder: Path, pattern: str) -> dict[str, Any]:
+    from mlx_adapters.convert import files
+
+    found = sorted(folder.glob(pattern))
+    entries = [
+        entry
+        for file in found
+        for name, entry in files.header(file).items()
+        if name != "__metadata__"
+    ]  # fmt: skip
+    types: Counter[str] = Counter()
+    for entry in entries:
+        types[entry["dtype"]] += math.prod(entry["shape"])
+    return {
+        "files": {file.name: size(file.stat().st_size) for file in found} or None,
+        "tensors": len(entries),
+        "stored values": {kind: f"{amount:,}" for kind, amount in types.most_common()} or None,
+    }
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_text(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

