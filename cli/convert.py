@@ -18,7 +18,9 @@ def command(
     group_size: Annotated[int | None, typer.Option(help="weights that share a scale: 32, 64 or 128")] = None,
     mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4")] = "affine",
     recipe: Annotated[str | None, typer.Option(help="mixed precision: mixed_2_6, mixed_3_4, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="compare the logits with transformers")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint or a GGUF file to an MLX folder, quantized if asked."""

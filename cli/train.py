@@ -32,7 +32,9 @@ def command(
     layers: Annotated[str | None, typer.Option(help="short for --set layers=...")] = None,
     dropout: Annotated[float | None, typer.Option(help="short for --set dropout=...")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win")] = None,
-    exclude: Annotated[list[Path] | None, typer.Option(help="leave out rows that stand in this test file")] = None,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="leave out rows that stand in this test file")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
     dtype: Annotated[str | None, typer.Option(help="compute in float32, float16 or bfloat16")] = None,
     **given: Any,
@@ -151,7 +153,7 @@ def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C ends the run after the current step, when model and optimizer agree; a second one ends it now."""
+    """Ctrl-C ends the run after the current step, when model and optimizer agree; a second ends it now."""
     pressed: list[int] = []
 
     def note(number: int, frame: Any) -> None:
