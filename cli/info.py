@@ -13,6 +13,8 @@ from mlx_adapters.errors import CheckpointError
 
 __all__ = ["command"]
 
+_WIDE = 90  # longer mappings are printed one entry a line
+
 
 def command(
     folder: Annotated[Path, typer.Argument(help="model folder or adapter folder")],
@@ -26,7 +28,10 @@ def command(
         typer.echo(json_format.dumps(found, indent=2))
         return
     for key, value in found.items():
-        typer.echo(f"{key:<14} {_text(value)}")
+        lines = _lines(value)
+        typer.echo(f"{key:<14} {lines[0]}")
+        for line in lines[1:]:
+            typer.echo(f"{'':<14} {line}")
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -89,6 +94,13 @@ def _weights(folder: Path, pattern: str) -> dict[str, Any]:
         "tensors": len(entries),
         "stored values": {kind: f"{amount:,}" for kind, amount in types.most_common()} or None,
     }
+
+
+def _lines(value: Any) -> list[str]:
+    text = _text(value)
+    if isinstance(value, dict) and len(text) > _WIDE:
+        return [f"{key}={_text(each)}" for key, each in value.items()]
+    return [text]
 
 
 def _text(value: Any) -> str:
