@@ -160,9 +160,7 @@ def test_missing_arguments_are_named() -> None:
     assert "output" not in said.partition(".")[0]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="settings of a run lack the method's fields, template, loss_on"
-)
+@pytest.mark.xfail(strict=True, reason="settings of a run lack the method's fields, template, loss_on")
 @pytest.mark.parametrize(
     "change", [["--set", "alpha=99"], ["--set", "dropout=0.5"], ["--template", "plain"], ["--loss-on", "all"]]
 )
