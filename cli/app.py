@@ -45,7 +45,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train adapters for language models on Apple MLX (or a plain CPU) and hand them to PyTorch unchanged.",
+    help="Train adapters for language models on Apple MLX or a plain CPU; hand them to PyTorch unchanged.",
 )
 app.command("quickstart")(quickstart.command)
 app.command("convert")(convert.command)
@@ -64,6 +64,8 @@ def main() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's OpenMP threads spin while they wait and starve MLX's: --verify was ten times slower on two cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.errors import ConfigError
+
 __all__ = ["command"]
 
 
@@ -35,11 +37,14 @@ def command(
     fallback = "chat" if loaded.tokenizer.has_chat_template else "plain"
     name = template or (meta.template if meta else "") or fallback
     text = prompt_for(prompt, template=name, tokenizer=loaded.tokenizer, phase="eval")
+    ids = prompt_ids(text, loaded.tokenizer)
+    if not ids:
+        raise ConfigError("--prompt is empty: give the instruction to answer")
     mx.random.seed(seed)
     for piece in stream_generate(
         loaded.model,
         loaded.tokenizer,
-        prompt_ids(text, loaded.tokenizer),
+        ids,
         max_tokens=max_tokens,
         sampler=make_sampler(temp=temperature),
     ):

@@ -56,7 +56,8 @@ def command(
 
 _NEXT = """
 Next:
-    mlx-adapters generate {dir}/model --adapter {dir}/adapter --prompt "Tom has 3 apples and buys 4 more. How many?"
+    mlx-adapters generate {dir}/model --adapter {dir}/adapter \\
+        --prompt "Tom has 3 apples. Ann gives Tom 4 more. How many?"
     mlx-adapters info {dir}/adapter
     mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see README, "Your own data"
     mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import __version__, methods
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, writing_to
 from mlx_adapters.methods.base import AdapterLayer, dims
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
@@ -107,9 +107,14 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
 
 def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
     """Write the adapter folder; each file is written beside and renamed, the weights last."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"mlx_adapters": __version__, **asdict(meta)}
     seen = about.pop("seen")
+    with writing_to(folder):
+        _write(folder, model, meta, about, seen)
+
+
+def _write(folder: Path, model: nn.Module, meta: AdapterMeta, about: dict[str, Any], seen: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / CONFIG, json.dumps(peft_config(model, meta), indent=2) + "\n")
     _replace(folder / META, json.dumps(about, indent=2) + "\n")
     _replace(folder / SEEN, "".join(f"{item}\n" for item in seen))

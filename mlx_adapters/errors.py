@@ -12,8 +12,10 @@
 Every message names the culprit (file, field, line), what was found, and what to do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 __all__ = [
     "AdapterError",
@@ -25,6 +27,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedError",
     "unknown",
+    "writing_to",
 ]
 
 
@@ -66,3 +69,18 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}"
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises inside the block into an OutputError that names `place`.
+
+    MLX reports a failed write as a RuntimeError without a file name, so only writes belong in the block.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(
+            f"{place}: cannot be written ({reason}). Free some space, or choose another place"
+        ) from None

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_adapters.errors import TrainingError
+from mlx_adapters.errors import TrainingError, writing_to
 
 __all__ = ["latest", "restore", "save"]
 
@@ -35,11 +35,12 @@ def save(
     target = folder / f"step-{step:06d}"
     temporary = folder / f".step-{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    mx.save_safetensors(str(temporary / _ARRAYS), arrays)
-    (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with writing_to(target):
+        temporary.mkdir(parents=True)
+        mx.save_safetensors(str(temporary / _ARRAYS), arrays)
+        (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target

@@ -1,5 +1,6 @@
 """The training loop: it yields one `Step` after each update; the caller logs, saves and stops."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +94,7 @@ class Run:
 
     `model` has frozen base weights; what `trainable_parameters()` returns is trained. With a `folder`,
     checkpoints go to `folder/checkpoints` every `config.save_every` steps, and `save()` writes one now.
+    `identity` is what else a resumed run must share: the method and its fields, say.
     """
 
     def __init__(
@@ -104,9 +106,10 @@ class Run:
         config: TrainConfig,
         pad_id: int = 0,
         folder: Path | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.examples, self.validation = model, examples, validation
-        self.config, self.pad_id = config, pad_id
+        self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / "checkpoints" if folder else None
         self.total = total_steps(len(examples), config)
         self.optimizer = optim.AdamW(
@@ -122,7 +125,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        return fixed | {"examples": len(self.examples)}
+        return fixed | {"examples": len(self.examples), "data": _digest(self.examples), **self.identity}
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step; None without a folder."""
@@ -228,3 +231,9 @@ class Run:
 
     def _loss(self, batch: Any) -> mx.array:
         return loss_sum(self.model, batch, head=self._head)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """The examples in a few letters, so that a run does not resume on other data."""
+    text = ";".join(f"{example.start}:{example.ids}" for example in examples)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

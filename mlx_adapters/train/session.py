@@ -97,7 +97,18 @@ def prepare(
     trainable, parameters = adapter.count(loaded.model)
     output.mkdir(parents=True, exist_ok=True)
     run = Run(
-        loaded.model, training, validation, config=config, pad_id=_pad_id(loaded.tokenizer), folder=output
+        loaded.model,
+        training,
+        validation,
+        config=config,
+        pad_id=_pad_id(loaded.tokenizer),
+        folder=output,
+        identity={
+            "method": method,
+            "fields": asdict(method_config),
+            "template": template,
+            "loss_on": config.loss_on,
+        },
     )
     if resume:
         run.resume(warn)
