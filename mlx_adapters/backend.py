@@ -77,7 +77,8 @@ def load_fast_blas() -> None:
         try:
             _status = _load(wish)
         except Exception as error:  # a slow BLAS is better than no program
-            _status = Blas("reference", None, f"{type(error).__name__}: {error}", _INSTALL)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            _status = Blas("reference", None, reason, _remedy(wish, error))
 
 
 def _load(wish: str) -> Blas:
@@ -89,18 +90,36 @@ def _load(wish: str) -> Blas:
         return Blas("reference", None, "scipy-openblas32 is not installed", _INSTALL)
     source = next((Path(spec.origin).parent / "lib").glob("libscipy_openblas*.so"))
     copy = _cached(source)
-    if not copy.exists():
+    # A copy that does not load was damaged after it was written: build it again.
+    fresh = not copy.exists()
+    if fresh:
         _rename_symbols(source, copy)
-    _check(ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL))
+    try:
+        library = ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        if fresh:
+            raise
+        _rename_symbols(source, copy)
+        library = ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
+    _check(library)
     return Blas("OpenBLAS", str(copy), "scipy-openblas32", None)
+
+
+def _remedy(wish: str, error: Exception) -> str:
+    if wish:
+        return "correct MLX_ADAPTERS_BLAS or unset it"
+    if isinstance(error, OSError) and error.filename is not None:
+        return "set XDG_CACHE_HOME to a folder that can be written"
+    return _INSTALL
 
 
 def _cached(source: Path) -> Path:
     # Size and time of the installed file stand for its content: hashing 25 MB at every start would cost more
     # than loading it.
     facts = source.stat()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-adapters"
-    return cache / f"openblas-{facts.st_size:x}-{facts.st_mtime_ns:x}.so"
+    wished = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = wished if wished.is_absolute() else Path.home() / ".cache"  # the XDG specification's rule
+    return cache / "mlx-adapters" / f"openblas-{facts.st_size:x}-{facts.st_mtime_ns:x}.so"
 
 
 def _rename_symbols(source: Path, copy: Path) -> None:
