@@ -6,6 +6,7 @@ codes go into MLX's packing without loss; groups of 16 (Q2_K, Q3_K, Q6_K) MLX do
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 __all__ = ["BLOCKS", "MLX_GROUP", "Block", "Groups", "dense", "packed"]
 
 MLX_GROUP = 32
-_Bytes = NDArray[np.uint8]
+_Bytes = NDArray[Any]  # uint8 throughout; numpy's stubs take `bytes & 15` for a signed array
 _Floats = NDArray[np.float32]
 _Decoded = tuple[_Bytes, _Floats, _Floats]
+_TWO_BITS = np.array([0, 2, 4, 6], dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Groups:
     @property
     def group(self) -> int:
         """How many values share one scale."""
-        return self.codes.shape[-1] // self.scales.shape[-1]
+        return int(self.codes.shape[-1] // self.scales.shape[-1])
 
     def rows(self, order: NDArray[np.int64]) -> "Groups":
         """The same matrix with its rows in another order."""
@@ -138,7 +140,7 @@ def _q5_k(blocks: _Bytes) -> _Decoded:
 
 def _pairs(data: _Bytes) -> _Bytes:
     """[n, 2, 32] bytes to [n, 2, 4, 32] two-bit values, lowest pair first."""
-    return data[:, :, None, :] >> np.array([0, 2, 4, 6], dtype=np.uint8)[None, None, :, None] & 3
+    return data[:, :, None, :] >> _TWO_BITS[None, None, :, None] & 3
 
 
 def _q6_k(blocks: _Bytes) -> _Decoded:
@@ -158,7 +160,7 @@ def _q3_k(blocks: _Bytes) -> _Decoded:
     shifts = np.arange(8, dtype=np.uint8)[None, :, None]
     high = (blocks[:, None, :32] >> shifts & 1).reshape(-1, 2, 4, 32)
     codes = _pairs(blocks[:, 32:96].reshape(-1, 2, 32)) | (high << 2)
-    upper = blocks[:, None, 104:108] >> np.array([0, 2, 4, 6], dtype=np.uint8)[None, :, None] & 3
+    upper = blocks[:, None, 104:108] >> _TWO_BITS[None, :, None] & 3
     six = _nibbles(blocks[:, 96:104]) | (upper.reshape(-1, 16) << 4)
     scales = _float(blocks, 108) * (six.astype(np.float32) - 32)
     return codes, scales, -4 * scales

@@ -62,7 +62,7 @@ class _Cursor:
     """Reads forward and refuses to leave the file."""
 
     def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
-        self.path, self.view, self.at = path, memoryview(data), 0
+        self.path, self.view, self.at = path, memoryview(data.data), 0
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: is truncated or damaged ({what}); download it again")

@@ -1,7 +1,7 @@
 """Read PyTorch's `.bin` checkpoints without torch and without running what the pickle asks for.
 
-A pickle may name any function to call. This reader knows four names plus the storage types, gives each its own
-harmless stand-in, and refuses every other name before anything is called.
+A pickle may name any function to call. This reader knows OrderedDict, two functions of torch and its storage
+types, puts its own harmless ones in the place of torch's, and refuses every other name before a call.
 """
 
 import pickle
@@ -58,7 +58,7 @@ def _no_archive(path: Path) -> CheckpointError | UnsupportedError:
         start = stream.read(2)
     if start == b"\x80\x02":  # a bare pickle
         return UnsupportedError(
-            f"{path}: was written by PyTorch before 1.6, which is not read. Load and save it once with a newer one"
+            f"{path}: was written by PyTorch before 1.6, which is not read. Save it again with a newer one"
         )
     return CheckpointError(f"{path}: is truncated or no PyTorch checkpoint; download it again")
 
