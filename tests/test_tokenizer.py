@@ -39,7 +39,7 @@ def train(folder: Path, kind: str, **options: object) -> sentencepiece.SentenceP
     source = random.Random(0)
     lines = [" ".join(source.choices(WORDS, k=12)) for _ in range(400)]
     settings = {
-        "vocab_size": 340 if kind == "bpe" else 310,
+        "vocab_size": 340 if kind == "bpe" else 295,
         "byte_fallback": True,
         "minloglevel": 5,
         **options,
