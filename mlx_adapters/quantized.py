@@ -19,10 +19,15 @@ __all__ = ["FEW_ROWS", "QuantizedEmbedding", "QuantizedLinear", "dequantize", "d
 FEW_ROWS = 4
 
 
-def dequantize(layer: Any) -> mx.array:
-    """The weight [out, in] of a quantized linear layer or embedding, in its scales' precision."""
+def dequantize(layer: Any, *, after: mx.array | None = None) -> mx.array:
+    """The weight [out, in] of a quantized linear layer or embedding, in float32.
+
+    It depends on nothing but constants, so MLX would write out many layers at once, ahead of their use: all
+    sixteen of a stack of sixteen were alive together. `after` makes it wait for the array it is used with.
+    """
+    weight = layer.weight if after is None else mx.depends([layer.weight], [after])[0]
     return mx.dequantize(
-        layer.weight,
+        weight,
         layer.scales,
         layer.get("biases"),
         group_size=layer.group_size,
@@ -37,11 +42,11 @@ def dequantized_matmul(layer: Any, x: mx.array) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ dequantize(layer).T
+        return x @ dequantize(layer, after=x).T
 
     @product.vjp
     def gradient(primals: Any, cotangent: mx.array, output: Any) -> mx.array:
-        return cotangent @ dequantize(layer)
+        return cotangent @ dequantize(layer, after=cotangent)
 
     y: mx.array = product(x)  # type: ignore[assignment]
     return y
