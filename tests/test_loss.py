@@ -1,0 +1,164 @@
+"""The loss over supervised targets: against a plain float64 computation, and what the head split refuses."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma2, gpt2, llama
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.data.batches import Batch, pad
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.train.loss import loss_sum, split_head, targets
+
+VOCAB = 48
+
+
+def make(*, tied: bool = False, layers: int = 2) -> Any:
+    """A random llama with LoRA whose update is not zero."""
+    mx.random.seed(0)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=32,
+        num_hidden_layers=layers,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+    )
+    model = llama.Model(args)
+    adapter.attach(model, "lora", methods.make_config("lora", {"rank": 4}), base={"model_type": "llama"})
+    for layer in adapter.layers(model).values():
+        layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.3
+    mx.eval(model.parameters())
+    return model
+
+
+def batch(seed: int = 0, rows: int = 5) -> Batch:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 20, rows)
+    return pad([Example(list(map(int, rng.integers(3, VOCAB, n))), int(n) // 2) for n in lengths], pad_id=0)
+
+
+def plain(model: Any, given: Batch) -> float:
+    """The definition, in numpy and float64, target by target."""
+    logits = np.array(model(mx.array(given.ids))).astype(np.float64)
+    total = 0.0
+    for row, column in zip(*np.nonzero(given.mask), strict=True):
+        scores = logits[row, column - 1]
+        largest = scores.max()
+        log_sum = largest + np.log(np.exp(scores - largest).sum())
+        total += log_sum - scores[given.ids[row, column]]
+    return float(total)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_value_is_the_definition(tied: bool) -> None:
+    model, given = make(tied=tied), batch()
+    head = split_head(model)
+    assert head is not None, "a llama has a backbone and a head"
+    wanted = plain(model, given)
+    assert loss_sum(model, targets(given), head=head).item() == pytest.approx(wanted, rel=1e-5)
+    assert loss_sum(model, targets(given), head=None).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def gradients(model: Any, given: Batch, head: Any) -> dict[str, np.ndarray]:
+    grads = nn.value_and_grad(model, lambda: loss_sum(model, targets(given), head=head))()[1]
+    return {name: np.array(array) for name, array in tree_flatten(grads)}
+
+
+def test_gradient_is_the_same_with_and_without_the_split() -> None:
+    model, given = make(), batch()
+    split, whole = gradients(model, given, split_head(model)), gradients(model, given, None)
+    assert set(split) == set(whole)
+    for name in whole:
+        np.testing.assert_allclose(split[name], whole[name], atol=1e-4 * np.abs(whole[name]).max())
+
+
+def test_gradient_agrees_with_finite_differences() -> None:
+    model, given = make(layers=1), batch()
+    layer = next(iter(adapter.layers(model).values()))
+    path = next(iter(adapter.layers(model)))
+    gradient = gradients(model, given, split_head(model))[f"{path}.lora_a"]
+    direction = mx.random.normal(layer.lora_a.shape)
+    start, width = layer.lora_a, 1e-2
+    values = []
+    for sign in (1, -1):
+        layer.lora_a = start + sign * width * direction
+        values.append(plain(model, given))
+    slope = (values[0] - values[1]) / (2 * width)
+    assert float((gradient * np.array(direction)).sum()) == pytest.approx(slope, rel=1e-2)
+
+
+def test_rows_and_padding_beyond_the_mask_do_not_matter() -> None:
+    model, given = make(), batch()
+    wider = np.pad(given.ids, ((0, 1), (0, 8)), constant_values=7)
+    mask = np.pad(given.mask, ((0, 1), (0, 8)))
+    other = Batch(wider, mask, given.tokens, given.targets)
+    head = split_head(model)
+    ours = loss_sum(model, targets(other), head=head).item()
+    assert ours == pytest.approx(loss_sum(model, targets(given), head=head).item(), rel=1e-5)
+
+
+def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
+    """0/0 in mlx-lm: one such batch turns every weight to NaN."""
+    model, given = make(), batch()
+    empty = Batch(given.ids, np.zeros_like(given.mask), given.tokens, 0)
+    assert loss_sum(model, targets(empty), head=split_head(model)).item() == 0
+    for array in gradients(model, empty, split_head(model)).values():
+        assert not array.any()
+
+
+def test_logits_only_where_something_is_predicted() -> None:
+    """The head sees the targets (rounded up), not rows x time."""
+    model, given = make(), batch(rows=40)
+    head = split_head(model)
+    assert head is not None
+    seen = []
+
+    def watching(hidden: mx.array) -> mx.array:
+        seen.append(hidden.shape[0])
+        return head[1](hidden)
+
+    loss_sum(model, targets(given), head=(head[0], watching))
+    assert given.targets <= seen[0] < given.targets + 64
+    assert seen[0] < given.ids.size
+
+
+def test_a_soft_capped_head_is_not_split() -> None:
+    args = gemma2.ModelArgs(
+        model_type="gemma2",
+        hidden_size=32,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=4,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCAB,
+        num_key_value_heads=2,
+        final_logit_softcapping=3.0,
+    )
+    model, given = gemma2.Model(args), batch()
+    assert split_head(model) is None
+    assert loss_sum(model, targets(given), head=None).item() == pytest.approx(plain(model, given), rel=1e-5)
+
+
+def test_another_family_is_split_or_right_without() -> None:
+    args = gpt2.ModelArgs(
+        model_type="gpt2",
+        n_ctx=64,
+        n_embd=32,
+        n_head=4,
+        n_layer=1,
+        n_positions=64,
+        layer_norm_epsilon=1e-5,
+        vocab_size=VOCAB,
+    )
+    model, given = gpt2.Model(args), batch()
+    value = loss_sum(model, targets(given), head=split_head(model)).item()
+    assert value == pytest.approx(plain(model, given), rel=1e-5)
