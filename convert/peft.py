@@ -17,7 +17,7 @@ import numpy as np
 from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert.files import writing
-from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
 
 __all__ = ["Exported", "Verdict", "export", "verify"]
@@ -108,7 +108,8 @@ def verify(folder: Path, model: Path | str) -> Verdict:
         loaded.model.eval()
         ours = [_logits(loaded.model, ids) for ids in prompts]
         greedy = [_greedy(loaded.model, ids) for ids in prompts]
-        return _compare(copy, base, prompts, plain, ours, greedy)
+        with quiet_transformers():
+            return _compare(copy, base, prompts, plain, ours, greedy)
 
 
 def _compare(

@@ -7,6 +7,9 @@ back here, and GPT-2's Conv1D weights transposed back.
 
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,26 @@ from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
 
-__all__ = ["dequantized_weights", "write_transformers"]
+__all__ = ["dequantized_weights", "quiet_transformers", "write_transformers"]
 
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and notes on its own future: the caller reports what it finds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
 from mlx_adapters.errors import UnsupportedError
 
 __all__ = ["Verdict", "verify_model"]
@@ -55,7 +55,8 @@ def verify_model(src: Path | str, dst: Path) -> Verdict:
     loaded.model.eval()
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
     ours = [np.array(loaded.model(mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
-    source = _source_logits(src, prompts)
+    with quiet_transformers():
+        source = _source_logits(src, prompts)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, source, strict=True))
     agreement = same / sum(map(len, prompts))
     lossless = _max_diff(ours, source) <= _bound(source) or not _may_round(src, dst)

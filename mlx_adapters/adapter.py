@@ -95,12 +95,15 @@ def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
 def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
     """The `adapter_config.json` that PEFT reads."""
     module = methods.get(meta.method)
+    fields = module.to_peft(module.Config(**meta.config))
+    if "fan_in_fan_out" in fields:
+        fields["fan_in_fan_out"] = sites.sites(meta.base["model_type"], model).conv1d
     return {
         "peft_type": module.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": meta.base.get("_name_or_path") or meta.base.get("path", ""),
         "inference_mode": True,
-        **module.to_peft(module.Config(**meta.config)),
+        **fields,
         "target_modules": _target_modules(model, meta.base["model_type"]),
     }
 

@@ -18,13 +18,15 @@ __all__ = ["TABLE", "Sites", "from_hf", "layer_index", "linears", "sites", "to_h
 class Sites:
     """The linear layers of one architecture, by the last part of their names.
 
-    `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used.
+    `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used. `conv1d`: the
+    checkpoint's linear layers are transposed, which PEFT wants to be told.
     """
 
     attn: tuple[str, ...]
     mlp: tuple[str, ...]
     lora: tuple[str, ...]
     rename: tuple[tuple[str, str], ...] = ()
+    conv1d: bool = False
 
 
 _LLAMA = Sites(
@@ -56,6 +58,7 @@ TABLE: dict[str, Sites] = {
         mlp=("mlp.c_fc", "mlp.c_proj"),
         lora=("c_attn",),
         rename=(("model.", "transformer."),),
+        conv1d=True,
     ),
     "gptj": Sites(
         attn=("q_proj", "k_proj", "v_proj", "out_proj"),
