@@ -54,7 +54,8 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from mlx_adapters.cli.app import app; "
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
-        "print([m for m in ('mlx.core', 'transformers', 'torch', 'datasets', 'matplotlib') if m in sys.modules])"
+        "heavy = ('mlx.core', 'transformers', 'torch', 'datasets', 'matplotlib'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
