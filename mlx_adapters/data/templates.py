@@ -95,5 +95,10 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
         raise ConfigError(
             "this tokenizer has no chat template: use --template alpaca or plain, or data without messages"
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # many templates refuse roles, or an order of them
+        raise DataError(f"the tokenizer's chat template refuses these messages ({error})") from None
     return text

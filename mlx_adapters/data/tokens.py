@@ -23,7 +23,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples, and what the cutoff did: `truncated` lost their end, `dropped` had nothing left to learn."""
+    """Examples, and what the cutoff did: `truncated` lost their end (at least the end token), `dropped`
+    had nothing left to learn."""
 
     examples: list[Example]
     truncated: int
@@ -73,15 +74,19 @@ def encode(
 def _example(
     prompt: str, completion: str, tokenizer: Any, cutoff: int, loss_on: str
 ) -> tuple[Example | None, bool]:
-    before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(tokenizer)
+    before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(completion, tokenizer)
     ids = [*before, *tokenizer.encode(completion, add_special_tokens=False)]
+    if len(ids) == len(before) or ids[-1] != tokenizer.eos_token_id:  # the text may bring its own
+        ids.append(tokenizer.eos_token_id)
     cut = len(ids) > cutoff
-    ids = ids[:cutoff] if cut or len(ids) == cutoff else [*ids, tokenizer.eos_token_id]
+    ids = ids[:cutoff]
     start = max(1, len(before) if loss_on == "completion" else 1)
     return (Example(ids, start) if start < len(ids) else None), cut
 
 
-def _start(tokenizer: Any) -> list[int]:
-    """The start token where the tokenizer writes one by itself."""
+def _start(text: str, tokenizer: Any) -> list[int]:
+    """The start token, where the tokenizer writes one by itself and `text` does not."""
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        return []
     ids = list(tokenizer.encode("", add_special_tokens=True))
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
