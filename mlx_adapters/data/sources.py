@@ -51,7 +51,8 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
         raise DataError(
             f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id"
         )
-    return _checked(list(enumerate(_from_hub(source, split))), f"{source} ({split})")
+    rows = [(f"row {index}", row) for index, row in enumerate(_from_hub(source, split))]
+    return _checked(rows, f"{source} ({split})")
 
 
 def _in_folder(folder: Path, split: str) -> Path:
@@ -65,8 +66,8 @@ def _in_folder(folder: Path, split: str) -> Path:
     return files[0]
 
 
-def _read(file: Path) -> Iterator[tuple[str | int, Any]]:
-    """(where, row) of each row: a line number in JSONL, an index in a JSON list."""
+def _read(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row: its line in JSONL, its index in a JSON list."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,8 +78,8 @@ def _read(file: Path) -> Iterator[tuple[str | int, Any]]:
         try:
             rows = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{file}: is not a JSON list ({error})") from None
-        yield from enumerate(rows)
+            raise DataError(f"{file}:{_line(error)}: is not JSON ({_why(error)}), in a list") from None
+        yield from ((f"row {index}", row) for index, row in enumerate(rows))
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -86,19 +87,29 @@ def _read(file: Path) -> Iterator[tuple[str | int, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except ValueError as error:
-            raise DataError(f"{file}:{number}: is not JSON ({error}). Each line must be one object") from None
+            why = _why(error)
+            raise DataError(f"{file}:{number}: is not JSON ({why}). Each line must be one object") from None
 
 
-def _checked(rows: list[tuple[str | int, Any]], origin: str) -> Rows:
+def _line(error: ValueError) -> int:
+    return error.lineno if isinstance(error, json.JSONDecodeError) else 1
+
+
+def _why(error: ValueError) -> str:
+    """Without json's own line number, which counts within the one line it was given."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _checked(rows: list[tuple[str, Any]], origin: str) -> Rows:
     if not rows:
         raise DataError(f"{origin}: has no rows")
     fmt = _detect(rows[0][1], rows[0][0], origin)
     for where, row in rows:
-        _check_row(row, fmt, f"{origin}: {where if isinstance(where, str) else f'row {where}'}")
+        _check_row(row, fmt, f"{origin}: {where}")
     return Rows([row for _, row in rows], fmt, origin)
 
 
-def _detect(row: Any, where: str | int, origin: str) -> str:
+def _detect(row: Any, where: str, origin: str) -> str:
     if isinstance(row, dict):
         for name, fields in FORMATS.items():
             if all(field in row for field in fields):
@@ -116,10 +127,19 @@ def _check_row(row: Any, fmt: str, where: str) -> None:
             raise DataError(f"{where}: field {field!r} is missing, though the first row is of the form {fmt}")
         if fmt == "messages":
             _check_messages(row[field], where)
-        elif not isinstance(row[field], str):
-            raise DataError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text")
-    if not isinstance(row.get("input") or "", str):
-        raise DataError(f"{where}: field 'input' is {type(row['input']).__name__}, not text")
+        else:
+            _check_text(row[field], field, where)
+    if fmt == "instruction":
+        _check_text(row.get("input") or "", "input", where)
+
+
+def _check_text(value: Any, field: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {field!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
+        raise DataError(f"{where}: field {field!r} holds a broken character (a lone surrogate)") from None
 
 
 def _check_messages(turns: Any, where: str) -> None:
@@ -131,6 +151,8 @@ def _check_messages(turns: Any, where: str) -> None:
         raise DataError(
             f"{where}: field 'messages' must be a list of objects with 'role' and 'content' texts"
         )
+    for turn in turns:
+        _check_text(turn["content"], "content", where)
 
 
 def _from_hub(source: str, split: str) -> list[Any]:
