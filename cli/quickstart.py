@@ -25,7 +25,7 @@ _METHOD = {"rank": "8", "alpha": "16", "targets": "all-linear"}
 def command(
     dir: Annotated[Path, typer.Option(help="new folder for everything it writes")] = Path("quickstart"),
     model: Annotated[str | None, typer.Option(help="hub id or folder instead of the embedded model")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="training steps of 8 rows")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of 8 rows")] = 45,
     seed: Annotated[int, typer.Option(help="seed of data, initialisation and order")] = 0,
 ) -> None:
     """Convert a small model, measure it, train LoRA, measure again, export to PEFT, verify."""
@@ -118,7 +118,8 @@ def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
         warmup=min(10, steps),
         template="alpaca",
         seed=seed,
-        validation=40,
+        validation=16,
+        validate_every=steps,
     )
     session = prepare(loaded, rows, method="lora", fields=_METHOD, config=config, output=folder)
     train.describe(session)

@@ -226,7 +226,7 @@ def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
     return f"""{front}# {meta.method} adapter for {base}
 
 Trained with mlx-adapters on Apple MLX; the files are PEFT's.
-The prompt template was `{meta.template or "unknown"}`.
+The prompt template was `{meta.template or "unknown"}`.{_precision(meta)}
 
 | setting | value |
 |---|---|
@@ -248,3 +248,12 @@ model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")
 mlx-adapters generate MODEL --adapter PATH/OF/THIS/FOLDER --prompt "..."
 ```
 """
+
+
+def _precision(meta: adapter.AdapterMeta) -> str:
+    if not (quantization := meta.base.get("quantization")):
+        return ""
+    return (
+        f"\nThe base was quantized while training ({quantization.get('bits')} bits): on a full-precision "
+        "base the outputs differ by what that rounding changed."
+    )

@@ -109,7 +109,11 @@ def describe(loaded: Loaded) -> dict[str, Any]:
     config = loaded.config
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path")
     described = {key: config[key] for key in keys if config.get(key) is not None}
-    described["path"] = str(loaded.path)
+    if quantization := config.get("quantization"):
+        described["quantization"] = {
+            k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization
+        }
+    described["path"] = str(loaded.path.resolve())
     return described
 
 

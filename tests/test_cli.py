@@ -293,3 +293,19 @@ def test_quickstart_gains_thirty_points_in_six_minutes(tmp_path: Path) -> None:
     assert time.monotonic() - start < 360
     gain = float(said.partition("Gain: ")[2].split()[0])
     assert gain >= 30
+
+
+def test_the_example_run_files_name_only_what_exists() -> None:
+    import dataclasses
+
+    from mlx_adapters import methods
+    from mlx_adapters.cli.options import read_yaml
+    from mlx_adapters.train.config import TrainConfig
+
+    training = {field.name for field in dataclasses.fields(TrainConfig)}
+    files = list((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    assert files
+    for file in files:
+        run = read_yaml(file, {"model", "data", "output", "method", "set", *training})
+        methods.make_config(run["method"], run["set"])
+        TrainConfig(**{name: value for name, value in run.items() if name in training})

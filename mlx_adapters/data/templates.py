@@ -54,6 +54,8 @@ def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> t
     prompt. Raises DataError where the row does not fit the template.
     """
     if fmt == "text":
+        if template != "plain":
+            raise DataError(f"rows of text have no prompt to put into the template {template!r}: use plain")
         return "", row["text"]
     if fmt == "instruction":
         prompt = prompt_for(
