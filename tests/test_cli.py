@@ -279,7 +279,7 @@ def test_quickstart_runs_the_whole_way(model: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quickstart, "_has_torch", lambda: False)
     result = cli("quickstart", "--model", model, "--dir", tmp_path / "q", "--steps", 2)
     assert {"model", "adapter", "peft"} <= {path.name for path in (tmp_path / "q").iterdir()}
-    assert "/150" in result.stdout
+    assert "/100" in result.stdout
     assert "Gain: " in result.stdout
     assert "Not verified in PyTorch" in result.stdout
     assert "mlx-adapters generate" in result.stdout
