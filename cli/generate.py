@@ -30,6 +30,7 @@ def command(
     from mlx_adapters import model as models
     from mlx_adapters.data.templates import prompt_for
     from mlx_adapters.data.tokens import prompt_ids
+    from mlx_adapters.virtual import start_cache, with_virtual
 
     loaded = models.load(model, answering=True)
     meta = adapters.load(loaded, adapter) if adapter else None
@@ -44,9 +45,10 @@ def command(
     for piece in stream_generate(
         loaded.model,
         loaded.tokenizer,
-        ids,
+        with_virtual(loaded.model, ids),
         max_tokens=max_tokens,
         sampler=make_sampler(temp=temperature),
+        prompt_cache=start_cache(loaded.model),
     ):
         typer.echo(piece.text, nl=False)
     typer.echo()

@@ -19,6 +19,7 @@ from mlx_adapters import model as models
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
+from mlx_adapters.virtual import forward, start_cache, with_virtual
 
 __all__ = ["Exported", "Verdict", "export", "verify"]
 
@@ -155,13 +156,14 @@ def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
 
 
 def _logits(model: Any, ids: list[int]) -> np.ndarray:
-    return np.array(model(mx.array([ids]))[0].astype(mx.float32))
+    return np.array(forward(model, mx.array([ids]))[0].astype(mx.float32))
 
 
 def _greedy(model: Any, ids: list[int]) -> list[int]:
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache, chunk, chosen = make_prompt_cache(model), ids, []
+    cache = start_cache(model) or make_prompt_cache(model)
+    chunk, chosen = with_virtual(model, ids), list[int]()
     for _ in range(_NEW_TOKENS):
         chosen.append(_int(mx.argmax(model(mx.array([chunk]), cache=cache)[0, -1])))
         chunk = chosen[-1:]

@@ -54,10 +54,7 @@ def attach(model: nn.Module, method: str, config: Any, *, base: dict[str, Any]) 
 
     Afterwards `model.trainable_parameters()` is exactly the adapter. Raises ConfigError when nothing matches.
     """
-    module = methods.get(method)
-    paths: list[str] = module.targets(model, base["model_type"], config)
-    _wrap(model, module, dict.fromkeys(paths, config))
-    return paths
+    return _place(model, method, base["model_type"], config, None)
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -87,8 +84,10 @@ def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
     """The adapter's arrays under PEFT's names."""
     named = {}
     for path, layer in layers(model).items():
-        for attribute, array in _own(layer).items():
-            named[f"{_PREFIX}{sites.to_hf(path, model_type)}.{layer.TENSORS[attribute]}"] = array
+        for attribute, array in layer.tensors().items():
+            named[_key(path, layer, layer.TENSORS[attribute], model_type)] = array
+        for attribute, name in layer.SHARED.items():
+            named[name] = layer[attribute]
     return named
 
 
@@ -104,7 +103,7 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
         "base_model_name_or_path": meta.base.get("_name_or_path") or meta.base.get("path", ""),
         "inference_mode": True,
         **fields,
-        "target_modules": _target_modules(model, meta.base["model_type"]),
+        **_target_modules(model, meta.base["model_type"]),
     }
 
 
@@ -132,7 +131,7 @@ def read_meta(folder: Path) -> AdapterMeta:
     if not isinstance(fields.get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
     try:
-        method = methods.by_peft_type(fields["peft_type"])
+        method = methods.by_peft_fields(fields)
         config = methods.get(method).from_peft(fields)
     except AdapterError as error:
         raise AdapterError(f"{folder / CONFIG}: {error}") from None
@@ -162,80 +161,113 @@ def load(loaded: Loaded, folder: Path) -> AdapterMeta:
         raise AdapterError(
             f"{folder}: was trained on a {trained_on} model, but {loaded.path} is a {model_type} model"
         )
-    module = methods.get(meta.method)
-    config = module.Config(**meta.config)
-    grouped = _by_layer(arrays, module.Layer.TENSORS, model_type, folder)
-    known = sites.linears(loaded.model)
-    if strange := [path for path in grouped if path not in known]:
+    config = methods.config_class(meta.method)(**meta.config)
+    grouped, shared = _by_layer(arrays, meta.method, model_type, folder)
+    present = {path for path, _ in loaded.model.named_modules()}
+    if strange := [path for path in grouped if path and path not in present]:
         raise AdapterError(
             f"{folder / WEIGHTS}: {len(strange)} layers are not in {loaded.path}, e.g. {strange[0]}: "
             "this adapter belongs to another model"
         )
-    _wrap(loaded.model, module, dict.fromkeys(grouped, config))
+    paths = [path for path in grouped if path]
+    _place(loaded.model, meta.method, model_type, config, paths or None)
     for path, layer in layers(loaded.model).items():
-        _fill(layer, grouped[path], path, folder, loaded)
+        given = grouped.pop("" if layer.ROOTED else path, {})
+        _fill(layer, given, path, folder, loaded)
+        for attribute, name in layer.SHARED.items():
+            layer[attribute] = shared.get(name, layer[attribute])
+    if grouped:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {len(grouped)} layers are no targets of {meta.method} here, "
+            f"e.g. {next(iter(grouped))}"
+        )
     mx.eval(loaded.model.parameters())
     return AdapterMeta(**{**asdict(meta), "base": {**describe(loaded), **meta.base}})
 
 
-def _wrap(model: nn.Module, module: Any, configs: dict[str, Any]) -> None:
+def _place(model: nn.Module, method: str, model_type: str, config: Any, paths: list[str] | None) -> list[str]:
     if layers(model):
         raise AdapterError("the model carries an adapter already: load the base again first")
     model.freeze()
-    modules = dict(model.named_modules())
-    wrapped = [(path, module.wrap(modules[path], config)) for path, config in configs.items()]
-    model.update_modules(tree_unflatten(wrapped))
+    present = {path for path, _ in model.named_modules()}
+    placed = methods.place(method, model, model_type, config, paths)
+    # a layer that stands in no other's place (a prefix) is a new attribute of the model
+    for path in placed.keys() - present:
+        setattr(model, path, placed[path])
+    model.update_modules(tree_unflatten([(p, module) for p, module in placed.items() if p in present]))
+    return [path for path, module in placed.items() if isinstance(module, AdapterLayer)]
 
 
-def _own(layer: AdapterLayer) -> dict[str, mx.array]:
-    return {name: getattr(layer, name) for name in layer.TENSORS if name in layer}
+def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
+    return suffix if layer.ROOTED else f"{_PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
 def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, loaded: Loaded) -> None:
-    own = _own(layer)
+    own = layer.tensors()
     if missing := sorted(set(own) - set(given)):
         names = ", ".join(layer.TENSORS[name] for name in missing)
         raise AdapterError(f"{folder / WEIGHTS}: {path} has no {names}")
+    if strange := sorted(set(given) - set(own)):
+        names = ", ".join(layer.TENSORS[name] for name in strange)
+        raise AdapterError(f"{folder / WEIGHTS}: {path} has {names}, which its configuration does not")
     for name, array in given.items():
         if array.shape != own[name].shape:
             raise AdapterError(
                 f"{folder / WEIGHTS}: {path}.{layer.TENSORS[name]} has shape {list(array.shape)}, but "
                 f"{loaded.path} needs {list(own[name].shape)}: this adapter belongs to another model"
             )
-        setattr(layer, name, array.astype(mx.float32))
+    layer.fill({name: array.astype(mx.float32) for name, array in given.items()})
 
 
 def _by_layer(
-    arrays: dict[str, mx.array], table: dict[str, str], model_type: str, folder: Path
-) -> dict[str, dict[str, mx.array]]:
+    arrays: dict[str, mx.array], method: str, model_type: str, folder: Path
+) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
+    """({path: {attribute: array}}, {name of a shared tensor: array}); the path of a rooted layer is empty."""
+    classes = methods.layer_classes(method)
     grouped: dict[str, dict[str, mx.array]] = {}
-    strange = []
+    shared, strange = {}, []
     for key, array in arrays.items():
-        name = next((name for name, suffix in table.items() if key.endswith("." + suffix)), None)
-        if name is None or not key.startswith(_PREFIX):
+        if any(key in layer.SHARED.values() for layer in classes):
+            shared[key] = array.astype(mx.float32)
+        elif (found := _attribute(key, classes)) is None:
             strange.append(key)
-            continue
-        path = key[len(_PREFIX) : -len(table[name]) - 1]
-        grouped.setdefault(sites.from_hf(path, model_type), {})[name] = array
+        else:
+            path, attribute = found
+            grouped.setdefault(sites.from_hf(path, model_type), {})[attribute] = array
     if strange or not grouped:
         what = f"{len(strange)} unexpected tensors, e.g. {strange[0]}" if strange else "no tensors"
+        known = next(iter(classes[0].TENSORS.values()))
         raise AdapterError(
-            f"{folder / WEIGHTS}: {what}. Expected names like {_PREFIX}...{next(iter(table.values()))}"
+            f"{folder / WEIGHTS}: {what}. Expected names like "
+            f"{known if classes[0].ROOTED else f'{_PREFIX}...{known}'}"
         )
-    return grouped
+    return grouped, shared
 
 
-def _target_modules(model: nn.Module, model_type: str) -> list[str]:
+def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, str] | None:
+    """(Hugging Face path, attribute) of a tensor's name."""
+    for layer in classes:
+        for attribute, suffix in [*layer.TENSORS.items(), *layer.ALIASES.items()]:
+            if layer.ROOTED and key == suffix:
+                return "", attribute
+            if not layer.ROOTED and key.startswith(_PREFIX) and key.endswith("." + suffix):
+                return key[len(_PREFIX) : -len(suffix) - 1], attribute
+    return None
+
+
+def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
     """Last parts of names where they say exactly which layers are wrapped, whole paths where they do not."""
-    wrapped = set(layers(model))
+    wrapped = {path for path, layer in layers(model).items() if not layer.ROOTED}
+    if not wrapped:
+        return {}
     everything = {path.removesuffix(".base") for path in sites.linears(model)}
     short: set[str] = set()
     for path in wrapped:
         name = path.rpartition(".")[2]
         if any(other.endswith("." + name) and other not in wrapped for other in everything):
-            return sorted(sites.to_hf(path, model_type) for path in wrapped)
+            return {"target_modules": sorted(sites.to_hf(path, model_type) for path in wrapped)}
         short.add(name)
-    return sorted(short)
+    return {"target_modules": sorted(short)}
 
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:

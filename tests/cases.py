@@ -6,12 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Method:
-    """A method with the fields the tests use; `identity` says whether a fresh adapter is the base."""
+    """A method with the fields the tests use.
+
+    `identity`: a fresh adapter is the base. `refused`: architecture -> words of the refusal; on every other
+    architecture the method must work.
+    """
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     identity: bool = True
     mergeable: bool = True
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 METHODS = {
@@ -22,3 +27,22 @@ METHODS = {
 }
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gptj", "gpt_neox", "phi", "phi3")
+
+
+def pairs(*, mergeable: bool = False, peft: bool | None = None) -> list[tuple[str, str]]:
+    """(case, architecture) for every pair that must work."""
+    from mlx_adapters import methods
+
+    return [
+        (case, arch)
+        for case, method in METHODS.items()
+        for arch in ARCHITECTURES
+        if arch not in method.refused
+        and (method.mergeable or not mergeable)
+        and (peft is None or methods.in_peft(method.name) == peft)
+    ]
+
+
+def refusals() -> list[tuple[str, str]]:
+    """(case, architecture) for every pair that must be refused, with the reason in the row."""
+    return [(case, arch) for case, method in METHODS.items() for arch in method.refused]

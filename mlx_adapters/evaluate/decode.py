@@ -14,6 +14,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_adapters.errors import ConfigError, DataError
+from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["generate", "generate_ids"]
 
@@ -55,7 +56,7 @@ def generate_ids(
     training = model.training
     model.eval()  # adapter dropout would make answers random
     try:
-        rows = [list(prompts[index]) for index in order]
+        rows = [with_virtual(model, prompts[index]) for index in order]
         run = _batched if batch_size > 1 and _can_batch(model) else _one_by_one
         for position, ids in run(model, rows, stop=stop, max_tokens=max_tokens, batch_size=batch_size):
             yield order[position], ids
@@ -80,7 +81,9 @@ def _batched(
         prefill_batch_size=min(batch_size, 8),
     )
     try:
-        first = {uid: position for position, uid in enumerate(generator.insert(rows))}
+        # a prefix is a cache that starts full; each row needs its own, to grow by its own text
+        caches = [start_cache(model) for _ in rows] if start_cache(model) is not None else None
+        first = {uid: position for position, uid in enumerate(generator.insert(rows, caches=caches))}
         answers: list[list[int]] = [[] for _ in rows]
         left = len(rows)
         while left:
@@ -100,7 +103,10 @@ def _one_by_one(
 ) -> Iterator[tuple[int, list[int]]]:
     for position, row in enumerate(rows):
         answer: list[int] = []
-        for token, _ in generate_step(mx.array(row), model, max_tokens=max_tokens, sampler=_argmax):
+        steps = generate_step(
+            mx.array(row), model, max_tokens=max_tokens, sampler=_argmax, prompt_cache=start_cache(model)
+        )
+        for token, _ in steps:
             if int(token) in stop:
                 break
             answer.append(int(token))

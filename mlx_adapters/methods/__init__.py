@@ -1,7 +1,12 @@
 """The adapter methods: one file each, and the folder is the registry.
 
-A method's file defines `Config`, `Layer`, `targets`, `wrap`, `to_peft`, `from_peft` and `PEFT_TYPE`; nothing
-outside it knows the method. `register` adds one from outside the package.
+A method's file defines `Config`, `Layer`, `PEFT_TYPE`, `to_peft`, `from_peft`, and either `targets` and
+`wrap`, or `place` where the adapter is not one layer on each chosen linear layer. Nothing outside the file
+knows the method. `register` adds one from outside the package.
+
+Optional: `LAYERS`, the layer classes when there are more than `Layer`; `claims(fields)`, whether PEFT's
+configuration is this method's where several share a `PEFT_TYPE`; `IN_PEFT = False` where no PEFT release
+has the method (the file format is then ours or another project's).
 """
 
 import importlib
@@ -9,17 +14,32 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+import mlx.nn as nn
+
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.fields import parse_fields
+from mlx_adapters.methods.base import AdapterLayer, site_of
 
-__all__ = ["by_peft_type", "config_class", "get", "make_config", "names", "register"]
+__all__ = [
+    "by_peft_fields",
+    "config_class",
+    "get",
+    "in_peft",
+    "layer_classes",
+    "make_config",
+    "names",
+    "place",
+    "register",
+]
 
 _OUTSIDE: dict[str, ModuleType] = {}
+_SHARED = {"base", "bottleneck"}
+"""Files of the folder that are not methods but what several of them share."""
 
 
 def names() -> list[str]:
     """The known methods, sorted."""
-    inside = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
+    inside = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
     return sorted(inside | set(_OUTSIDE))
 
 
@@ -47,9 +67,38 @@ def make_config(name: str, settings: dict[str, Any]) -> Any:
     return parse_fields(config_class(name), settings, where=name)
 
 
-def by_peft_type(peft_type: str) -> str:
-    """The method that reads and writes PEFT's `peft_type`."""
-    known = {get(name).PEFT_TYPE: name for name in names()}
-    if peft_type not in known:
-        raise AdapterError(unknown("peft_type", peft_type, known))
-    return known[peft_type]
+def layer_classes(name: str) -> tuple[type[AdapterLayer], ...]:
+    """The layer classes of a method."""
+    module = get(name)
+    return getattr(module, "LAYERS", (module.Layer,))
+
+
+def in_peft(name: str) -> bool:
+    """Whether PEFT itself opens this method's folders."""
+    return getattr(get(name), "IN_PEFT", True)
+
+
+def place(
+    name: str, model: nn.Module, model_type: str, config: Any, paths: list[str] | None = None
+) -> dict[str, nn.Module]:
+    """What the method puts where, by path: adapter layers, and whatever else it needs in the tree.
+
+    `paths` are the layers that a saved adapter names; without them the configuration chooses.
+    """
+    module = get(name)
+    if hasattr(module, "place"):
+        placed: dict[str, nn.Module] = module.place(model, model_type, config, paths)
+        return placed
+    modules = dict(model.named_modules())
+    chosen = module.targets(model, model_type, config) if paths is None else paths
+    return {path: module.wrap(modules[path], config, site_of(path, model, model_type)) for path in chosen}
+
+
+def by_peft_fields(fields: dict[str, Any]) -> str:
+    """The method that reads and writes an `adapter_config.json`, by its `peft_type`."""
+    found = [name for name in names() if get(name).PEFT_TYPE == fields.get("peft_type")]
+    if not found:
+        known = {get(name).PEFT_TYPE for name in names()}
+        raise AdapterError(unknown("peft_type", str(fields.get("peft_type")), known))
+    claiming = [name for name in found if getattr(get(name), "claims", lambda fields: True)(fields)]
+    return claiming[0] if claiming else found[0]

@@ -5,32 +5,67 @@ frozen first and wrapped afterwards, so what the wrapper owns is what trains.
 """
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.models import sites as table
+from mlx_adapters.models.sites import Site
 
-__all__ = ["AdapterLayer", "dims", "plain_weight", "resolve_targets"]
+__all__ = [
+    "LINEARS",
+    "AdapterLayer",
+    "Site",
+    "dims",
+    "linear_like",
+    "plain_weight",
+    "resolve_targets",
+    "site_of",
+]
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
 class AdapterLayer(nn.Module):
     """A module that stands where `base` stood. Final methods live in the files of `methods/`.
 
-    `TENSORS` is the two-way table attribute -> PEFT tensor suffix; from it saving, loading, export and
-    import follow. The attributes have PEFT's layout already.
+    `TENSORS` is the two-way table attribute -> tensor suffix in the adapter file; from it saving, loading,
+    export and import follow. The attributes have the file's layout already. `ALIASES` holds other suffixes
+    that are read. `SHARED` is the same for arrays that all layers of an adapter share and that the file
+    holds once, under the name given; they do not train.
     """
 
     TENSORS: ClassVar[dict[str, str]]
+    ALIASES: ClassVar[dict[str, str]] = {}
+    SHARED: ClassVar[dict[str, str]] = {}
+    ROOTED: ClassVar[bool] = False
+    """Its suffixes are whole tensor names: at most one such layer stands in a model."""
     base: nn.Module
+
+    def tensors(self) -> dict[str, mx.array]:
+        """The arrays to save, by attribute of `TENSORS`."""
+        return {name: getattr(self, name) for name in self.TENSORS if name in self}
+
+    def fill(self, arrays: dict[str, mx.array]) -> None:
+        """Take saved arrays, of the shapes that `tensors()` has."""
+        for name, array in arrays.items():
+            setattr(self, name, array)
 
     def merge(self) -> nn.Module:
         """A linear layer equal to this one; ConfigError where the algebra does not allow it."""
         raise ConfigError(
             f"{type(self).__name__} cannot be merged into a linear layer: keep it as an adapter"
         )
+
+    def virtual_ids(self) -> list[int]:
+        """Token ids to stand in front of every row, which only this layer understands (prompt tuning)."""
+        return []
+
+    def start_cache(self, model: nn.Module, rows: int) -> list[Any] | None:
+        """A cache for `rows` rows that starts full (prefix tuning); None for an empty one."""
+        return None
 
 
 def dims(linear: nn.Module) -> tuple[int, int]:
@@ -55,14 +90,30 @@ def plain_weight(linear: nn.Module) -> mx.array:
     )
 
 
+def linear_like(base: nn.Module, weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
+    """A plain linear layer of `weight` [out, in], with `bias` or else the bias of `base`."""
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    merged.weight = weight
+    if bias is not None or "bias" in base:
+        merged.bias = base.bias if bias is None else bias
+    return merged
+
+
+def site_of(path: str, model: nn.Module, model_type: str) -> Site:
+    """Where `path` is in the architecture."""
+    row = table.sites(model_type, model)
+    return Site(path=path, model_type=model_type, side=table.side(path, row))
+
+
 def resolve_targets(
     model: nn.Module, model_type: str, *, targets: str, layers: str, default: str = "lora"
 ) -> list[str]:
     """Paths of the linear layers that `targets` and `layers` choose, in the order of the model.
 
-    `targets`: `default`, `attn`, `mlp`, `attn+mlp`, `all-linear`, names joined by commas, or `re:PATTERN`
-    (matched against the whole path). `layers`: `all`, `last:N`, or a range `A-B` counted from 0, ends
-    included. Raises ConfigError if any part matches nothing: a silent no-op would train nothing.
+    `targets`: `default` (the row of the table of sites named by the argument `default`), `attn`, `mlp`,
+    `attn+mlp`, `all-linear`, names joined by commas, or `re:PATTERN` (matched against the whole path).
+    `layers`: `all`, `last:N`, or a range `A-B` counted from 0, ends included. Raises ConfigError if any part
+    matches nothing: a silent no-op would train nothing.
     """
     linears = table.linears(model)
     chosen = _by_targets(linears, table.sites(model_type, model), targets, default, model_type)
@@ -90,18 +141,14 @@ def _by_targets(
     names: list[str] = []
     for part in re.split(r"[,+]", targets):
         names += roles.get(part.strip(), (part.strip(),))
-    missing = [name for name in names if not any(_ends(path, name) for path in linears)]
+    missing = [name for name in names if not any(table.matches(path, name) for path in linears)]
     if missing:
         known = sorted({path.rpartition(".")[2] for path in linears})
         raise ConfigError(
             f"targets {', '.join(map(repr, missing))} match no linear layer of this {model_type} model. "
             f"Known: attn, mlp, all-linear, {', '.join(known)}"
         )
-    return [path for path in linears if any(_ends(path, name) for name in names)]
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    return [path for path in linears if any(table.matches(path, name) for name in names)]
 
 
 def _layer_range(layers: str, present: set[int]) -> set[int]:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, dims, plain_weight, resolve_targets
+from mlx_adapters.methods.base import AdapterLayer, Site, dims, linear_like, plain_weight, resolve_targets
 
 PEFT_TYPE = "LORA"
 
@@ -68,12 +68,8 @@ class Layer(AdapterLayer):
 
     def merge(self) -> nn.Module:
         """A plain linear layer with the weight W + scale * B A, in float32."""
-        weight = plain_weight(self.base).astype(mx.float32) + self.scale * (self.lora_b @ self.lora_a)
-        merged = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in self.base)
-        merged.weight = weight
-        if "bias" in self.base:
-            merged.bias = self.base.bias
-        return merged
+        weight = plain_weight(self.base).astype(mx.float32)
+        return linear_like(self.base, weight + self.scale * (self.lora_b @ self.lora_a))
 
 
 def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
@@ -81,7 +77,7 @@ def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
     return resolve_targets(model, model_type, targets=config.targets, layers=config.layers, default="lora")
 
 
-def wrap(base: nn.Module, config: Config) -> Layer:
+def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
     """The layer that takes the place of `base`."""
     return Layer(base, rank=config.rank, scale=config.scale, dropout=config.dropout)
 

@@ -1,62 +1,124 @@
-"""Where an architecture's linear layers live: the table of sites.
+"""Where an architecture's layers live: the table of sites.
 
 A row names, per `model_type`, the linear layers by role, the default targets of the paper's methods
-(methods.md, "Defaults per architecture"), and how a path in MLX's module tree reads in the Hugging Face
-checkpoint (mlx-lm renames three of them). An architecture without a row is discovered: its linear layers
-are found in the tree and sorted into roles by the name of the module that holds them.
+(LLM-Adapters, arXiv 2304.01933), the norms before the two sublayers, and how a path in MLX's module tree
+reads in the Hugging Face checkpoint (mlx-lm renames three of them). An architecture without a row is
+discovered: its linear layers are found in the tree and sorted into roles by the names of the modules that
+hold them.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.nn as nn
 
-__all__ = ["TABLE", "Sites", "from_hf", "layer_index", "linears", "sites", "to_hf"]
+from mlx_adapters.errors import UnsupportedError
+
+__all__ = [
+    "TABLE",
+    "Site",
+    "Sites",
+    "embedding",
+    "from_hf",
+    "layer_index",
+    "linears",
+    "matches",
+    "side",
+    "sites",
+    "to_hf",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sites:
-    """The linear layers of one architecture, by the last part of their names.
+    """The layers of one architecture, by the last parts of their paths.
 
-    `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used. `conv1d`: the
-    checkpoint's linear layers are transposed, which PEFT wants to be told.
+    `attn` and `mlp` are all linear layers of a block's two sublayers, `attn_out` and `mlp_out` the last of
+    each: what they return is added to the residual stream. `pre_attn` and `pre_mlp` are the norms that read
+    the residual stream for them; None where the architecture has no such norm. `lora`, `parallel` and `ia3`
+    are default targets. `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used.
+    `conv1d`: the checkpoint's linear layers are transposed, which PEFT wants to be told.
     """
 
     attn: tuple[str, ...]
     mlp: tuple[str, ...]
     lora: tuple[str, ...]
+    parallel: tuple[str, ...]
+    ia3: tuple[str, ...]
+    attn_out: str
+    mlp_out: str
+    pre_attn: str | None = None
+    pre_mlp: str | None = None
     rename: tuple[tuple[str, str], ...] = ()
     conv1d: bool = False
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Default targets of the series adapter in its AdapterH form: every linear layer of the MLP."""
+        return self.mlp
+
+    @property
+    def series_p(self) -> tuple[str, ...]:
+        """Default targets of the series adapter in its AdapterP form: the MLP's last linear layer."""
+        return (self.mlp_out,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where an adapter is about to stand: `side` is `pre` for a layer into a sublayer, `post` out of it."""
+
+    path: str
+    model_type: str
+    side: str
 
 
 _LLAMA = Sites(
     attn=("q_proj", "k_proj", "v_proj", "o_proj"),
     mlp=("gate_proj", "up_proj", "down_proj"),
     lora=("q_proj", "v_proj"),
+    parallel=("q_proj", "k_proj", "v_proj"),
+    ia3=("k_proj", "v_proj", "down_proj"),
+    attn_out="o_proj",
+    mlp_out="down_proj",
+    pre_attn="input_layernorm",
+    pre_mlp="post_attention_layernorm",
 )
 
 TABLE: dict[str, Sites] = {
     **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "olmo2",
-            "smollm3",
-            "granite",
-        ),
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "granite"),
         _LLAMA,
     ),
-    "phi3": Sites(attn=("qkv_proj", "o_proj"), mlp=("gate_up_proj", "down_proj"), lora=("qkv_proj",)),
-    "phi": Sites(attn=("q_proj", "k_proj", "v_proj", "dense"), mlp=("fc1", "fc2"), lora=("q_proj", "v_proj")),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_LLAMA, pre_mlp="pre_feedforward_layernorm")),
+    "olmo2": replace(_LLAMA, pre_attn=None, pre_mlp=None),  # its norms come after the sublayers
+    "phi3": replace(
+        _LLAMA,
+        attn=("qkv_proj", "o_proj"),
+        mlp=("gate_up_proj", "down_proj"),
+        lora=("qkv_proj",),
+        parallel=("qkv_proj",),
+        ia3=("qkv_proj", "down_proj"),
+    ),
+    "phi": Sites(
+        attn=("q_proj", "k_proj", "v_proj", "dense"),
+        mlp=("fc1", "fc2"),
+        lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "v_proj", "fc2"),
+        attn_out="dense",
+        mlp_out="fc2",
+        pre_attn="input_layernorm",  # one norm serves both sublayers
+    ),
     "gpt2": Sites(
         attn=("attn.c_attn", "attn.c_proj"),
         mlp=("mlp.c_fc", "mlp.c_proj"),
         lora=("c_attn",),
+        parallel=("c_attn",),
+        ia3=("c_attn", "mlp.c_proj"),
+        attn_out="attn.c_proj",
+        mlp_out="mlp.c_proj",
+        pre_attn="ln_1",
+        pre_mlp="ln_2",
         rename=(("model.", "transformer."),),
         conv1d=True,
     ),
@@ -64,12 +126,23 @@ TABLE: dict[str, Sites] = {
         attn=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlp=("fc_in", "fc_out"),
         lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "v_proj", "fc_out"),
+        attn_out="out_proj",
+        mlp_out="fc_out",
+        pre_attn="ln_1",  # one norm serves both sublayers
         rename=(("model.", "transformer."),),
     ),
     "gpt_neox": Sites(
         attn=("query_key_value", "attention.dense"),
         mlp=("dense_h_to_4h", "dense_4h_to_h"),
         lora=("query_key_value",),
+        parallel=("query_key_value",),
+        ia3=("query_key_value", "dense_4h_to_h"),
+        attn_out="attention.dense",
+        mlp_out="dense_4h_to_h",
+        pre_attn="input_layernorm",
+        pre_mlp="post_attention_layernorm",
         rename=(
             ("model.h.", "gpt_neox.layers."),
             ("model.embed_out", "embed_out"),
@@ -78,6 +151,7 @@ TABLE: dict[str, Sites] = {
     ),
 }
 
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -94,6 +168,25 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 def sites(model_type: str, model: nn.Module) -> Sites:
     """The row of `model_type`, or one discovered from the module tree."""
     return TABLE.get(model_type) or _discover(model)
+
+
+def matches(path: str, name: str) -> bool:
+    """Whether `name`, a last part like `q_proj` or `mlp.c_proj`, names `path`."""
+    return path == name or path.endswith("." + name)
+
+
+def side(path: str, row: Sites) -> str:
+    """`post` for the last linear layer of a sublayer, `pre` for the others."""
+    return "post" if any(matches(path, name) for name in (row.attn_out, row.mlp_out)) else "pre"
+
+
+def embedding(model: nn.Module) -> str:
+    """The path of the token embedding; UnsupportedError where there is none of a known name."""
+    for path, module in model.named_modules():
+        known = path.rpartition(".")[2] in _EMBEDDINGS
+        if known and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            return path
+    raise UnsupportedError(f"no token embedding named {' or '.join(_EMBEDDINGS)} was found in this model")
 
 
 def layer_index(path: str) -> int | None:
@@ -127,7 +220,42 @@ def _discover(model: nn.Module) -> Sites:
         parent, _, name = path.rpartition(".")
         (attn if "att" in parent.rpartition(".")[2].lower() else mlp)[name] = None
     queries = tuple(n for n in attn if n in ("q_proj", "v_proj")) or tuple(attn)[:1] or tuple(mlp)
-    return Sites(attn=tuple(attn), mlp=tuple(mlp), lora=queries)
+    into = tuple(n for n in attn if n in ("q_proj", "k_proj", "v_proj")) or queries
+    attn_out, mlp_out = _last(tuple(attn)), _last(tuple(mlp))
+    ia3 = tuple(n for n in attn if n in ("k_proj", "v_proj")) or queries
+    return Sites(
+        attn=tuple(attn),
+        mlp=tuple(mlp),
+        lora=queries,
+        parallel=into,
+        ia3=(*ia3, mlp_out) if mlp_out else ia3,
+        attn_out=attn_out,
+        mlp_out=mlp_out,
+        pre_attn="input_layernorm" if _has(model, "input_layernorm") else None,
+    )
+
+
+_OUTWARD = (
+    "o_proj",
+    "out_proj",
+    "dense",
+    "wo",
+    "c_proj",
+    "down_proj",
+    "fc2",
+    "w2",
+    "dense_4h_to_h",
+    "fc_out",
+)
+
+
+def _last(names: tuple[str, ...]) -> str:
+    """The layer out of a sublayer: by its usual name, else the last one."""
+    return next((name for name in names if name in _OUTWARD), names[-1] if names else "")
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(matches(path, name) for path, _ in model.named_modules())
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.virtual import forward
 
 __all__ = ["Targets", "loss_sum", "split_head", "targets"]
 
@@ -82,10 +83,10 @@ def loss_sum(model: nn.Module, batch: Targets, *, head: Head | None) -> mx.array
     inputs = batch.ids[:, :-1]
     if head is not None:
         backbone, project = head
-        hidden = backbone(inputs)
+        hidden = forward(model, inputs, backbone=backbone)
         logits = project(hidden.reshape(-1, hidden.shape[-1])[batch.positions])
     else:
-        logits = model(inputs)
+        logits = forward(model, inputs)
         logits = logits.reshape(-1, logits.shape[-1])[batch.positions]
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch.wanted)
     return (losses * batch.weight).sum()
