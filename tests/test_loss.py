@@ -12,7 +12,9 @@ from mlx_lm.models import gemma2, gpt2, llama
 from mlx_adapters import adapter, methods
 from mlx_adapters.data.batches import Batch, pad
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.train.loss import loss_sum, split_head, targets
+from mlx_adapters.methods.base import plain_weight
+from mlx_adapters.train import loss as losses
+from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
 
 VOCAB = 48
 
@@ -114,20 +116,92 @@ def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
         assert not array.any()
 
 
-def test_logits_only_where_something_is_predicted() -> None:
+def test_logits_only_where_something_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head sees the targets (rounded up), not rows x time."""
     model, given = make(), batch(rows=40)
     head = split_head(model)
     assert head is not None
     seen = []
+    real = losses._Frozen.project
 
-    def watching(hidden: mx.array) -> mx.array:
+    def watching(self: Any, hidden: mx.array) -> mx.array:
         seen.append(hidden.shape[0])
-        return head[1](hidden)
+        return real(self, hidden)
 
-    loss_sum(model, targets(given), head=(head[0], watching))
-    assert given.targets <= seen[0] < given.targets + 64
-    assert seen[0] < given.ids.size
+    monkeypatch.setattr(losses._Frozen, "project", watching)
+    loss_sum(model, targets(given), head=head)
+    assert given.targets <= sum(seen) < given.targets + 64
+    assert sum(seen) < given.ids.size
+
+
+def head_of(kind: str, vocab: int, width: int) -> nn.Module:
+    mx.random.seed(1)
+    if kind.startswith("tied"):
+        layer: nn.Module = nn.Embedding(vocab, width)
+        layer.weight = mx.random.normal(layer.weight.shape)
+    else:
+        layer = nn.Linear(width, vocab, bias="bias" in kind)
+    layer = layer.to_quantized(group_size=32, bits=4) if "4 bits" in kind else layer
+    layer.freeze()
+    return layer
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "bias", "tied", "linear in 4 bits", "bias in 4 bits", "tied in 4 bits"]
+)
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_chunked_loss_and_gradient_are_the_definition(
+    kind: str, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, also with logits so wide that most probabilities vanish.
+
+    1e-6 of the largest value, but float32 itself cannot do better than its rounding of the logits, which the
+    exponential turns into a relative error: eps * max|logit|.
+    """
+    monkeypatch.setattr(losses, "_CHUNK", 64)
+    layer = head_of(kind, 320, 32)
+    picked = targets(batch(seed=3, rows=40))
+    backbone = nn.Embedding(320, 32)
+    backbone.weight = mx.random.normal(backbone.weight.shape) * size
+    head = Head(backbone, layer)
+    assert head.frozen
+    value, slope = mx.value_and_grad(lambda w: loss_sum(_with(backbone, w), picked, head=head))(
+        backbone.weight
+    )
+    loss, gradient, largest = in_float64(backbone.weight, layer, picked)
+    bound = max(1e-6, 2**-23 * largest)
+    assert value.item() == pytest.approx(loss, rel=bound)
+    np.testing.assert_allclose(slope, gradient, atol=bound * np.abs(gradient).max())
+    assert loss_sum(backbone, picked, head=head, gradient=False).item() == pytest.approx(loss, rel=bound)
+
+
+def in_float64(table: mx.array, layer: nn.Module, picked: Any) -> tuple[float, np.ndarray, float]:
+    """(loss, gradient with respect to the table, max|logit|) by the definition."""
+    ids = np.array(picked.ids)[:, :-1].reshape(-1)[np.array(picked.positions)]
+    weight = np.array(plain_weight(layer)).astype(np.float64)
+    bias = np.array(layer.bias).astype(np.float64) if "bias" in layer else 0.0
+    logits = np.array(table).astype(np.float64)[ids] @ weight.T + bias
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    rows, wanted, w = np.arange(len(ids)), np.array(picked.wanted), np.array(picked.weight)
+    loss = float((-np.log(p[rows, wanted]) * w).sum())
+    p[rows, wanted] -= 1
+    gradient = np.zeros(table.shape)
+    np.add.at(gradient, ids, (p * w[:, None]) @ weight)
+    return loss, gradient, float(np.abs(logits).max())
+
+
+def _with(embedding: nn.Embedding, weight: mx.array) -> nn.Embedding:
+    embedding.weight = weight
+    return embedding
+
+
+def test_a_head_that_trains_gets_its_gradient() -> None:
+    """An adapter on the head, or a head to save: the closed form would leave it out."""
+    model, given = make(), batch()
+    model.lm_head.unfreeze()
+    grads = gradients(model, given, split_head(model))
+    assert np.abs(grads["lm_head.weight"]).max() > 0
 
 
 def test_a_soft_capped_head_is_not_split() -> None:

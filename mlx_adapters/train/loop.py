@@ -83,7 +83,7 @@ def validate(model: nn.Module, examples: Sequence[Example], *, batch_size: int, 
     head = split_head(model)
     total, count = 0.0, 0
     for batch in batches(examples, batch_size=batch_size, pad_id=pad_id, shuffle=False):
-        total += float(loss_sum(model, targets(batch), head=head))
+        total += float(loss_sum(model, targets(batch), head=head, gradient=False))
         count += batch.targets
     model.train(was_training)
     return total / max(1, count)

@@ -3,6 +3,11 @@
 The base is frozen, so nothing needs the logits of the other positions. The hidden states are picked before
 the output head wherever the model is `head(backbone(ids))`; that is found out by comparing the two on a
 short input, so a model with a twist in its head (soft-capping, a scale) takes the plain way.
+
+Where the head is a frozen linear layer, the gradient with respect to the hidden state is formed with the
+loss, chunk by chunk: nothing of the size tokens x vocabulary is kept for the backward pass.
+
+    p = softmax(h W^T),  loss = sum_i w_i (-log p_i[y_i]),  d loss / d h_i = w_i (p_i W - W[y_i])
 """
 
 from collections.abc import Callable
@@ -13,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.quantized import dequantize
 from mlx_adapters.virtual import forward
 
-__all__ = ["Targets", "loss_sum", "split_head", "targets"]
-
-Head = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
+__all__ = ["Head", "Targets", "loss_sum", "split_head", "targets"]
 
 # Names of head twists: with small logits they hide below the comparison's tolerance.
 _TWISTS = (
@@ -29,6 +34,30 @@ _TWISTS = (
     "output_multiplier",
 )
 _MULTIPLE = 64
+# Targets a chunk: with 49k words its logits take 50 MB, and its products still run at full speed.
+_CHUNK = 256
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+_EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class Head:
+    """`backbone(ids)` gives hidden states, `layer` turns them into logits: a linear layer or a tied
+    embedding."""
+
+    backbone: Callable[..., mx.array]
+    layer: nn.Module
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Logits [n, vocabulary] of hidden states [n, width]."""
+        as_linear = getattr(self.layer, "as_linear", None)
+        logits: mx.array = (as_linear or self.layer)(hidden)
+        return logits
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the layer is a plain one that nothing trains: then its gradient has a closed form."""
+        return isinstance(self.layer, _LINEAR + _EMBEDDING) and not self.layer.trainable_parameters()
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,7 @@ def targets(batch: Batch) -> Targets:
 
 
 def split_head(model: nn.Module) -> Head | None:
-    """(backbone, head) with model(ids) == head(backbone(ids)), or None where the model is not built so."""
+    """The head with model(ids) == head(backbone(ids)), or None where the model is not built so."""
     backbone = getattr(model, "model", None)
     arguments = getattr(model, "args", None)
     if not callable(backbone) or any(getattr(arguments, name, None) for name in _TWISTS):
@@ -66,35 +95,134 @@ def split_head(model: nn.Module) -> Head | None:
     hidden = backbone(probe)
     if not isinstance(hidden, mx.array) or hidden.shape[:2] != probe.shape:
         return None
-    for head in _heads(model, backbone):
+    for layer in _heads(model, backbone):
+        head = Head(backbone, layer)
         try:
-            logits = head(hidden)
-        except ValueError:
+            logits = head.project(hidden)
+        except (ValueError, AttributeError):
             continue
         if logits.shape == expected.shape:
             scale = mx.abs(expected).max()
             if (mx.abs(logits - expected).max() <= 1e-5 * scale).item():
-                return backbone, head
+                return head
     return None
 
 
-def loss_sum(model: nn.Module, batch: Targets, *, head: Head | None) -> mx.array:
-    """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none."""
+def loss_sum(model: nn.Module, batch: Targets, *, head: Head | None, gradient: bool = True) -> mx.array:
+    """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none.
+
+    Without `gradient` the value alone is computed, in less time.
+    """
     inputs = batch.ids[:, :-1]
-    if head is not None:
-        backbone, project = head
-        hidden = forward(model, inputs, backbone=backbone)
-        logits = project(hidden.reshape(-1, hidden.shape[-1])[batch.positions])
-    else:
+    if head is None:
         logits = forward(model, inputs)
-        logits = logits.reshape(-1, logits.shape[-1])[batch.positions]
+        return _cross_entropy(logits.reshape(-1, logits.shape[-1])[batch.positions], batch)
+    hidden = forward(model, inputs, backbone=head.backbone)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+    if not head.frozen:
+        return _cross_entropy(head.project(hidden), batch)
+    if not gradient:
+        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=False)[0]
+
+    @mx.custom_function
+    def fused(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=True)
+
+    @fused.vjp
+    def pull(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
+        slope: mx.array = outputs[1]
+        return (cotangents[0] * slope).astype(primals.dtype)
+
+    value: mx.array = fused(hidden)[0]  # type: ignore[index]
+    return value
+
+
+def _cross_entropy(logits: mx.array, batch: Targets) -> mx.array:
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch.wanted)
     return (losses * batch.weight).sum()
 
 
-def _heads(model: nn.Module, backbone: Any) -> list[Callable[[mx.array], mx.array]]:
+def _chunked(
+    hidden: mx.array, batch: Targets, head: "_Frozen", *, gradient: bool
+) -> tuple[mx.array, mx.array]:
+    """(loss, its gradient with respect to `hidden`), one chunk after the other."""
+    total, slopes = mx.array(0.0), []
+    done: mx.array = total
+    for first in range(0, hidden.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        # the dependency makes a chunk wait for the one before: else all their logits are alive together
+        states = mx.depends([hidden[part]], [done])[0]
+        wanted, weight = batch.wanted[part], batch.weight[part]
+        logits = head.project(states).astype(mx.float32)
+        chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        if not gradient:
+            done = total = total + ((mx.logsumexp(logits, axis=-1) - chosen) * weight).sum()
+            continue
+        # One exponential a logit: the largest probability is never tiny, so it gives the normaliser back.
+        p = mx.softmax(logits, axis=-1, precise=True)
+        normaliser = logits.max(axis=-1) - mx.log(p.max(axis=-1))
+        total = total + ((normaliser - chosen) * weight).sum()
+        done = (head.times(p) - head.rows(wanted)) * weight[:, None]
+        slopes.append(done)
+    return total, mx.concatenate(slopes) if slopes else mx.zeros_like(hidden)
+
+
+class _Frozen:
+    """Products with the weight W [vocabulary, width] of a head that does not train.
+
+    On a CPU a quantized W is written out once for all chunks; Metal has kernels for the packed one.
+    """
+
+    def __init__(self, head: Head, hidden: mx.array) -> None:
+        self.layer, self._project = head.layer, head.project
+        packed = isinstance(self.layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+        self.weight: mx.array | None = None if packed else self.layer.weight
+        if packed and backend.on_cpu():
+            self.weight = dequantize(self.layer, after=hidden)
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Logits: h W^T + bias."""
+        if self.weight is None:
+            return self._project(hidden)
+        logits = hidden @ self.weight.T
+        return logits + self.layer.bias if "bias" in self.layer else logits
+
+    def times(self, p: mx.array) -> mx.array:
+        """p W in float32."""
+        if self.weight is not None:
+            return (p.astype(self.weight.dtype) @ self.weight).astype(mx.float32)
+        layer = self.layer
+        return mx.quantized_matmul(
+            p.astype(layer.scales.dtype),
+            layer.weight,
+            layer.scales,
+            layer.get("biases"),
+            transpose=False,
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+        ).astype(mx.float32)
+
+    def rows(self, wanted: mx.array) -> mx.array:
+        """W[wanted] in float32."""
+        if self.weight is not None:
+            return self.weight[wanted].astype(mx.float32)
+        layer = self.layer
+        biases = layer.get("biases")
+        return mx.dequantize(
+            layer.weight[wanted],
+            layer.scales[wanted],
+            None if biases is None else biases[wanted],
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+        ).astype(mx.float32)
+
+
+def _heads(model: nn.Module, backbone: Any) -> list[nn.Module]:
     found = [getattr(model, name) for name in ("lm_head", "embed_out") if hasattr(model, name)]
-    for name in ("embed_tokens", "wte", "embed_in"):
+    found += [getattr(backbone, name) for name in ("lm_head", "embed_out") if hasattr(backbone, name)]
+    for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"):
         if hasattr(backbone, name):
-            found.append(getattr(backbone, name).as_linear)
+            found.append(getattr(backbone, name))
     return found
