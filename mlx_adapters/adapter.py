@@ -25,7 +25,19 @@ from mlx_adapters.methods.base import AdapterLayer, dims
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
 
-__all__ = ["AdapterMeta", "attach", "count", "layers", "load", "peft_config", "read_meta", "save", "tensors"]
+__all__ = [
+    "AdapterMeta",
+    "attach",
+    "build",
+    "count",
+    "layers",
+    "load",
+    "peft_config",
+    "read_meta",
+    "save",
+    "tensors",
+    "write",
+]
 
 CONFIG, WEIGHTS, META, SEEN = (
     "adapter_config.json",
@@ -82,6 +94,12 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
     """The adapter's arrays under PEFT's names."""
+    held = getattr(model, "several", None)
+    if held is not None and len(held.active) != 1:
+        raise AdapterError(
+            f"{len(held.active) or 'none'} of the model's adapters {', '.join(held.metas)} are active: "
+            "activate one of them by name first"
+        )
     named = {}
     for path, layer in layers(model).items():
         for attribute, array in layer.tensors().items():
@@ -109,19 +127,26 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
 
 def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
     """Write the adapter folder; each file is written beside and renamed, the weights last."""
+    write(folder, tensors(model, meta.base["model_type"]), fields=peft_config(model, meta), meta=meta)
+
+
+def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], meta: AdapterMeta) -> None:
+    """Write an adapter folder from its parts: the tensors, and the `fields` of `adapter_config.json`."""
     about = {"mlx_adapters": __version__, **asdict(meta)}
     seen = about.pop("seen")
     with writing_to(folder):
-        _write(folder, model, meta, about, seen)
+        _write(folder, arrays, fields, about, seen)
 
 
-def _write(folder: Path, model: nn.Module, meta: AdapterMeta, about: dict[str, Any], seen: list[str]) -> None:
+def _write(
+    folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, json.dumps(peft_config(model, meta), indent=2) + "\n")
+    _replace(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
     _replace(folder / META, json.dumps(about, indent=2) + "\n")
     _replace(folder / SEEN, "".join(f"{item}\n" for item in seen))
     temporary = folder / ".adapter_model.tmp.safetensors"
-    mx.save_safetensors(str(temporary), tensors(model, meta.base["model_type"]), metadata={"format": "pt"})
+    mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
     temporary.replace(folder / WEIGHTS)
 
 
@@ -153,56 +178,78 @@ def load(loaded: Loaded, folder: Path) -> AdapterMeta:
     Strict: every tensor must find its layer and its shape, and every wrapped layer its tensors. Raises
     AdapterError that lists what does not fit.
     """
+    _must_be_bare(loaded.model)
+    meta, placed = build(loaded.model, loaded.config["model_type"], folder, name=str(loaded.path))
+    _install(loaded.model, placed)
+    return AdapterMeta(**{**asdict(meta), "base": {**describe(loaded), **meta.base}})
+
+
+def build(
+    model: nn.Module, model_type: str, folder: Path, *, name: str
+) -> tuple[AdapterMeta, dict[str, nn.Module]]:
+    """The adapter in `folder` as what its method puts where, filled, for a bare `model` that stays as it is
+    but for being frozen. `name` is the model's in errors, which are those of `load`."""
     meta = read_meta(folder)
     arrays = _read_tensors(folder)
-    model_type = loaded.config["model_type"]
     trained_on = meta.base.get("model_type", model_type)
     if trained_on != model_type:
         raise AdapterError(
-            f"{folder}: was trained on a {trained_on} model, but {loaded.path} is a {model_type} model"
+            f"{folder}: was trained on a {trained_on} model, but {name} is a {model_type} model"
         )
     config = methods.config_class(meta.method)(**meta.config)
     grouped, shared = _by_layer(arrays, meta.method, model_type, folder)
-    present = {path for path, _ in loaded.model.named_modules()}
+    present = {path for path, _ in model.named_modules()}
     if strange := [path for path in grouped if path and path not in present]:
         raise AdapterError(
-            f"{folder / WEIGHTS}: {len(strange)} layers are not in {loaded.path}, e.g. {strange[0]}: "
+            f"{folder / WEIGHTS}: {len(strange)} layers are not in {name}, e.g. {strange[0]}: "
             "this adapter belongs to another model"
         )
+    model.freeze()
     paths = [path for path in grouped if path]
-    _place(loaded.model, meta.method, model_type, config, paths or None)
-    for path, layer in layers(loaded.model).items():
-        given = grouped.pop("" if layer.ROOTED else path, {})
-        _fill(layer, given, path, folder, loaded)
-        for attribute, name in layer.SHARED.items():
-            layer[attribute] = shared.get(name, layer[attribute])
+    placed = methods.place(meta.method, model, model_type, config, paths or None)
+    for path, layer in placed.items():
+        if not isinstance(layer, AdapterLayer):
+            continue
+        _fill(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
+        for attribute, tensor in layer.SHARED.items():
+            layer[attribute] = shared.get(tensor, layer[attribute])
     if grouped:
         raise AdapterError(
             f"{folder / WEIGHTS}: {len(grouped)} layers are no targets of {meta.method} here, "
             f"e.g. {next(iter(grouped))}"
         )
-    mx.eval(loaded.model.parameters())
-    return AdapterMeta(**{**asdict(meta), "base": {**describe(loaded), **meta.base}})
+    mx.eval([module.parameters() for module in placed.values()])
+    return meta, placed
 
 
 def _place(model: nn.Module, method: str, model_type: str, config: Any, paths: list[str] | None) -> list[str]:
+    _must_be_bare(model)
+    model.freeze()
+    placed = methods.place(method, model, model_type, config, paths)
+    _install(model, placed)
+    return [path for path, module in placed.items() if isinstance(module, AdapterLayer)]
+
+
+def _must_be_bare(model: nn.Module) -> None:
     if layers(model):
         raise AdapterError("the model carries an adapter already: load the base again first")
-    model.freeze()
+    if getattr(model, "several", None) is not None:
+        raise AdapterError("the model holds adapters by name: add one with several.load_several")
+
+
+def _install(model: nn.Module, placed: dict[str, nn.Module]) -> None:
     present = {path for path, _ in model.named_modules()}
-    placed = methods.place(method, model, model_type, config, paths)
     # a layer that stands in no other's place (a prefix) is a new attribute of the model
     for path in placed.keys() - present:
         setattr(model, path, placed[path])
     model.update_modules(tree_unflatten([(p, module) for p, module in placed.items() if p in present]))
-    return [path for path, module in placed.items() if isinstance(module, AdapterLayer)]
 
 
 def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
     return suffix if layer.ROOTED else f"{_PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
-def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, loaded: Loaded) -> None:
+def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, base: str) -> None:
     own = layer.tensors()
     if missing := sorted(set(own) - set(given)):
         names = ", ".join(layer.TENSORS[name] for name in missing)
@@ -214,7 +261,7 @@ def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Pa
         if array.shape != own[name].shape:
             raise AdapterError(
                 f"{folder / WEIGHTS}: {path}.{layer.TENSORS[name]} has shape {list(array.shape)}, but "
-                f"{loaded.path} needs {list(own[name].shape)}: this adapter belongs to another model"
+                f"{base} needs {list(own[name].shape)}: this adapter belongs to another model"
             )
     layer.fill({name: array.astype(mx.float32) for name, array in given.items()})
 
