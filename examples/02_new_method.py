@@ -1,0 +1,108 @@
+"""A new adapter method in one file, outside the package: SSF, scale and shift. Lian et al. 2022,
+https://arxiv.org/abs/2210.08823
+
+    y = gamma * (W x + b) + beta,    gamma and beta of the output's size
+
+    python examples/02_new_method.py MODEL OUTPUT [--steps 20]
+
+MODEL is a model folder (`mlx-adapters quickstart` leaves one in quickstart/model). The script trains SSF on
+generated word problems, saves the adapter, loads it again and prints the loss. Everything that makes SSF a
+method stands above `main`; a method inside the package is the same lines in `mlx_adapters/methods/ssf.py`.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters import adapter, methods, model
+from mlx_adapters.data import wordproblems
+from mlx_adapters.data.sources import Rows
+from mlx_adapters.fields import field
+from mlx_adapters.methods.base import AdapterLayer, Site, dims, linear_like, plain_weight, resolve_targets
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.session import prepare
+
+PEFT_TYPE = "SSF"
+IN_PEFT = False  # PEFT has no such method: the folder's format is ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of `--method ssf`."""
+
+    targets: str = field("all-linear", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
+    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+
+
+class Layer(AdapterLayer):
+    """`gamma * base(x) + beta`; x is [..., in], the result [..., out]."""
+
+    TENSORS: ClassVar[dict[str, str]] = {"gamma": "ssf_scale", "beta": "ssf_shift"}
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.gamma = mx.ones(dims(base)[1])
+        self.beta = mx.zeros(dims(base)[1])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.base(x)
+        return (self.gamma * y + self.beta).astype(y.dtype)
+
+    def merge(self) -> nn.Module:
+        """A linear layer with the weight gamma W (row by row) and the bias gamma b + beta."""
+        bias = self.gamma * self.base.bias + self.beta if "bias" in self.base else self.beta
+        return linear_like(self.base, self.gamma[:, None] * plain_weight(self.base), bias)
+
+
+def targets(network: nn.Module, model_type: str, config: Config) -> list[str]:
+    """Paths of the linear layers to wrap."""
+    return resolve_targets(network, model_type, targets=config.targets, layers=config.layers)
+
+
+def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
+    """The layer that takes the place of `base`."""
+    return Layer(base)
+
+
+def to_peft(config: Config) -> dict[str, Any]:
+    """What `adapter_config.json` says besides the targets."""
+    return {}
+
+
+def from_peft(fields: dict[str, Any]) -> Config:
+    """The configuration of a saved folder."""
+    return Config(targets=",".join(fields["target_modules"]))
+
+
+def main() -> None:
+    """Register, train, save, load."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+
+    methods.register("ssf", sys.modules[__name__])
+    rows = Rows(wordproblems.generate(8 * options.steps, seed=0), "instruction", "generated word problems")
+    config = TrainConfig(steps=options.steps, lr=5e-3, template="alpaca")
+    session = prepare(
+        model.load(options.model), rows, method="ssf", fields={}, config=config, output=options.output
+    )
+    print(f"{session.trainable:,} of {session.parameters:,} parameters train")
+    for step in session:
+        print(f"step {step.step}/{step.total}  loss {step.loss:.4f}")
+    session.finish()
+
+    again = model.load(options.model)
+    adapter.load(again, options.output)
+    print(f"saved to {options.output} and loaded again: {len(adapter.layers(again.model))} layers")
+
+
+if __name__ == "__main__":
+    main()
