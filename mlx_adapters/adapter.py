@@ -127,7 +127,13 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
 
 def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
     """Write the adapter folder; each file is written beside and renamed, the weights last."""
-    write(folder, tensors(model, meta.base["model_type"]), fields=peft_config(model, meta), meta=meta)
+    arrays = tensors(model, meta.base["model_type"])
+    held = getattr(model, "several", None)
+    if held is not None and (own := held.metas[held.active[0]]).config != meta.config:
+        raise AdapterError(
+            f"{folder}: the active adapter is {held.active[0]!r} ({own.method}), not what meta says"
+        )
+    write(folder, arrays, fields=peft_config(model, meta), meta=meta)
 
 
 def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], meta: AdapterMeta) -> None:

@@ -1,0 +1,366 @@
+"""Several adapters on one base: each choice computes what the adapter computes alone, and PyTorch agrees."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
+from tiny import make_tiny
+
+from mlx_adapters import adapter, methods, model
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.convert.checkpoint import convert
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.errors import AdapterError, UnsupportedError
+from mlx_adapters.several import activate, active, load_several, names, rows, unload
+from mlx_adapters.virtual import forward
+
+IDS = mx.array([[4, 5, 6, 7, 8, 9], [11, 10, 9, 8, 7, 6], [9, 4, 11, 5, 20, 21]])
+LORAS: dict[str, dict[str, Any]] = {
+    "wide": {"rank": 4, "alpha": 12.0, "targets": "all-linear"},
+    "narrow": {"rank": 2, "alpha": 3.0, "targets": "q_proj,down_proj", "layers": "1"},
+    "rs": {"rank": 3, "alpha": 5.0, "rslora": True, "targets": "attn"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny llama, also in 4 bits, and the tiny gpt2."""
+    root = tmp_path_factory.mktemp("models")
+    convert(make_tiny("llama", root), root / "mlx-llama")
+    convert(make_tiny("gpt2", root), root / "mlx-gpt2")
+    convert(str(root / "mlx-llama"), root / "4bit", bits=4, group_size=32)
+    return {"llama": root / "mlx-llama", "gpt2": root / "mlx-gpt2", "llama-4bit": root / "4bit"}
+
+
+def make_adapter(base: Path, folder: Path, method: str, fields: dict[str, Any], seed: int) -> Path:
+    """An adapter folder whose arrays are moved away from their start, as training would."""
+    loaded = model.load(base)
+    config = methods.make_config(method, fields)
+    mx.random.seed(seed)
+    about = model.describe(loaded)
+    adapter.attach(loaded.model, method, config, base=about)
+    for path, array in tree_flatten(loaded.model.trainable_parameters()):
+        moved = tree_unflatten([(path, array + 0.1 * mx.random.normal(array.shape))])
+        loaded.model.update(moved, strict=False)
+    adapter.save(folder, loaded.model, meta=AdapterMeta(method=method, config=vars(config), base=about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRAs of different ranks, scales and targets for the tiny llama."""
+    root = tmp_path_factory.mktemp("loras")
+    return {
+        name: make_adapter(bases["llama"], root / name, "lora", fields, seed)
+        for seed, (name, fields) in enumerate(LORAS.items())
+    }
+
+
+def answering(folder: Path) -> model.Loaded:
+    loaded = model.load(folder)
+    loaded.model.eval()
+    return loaded
+
+
+def logits(network: nn.Module, ids: mx.array = IDS) -> np.ndarray:
+    return np.array(forward(network, ids))
+
+
+def alone(base: Path, folder: Path | None) -> np.ndarray:
+    """The logits of the base with that one adapter, loaded the plain way."""
+    loaded = answering(base)
+    if folder is not None:
+        adapter.load(loaded, folder)
+        loaded.model.eval()
+    return logits(loaded.model)
+
+
+def bound(expected: np.ndarray) -> float:
+    return float(1e-5 + 1e-5 * np.abs(expected).max())
+
+
+def test_switching_gives_each_adapter_and_the_base_bit_for_bit(
+    bases: dict[str, Path], loras: dict[str, Path]
+) -> None:
+    expected = {name: alone(bases["llama"], folder) for name, folder in loras.items()}
+    expected_base = alone(bases["llama"], None)
+    loaded = answering(bases["llama"])
+    arrays = {name: id(array) for name, array in tree_flatten(loaded.model.parameters())}
+    metas = load_several(loaded, loras)
+    assert [meta.config["rank"] for meta in metas.values()] == [4, 2, 3]
+    assert names(loaded.model) == list(loras)
+    assert active(loaded.model) == ()
+    assert np.array_equal(logits(loaded.model), expected_base)
+    for name in ("wide", "narrow", "wide", "rs"):
+        activate(loaded.model, name)
+        assert active(loaded.model) == (name,)
+        assert np.array_equal(logits(loaded.model), expected[name])
+        assert np.abs(expected[name] - expected_base).max() > 1e-2
+    activate(loaded.model, None)
+    assert np.array_equal(logits(loaded.model), expected_base)
+    # the very same arrays, under the same names: one base in memory, and nothing left in its tree
+    assert {name: id(array) for name, array in tree_flatten(loaded.model.parameters())} == arrays
+
+
+def test_an_active_adapter_shares_the_arrays_of_the_base(
+    bases: dict[str, Path], loras: dict[str, Path]
+) -> None:
+    loaded = answering(bases["llama"])
+    before = {id(array) for _, array in tree_flatten(loaded.model.parameters())}
+    load_several(loaded, loras)
+    for which in ("wide", ["wide", "rs"]):
+        activate(loaded.model, which)
+        assert before <= {id(array) for _, array in tree_flatten(loaded.model.parameters())}
+
+
+def test_switching_takes_no_time(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    fastest = float("inf")
+    for name in ["wide", "rs"] * 20:
+        started = time.perf_counter()
+        activate(loaded.model, name)
+        fastest = min(fastest, time.perf_counter() - started)
+    assert fastest < 2e-3
+    started = time.perf_counter()
+    model.load(bases["llama"])
+    assert fastest < (time.perf_counter() - started) / 10
+
+
+def test_nothing_trains_unless_asked(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+
+    def trainable() -> set[str]:
+        return {name for name, _ in tree_flatten(loaded.model.trainable_parameters())}
+
+    assert trainable() == set()
+    activate(loaded.model, "wide")
+    assert trainable() == set()
+    activate(loaded.model, "narrow", train=True)
+    single = answering(bases["llama"])
+    adapter.load(single, loras["narrow"])
+    assert trainable() == {name for name, _ in tree_flatten(single.model.trainable_parameters())}
+    assert len(trainable()) == 4
+    activate(loaded.model, "wide", train=True)
+    assert not any("base" in name for name in trainable())
+    for which in ("rs", None, ["wide", "rs"]):
+        activate(loaded.model, which)
+        assert trainable() == set()
+    with pytest.raises(UnsupportedError, match="cannot train at once"):
+        activate(loaded.model, ["wide", "rs"], train=True)
+
+
+def test_loading_keeps_what_is_active(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"wide": loras["wide"]})
+    activate(loaded.model, "wide", train=True)
+    expected = logits(loaded.model)
+    trains = [name for name, _ in tree_flatten(loaded.model.trainable_parameters())]
+    load_several(loaded, {"rs": loras["rs"]})
+    assert active(loaded.model) == ("wide",)
+    assert [name for name, _ in tree_flatten(loaded.model.trainable_parameters())] == trains
+    assert np.array_equal(logits(loaded.model), expected)
+
+
+def test_the_mode_of_the_model_is_that_of_the_adapter_that_becomes_active(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    fields = {"rank": 4, "dropout": 0.5}
+    folder = make_adapter(bases["llama"], tmp_path / "a", "lora", fields, 1)
+    loaded = model.load(bases["llama"])
+    loaded.model.train()
+    load_several(loaded, {"a": folder})
+    activate(loaded.model, "a")
+    assert not np.array_equal(logits(loaded.model), logits(loaded.model))
+    activate(loaded.model, None)
+    loaded.model.eval()
+    activate(loaded.model, "a")
+    assert np.array_equal(logits(loaded.model), logits(loaded.model))
+
+
+# Stacks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stack_of_loras_adds_them_up(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    """Against the base with both updates merged into its weights."""
+    expected_of = answering(bases["llama"])
+    for folder in (loras["wide"], loras["rs"]):
+        adapter.load(expected_of, folder)
+        merged = [(path, layer.merge()) for path, layer in adapter.layers(expected_of.model).items()]
+        expected_of.model.update_modules(tree_unflatten(merged))
+    expected = logits(expected_of.model)
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    activate(loaded.model, ["wide", "rs"])
+    stacked = logits(loaded.model)
+    np.testing.assert_allclose(stacked, expected, atol=bound(expected))
+    assert np.abs(stacked - alone(bases["llama"], loras["wide"])).max() > 1e-2
+    activate(loaded.model, "rs")  # a stack leaves no trace in its members
+    assert np.array_equal(logits(loaded.model), alone(bases["llama"], loras["rs"]))
+
+
+# Rows ------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_by_its_own_adapter(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    which = ["wide", None, ["narrow", "rs"], "narrow", "wide"]
+    ids = mx.concatenate([IDS, IDS[:2] + 1])
+    expected = []
+    for row, choice in enumerate(which):
+        activate(loaded.model, choice)
+        expected.append(logits(loaded.model, ids[row : row + 1])[0])
+    with rows(loaded.model, which):
+        mixed = logits(loaded.model, ids)
+    for row, (ours, theirs) in enumerate(zip(mixed, expected, strict=True)):
+        assert np.abs(ours - theirs).max() <= bound(theirs), which[row]
+    assert active(loaded.model) == ("wide",)  # what was active before
+    assert np.abs(mixed[0] - logits(loaded.model, ids[:1])[0]).max() <= bound(mixed)
+    different = alone(bases["llama"], None)[0]
+    assert np.abs(mixed[0] - different).max() > 1e-2
+
+
+def test_rows_with_a_cache(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    with rows(loaded.model, ["rs", None, "wide"]):
+        expected = logits(loaded.model)
+        cache = make_prompt_cache(loaded.model)
+        pieces = [np.array(loaded.model(IDS[:, i : i + 2], cache=cache)) for i in range(0, IDS.shape[1], 2)]
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=bound(expected))
+
+
+def test_rows_are_undone_after_an_error(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    activate(loaded.model, "rs")
+    before = logits(loaded.model)
+    with pytest.raises(AdapterError, match=r"3 rows.*for 2"), rows(loaded.model, ["wide", None]):
+        logits(loaded.model)
+    assert active(loaded.model) == ("rs",)
+    assert np.array_equal(logits(loaded.model), before)
+
+
+# PyTorch ---------------------------------------------------------------------------------------------------
+
+
+def test_peft_computes_the_same(bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
+    """set_adapter, a list of adapters, disable_adapter and the mixed batch of PEFT, on the same files."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = answering(bases["llama"])
+    folder = write_transformers(loaded.model, loaded.config, tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(theirs, loras["wide"], adapter_name="wide")
+    for name in ("narrow", "rs"):
+        theirs.load_adapter(loras[name], adapter_name=name)
+    theirs.eval()
+    load_several(loaded, loras)
+    ids = torch.tensor(IDS.tolist())
+
+    def same(expected: Any) -> None:
+        expected = expected.logits.numpy()
+        np.testing.assert_allclose(logits(loaded.model), expected, atol=bound(expected), rtol=0)
+
+    with torch.no_grad():
+        for name in ("rs", "wide", "narrow"):
+            theirs.set_adapter(name)
+            activate(loaded.model, name)
+            same(theirs(ids))
+        theirs.base_model.set_adapter(["wide", "narrow", "rs"])
+        activate(loaded.model, ["wide", "narrow", "rs"])
+        same(theirs(ids))
+        with theirs.disable_adapter():
+            activate(loaded.model, None)
+            same(theirs(ids))
+        with rows(loaded.model, ["narrow", None, "rs"]):
+            same(theirs(ids, adapter_names=["narrow", "__base__", "rs"]))
+
+
+# Saving, attaching, refusals -------------------------------------------------------------------------------
+
+
+def test_saving_writes_the_active_adapter_or_says_why_not(
+    bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = answering(bases["llama"])
+    metas = load_several(loaded, loras)
+    for which in (None, ["wide", "rs"]):
+        activate(loaded.model, which)
+        with pytest.raises(AdapterError, match="activate one"):
+            adapter.save(tmp_path / "a", loaded.model, meta=metas["wide"])
+    activate(loaded.model, "rs")
+    with pytest.raises(AdapterError, match="active adapter is 'rs'"):
+        adapter.save(tmp_path / "a", loaded.model, meta=metas["wide"])
+    assert not (tmp_path / "a").exists()
+    adapter.save(tmp_path / "a", loaded.model, meta=metas["rs"])
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (loras["rs"] / file).read_bytes()
+
+
+def test_what_would_go_wrong_is_refused(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    with pytest.raises(AdapterError, match="load_several"):
+        activate(loaded.model, "wide")
+    load_several(loaded, loras)
+    with pytest.raises(AdapterError, match=r"Unknown adapter 'wid'.*Did you mean 'wide'"):
+        activate(loaded.model, "wid")
+    with pytest.raises(AdapterError, match="twice"):
+        activate(loaded.model, ["wide", "wide"])
+    with pytest.raises(AdapterError, match="'wide' is taken"):
+        load_several(loaded, {"wide": loras["rs"]})
+    with pytest.raises(AdapterError, match="by name"):
+        adapter.attach(loaded.model, "lora", methods.make_config("lora", {}), base=model.describe(loaded))
+    with pytest.raises(AdapterError, match="empty"), rows(loaded.model, []):
+        pass
+    with rows(loaded.model, ["wide", None, "rs"]):
+        for refused in (
+            lambda: activate(loaded.model, "wide"),
+            lambda: unload(loaded.model, "narrow"),
+            lambda: load_several(loaded, {"new": loras["wide"]}),
+            lambda: rows(loaded.model, ["rs"]).__enter__(),
+        ):
+            with pytest.raises(AdapterError):
+                refused()
+    single = answering(bases["llama"])
+    adapter.load(single, loras["wide"])
+    with pytest.raises(AdapterError, match="already"):
+        load_several(single, loras)
+
+
+def test_all_are_loaded_or_none(bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"rs": loras["rs"]})
+    activate(loaded.model, "rs")
+    foreign = make_adapter(bases["gpt2"], tmp_path / "gpt2", "lora", {}, 1)
+    with pytest.raises(AdapterError, match="was trained on a gpt2 model"):
+        load_several(loaded, {"wide": loras["wide"], "foreign": foreign})
+    assert names(loaded.model) == ["rs"]
+    assert np.array_equal(logits(loaded.model), alone(bases["llama"], loras["rs"]))
+
+
+def test_unloading(bases: dict[str, Path], loras: dict[str, Path]) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, loras)
+    activate(loaded.model, "rs")
+    with pytest.raises(AdapterError, match="'rs' is active"):
+        unload(loaded.model, "rs")
+    unload(loaded.model, "wide")
+    assert names(loaded.model) == ["narrow", "rs"]
+    assert np.array_equal(logits(loaded.model), alone(bases["llama"], loras["rs"]))
+    activate(loaded.model, None)
+    unload(loaded.model, "narrow")
+    unload(loaded.model, "rs")
+    assert names(loaded.model) == []
+    adapter.load(loaded, loras["wide"])  # the model is as if nothing had been
+    assert np.array_equal(logits(loaded.model), alone(bases["llama"], loras["wide"]))
