@@ -33,7 +33,9 @@ __all__ = [
     "layers",
     "load",
     "peft_config",
+    "read_fields",
     "read_meta",
+    "read_tensors",
     "save",
     "tensors",
     "write",
@@ -158,7 +160,7 @@ def _write(
 
 def read_meta(folder: Path) -> AdapterMeta:
     """What an adapter folder says of itself. Raises AdapterError naming the file and the field."""
-    fields = _json(folder / CONFIG, "so it is not an adapter folder")
+    fields = read_fields(folder)
     if not isinstance(fields.get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
     try:
@@ -176,6 +178,11 @@ def read_meta(folder: Path) -> AdapterMeta:
         return AdapterMeta(**about, seen=seen)
     except TypeError as error:
         raise AdapterError(f"{folder / META}: {str(error).partition('__init__() ')[2] or error}") from None
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter folder."""
+    return _json(folder / CONFIG, "so it is not an adapter folder")
 
 
 def load(loaded: Loaded, folder: Path) -> AdapterMeta:
@@ -196,7 +203,7 @@ def build(
     """The adapter in `folder` as what its method puts where, filled, for a bare `model` that stays as it is
     but for being frozen. `name` is the model's in errors, which are those of `load`."""
     meta = read_meta(folder)
-    arrays = _read_tensors(folder)
+    arrays = read_tensors(folder)
     trained_on = meta.base.get("model_type", model_type)
     if trained_on != model_type:
         raise AdapterError(
@@ -323,7 +330,8 @@ def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
     return {"target_modules": sorted(short)}
 
 
-def _read_tensors(folder: Path) -> dict[str, mx.array]:
+def read_tensors(folder: Path) -> dict[str, mx.array]:
+    """The tensors of an adapter folder, by their names in the file."""
     file = folder / WEIGHTS
     if not file.exists():
         raise AdapterError(f"{folder}: has no {WEIGHTS}")
