@@ -11,7 +11,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mlx_adapters.cli import convert, doctor, eval, export, generate, info, methods, quickstart, train
+from mlx_adapters.cli import (
+    combine,
+    convert,
+    doctor,
+    eval,
+    export,
+    generate,
+    info,
+    methods,
+    quickstart,
+    train,
+)
 from mlx_adapters.errors import AdaptersError
 
 __all__ = ["app", "main"]
@@ -53,6 +64,7 @@ app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
+app.command("combine")(combine.command)
 app.command("info")(info.command)
 app.command("methods")(methods.command)
 app.command("doctor")(doctor.command)

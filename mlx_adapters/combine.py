@@ -85,11 +85,14 @@ def combine(
 ) -> Combined:
     """Merge the LoRA adapters in `folders`, weighted, and write one adapter folder.
 
-    A layer that only some of them adapt is merged from those. `rank` is for `svd` and `*_svd`, `density` for
+    A layer that only some of them adapt is merged from those; a single adapter has nothing to be trimmed
+    against and is merged linearly, but for `svd`. `rank` is for `svd` and `*_svd`, `density` for
     the methods that drop entries, `seed` for those that drop at random. Raises ConfigError for settings that
     do not fit, AdapterError for adapters that cannot be merged, OutputError when `dst` holds something.
     """
     _check(folders, weights, how, rank, density)
+    if len(folders) == 1 and how != "svd":
+        how = "linear"
     dst = Path(dst)
     if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
         raise OutputError(f"{dst}: exists already. Choose a new folder")
@@ -266,11 +269,13 @@ def _truncated(a: mx.array, b: mx.array | None, rank: int) -> tuple[mx.array, mx
     """(A, B) of `rank` whose product is nearest to b @ a; without b, to a itself."""
     if b is None:
         left, values, right = mx.linalg.svd(a)
+        rank = min(rank, values.size)
         return right[:rank], left[:, :rank] * values[:rank]
     # b a = Q_b (R_b R_a^T) Q_a^T: only the small matrix in the middle needs a decomposition
     q_b, r_b = mx.linalg.qr(b)
     q_a, r_a = mx.linalg.qr(a.T)
     left, values, right = mx.linalg.svd(r_b @ r_a.T)
+    rank = min(rank, values.size)
     return right[:rank] @ q_a.T, q_b @ (left[:, :rank] * values[:rank])
 
 

@@ -1,0 +1,39 @@
+"""`mlx-adapters combine ADAPTER ADAPTER ... DST`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["command"]
+
+
+def command(
+    adapters: Annotated[list[Path], typer.Argument(help="LoRA adapter folders of one base")],
+    dst: Annotated[Path, typer.Argument(help="new adapter folder to write")],
+    weights: Annotated[
+        str | None, typer.Option(help="a number for each adapter, joined by commas [default: equal shares]")
+    ] = None,
+    how: Annotated[
+        str,
+        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune (also *_svd)"),
+    ] = "linear",
+    rank: Annotated[int | None, typer.Option(help="rank of the result, for svd")] = None,
+    density: Annotated[float, typer.Option(help="share of entries that ties, dare and prune keep")] = 0.5,
+    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+) -> None:
+    """Merge LoRA adapters, weighted, into one, as PEFT's add_weighted_adapter does."""
+    numbers = _numbers(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
+    from mlx_adapters.combine import combine
+
+    done = combine(adapters, numbers, dst, how=how, rank=rank, density=density, seed=seed)
+    typer.echo(f"{done.path}: {how} of {len(adapters)} adapters, {done.layers} layers, rank {done.rank}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {text!r}: write numbers joined by commas, like 0.7,0.3") from None
