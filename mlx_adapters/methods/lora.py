@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, Site, dims, linear_like, plain_weight, resolve_targets
+from mlx_adapters.methods.base import AdapterLayer, Dropout, Site, dims, linear_like, plain_weight, resolve_targets
 
 PEFT_TYPE = "LORA"
 
@@ -55,7 +55,7 @@ class Layer(AdapterLayer):
         in_dims, out_dims = dims(base)
         self.base = base
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         bound = 1 / math.sqrt(in_dims)
         self.lora_a = mx.random.uniform(-bound, bound, (rank, in_dims))
         self.lora_b = mx.zeros((out_dims, rank))

@@ -20,6 +20,7 @@ class TrainConfig:
     steps: int | None = field(None, "optimizer steps; overrides epochs")
     batch_size: int = field(8, "rows per forward pass")
     accumulation: int = field(1, "forward passes per optimizer step")
+    gradient_checkpointing: bool = field(False, "compute each block again instead of keeping it: less memory")
     lr: float = field(3e-4, "peak learning rate of AdamW")
     warmup: int = field(10, "steps of linear warm-up")
     schedule: str = field("linear", "after the warm-up: linear or cosine to zero, or constant")

@@ -20,6 +20,7 @@ from mlx_adapters.errors import TrainingError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
+from mlx_adapters.train.recompute import recompute_blocks
 
 __all__ = ["Run", "Step", "learning_rate", "total_steps", "validate"]
 
@@ -112,6 +113,8 @@ class Run:
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / "checkpoints" if folder else None
         self.total = total_steps(len(examples), config)
+        if config.gradient_checkpointing:
+            recompute_blocks(model)
         self.optimizer = optim.AdamW(
             learning_rate=learning_rate(config, self.total),
             weight_decay=config.weight_decay,

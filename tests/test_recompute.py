@@ -1,0 +1,91 @@
+"""Gradient checkpointing: the same loss and gradients, whatever the method, in less memory."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from cases import METHODS
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import llama
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.data.batches import pad
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.methods.base import Dropout
+from mlx_adapters.train.loss import loss_sum, split_head, targets
+from mlx_adapters.train.recompute import recompute_blocks
+
+
+def attached(case: str) -> Any:
+    mx.random.seed(0)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=32,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=48,
+        tie_word_embeddings=False,
+    )
+    model = llama.Model(args)
+    fields = dict(METHODS[case].fields)
+    config = methods.make_config(METHODS[case].name, fields)
+    adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})
+    for path, array in tree_flatten(model.trainable_parameters()):
+        moved = array + 0.1 * mx.random.normal(array.shape)
+        model.update(tree_unflatten([(path, moved)]), strict=False)
+    mx.eval(model.parameters())
+    model.train()
+    return model
+
+
+def gradients(model: Any) -> tuple[float, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    rows = [Example(list(map(int, rng.integers(3, 48, n))), 2) for n in (9, 14, 5)]
+    given = targets(pad(rows, pad_id=0))
+    mx.random.seed(7)
+    loss, grads = nn.value_and_grad(model, lambda: loss_sum(model, given, head=split_head(model)))()
+    return loss.item(), {name: np.array(array) for name, array in tree_flatten(grads)}
+
+
+@pytest.mark.parametrize("case", [case for case, method in METHODS.items() if "llama" not in method.refused])
+def test_same_loss_and_gradients(case: str) -> None:
+    """Prefix gradients are exactly zero with mlx-lm's checkpointing; here every method keeps its own."""
+    model = attached(case)
+    loss, plain = gradients(model)
+    assert recompute_blocks(model) == 3
+    again, recomputed = gradients(model)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert set(plain) == set(recomputed)
+    for name, gradient in plain.items():
+        assert np.abs(gradient).max() > 0
+        np.testing.assert_allclose(recomputed[name], gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_dropout_draws_the_same_mask_in_the_second_pass() -> None:
+    """A finite difference sees the mask of the forward pass; the gradient must be of that one."""
+    model = attached("lora")
+    for layer in adapter.layers(model).values():
+        layer.dropout = Dropout(0.5)
+    recompute_blocks(model)
+    model.train()
+    _, grads = gradients(model)
+    layer = adapter.layers(model)["model.layers.1.mlp.up_proj"]
+    direction = mx.random.normal(layer.lora_a.shape)
+    start, width, values = layer.lora_a, 1e-2, []
+    for sign in (1, -1):
+        layer.lora_a = start + sign * width * direction
+        values.append(gradients(model)[0])
+    slope = (values[0] - values[1]) / (2 * width)
+    expected = float((grads["model.layers.1.mlp.up_proj.lora_a"] * np.array(direction)).sum())
+    assert expected == pytest.approx(slope, rel=2e-2)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no list of blocks"):
+        recompute_blocks(nn.Linear(2, 2))
