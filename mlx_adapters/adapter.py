@@ -11,6 +11,7 @@ A folder without the last two (one that PEFT wrote) loads as well.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "count",
     "layers",
     "load",
+    "named_tensors",
     "peft_config",
     "read_fields",
     "read_meta",
@@ -102,8 +104,15 @@ def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
             f"{len(held.active) or 'none'} of the model's adapters {', '.join(held.metas)} are active: "
             "activate one of them by name first"
         )
+    return named_tensors(layers(model), model_type)
+
+
+def named_tensors(placed: Mapping[str, nn.Module], model_type: str) -> dict[str, mx.array]:
+    """The arrays of the adapter layers among `placed`, under PEFT's names."""
     named = {}
-    for path, layer in layers(model).items():
+    for path, layer in placed.items():
+        if not isinstance(layer, AdapterLayer):
+            continue
         for attribute, array in layer.tensors().items():
             named[_key(path, layer, layer.TENSORS[attribute], model_type)] = array
         for attribute, name in layer.SHARED.items():
@@ -135,6 +144,8 @@ def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
         raise AdapterError(
             f"{folder}: the active adapter is {held.active[0]!r} ({own.method}), not what meta says"
         )
+    if hasattr(module := methods.get(meta.method), "keep"):
+        module.keep(folder, layers(model))
     write(folder, arrays, fields=peft_config(model, meta), meta=meta)
 
 
@@ -173,7 +184,8 @@ def read_meta(folder: Path) -> AdapterMeta:
         return AdapterMeta(method=method, config=asdict(config), base={"_name_or_path": name} if name else {})
     about = _json(folder / META, "")
     about.pop("mlx_adapters", None)
-    seen = (folder / SEEN).read_text().split() if (folder / SEEN).exists() else []
+    # an adapter made of others keeps theirs below: what they have seen, it has seen
+    seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
     try:
         return AdapterMeta(**about, seen=seen)
     except TypeError as error:
@@ -209,7 +221,10 @@ def build(
         raise AdapterError(
             f"{folder}: was trained on a {trained_on} model, but {name} is a {model_type} model"
         )
-    config = methods.config_class(meta.method)(**meta.config)
+    module = methods.get(meta.method)
+    config = module.Config(**meta.config)
+    if hasattr(module, "kept"):
+        config = module.kept(folder, config)
     grouped, shared = _by_layer(arrays, meta.method, model_type, folder)
     present = {path for path, _ in model.named_modules()}
     if strange := [path for path in grouped if path and path not in present]:

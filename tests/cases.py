@@ -1,6 +1,8 @@
 """One row per method and one per architecture: the tests run every pair."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -9,7 +11,7 @@ class Method:
     """A method with the fields the tests use.
 
     `identity`: a fresh adapter is the base. `refused`: architecture -> words of the refusal; on every other
-    architecture the method must work.
+    architecture the method must work. `prepare(model folder)` makes files that the fields name.
     """
 
     name: str
@@ -17,6 +19,29 @@ class Method:
     identity: bool = True
     mergeable: bool = True
     refused: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[Path], dict[str, Any]] | None = None
+
+    def settings(self, base: Path) -> dict[str, Any]:
+        """The fields for the model in `base`."""
+        return self.fields | (self.prepare(base) if self.prepare else {})
+
+
+def members(*loras: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
+    """`adapters` for fusion: trained LoRAs of these fields, made once for each model folder."""
+
+    def prepare(base: Path) -> dict[str, Any]:
+        from trained import make_adapter
+
+        folders = []
+        for seed, fields in enumerate(loras):
+            name = "-".join(str(value) for value in fields.values())
+            folder = base.parent / f"{base.name}-member-{seed}-{name}"
+            if not folder.exists():
+                make_adapter(base, folder, "lora", fields, seed)
+            folders.append(str(folder))
+        return {"adapters": ",".join(folders)}
+
+    return prepare
 
 
 METHODS = {
@@ -24,6 +49,20 @@ METHODS = {
     "lora-default-targets": Method("lora", {"rank": 3, "alpha": 8.0}),
     "lora-rslora": Method("lora", {"rank": 4, "alpha": 6.0, "rslora": True, "targets": "attn"}),
     "lora-last-layer": Method("lora", {"rank": 2, "targets": "mlp", "layers": "last:1"}),
+    "fusion": Method(
+        "fusion",
+        identity=False,
+        mergeable=False,
+        # the second has layers that the first lacks
+        prepare=members({"rank": 4, "targets": "attn"}, {"rank": 2, "targets": "all-linear"}),
+    ),
+    "fusion-mean": Method(
+        "fusion",
+        {"width": 6, "value": False},
+        identity=False,
+        mergeable=False,
+        prepare=members({"rank": 4}, {"rank": 2}, {"rank": 1, "alpha": 2.0}),
+    ),
 }
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gptj", "gpt_neox", "phi", "phi3")

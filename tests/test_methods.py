@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.Loaded, AdapterMeta]:
     loaded = model.load(folder)
-    config = methods.make_config(method.name, method.fields)
+    config = methods.make_config(method.name, method.settings(folder))
     base = model.describe(loaded)
     mx.random.seed(3)
     adapter.attach(loaded.model, method.name, config, base=base)

@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from tiny import make_tiny
+from trained import make_adapter
 
 from mlx_adapters import adapter, methods, model
-from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
@@ -36,20 +36,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     convert(make_tiny("gpt2", root), root / "mlx-gpt2")
     convert(str(root / "mlx-llama"), root / "4bit", bits=4, group_size=32)
     return {"llama": root / "mlx-llama", "gpt2": root / "mlx-gpt2", "llama-4bit": root / "4bit"}
-
-
-def make_adapter(base: Path, folder: Path, method: str, fields: dict[str, Any], seed: int) -> Path:
-    """An adapter folder whose arrays are moved away from their start, as training would."""
-    loaded = model.load(base)
-    config = methods.make_config(method, fields)
-    mx.random.seed(seed)
-    about = model.describe(loaded)
-    adapter.attach(loaded.model, method, config, base=about)
-    for path, array in tree_flatten(loaded.model.trainable_parameters()):
-        moved = tree_unflatten([(path, array + 0.1 * mx.random.normal(array.shape))])
-        loaded.model.update(moved, strict=False)
-    adapter.save(folder, loaded.model, meta=AdapterMeta(method=method, config=vars(config), base=about))
-    return folder
 
 
 @pytest.fixture(scope="module")

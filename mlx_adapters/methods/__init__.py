@@ -6,7 +6,8 @@ knows the method. `register` adds one from outside the package.
 
 Optional: `LAYERS`, the layer classes when there are more than `Layer`; `claims(fields)`, whether PEFT's
 configuration is this method's where several share a `PEFT_TYPE`; `IN_PEFT = False` where no PEFT release
-has the method (the file format is then ours or another project's).
+has the method (the file format is then ours or another project's); `keep(folder, layers)`, which writes what
+else an adapter's folder needs, with `kept(folder, config)`, the configuration that finds it there.
 """
 
 import importlib
@@ -96,7 +97,7 @@ def place(
 
 def by_peft_fields(fields: dict[str, Any]) -> str:
     """The method that reads and writes an `adapter_config.json`, by its `peft_type`."""
-    found = [name for name in names() if get(name).PEFT_TYPE == fields.get("peft_type")]
+    found = [name for name in names() if fields.get("peft_type") == get(name).PEFT_TYPE]
     if not found:
         known = {get(name).PEFT_TYPE for name in names()}
         raise AdapterError(unknown("peft_type", str(fields.get("peft_type")), known))
