@@ -20,6 +20,7 @@ from mlx_adapters.cli import (
     generate,
     info,
     methods,
+    plan,
     quickstart,
     train,
 )
@@ -60,6 +61,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.command)
 app.command("convert")(convert.command)
+app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)

@@ -176,6 +176,19 @@ def peak_memory() -> int:
     return int(mx.get_peak_memory())
 
 
+def total_memory() -> int:
+    """Bytes of this machine (on Metal: what the GPU may use); 0 where the system does not say."""
+    if not on_cpu():
+        import mlx.core as mx
+
+        info = mx.device_info()
+        return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
 def free_memory() -> int:
     """Bytes of memory that are free for use; 0 where the system does not say."""
     try:

@@ -67,14 +67,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(
-    source: str | Path, *, dtype: str | None = None, revision: str | None = None, answering: bool = False
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    answering: bool = False,
+    lazy: bool = False,
 ) -> Loaded:
     """Load weights and tokenizer.
 
     On CPU floating-point weights become float32 (other types are many times slower there), on Metal they
     keep the checkpoint's type; `dtype` (float32, float16, bfloat16) overrides both. Quantized weights stay
     quantized, unless the model is for `answering` on a CPU with room for the written-out weights: each token
-    would write them out again. Raises CheckpointError or UnsupportedError.
+    would write them out again. With `lazy` a weight is read from disk when it is first used.
+    Raises CheckpointError or UnsupportedError.
     """
     from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
@@ -91,7 +97,8 @@ def load(
         _cast(model, _wanted(dtype))
         if answering and _room_for_dense(model):
             model = dequantize_model(model)
-        mx.eval(model.parameters())
+        if not lazy:
+            mx.eval(model.parameters())
     except AdaptersError:
         raise
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike

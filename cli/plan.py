@@ -1,0 +1,94 @@
+"""`mlx-adapters plan MODEL`."""
+
+import json
+import re
+from typing import Annotated
+
+import typer
+
+from mlx_adapters.cli.options import settings
+from mlx_adapters.cli.screen import say, size, table, track
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["command"]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    method: Annotated[str, typer.Option(help="see `mlx-adapters methods`")] = "lora",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="longest row, as `train --cutoff`")] = 256,
+    batch_sizes: Annotated[str, typer.Option(help="batch sizes to try")] = "1,2,4,8",
+    loss_on: Annotated[str, typer.Option(help="completion or all, as `train --loss-on`")] = "completion",
+    memory: Annotated[str | None, typer.Option(help="of the machine, 16GB say [default: this one]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Predict how much memory training takes, and which settings fit a machine."""
+    import dataclasses
+
+    from mlx_adapters import backend
+    from mlx_adapters.train import plan
+    from mlx_adapters.train.config import TrainConfig
+
+    limit = backend.total_memory() if memory is None else _bytes(memory)
+    tried = [(again, batch) for again in (False, True) for batch in _numbers(batch_sizes)]
+    say(f"running four and six blocks of {model} for each of {len(tried)} settings")
+    plans = [
+        plan.predict(
+            model,
+            method=method,
+            fields=dict(settings(set_ or [])),
+            config=TrainConfig(
+                batch_size=batch, cutoff=tokens, gradient_checkpointing=again, loss_on=loss_on
+            ),
+        )
+        for again, batch in track("plan", tried, len(tried), lambda setting: f"batch size {setting[1]}")
+    ]
+    process = plan.overhead(plans)
+    if as_json:
+        rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]
+        typer.echo(json.dumps({"memory": limit, "process": process, "plans": rows}, indent=2))
+        return
+    table(
+        [
+            "batch size",
+            "gradient checkpointing",
+            "arrays at the peak",
+            "with the process",
+            f"fits {size(limit)}",
+        ],
+        [
+            [
+                str(p.batch_size),
+                "yes" if p.gradient_checkpointing else "no",
+                size(p.peak),
+                size(p.peak + process),
+                "yes" if p.peak + process <= limit else "NO",
+            ]
+            for p in plans
+        ],
+    )
+    typer.echo(
+        f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, {size(plans[0].adapter)} "
+        "for the adapter with gradient and optimizer, the rest activations"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--batch-sizes {text!r}: write whole numbers joined by commas, 1,2,4 say")
+    return numbers
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text.lower())
+    unit = found and found.group(2)
+    if not found or (unit and unit.rstrip("b") + "b" not in _UNITS):
+        raise ConfigError(f"--memory {text!r}: write it like 16GB")
+    return int(float(found.group(1)) * _UNITS[f"{unit.rstrip('b')}b" if unit and unit != "b" else ""])

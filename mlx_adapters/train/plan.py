@@ -1,0 +1,114 @@
+"""How much memory a training run will take, measured on a few of the model's own blocks before it starts.
+
+Peak memory grows by the same amount with every block. So one step is run on the model cut to four and to six
+blocks, with rows of the full length, and the line through the two peaks is read at the real depth:
+
+    peak(blocks) = peak(4) + (blocks - 4) * (peak(6) - peak(4)) / 2
+
+Nothing is assumed about the architecture, the method or the precision. The rows are random tokens of the
+longest length, so the prediction is for the largest batch of the run.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_adapters import adapter, backend, methods, model
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.loop import Run
+
+__all__ = ["Plan", "overhead", "predict"]
+
+_SHORT, _LONG = 4, 6
+_COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run with these settings takes, in bytes of arrays; the process itself comes on top.
+
+    `weights` is the base model, `adapter` the trained arrays with their gradients and optimizer state, `peak`
+    everything at the worst moment of a step; `measured` the peak that was seen on the way.
+    """
+
+    batch_size: int
+    tokens: int
+    gradient_checkpointing: bool
+    weights: int
+    adapter: int
+    peak: int
+    measured: int
+
+
+def predict(source: str | Path, *, method: str, fields: dict[str, Any], config: TrainConfig) -> Plan:
+    """The memory of training `method` on the model in `source` with `config`.
+
+    `config.cutoff` is the length of the rows. Raises what loading and attaching raise, and UnsupportedError
+    for a model whose blocks cannot be cut.
+    """
+    chosen = methods.make_config(method, fields)
+    whole = model.load(source, lazy=True)
+    depth, weights = len(whole.model.layers), _bytes(whole.model.parameters())
+    adapter.attach(whole.model, method, chosen, base=model.describe(whole))
+    trained = _bytes(whole.model.trainable_parameters())
+    del whole
+    short = min(_SHORT, depth)
+    long = min(_LONG, depth)
+    peaks = [_peak(source, method, chosen, config, blocks) for blocks in dict.fromkeys((short, long))]
+    peak = (
+        peaks[0] if len(peaks) == 1 else peaks[0] + (peaks[1] - peaks[0]) * (depth - short) // (long - short)
+    )
+    return Plan(
+        batch_size=config.batch_size,
+        tokens=config.cutoff,
+        gradient_checkpointing=config.gradient_checkpointing,
+        weights=weights,
+        adapter=trained * _COPIES,
+        peak=peak,
+        measured=max(peaks),
+    )
+
+
+def overhead(plans: list[Plan]) -> int:
+    """Bytes this process took besides MLX's arrays: Python, libraries, the allocator's slack."""
+    return max(0, backend.peak_memory() - max(plan.measured for plan in plans)) if backend.on_cpu() else 0
+
+
+def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blocks: int) -> int:
+    """Peak bytes of training steps on the model cut to its first `blocks` blocks."""
+    loaded = model.load(source, lazy=True)
+    _cut(loaded.model, blocks)
+    adapter.attach(loaded.model, method, chosen, base=model.describe(loaded))
+    rows = np.random.default_rng(0).integers(
+        0, loaded.config["vocab_size"], (config.batch_size, config.cutoff)
+    )
+    start = 1 if config.loss_on == "all" else config.cutoff // 2
+    steps = replace(config, steps=2, warmup=0, validation=0)
+    mx.reset_peak_memory()
+    for _ in Run(loaded.model, [Example(row, start) for row in rows.tolist()], config=steps):
+        pass
+    return mx.get_peak_memory()
+
+
+def _cut(network: nn.Module, blocks: int) -> None:
+    """Leave only the first `blocks` decoder blocks; the others' weights are never read."""
+    whole = network.layers
+    for module in network.modules():
+        for name, value in module.items():
+            if value is whole:
+                module[name] = whole[:blocks]
+                return
+    raise UnsupportedError(
+        f"{type(network).__name__}: its blocks cannot be cut, so memory cannot be predicted"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))

@@ -1,0 +1,82 @@
+"""The memory plan against what a run then takes."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import make_tiny
+from typer.testing import CliRunner
+
+from mlx_adapters import adapter, methods, model
+from mlx_adapters.cli.app import app
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.loop import Run
+from mlx_adapters.train.plan import _peak, predict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten layers, wide enough that arrays outweigh the rest."""
+    root = tmp_path_factory.mktemp("plan")
+    return make_tiny(
+        "llama", root, num_hidden_layers=10, hidden_size=128, intermediate_size=256, num_attention_heads=8
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "parallel", "prefix"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 64), (8, 128)])
+def test_prediction_is_within_15_percent(
+    method: str, again: bool, rows: int, tokens: int, folder: Path
+) -> None:
+    config = TrainConfig(
+        batch_size=rows, cutoff=tokens, steps=2, warmup=0, gradient_checkpointing=again, loss_on="all"
+    )
+    predicted = predict(folder, method=method, fields={}, config=config)
+    loaded = model.load(folder)
+    adapter.attach(loaded.model, method, methods.make_config(method, {}), base=model.describe(loaded))
+    mx.eval(loaded.model.parameters())
+    mx.reset_peak_memory()
+    ids = np.random.default_rng(0).integers(0, 64, (rows, tokens)).tolist()
+    for _ in Run(loaded.model, [Example(row, 1) for row in ids], config=config):
+        pass
+    assert predicted.peak == pytest.approx(mx.get_peak_memory(), rel=0.15)
+    assert predicted.measured < predicted.peak
+
+
+def test_checkpointing_costs_one_hidden_state_per_token_and_layer(folder: Path) -> None:
+    """Growth per layer: the block's weights and trained arrays, and one hidden state per token."""
+    config = TrainConfig(batch_size=4, cutoff=256, gradient_checkpointing=True, loss_on="all")
+    chosen = methods.make_config("lora", {})
+    peaks = [_peak(folder, "lora", chosen, config, blocks) for blocks in (4, 8)]
+    loaded = model.load(folder)
+    block = sum(v.nbytes for _, v in _leaves(loaded.model.layers[0]))
+    adapters = 4 * 4 * 2 * 8 * (128 + 128)  # rank 8 on q and v: weight, gradient, two moments
+    hidden = 4 * 256 * 128 * 4
+    assert (peaks[1] - peaks[0]) / 4 <= 1.02 * (block + adapters + hidden)
+
+
+def _leaves(module: object) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(module.parameters())  # type: ignore[attr-defined, no-any-return]
+
+
+def test_command_says_what_fits(folder: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["plan", str(folder), "--batch-sizes", "1,2", "--memory", "1MB", "--tokens", "32", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [plan["batch_size"] for plan in told["plans"]] == [1, 2, 1, 2]
+    assert not any(plan["fits"] for plan in told["plans"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--memory", "lots"), ("--batch-sizes", "1,x")])
+def test_command_refuses_nonsense(option: str, value: str, folder: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", str(folder), option, value])
+    assert done.exit_code == 2
+    assert value in done.stderr
