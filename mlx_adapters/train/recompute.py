@@ -44,7 +44,7 @@ def _recomputing(base: type) -> type:
             return base.__call__(self, *args, **kwargs)
         given = [*args, *kwargs.values()]
         arrays = [value for value in given if isinstance(value, mx.array)]
-        cache = next((value for value in given if hasattr(value, "update_and_fetch")), None)
+        cache: Any = next((value for value in given if hasattr(value, "update_and_fetch")), None)
         start = [] if cache is None or cache.keys is None else [cache.keys, cache.values]
         offset = getattr(cache, "offset", 0)
 
