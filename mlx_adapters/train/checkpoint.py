@@ -4,11 +4,12 @@
         state.safetensors   adapter.* and optimizer.* arrays
         state.json          step, and the settings the run must share
 
-A checkpoint is written beside and renamed: it is there whole or not at all. The data order follows from
-(seed, epoch) and the noise of dropout from (seed, step): the step alone says where the run stands.
+A checkpoint is written beside, synced and renamed: it is there whole or not at all. The data order follows
+from (seed, epoch) and the noise of dropout from (seed, step): the step alone says where the run stands.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,10 @@ def save(
         temporary.mkdir(parents=True)
         mx.save_safetensors(str(temporary / _ARRAYS), arrays)
         (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+        _sync(temporary / _ARRAYS, temporary / _FACTS, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        _sync(folder)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -97,6 +100,16 @@ def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
         raise TrainingError(
             f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"
         )
+
+
+def _sync(*places: Path) -> None:
+    """On disk before the rename: after a power cut a checkpoint is whole or absent."""
+    for place in places:
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -143,6 +143,11 @@ class Run:
             keep=self.config.keep,
         )
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return self.folder is not None and checkpoint.latest(self.folder) is not None
+
     def resume(self, warn: Callable[[str], None] = lambda message: None) -> int:
         """Go on from the newest checkpoint; returns its step. Raises TrainingError when there is none."""
         if self.folder is None:

@@ -110,8 +110,11 @@ def prepare(
             "loss_on": config.loss_on,
         },
     )
-    if resume:
+    if resume and run.has_checkpoint:
         run.resume(warn)
+    elif resume:
+        warn(f"{output}: has no checkpoint yet, starting from the beginning")
+    if resume:
         _forget_after(output / METRICS, run.step)
     seen = sorted({item_hash(row_text(row, kept.format)) for row in kept.rows})
     meta = AdapterMeta(
@@ -138,6 +141,8 @@ def prepare(
 
 def check_output(output: Path, resume: bool) -> None:
     """Raise OutputError when `output` holds something and the run does not resume."""
+    if resume and not output.exists():
+        raise OutputError(f"{output}: no such folder, so there is nothing to resume. Start without --resume")
     if output.is_file():
         raise OutputError(f"{output}: is a file. Choose another --output folder")
     if output.is_dir() and any(output.iterdir()) and not resume:
