@@ -49,9 +49,10 @@ def verdict_text(verdict: "Verdict") -> str:
     if verdict.missing or verdict.unexpected:
         keys = f"{len(verdict.missing)} missing and {len(verdict.unexpected)} unexpected keys"
     tokens = "equal" if verdict.greedy_equal else "NOT EQUAL"
+    auto = "" if verdict.auto_diff is None else f", {verdict.auto_diff:.1e} through AutoModelForCausalLM"
     return (
-        f"verify: {keys}; max |logit difference| {verdict.peft_diff:.1e} through PeftModel, "
-        f"{verdict.auto_diff:.1e} through AutoModelForCausalLM (bound {verdict.bound:.1e}); "
+        f"verify: {keys}; max |logit difference| {verdict.peft_diff:.1e} through PeftModel{auto} "
+        f"(bound {verdict.bound:.1e}); "
         f"{verdict.tokens} greedy tokens {tokens}; without the adapter the logits move by "
         f"{verdict.effect:.2g}: {'passed' if verdict.passed else 'FAILED'}"
     )

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import __version__, methods
 from mlx_adapters.errors import AdapterError, writing_to
-from mlx_adapters.methods.base import AdapterLayer, dims
+from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
 
@@ -126,6 +126,8 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
     fields = module.to_peft(module.Config(**meta.config))
     if "fan_in_fan_out" in fields:
         fields["fan_in_fan_out"] = sites.sites(meta.base["model_type"], model).conv1d
+    if hasattr(module, "peft_extra"):
+        fields |= module.peft_extra(layers(model), model, meta.base["model_type"])
     return {
         "peft_type": module.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
@@ -184,6 +186,11 @@ def read_meta(folder: Path) -> AdapterMeta:
         return AdapterMeta(method=method, config=asdict(config), base={"_name_or_path": name} if name else {})
     about = _json(folder / META, "")
     about.pop("mlx_adapters", None)
+    if about.get("method") != method:
+        raise AdapterError(
+            f"{folder / CONFIG}: describes {method} (peft_type, use_dora), but {META} says "
+            f"{about.get('method')}: one of the two was changed"
+        )
     # an adapter made of others keeps theirs below: what they have seen, it has seen
     seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
     try:
@@ -240,7 +247,9 @@ def build(
             continue
         _fill(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
         for attribute, tensor in layer.SHARED.items():
-            layer[attribute] = shared.get(tensor, layer[attribute])
+            if tensor not in shared:
+                raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
+            layer[attribute] = shared[tensor]
     if grouped:
         raise AdapterError(
             f"{folder / WEIGHTS}: {len(grouped)} layers are no targets of {meta.method} here, "
@@ -331,18 +340,9 @@ def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, 
 
 
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
-    """Last parts of names where they say exactly which layers are wrapped, whole paths where they do not."""
     wrapped = {path for path, layer in layers(model).items() if not layer.ROOTED}
-    if not wrapped:
-        return {}
-    everything = {path.removesuffix(".base") for path in sites.linears(model)}
-    short: set[str] = set()
-    for path in wrapped:
-        name = path.rpartition(".")[2]
-        if any(other.endswith("." + name) and other not in wrapped for other in everything):
-            return {"target_modules": sorted(sites.to_hf(path, model_type) for path in wrapped)}
-        short.add(name)
-    return {"target_modules": sorted(short)}
+    names = short_names(wrapped, model, model_type)
+    return {"target_modules": sorted(set(names.values()))} if wrapped else {}
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:

@@ -1,4 +1,4 @@
-"""Virtual tokens: what prompt-side adapters put in front of a text, and the one way to call a model with them.
+"""Virtual tokens: what prompt-side adapters put before a text, and the one way to call a model with them.
 
 Prompt tuning and P-tuning put token ids in front that only their embedding layer understands; prefix tuning
 gives a cache that starts full. Everything here does nothing for other adapters, so training, evaluation and

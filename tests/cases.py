@@ -49,6 +49,11 @@ METHODS = {
     "lora-default-targets": Method("lora", {"rank": 3, "alpha": 8.0}),
     "lora-rslora": Method("lora", {"rank": 4, "alpha": 6.0, "rslora": True, "targets": "attn"}),
     "lora-last-layer": Method("lora", {"rank": 2, "targets": "mlp", "layers": "last:1"}),
+    "dora": Method("dora", {"rank": 4, "alpha": 12.0, "targets": "all-linear"}),
+    "dora-default-targets": Method("dora", {"rank": 3, "rslora": True}),
+    "ia3": Method("ia3"),
+    "ia3-all": Method("ia3", {"targets": "all-linear", "feedforward": "none"}),
+    "vera": Method("vera", {"rank": 8, "targets": "all-linear"}),
     "fusion": Method(
         "fusion",
         identity=False,

@@ -147,7 +147,7 @@ def test_pytorch_computes_the_same(case: str, arch: str, folders: dict[str, Path
     verdict = peft.verify(tmp_path / "p", folders[arch])
     assert verdict.missing == verdict.unexpected == ()
     assert verdict.peft_diff <= verdict.bound
-    assert verdict.auto_diff <= verdict.bound
+    assert verdict.auto_diff is None or verdict.auto_diff <= verdict.bound
     assert verdict.greedy_equal
     assert verdict.effect > 1e-2, "the negative control: without the adapter it must not pass"
 

@@ -4,10 +4,15 @@ A method's file defines `Config`, `Layer`, `PEFT_TYPE`, `to_peft`, `from_peft`, 
 `wrap`, or `place` where the adapter is not one layer on each chosen linear layer. Nothing outside the file
 knows the method. `register` adds one from outside the package.
 
-Optional: `LAYERS`, the layer classes when there are more than `Layer`; `claims(fields)`, whether PEFT's
-configuration is this method's where several share a `PEFT_TYPE`; `IN_PEFT = False` where no PEFT release
-has the method (the file format is then ours or another project's); `keep(folder, layers)`, which writes what
-else an adapter's folder needs, with `kept(folder, config)`, the configuration that finds it there.
+Optional, each in the method's file:
+
+    LAYERS              the layer classes when there are more than `Layer`
+    claims(fields)      whether PEFT's configuration is this method's, where several share a `PEFT_TYPE`
+    peft_extra(layers, model, model_type)   fields of `adapter_config.json` that depend on the model
+    IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
+    AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
+    keep(folder, layers)    writes what else an adapter's folder needs,
+    kept(folder, config)    the configuration that finds it there
 """
 
 import importlib

@@ -26,6 +26,7 @@ __all__ = [
     "linear_like",
     "plain_weight",
     "resolve_targets",
+    "short_names",
     "site_of",
 ]
 
@@ -139,7 +140,20 @@ def linear_like(base: nn.Module, weight: mx.array, bias: mx.array | None = None)
 def site_of(path: str, model: nn.Module, model_type: str) -> Site:
     """Where `path` is in the architecture."""
     row = table.sites(model_type, model)
-    return Site(path=path, model_type=model_type, side=table.side(path, row))
+    roles = {"attn": row.attn, "mlp": row.mlp}
+    role = next((r for r, names in roles.items() if any(table.matches(path, n) for n in names)), "")
+    return Site(path=path, model_type=model_type, role=role, side=table.side(path, row))
+
+
+def short_names(paths: set[str], model: nn.Module, model_type: str) -> dict[str, str]:
+    """What to call each of `paths` in a list of targets: the last part of the name where such parts say
+    exactly which linear layers are meant, the whole Hugging Face path where they do not."""
+    everything = {path.removesuffix(".base") for path in table.linears(model)}
+    short = {path: path.rpartition(".")[2] for path in paths}
+    meant = {path for path in everything if path.rpartition(".")[2] in short.values()}
+    if meant <= paths:
+        return short
+    return {path: table.to_hf(path, model_type) for path in paths}
 
 
 def resolve_targets(

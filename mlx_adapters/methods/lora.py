@@ -15,7 +15,15 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, Dropout, Site, dims, linear_like, plain_weight, resolve_targets
+from mlx_adapters.methods.base import (
+    AdapterLayer,
+    Dropout,
+    Site,
+    dims,
+    linear_like,
+    plain_weight,
+    resolve_targets,
+)
 
 PEFT_TYPE = "LORA"
 
@@ -32,17 +40,22 @@ class Config:
     layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora: rank={self.rank} must be at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"lora: alpha={self.alpha} must be a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora: dropout={self.dropout} must be at least 0 and below 1")
+        check(self.rank, self.alpha, self.dropout, "lora")
 
     @property
     def scale(self) -> float:
         """The factor in front of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def check(rank: int, alpha: float, dropout: float, method: str) -> None:
+    """Raise ConfigError for values that no low-rank method can have."""
+    if rank < 1:
+        raise ConfigError(f"{method}: rank={rank} must be at least 1")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"{method}: alpha={alpha} must be a positive number")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"{method}: dropout={dropout} must be at least 0 and below 1")
 
 
 class Layer(AdapterLayer):
@@ -82,8 +95,18 @@ def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
     return Layer(base, rank=config.rank, scale=config.scale, dropout=config.dropout)
 
 
+def claims(fields: dict[str, Any]) -> bool:
+    """Whether a LoRA configuration of PEFT is plain LoRA."""
+    return not fields.get("use_dora")
+
+
 def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration; only what every PEFT since 0.4 knows, more only where needed."""
+    """PEFT's fields for this configuration."""
+    return peft_fields(config)
+
+
+def peft_fields(config: Any) -> dict[str, Any]:
+    """What LoRA and DoRA share; only what every PEFT since 0.4 knows, more only where needed."""
     fields: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
@@ -114,6 +137,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
+    return Config(**read_peft(fields))
+
+
+def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
+    """The values of PEFT's fields that LoRA and DoRA share."""
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] not in neutral:
             raise AdapterError(
@@ -132,10 +160,10 @@ def from_peft(fields: dict[str, Any]) -> Config:
     if missing:
         raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")
     chosen = fields.get("target_modules")
-    return Config(
-        rank=fields["r"],
-        alpha=float(fields["lora_alpha"]),
-        dropout=float(fields.get("lora_dropout") or 0.0),
-        rslora=bool(fields.get("use_rslora", False)),
-        targets=",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
-    )
+    return {
+        "rank": fields["r"],
+        "alpha": float(fields["lora_alpha"]),
+        "dropout": float(fields.get("lora_dropout") or 0.0),
+        "rslora": bool(fields.get("use_rslora", False)),
+        "targets": ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
+    }

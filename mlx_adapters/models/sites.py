@@ -65,10 +65,12 @@ class Sites:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where an adapter is about to stand: `side` is `pre` for a layer into a sublayer, `post` out of it."""
+    """Where an adapter is about to stand: `role` is `attn`, `mlp` or empty; `side` is `pre` for a layer into
+    a sublayer, `post` out of it."""
 
     path: str
     model_type: str
+    role: str
     side: str
 
 

@@ -1,0 +1,103 @@
+"""IA3: infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022,
+https://arxiv.org/abs/2205.05638
+
+    y = l * (W x + b)     on attention's layers: l [out] scales the output (keys and values)
+    y = W (l * x) + b     on the layer out of the MLP: l [in] scales its input
+
+l starts at one: a fresh adapter is the base.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.fields import field
+from mlx_adapters.methods.base import (
+    AdapterLayer,
+    Site,
+    dims,
+    linear_like,
+    plain_weight,
+    resolve_targets,
+    short_names,
+)
+from mlx_adapters.models import sites
+
+PEFT_TYPE = "IA3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of `--method ia3`."""
+
+    targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
+    feedforward: str = field("default", "names a,b of targets whose input is scaled; default: out of the MLP")
+    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+
+
+class Layer(AdapterLayer):
+    """A linear layer whose output (`feedforward`: input) is scaled, element by element."""
+
+    TENSORS: ClassVar[dict[str, str]] = {"ia3_l": "ia3_l"}
+
+    def __init__(self, base: nn.Module, *, feedforward: bool) -> None:
+        super().__init__()
+        in_dims, out_dims = dims(base)
+        self.base = base
+        # PEFT's shapes: they tell the two kinds apart in a file
+        self.ia3_l = mx.ones((1, in_dims) if feedforward else (out_dims, 1))
+
+    @property
+    def feedforward(self) -> bool:
+        """Whether the input is scaled."""
+        return self.ia3_l.shape[0] == 1 and self.ia3_l.shape[1] == dims(self.base)[0]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.feedforward:
+            return self.base((x * self.ia3_l[0]).astype(x.dtype))
+        y = self.base(x)
+        return (y * self.ia3_l[:, 0]).astype(y.dtype)
+
+    def merge(self) -> nn.Module:
+        """A plain linear layer with the scaled weight (and bias, where the output is scaled)."""
+        weight = plain_weight(self.base).astype(mx.float32) * self.ia3_l
+        if self.feedforward or "bias" not in self.base:
+            return linear_like(self.base, weight)
+        return linear_like(self.base, weight, self.base.bias * self.ia3_l[:, 0])
+
+
+def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
+    """Paths of the linear layers to wrap."""
+    return resolve_targets(model, model_type, targets=config.targets, layers=config.layers, default="ia3")
+
+
+def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
+    """The layer that takes the place of `base`."""
+    if config.feedforward == "default":
+        return Layer(base, feedforward=site.role == "mlp" and site.side == "post")
+    path = sites.to_hf(site.path, site.model_type)
+    names = [name.strip() for name in config.feedforward.split(",") if name.strip()]
+    return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
+
+
+def to_peft(config: Config) -> dict[str, Any]:
+    """PEFT's fields for this configuration."""
+    return {"fan_in_fan_out": False, "modules_to_save": None}
+
+
+def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
+    """The layers whose input is scaled, named as the targets are."""
+    scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
+    names = short_names(set(layers), model, model_type)
+    return {"feedforward_modules": sorted({names[path] for path in scaled})}
+
+
+def from_peft(fields: dict[str, Any]) -> Config:
+    """The configuration a PEFT `adapter_config.json` describes."""
+    chosen, scaled = fields.get("target_modules"), fields.get("feedforward_modules")
+    return Config(
+        targets=",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
+        feedforward=",".join(sorted(scaled)) if isinstance(scaled, list) else "default",
+    )
