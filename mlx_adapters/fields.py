@@ -41,7 +41,13 @@ def _parse(raw: Any, hint: Any) -> Any:
             if type(None) in hint.__args__:
                 return None
             raise ValueError
-        return _parse(raw, next(arg for arg in hint.__args__ if arg is not type(None)))
+        for kind in hint.__args__:
+            try:
+                if kind is not type(None):
+                    return _parse(raw, kind)
+            except ValueError:
+                continue  # `float | str`: a number if it is one, else a word
+        raise ValueError
     if hint is bool:
         if isinstance(raw, bool):
             return raw

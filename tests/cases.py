@@ -54,6 +54,26 @@ METHODS = {
     "ia3": Method("ia3"),
     "ia3-all": Method("ia3", {"targets": "all-linear", "feedforward": "none"}),
     "vera": Method("vera", {"rank": 8, "targets": "all-linear"}),
+    "series": Method("series", {"bottleneck_size": 6}, mergeable=False),
+    "series-p-bert": Method(
+        "series",
+        {"bottleneck_size": 5, "variant": "P", "init": "bert", "scaling": 4, "non_linearity": "gelu_new"},
+        identity=False,
+        mergeable=False,
+    ),
+    "series-all": Method("series", {"bottleneck_size": 4, "targets": "all-linear"}, mergeable=False),
+    "parallel": Method("parallel", {"bottleneck_size": 6}, mergeable=False),
+    "parallel-learned": Method(
+        "parallel",
+        {"bottleneck_size": 4, "scaling": "learned", "targets": "all-linear", "non_linearity": "silu"},
+        mergeable=False,
+    ),
+    "double_seq_bn": Method("double_seq_bn", {"reduction_factor": 5}, mergeable=False),
+    "seq_bn": Method("seq_bn", {"reduction_factor": 4}, mergeable=False),
+    "par_bn": Method("par_bn", mergeable=False, refused={"phi": "no norm before its MLP"}),
+    "scaled_par_bn": Method(
+        "scaled_par_bn", {"bottleneck_size": 7}, mergeable=False, refused={"phi": "no norm before its MLP"}
+    ),
     "fusion": Method(
         "fusion",
         identity=False,

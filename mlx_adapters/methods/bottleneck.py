@@ -1,0 +1,322 @@
+"""What the bottleneck methods share: the function f, its starts, and the two layers that use it.
+
+    f(x) = s * (up(act(down(x))))        s: a number, or learned and starting at 1
+
+`down` is [bottleneck, in] and `up` [out, bottleneck]. Starts: `mam_adapter` (He et al. 2021, arXiv
+2110.04366): down kaiming-uniform(a = sqrt 5), up zero, so a fresh adapter is the base; `bert` (Houlsby et al.
+2019, arXiv 1902.00751): both normal(0, 0.02), so it is not.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unknown
+from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, resolve_targets
+from mlx_adapters.models import sites
+
+__all__ = [
+    "ACTIVATIONS",
+    "INITS",
+    "BlockLayer",
+    "Layer",
+    "block_fields",
+    "check",
+    "fields_of",
+    "place_blocks",
+    "read_block_fields",
+    "read_fields",
+]
+
+Activation = Callable[[mx.array], mx.array]
+
+INITS = ("mam_adapter", "bert")
+
+# The names of transformers' ACT2FN that have no parameters of their own.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": nn.gelu,
+    "gelu_10": lambda x: mx.clip(nn.gelu(x), -10, 10),
+    "gelu_accurate": nn.gelu_approx,
+    "gelu_fast": nn.gelu_approx,
+    "gelu_new": nn.gelu_approx,
+    "gelu_python": nn.gelu,
+    "gelu_python_tanh": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "hardswish": nn.hardswish,
+    "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": nn.mish,
+    "quick_gelu": nn.gelu_fast_approx,
+    "relu": nn.relu,
+    "relu2": nn.relu2,
+    "relu6": nn.relu6,
+    "sigmoid": mx.sigmoid,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": mx.tanh,
+}
+
+
+def check(
+    method: str, *, size: float | None, non_linearity: str, dropout: float, scaling: float | str, init: str
+) -> None:
+    """Raise one ConfigError that lists every value a bottleneck cannot have."""
+    problems = []
+    if size is not None and size < 1:
+        problems.append(f"{method}: the bottleneck size or reduction factor is {size}, must be at least 1")
+    if non_linearity not in ACTIVATIONS:
+        problems.append(f"{method}: " + unknown("non_linearity", non_linearity, ACTIVATIONS))
+    if not 0 <= dropout < 1:
+        problems.append(f"{method}: dropout={dropout} must be at least 0 and below 1")
+    if isinstance(scaling, str) and scaling != "learned":
+        problems.append(f"{method}: scaling={scaling!r} must be a number or 'learned'")
+    if init not in INITS:
+        problems.append(f"{method}: " + unknown("init", init, INITS))
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+# ours -> LLM-Adapters' name of the field
+_NAMES = {
+    "bottleneck_size": "bottleneck_size",
+    "non_linearity": "non_linearity",
+    "dropout": "adapter_dropout",
+    "scaling": "scaling",
+    "init": "init_weights",
+}
+_BLOCK = ("reduction_factor", "bottleneck_size", "non_linearity", "scaling", "dropout", "init", "layers")
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """LLM-Adapters' fields that series and parallel adapters share."""
+    named = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
+    return {**named, "bias": "none", "modules_to_save": None}
+
+
+def read_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Our values of LLM-Adapters' fields. Raises AdapterError for what is missing or not supported."""
+    for name in ("bias", "modules_to_save"):
+        if fields.get(name) not in (None, "none", []):
+            raise AdapterError(f"{name}={fields[name]!r} is not supported: only the bottlenecks are read")
+    if "bottleneck_size" not in fields:
+        raise AdapterError("bottleneck_size missing: not a BOTTLENECK configuration of LLM-Adapters")
+    values = {ours: fields[theirs] for ours, theirs in _NAMES.items() if theirs in fields}
+    chosen = fields.get("target_modules")
+    return values | {
+        "targets": ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default"
+    }
+
+
+def block_fields(config: Any) -> dict[str, Any]:
+    """What our folder says of a block form."""
+    return {name: getattr(config, name) for name in _BLOCK}
+
+
+def read_block_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `block_fields`."""
+    return {name: fields[name] for name in _BLOCK if name in fields}
+
+
+def _start(shape: tuple[int, int], init: str, *, zero: bool) -> mx.array:
+    if init == "bert":
+        return mx.random.normal(shape, scale=0.02)
+    bound = 1 / math.sqrt(shape[1])
+    return mx.zeros(shape) if zero else mx.random.uniform(-bound, bound, shape)
+
+
+class Layer(AdapterLayer):
+    """A bottleneck on one linear layer, without biases; x is [.., in], the result [.., out].
+
+    pre       base(x + f(x)),         f on `in`
+    post      z = base(x); z + f(z),  f on `out`
+    parallel  base(x) + f(x),         f from `in` to `out`
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "down": "adapter_down.weight",
+        "up": "adapter_up.weight",
+        "scaling": "adapter_scaling",
+    }
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        kind: str,
+        size: int,
+        non_linearity: str,
+        scaling: float | str,
+        dropout: float,
+        init: str,
+    ) -> None:
+        super().__init__()
+        in_dims, out_dims = dims(base)
+        into = out_dims if kind == "post" else in_dims
+        out_of = in_dims if kind == "pre" else out_dims
+        self.base = base
+        self.kind = kind
+        self.dropout = Dropout(dropout)
+        self.act = ACTIVATIONS[non_linearity]
+        self.down = _start((size, into), init, zero=False)
+        self.up = _start((out_of, size), init, zero=True)
+        self.scaling = mx.ones((1,)) if scaling == "learned" else float(scaling)
+
+    def _f(self, x: mx.array) -> mx.array:
+        # the narrow array is the cheap place to scale
+        return (self.act(self.dropout(x) @ self.down.T) * self.scaling) @ self.up.T
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.kind == "pre":
+            return self.base(x + self._f(x).astype(x.dtype))
+        y = self.base(x)
+        return y + self._f(y if self.kind == "post" else x).astype(y.dtype)
+
+
+class BlockLayer(AdapterLayer):
+    """A bottleneck with biases behind a sublayer's last linear layer, which returns s [.., width].
+
+        double  s + f(s)
+        seq     s + f(h + s)
+        par     s + f(h)
+
+    h is the residual stream that enters the sublayer, before its norm; `residual()` gives it. f has no
+    dropout inside: it acts on f's result, as AdapterHub has it.
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "down": "adapter_down.0.weight",
+        "down_bias": "adapter_down.0.bias",
+        "up": "adapter_up.weight",
+        "up_bias": "adapter_up.bias",
+        "scaling": "scaling",
+    }
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        kind: str,
+        size: int,
+        non_linearity: str,
+        scaling: float | str,
+        dropout: float,
+        init: str,
+        residual: "Callable[[], mx.array] | None",
+    ) -> None:
+        super().__init__()
+        width = dims(base)[1]
+        self.base = base
+        self.kind = kind
+        self.residual = residual
+        self.dropout = Dropout(dropout)
+        self.act = ACTIVATIONS[non_linearity]
+        self.down, self.down_bias = _start((size, width), init, zero=False), mx.zeros(size)
+        self.up, self.up_bias = _start((width, size), init, zero=True), mx.zeros(width)
+        self.scaling = mx.ones((1,)) if scaling == "learned" else float(scaling)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        s = self.base(x)
+        read = s
+        if self.residual is not None:
+            h = self.residual()
+            read = h if self.kind == "par" else h + s
+        f = (self.act(read @ self.down.T + self.down_bias) @ self.up.T + self.up_bias) * self.scaling
+        return s + self.dropout(f).astype(s.dtype)
+
+
+class _Recorder(nn.Module):
+    """Stands where `base` stood and remembers its last input (or output) for the block's adapter."""
+
+    def __init__(self, base: nn.Module, *, output: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.output = output
+        self.slot = _Slot()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.base(x)
+        self.slot.value = y if self.output else x
+        return y
+
+
+class _Slot:
+    """A plain object: MLX would take an array or a list on the module for a parameter."""
+
+    value: mx.array | None = None
+
+
+def place_blocks(
+    model: nn.Module,
+    model_type: str,
+    paths: list[str] | None,
+    *,
+    method: str,
+    kind: str,
+    layers: str,
+    size: Callable[[int], int],
+    **settings: Any,
+) -> dict[str, nn.Module]:
+    """BlockLayers behind the sublayers that `kind` has adapters on, and the recorders they read h from.
+
+    `double` stands behind attention and MLP, `seq` and `par` behind the MLP. `size(width)` is the bottleneck.
+    Raises UnsupportedError where the architecture has no place to read h.
+    """
+    row = sites.sites(model_type, model)
+    names = [name for name in ((row.attn_out, row.mlp_out) if kind == "double" else (row.mlp_out,)) if name]
+    if paths is None:
+        paths = resolve_targets(model, model_type, targets=",".join(names), layers=layers)
+    modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
+    for path in paths:
+        recorders: dict[str, _Recorder] = {}
+        if kind != "double":
+            recorders = {
+                name: _Recorder(modules[name], output=output)
+                for name, output in _sources(path, row, modules, model_type, method, kind)
+            }
+        placed |= recorders
+        placed[path] = BlockLayer(
+            modules[path],
+            kind=kind,
+            size=size(dims(modules[path])[1]),
+            residual=_sum([recorder.slot for recorder in recorders.values()]),
+            **settings,
+        )
+    return placed
+
+
+def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
+    if not slots:
+        return None
+
+    def residual() -> mx.array:
+        arrays = [slot.value for slot in slots if slot.value is not None]
+        return sum(arrays[1:], arrays[0])
+
+    return residual
+
+
+def _sources(
+    path: str, row: sites.Sites, modules: dict[str, Any], model_type: str, method: str, kind: str
+) -> list[tuple[str, bool]]:
+    """Where h is read for the MLP behind `path`: (path, whether its output rather than its input)."""
+    index = sites.layer_index(path)
+    block = path[: path.index(f".{index}.") + len(f".{index}")]
+
+    def find(name: str) -> str:
+        return next(p for p in modules if p.startswith(block + ".") and sites.matches(p, name))
+
+    if row.pre_mlp is not None:
+        return [(find(row.pre_mlp), False)]
+    if model_type == "gptj" and row.pre_attn is not None:
+        # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
+        return [(find(row.pre_attn), False), (find(row.attn_out), True)]
+    if model_type == "phi" and kind == "seq":
+        return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
+    raise UnsupportedError(
+        f"{method}: a {model_type} model has no norm before its MLP to read the residual stream from. "
+        "Use double_seq_bn, series or parallel"
+    )
