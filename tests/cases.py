@@ -74,6 +74,27 @@ METHODS = {
     "scaled_par_bn": Method(
         "scaled_par_bn", {"bottleneck_size": 7}, mergeable=False, refused={"phi": "no norm before its MLP"}
     ),
+    "prompt": Method("prompt", {"num_virtual_tokens": 3}, identity=False, mergeable=False),
+    "prompt-text": Method(
+        "prompt",
+        {"num_virtual_tokens": 5, "init": "text", "init_text": "tom has", "init_ids": "4,5"},
+        identity=False,
+        mergeable=False,
+    ),
+    "ptuning": Method("ptuning", {"num_virtual_tokens": 4}, identity=False, mergeable=False),
+    "ptuning-lstm": Method(
+        "ptuning",
+        {"num_virtual_tokens": 3, "encoder": "LSTM", "encoder_hidden_size": 8},
+        identity=False,
+        mergeable=False,
+    ),
+    "prefix": Method("prefix", {"num_virtual_tokens": 3}, identity=False, mergeable=False),
+    "prefix-projection": Method(
+        "prefix",
+        {"num_virtual_tokens": 4, "projection": True, "encoder_hidden_size": 12},
+        identity=False,
+        mergeable=False,
+    ),
     "fusion": Method(
         "fusion",
         identity=False,

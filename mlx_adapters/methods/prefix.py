@@ -1,0 +1,192 @@
+"""Prefix tuning: keys and values of n virtual tokens in every layer. Li & Liang 2021,
+https://arxiv.org/abs/2101.00190; without a network behind them P-tuning v2, https://arxiv.org/abs/2110.07602
+
+    attention(q, [K_P, K], [V_P, V])    in each layer; K_P is not rotated, the text stands at position n
+
+In MLX a prefix is a cache that starts full, so models need not know of it. With `projection` the keys and
+values are the output of an embedding and a two-layer tanh MLP. Only they are saved, as in PEFT: what goes on
+training from a loaded adapter is the keys and values; a run that resumes goes on with the MLP.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
+from mlx_adapters.fields import field
+from mlx_adapters.methods import prompt
+from mlx_adapters.methods.base import AdapterLayer
+
+PEFT_TYPE = "PREFIX_TUNING"
+AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
+
+INITS = ("activations", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of `--method prefix`."""
+
+    num_virtual_tokens: int = field(10, "how many keys and values are learned in each layer")
+    projection: bool = field(False, "through an embedding and a two-layer MLP")
+    encoder_hidden_size: int | None = field(None, "width of that MLP [default: the keys' width]")
+    init: str = field("activations", "activations: keys and values of sampled words; random: normal(0, 1)")
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise ConfigError(f"prefix: num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ConfigError(f"prefix: encoder_hidden_size={self.encoder_hidden_size} must be at least 1")
+        if self.init not in INITS:
+            raise ConfigError("prefix: " + unknown("init", self.init, INITS))
+
+
+class Layer(AdapterLayer):
+    """An attribute of the model; `table` is [n, layers * 2 * kv_heads * head_dim], keys before values."""
+
+    TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
+    ROOTED: ClassVar[bool] = True
+
+    def __init__(self, table: mx.array | None, encoder: nn.Module | None, *, keys: "Keys") -> None:
+        super().__init__()
+        if table is not None:
+            self.table = table
+        if encoder is not None:
+            self.encoder = encoder
+        self.keys = keys
+        self.slot = prompt.Slot()
+
+    def _table(self) -> mx.array:
+        if "table" in self:
+            return self.table
+        if self.training:
+            return self.encoder()
+        if self.slot.value is None:
+            self.slot.value = self.encoder()
+        return self.slot.value
+
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)
+        self.slot.value = None  # what was computed may be of older parameters
+
+    def tensors(self) -> dict[str, mx.array]:
+        return {"table": self.table if "table" in self else self.encoder()}
+
+    def fill(self, arrays: dict[str, mx.array]) -> None:
+        self.pop("encoder", None)
+        self.table = arrays["table"]
+
+    def start_cache(self, model: nn.Module, rows: int) -> list[Any]:
+        from mlx_lm.models.cache import KVCache
+
+        layers, heads, width = self.keys.layers, self.keys.heads, self.keys.width
+        table = self._table().astype(self.keys.dtype)
+        count = table.shape[0]
+        # [n, layers, 2, heads, width] -> [layers, 2, heads, n, width]
+        states = table.reshape(count, layers, 2, heads, width).transpose(1, 2, 3, 0, 4)
+        caches = []
+        for layer in range(layers):
+            cache = KVCache()
+            cache.keys, cache.values = (
+                mx.broadcast_to(states[layer, which][None], (rows, heads, count, width)) for which in (0, 1)
+            )
+            cache.offset = count
+            caches.append(cache)
+        return caches
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The shape of a model's keys (and values, which must share it)."""
+
+    layers: int
+    heads: int
+    width: int
+    dtype: mx.Dtype
+
+
+class Projection(nn.Module):
+    """embedding [n, token] -> tanh MLP -> [n, layers * 2 * token], token = kv_heads * head_dim."""
+
+    def __init__(self, count: int, token: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.seeds = mx.random.normal((count, token))
+        self.into, self.out_of = nn.Linear(token, hidden), nn.Linear(hidden, layers * 2 * token)
+
+    def __call__(self) -> mx.array:
+        return self.out_of(mx.tanh(self.into(self.seeds)))
+
+
+def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
+    """A new attribute of the model, which changes nothing but the cache it starts with."""
+    vocabulary = 2 if config.projection or config.init == "random" else None
+    count = config.num_virtual_tokens
+    states, keys = _activations(model, model_type, count, vocabulary)
+    token = keys.heads * keys.width
+    if config.projection:
+        hidden = config.encoder_hidden_size or token
+        return {"prefix": Layer(None, Projection(count, token, hidden, keys.layers), keys=keys)}
+    table = mx.random.normal((count, keys.layers * 2 * token)) if config.init == "random" else states
+    return {"prefix": Layer(table, None, keys=keys)}
+
+
+def _activations(
+    model: nn.Module, model_type: str, count: int, vocabulary: int | None
+) -> tuple[mx.array, Keys]:
+    """(table of the keys and values that `count` sampled words have, their shape)."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    odd = sorted({type(cache).__name__ for cache in caches if type(cache) is not KVCache})
+    if odd:
+        raise UnsupportedError(
+            f"prefix: a {model_type} model has layers that keep {', '.join(odd)} instead of all keys and "
+            "values (a sliding window, or no attention), where a prefix would be lost. Use lora or prompt"
+        )
+    words = vocabulary or _vocabulary(model)
+    model(mx.random.randint(0, words, (1, count)), cache=caches)
+    states = [state[0, :, :count] for cache in caches for state in (cache.keys, cache.values)]
+    if len({state.shape for state in states}) != 1:
+        raise UnsupportedError(f"prefix: the keys and values of a {model_type} model differ in shape")
+    heads, _, width = states[0].shape
+    # each [heads, n, width] -> [n, heads * width], side by side
+    flat = [state.transpose(1, 0, 2).reshape(count, heads * width) for state in states]
+    table = mx.concatenate(flat, axis=1).astype(mx.float32)
+    return table, Keys(len(caches), heads, width, states[0].dtype)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    from mlx_adapters.models import sites
+
+    return int(dict(model.named_modules())[sites.embedding(model)].weight.shape[0])
+
+
+def to_peft(config: Config) -> dict[str, Any]:
+    """PEFT's fields for this configuration."""
+    return {"num_virtual_tokens": config.num_virtual_tokens, "prefix_projection": config.projection}
+
+
+def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
+    """The sizes PEFT wants to know; its attention heads are those of the keys."""
+    layer = next(iter(layers.values()))
+    keys: Keys = layer.keys
+    token = keys.heads * keys.width
+    hidden = token if "table" in layer else layer.encoder.into.weight.shape[0]
+    return {
+        **prompt.shape_fields(model),
+        "token_dim": token,
+        "num_attention_heads": keys.heads,
+        "encoder_hidden_size": hidden,
+    }
+
+
+def from_peft(fields: dict[str, Any]) -> Config:
+    """The configuration a PEFT `adapter_config.json` describes; the saved keys and values are projected."""
+    return Config(
+        num_virtual_tokens=prompt.virtual_tokens(fields),
+        projection=bool(fields.get("prefix_projection")),
+        encoder_hidden_size=fields.get("encoder_hidden_size"),
+        init="random",
+    )

@@ -1,0 +1,173 @@
+"""P-tuning: n input embeddings, the output of a small network. Liu et al. 2021,
+https://arxiv.org/abs/2103.10385
+
+    h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
+
+The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP of two
+behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from it is the
+table. A run that resumes from its checkpoint goes on with the encoder.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.fields import field
+from mlx_adapters.methods import prompt
+from mlx_adapters.methods.base import AdapterLayer, Dropout
+from mlx_adapters.models import sites
+
+PEFT_TYPE = "P_TUNING"
+AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
+
+ENCODERS = ("MLP", "LSTM")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of `--method ptuning`."""
+
+    num_virtual_tokens: int = field(20, "how many embeddings are learned")
+    encoder: str = field("MLP", "MLP or LSTM")
+    encoder_hidden_size: int | None = field(None, "width of the encoder [default: the model's]")
+    encoder_layers: int = field(2, "layers of the LSTM; the MLP has three")
+    dropout: float = field(0.0, "dropout between the layers of the LSTM while training")
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1 or self.encoder_layers < 1:
+            raise ConfigError("ptuning: num_virtual_tokens and encoder_layers must be at least 1")
+        if self.encoder not in ENCODERS:
+            raise ConfigError("ptuning: " + unknown("encoder", self.encoder, ENCODERS))
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ConfigError(f"ptuning: encoder_hidden_size={self.encoder_hidden_size} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"ptuning: dropout={self.dropout} must be at least 0 and below 1")
+
+
+class MLP(nn.Module):
+    """[n, width] -> [n, width] through two hidden layers."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers[:-1]:
+            x = nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class LSTM(nn.Module):
+    """[n, width] -> [n, width]: the n rows are the steps of a bidirectional LSTM, an MLP stands behind it."""
+
+    def __init__(self, width: int, hidden: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        sizes = [width] + [2 * hidden] * (layers - 1)
+        self.forwards = [nn.LSTM(size, hidden) for size in sizes]
+        self.backwards = [nn.LSTM(size, hidden) for size in sizes]
+        self.dropout = Dropout(dropout)
+        self.head = [nn.Linear(2 * hidden, 2 * hidden), nn.Linear(2 * hidden, width)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for index, (there, back) in enumerate(zip(self.forwards, self.backwards, strict=True)):
+            x = self.dropout(x) if index else x
+            x = mx.concatenate([there(x)[0], back(x[::-1])[0][::-1]], axis=-1)
+        return self.head[1](nn.relu(self.head[0](x)))
+
+
+class Layer(AdapterLayer):
+    """Stands where the token embedding stood; ids behind the vocabulary are rows of encoder(seeds)."""
+
+    TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
+    ROOTED: ClassVar[bool] = True
+
+    def __init__(self, base: nn.Module, encoder: nn.Module, count: int, width: int) -> None:
+        super().__init__()
+        self.base = base
+        self.encoder = encoder
+        self.seeds = mx.random.normal((count, width))
+        self.slot = prompt.Slot()
+
+    def _table(self) -> mx.array:
+        if "table" in self:
+            return self.table
+        if self.training:
+            return self.encoder(self.seeds)
+        if self.slot.value is None:
+            self.slot.value = self.encoder(self.seeds)
+        return self.slot.value
+
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)
+        self.slot.value = None  # what was computed may be of older parameters
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return prompt.embed(self.base, self._table(), ids)
+
+    @property
+    def weight(self) -> mx.array:
+        """The base's: models with a tied head look it up here."""
+        return self.base.weight
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """A tied head predicts words, never virtual tokens."""
+        return self.base.as_linear(x)
+
+    def tensors(self) -> dict[str, mx.array]:
+        return {"table": self.table if "table" in self else self.encoder(self.seeds)}
+
+    def fill(self, arrays: dict[str, mx.array]) -> None:
+        for name in ("encoder", "seeds"):
+            self.pop(name, None)
+        self.table = arrays["table"]
+
+    def virtual_ids(self) -> list[int]:
+        first = self.base.weight.shape[0]
+        count = (self.table if "table" in self else self.seeds).shape[0]
+        return list(range(first, first + count))
+
+
+def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
+    """The layer in the place of the token embedding."""
+    path = sites.embedding(model)
+    base = dict(model.named_modules())[path]
+    width = base(mx.array([0])).shape[-1]
+    hidden = config.encoder_hidden_size or width
+    encoder = (
+        MLP(width, hidden)
+        if config.encoder == "MLP"
+        else LSTM(width, hidden, config.encoder_layers, config.dropout)
+    )
+    return {path: Layer(base, encoder, config.num_virtual_tokens, width)}
+
+
+def to_peft(config: Config) -> dict[str, Any]:
+    """PEFT's fields for this configuration."""
+    return {
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "encoder_reparameterization_type": config.encoder,
+        "encoder_hidden_size": config.encoder_hidden_size,
+        "encoder_num_layers": config.encoder_layers,
+        "encoder_dropout": config.dropout,
+    }
+
+
+def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
+    """The sizes PEFT wants to know."""
+    fields = prompt.peft_extra(layers, model, model_type)
+    layer = next(iter(layers.values()))
+    return fields | ({"encoder_hidden_size": fields["token_dim"]} if "table" in layer else {})
+
+
+def from_peft(fields: dict[str, Any]) -> Config:
+    """The configuration a PEFT `adapter_config.json` describes."""
+    return Config(
+        num_virtual_tokens=prompt.virtual_tokens(fields),
+        encoder=fields.get("encoder_reparameterization_type") or "MLP",
+        encoder_hidden_size=fields.get("encoder_hidden_size"),
+        encoder_layers=fields.get("encoder_num_layers") or 2,
+        dropout=float(fields.get("encoder_dropout") or 0.0),
+    )
