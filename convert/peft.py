@@ -126,7 +126,7 @@ def _compare(
     auto_offered: bool,
 ) -> Verdict:
     import torch
-    from peft import PeftModel, set_peft_model_state_dict
+    from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -136,13 +136,9 @@ def _compare(
         ).eval()
 
     peft_model = PeftModel.from_pretrained(opened(base), folder).eval()
-    keys = set_peft_model_state_dict(peft_model, load_file(folder / adapter.WEIGHTS))
-    # PEFT calls the base's weights missing too, which no adapter holds; its own parameters are the rest
-    base_names = {f"base_model.model.{name}" for name in opened(base).state_dict()}
-    added = {n for n, _ in peft_model.named_parameters() if n.replace(".base_layer", "") not in base_names}
-    missing = tuple(sorted(added & set(keys.missing_keys or ())))
+    missing, unexpected = _strict(peft_model, load_file(folder / adapter.WEIGHTS), opened(base))
     with torch.no_grad():
-        theirs = [peft_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+        theirs = [peft_model(torch.tensor([ids])).logits[0, -len(ids) :].numpy() for ids in prompts]
         tokens = [_torch_greedy(peft_model, ids) for ids in prompts]
         auto_model = opened(folder) if auto_offered else None
         auto = [auto_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts] if auto_model else None
@@ -154,8 +150,23 @@ def _compare(
         greedy_equal=tokens == greedy,
         tokens=sum(map(len, greedy)),
         missing=missing,
-        unexpected=tuple(keys.unexpected_keys),
+        unexpected=unexpected,
     )
+
+
+def _strict(peft_model: Any, tensors: dict[str, Any], base: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names the adapter has and the file lacks, the reverse): PEFT itself only warns, or says nothing."""
+    from peft import set_peft_model_state_dict
+
+    keys = set_peft_model_state_dict(peft_model, dict(tensors))
+    if peft_model.active_peft_config.is_prompt_learning:
+        table = peft_model.prompt_encoder["default"].embedding.weight
+        same = "prompt_embeddings" in tensors and bool((table == tensors["prompt_embeddings"]).all())
+        return (() if same else ("prompt_embeddings",)), tuple(sorted(set(tensors) - {"prompt_embeddings"}))
+    # PEFT calls the base's weights missing too, which no adapter holds; its own parameters are the rest
+    base_names = {f"base_model.model.{name}" for name in base.state_dict()}
+    added = {n for n, _ in peft_model.named_parameters() if n.replace(".base_layer", "") not in base_names}
+    return tuple(sorted(added & set(keys.missing_keys or ()))), tuple(keys.unexpected_keys)
 
 
 def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:

@@ -11,6 +11,7 @@ Optional, each in the method's file:
     peft_extra(layers, model, model_type)   fields of `adapter_config.json` that depend on the model
     IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
     AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
+    with_tokenizer(config, tokenizer)   the configuration, completed by what only the tokenizer knows
     keep(folder, layers)    writes what else an adapter's folder needs,
     kept(folder, config)    the configuration that finds it there
 """

@@ -7,7 +7,7 @@ The virtual tokens have ids behind the vocabulary, which only the layer here und
 caches and batches treat them as tokens. The text stands at position n.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -51,13 +51,14 @@ class Virtual(AdapterLayer):
     TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
     ROOTED: ClassVar[bool] = True
 
-    def __init__(self, base: nn.Module, table: mx.array) -> None:
+    def __init__(self, base: nn.Module, table: mx.array, *, divisor: float) -> None:
         super().__init__()
         self.base = base
         self.table = table
+        self.divisor = divisor
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return embed(self.base, self.table, ids)
+        return embed(self.base, self.table / self.divisor, ids)
 
     @property
     def weight(self) -> mx.array:
@@ -96,10 +97,17 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
     """The layer in the place of the token embedding."""
     path = sites.embedding(model)
     base = dict(model.named_modules())[path]
-    return {path: Virtual(base, _start(base, config))}
+    by = divisor(model, model_type, base)
+    return {path: Virtual(base, _start(base, config, by), divisor=by)}
 
 
-def _start(base: nn.Module, config: Config) -> mx.array:
+def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
+    """What the model multiplies all embeddings with, where PyTorch multiplies only those of words."""
+    width: int = base(mx.array([0])).shape[-1]
+    return math.sqrt(width) if sites.sites(model_type, model).scaled_embedding else 1.0
+
+
+def _start(base: nn.Module, config: Config, by: float) -> mx.array:
     n, width = config.num_virtual_tokens, base(mx.array([0])).shape[-1]
     if config.init == "random":
         return mx.random.normal((n, width))
@@ -108,7 +116,7 @@ def _start(base: nn.Module, config: Config) -> mx.array:
     else:
         given = [int(token) for token in (config.init_ids or "0").split(",")]
         ids = mx.array((given * -(-n // len(given)))[:n])
-    return base(ids).astype(mx.float32)
+    return base(ids).astype(mx.float32) * by
 
 
 def to_peft(config: Config) -> dict[str, Any]:
@@ -156,6 +164,3 @@ class Slot:
     """Holds an array that follows from the parameters, computed once for evaluation."""
 
     value: mx.array | None = None
-
-
-Encode = Callable[[], mx.array]

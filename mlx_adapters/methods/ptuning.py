@@ -3,9 +3,9 @@ https://arxiv.org/abs/2103.10385
 
     h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
 
-The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP of two
-behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from it is the
-table. A run that resumes from its checkpoint goes on with the encoder.
+The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP of
+two behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from it is
+the table. A run that resumes from its checkpoint goes on with the encoder.
 """
 
 from dataclasses import dataclass
@@ -84,11 +84,14 @@ class Layer(AdapterLayer):
     TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
     ROOTED: ClassVar[bool] = True
 
-    def __init__(self, base: nn.Module, encoder: nn.Module, count: int, width: int) -> None:
+    def __init__(
+        self, base: nn.Module, encoder: nn.Module, count: int, width: int, *, divisor: float
+    ) -> None:
         super().__init__()
         self.base = base
         self.encoder = encoder
         self.seeds = mx.random.normal((count, width))
+        self.divisor = divisor
         self.slot = prompt.Slot()
 
     def _table(self) -> mx.array:
@@ -105,7 +108,7 @@ class Layer(AdapterLayer):
         self.slot.value = None  # what was computed may be of older parameters
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return prompt.embed(self.base, self._table(), ids)
+        return prompt.embed(self.base, self._table() / self.divisor, ids)
 
     @property
     def weight(self) -> mx.array:
@@ -141,7 +144,8 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
         if config.encoder == "MLP"
         else LSTM(width, hidden, config.encoder_layers, config.dropout)
     )
-    return {path: Layer(base, encoder, config.num_virtual_tokens, width)}
+    by = prompt.divisor(model, model_type, base)
+    return {path: Layer(base, encoder, config.num_virtual_tokens, width, divisor=by)}
 
 
 def to_peft(config: Config) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Sites:
     each: what they return is added to the residual stream. `pre_attn` and `pre_mlp` are the norms that read
     the residual stream for them; None where the architecture has no such norm. `lora`, `parallel` and `ia3`
     are default targets. `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used.
-    `conv1d`: the checkpoint's linear layers are transposed, which PEFT wants to be told.
+    `conv1d`: the checkpoint's linear layers are transposed, which PEFT wants to be told. `scaled_embedding`:
+    mlx-lm scales the embeddings by sqrt(width) behind the embedding layer, transformers inside it.
     """
 
     attn: tuple[str, ...]
@@ -51,6 +52,7 @@ class Sites:
     pre_mlp: str | None = None
     rename: tuple[tuple[str, str], ...] = ()
     conv1d: bool = False
+    scaled_embedding: bool = False
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -88,10 +90,14 @@ _LLAMA = Sites(
 
 TABLE: dict[str, Sites] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "granite"),
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
         _LLAMA,
     ),
-    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_LLAMA, pre_mlp="pre_feedforward_layernorm")),
+    "gemma": replace(_LLAMA, scaled_embedding=True),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text"),
+        replace(_LLAMA, pre_mlp="pre_feedforward_layernorm", scaled_embedding=True),
+    ),
     "olmo2": replace(_LLAMA, pre_attn=None, pre_mlp=None),  # its norms come after the sublayers
     "phi3": replace(
         _LLAMA,

@@ -85,6 +85,8 @@ def prepare(
     out. Raises OutputError when `output` holds something and `resume` is not set.
     """
     method_config = methods.make_config(method, fields)
+    if hasattr(module := methods.get(method), "with_tokenizer"):
+        method_config = module.with_tokenizer(method_config, loaded.tokenizer)
     check_output(output, resume)
     kept, excluded = _select(rows, config, exclude)
     template = config.template or default_template(rows.format)
