@@ -12,12 +12,12 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["OWN_BIASES", "corrected"]
+__all__ = ["ACTIVATIONS", "OWN_BIASES", "activation", "corrected"]
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
 
-_ACTIVATIONS: dict[str, tuple[str, Activation]] = {
+ACTIVATIONS: dict[str, tuple[str, Activation]] = {
     "silu": ("silu", nn.silu),
     "swish": ("silu", nn.silu),
     "gelu": ("gelu", nn.gelu),
@@ -121,11 +121,11 @@ def _activate(layer: Any, config: Config) -> None:
     name = config.get(field) or default
     if kind == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"  # transformers reads the first Gemma configs so: a known mistake in them
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise UnsupportedError(
             f"config.json: field {field!r} is {name!r}, which is not implemented in MLX here"
         )
-    family, function = _ACTIVATIONS[name]
+    family, function = ACTIVATIONS[name]
     if family == computed:
         return
     mlp = getattr(layer, "mlp", None)
@@ -137,6 +137,15 @@ def _activate(layer: Any, config: Config) -> None:
         raise UnsupportedError(
             f"config.json: field {field!r} is {name!r}, but mlx-lm's {kind} uses {computed}"
         )
+
+
+def activation(config_field: str, name: str) -> Activation:
+    """The function of an activation's name in a config; UnsupportedError names the field."""
+    if name not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"config.json: field {config_field!r} is {name!r}, which is not implemented in MLX here"
+        )
+    return ACTIVATIONS[name][1]
 
 
 def _gated(base: type, function: Activation) -> type:
