@@ -71,6 +71,25 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "phi3": _BASE,
     "starcoder2": _BASE,
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "opt": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "ffn_dim": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 32,
+    },
+    "gpt_neo": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 256,
+    },
 }
 
 

@@ -70,9 +70,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         rows, time, _ = x.shape
-        queries, keys, values = (
-            part.transpose(0, 2, 1, 3) for part in self._split(self.query_key_value(x))
-        )
+        queries, keys, values = (part.transpose(0, 2, 1, 3) for part in self._split(self.query_key_value(x)))
         offset = 0 if cache is None else cache.offset
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:

@@ -6,6 +6,7 @@ differ from transformers', and refuses what mlx-lm would silently compute otherw
 the modules themselves is put right by `mlx_adapters.models.fixes`.
 """
 
+import importlib
 import inspect
 import math
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models import fixes
 
-__all__ = ["classes", "normalise", "to_transformers"]
+__all__ = ["OWN", "classes", "normalise", "to_transformers"]
 
 Config = dict[str, Any]
 
@@ -35,6 +36,15 @@ _DEFAULTS: dict[str, Config] = {
 # Where transformers takes 10000 for a config without a theta; elsewhere an absent theta stays absent.
 _THETA_10000 = (*_UNTIED, "gemma", "gemma2", "gpt_neox", "granite", "phi", "stablelm", "starcoder2")
 
+# Architectures whose classes are ours: mlx-lm has none.
+OWN = ("bloom", "chatglm", "gpt_neo", "opt")
+# Older names of fields, as some checkpoints still have them.
+_RENAMED: dict[str, dict[str, str]] = {
+    "bloom": {"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+    "gpt_neo": {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+    "chatglm": {"num_hidden_layers": "num_layers"},
+}
+
 # Fields that mlx-lm 0.32 fixes to one value: any other value is another function. None stands for "absent".
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {"add_cross_attention": (None, False), "tie_word_embeddings": (None, True)},
@@ -47,6 +57,13 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "cohere": {"tie_word_embeddings": (None, True)},
     "stablelm": {"tie_word_embeddings": (None, False)},
     "olmo": {"clip_qkv": (None,)},
+    "opt": {"_remove_final_layer_norm": (None, False)},
+    "chatglm": {
+        "position_encoding_2d": (None, False),
+        "original_rope": (None, True),
+        "pre_seq_len": (None,),
+        "quantization_bit": (None, 0),
+    },
 }
 # A field left out of ModelArgs is never read: these change the function when they are not the neutral value.
 _UNREAD: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
@@ -73,6 +90,11 @@ def normalise(config: Config) -> Config:
         if isinstance(config["text_config"].get("model_type"), str):
             config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
         return config
+    for old, name in _RENAMED.get(config["model_type"], {}).items():
+        if config.get(name) is None and config.get(old) is not None:
+            config[name] = config[old]
+    if config["model_type"] == "chatglm":
+        config.setdefault("vocab_size", config.get("padded_vocab_size"))
     fields = _accepted(config)
     for name, value in _DEFAULTS.get(config["model_type"], {}).items():
         if name not in ("rope_theta", "partial_rotary_factor"):
@@ -103,6 +125,9 @@ def classes(config: Config) -> tuple[Any, Any]:
 def _plain_classes(config: Config) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
+    if config["model_type"] in OWN:
+        module = importlib.import_module(f"mlx_adapters.models.{config['model_type']}")
+        return module.Model, module.ModelArgs
     try:
         return _get_classes(config)
     except ValueError:
@@ -244,13 +269,14 @@ def _agreed(name: str, *values: Any) -> Any:
 
 def _refuse(config: Config, fields: dict[str, bool]) -> None:
     kind = config["model_type"]
+    whose = "our" if kind in OWN else "mlx-lm's"
     rules = dict(_FIXED.get(kind, {}))
     rules |= {
         n: allowed for n, allowed in _UNREAD.items() if n not in fields and kind not in fixes.OWN_BIASES
     }
     for name, allowed in rules.items():
         if config.get(name) not in allowed:
-            raise UnsupportedError(_ignored(name, config[name], f"mlx-lm's {kind} always uses {allowed[-1]}"))
+            raise UnsupportedError(_ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}"))
     if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
         raise UnsupportedError(
             _ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")

@@ -127,9 +127,7 @@ class Backbone(nn.Module):
         x = self.wte(inputs) + self.wpe(positions(inputs, cache[0]))
         masks = {"global": create_attention_mask(x, cache[0])}
         if "local" in self.kinds:
-            masks["local"] = create_attention_mask(
-                x, cache[0], window_size=self.window, return_array=True
-            )
+            masks["local"] = create_attention_mask(x, cache[0], window_size=self.window, return_array=True)
         for kind, block, past in zip(self.kinds, self.h, cache, strict=True):
             x = block(x, masks[kind], past)
         return self.ln_f(x)

@@ -221,7 +221,11 @@ class _Frozen:
 
 def _heads(model: nn.Module, backbone: Any) -> list[nn.Module]:
     found = [getattr(model, name) for name in ("lm_head", "embed_out") if hasattr(model, name)]
-    found += [getattr(backbone, name) for name in ("lm_head", "embed_out") if hasattr(backbone, name)]
+    found += [
+        getattr(backbone, name)
+        for name in ("lm_head", "embed_out", "output_layer")
+        if hasattr(backbone, name)
+    ]
     for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"):
         if hasattr(backbone, name):
             found.append(getattr(backbone, name))

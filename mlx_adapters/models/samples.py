@@ -1,0 +1,219 @@
+"""A tiny model of every architecture, with random weights: what the tables of support are measured on.
+
+A configuration is `_COMMON`, what the architecture's own row in `_OWN` says otherwise, and for wrappers around a
+text model (`_WRAPPED`) that model's configuration in `text_config`. Fields a model does not have are ignored
+when it is built. Hybrids get at least one block of each kind.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_adapters.errors import UnsupportedError, unknown
+
+__all__ = ["architectures", "sample", "sample_config"]
+
+Fields = dict[str, Any]
+
+_VOCAB, _WIDTH, _LAYERS, _HEADS, _HEAD = 64, 32, 2, 4, 8
+_ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
+_BY_KIND = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+_COMMON: Fields = {
+    **dict.fromkeys(("vocab_size", "num_vocab", "padded_vocab_size", "vocab_size_per_layer_input"), _VOCAB),
+    **dict.fromkeys(("hidden_size", "dim", "d_model", "model_dim", "n_embd", "n_embed", "dim_model_base"), _WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), _HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_attention_groups"), 2),
+    **dict.fromkeys(("head_dim", "kv_channels", "hidden_size_per_head", "v_head_dim", "global_head_dim"), _HEAD),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _HEAD),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "hidden_dim", "n_inner", "ffn_dim"), 64),
+    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "ff_intermediate_size"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), _WIDTH),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_hidden_size", "share_expert_dim"), _WIDTH),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "num_shared_expert", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 1e-5),
+    **dict.fromkeys(("layernorm_epsilon", "post_norm_eps"), 1e-5),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "block_size", "model_max_length"), 256),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 128),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "conv_bias", "use_conv_bias"), False),
+    **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora", "mamba_proj_bias", "tie_word_embeddings"), False),
+    **dict.fromkeys(("qk_norm", "post_norm", "use_qk_norm", "qk_layernorm", "norm_topk_prob"), True),
+    **dict.fromkeys(("routed_scaling_factor", "logits_scaling", "embedding_multiplier", "logit_scale"), 1.0),
+    **dict.fromkeys(("residual_multiplier", "scale_depth", "scale_emb", "output_multiplier"), 1.0),
+    "attention_multiplier": 0.35,
+    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap"), 30.0),
+    # positions
+    **dict.fromkeys(("rope_theta", "swa_rope_theta", "rotary_emb_base", "rope_local_base_freq"), 10000.0),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 1.0),
+    "rotary_dim": 4,
+    "rope_parameters": _ROPE,
+    "rope_scaling": None,
+    "layer_types": [_FULL] * _LAYERS,
+    "sliding_window_pattern": 2,
+    # experts
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_layer_freq": 1,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "zero_expert_num": 1,
+    "zero_expert_type": "identity",
+    # state-space and linear-attention blocks
+    **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 16),
+    **dict.fromkeys(("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim", "conv1d_width", "conv_L_cache"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
+    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads"), 4),
+    **dict.fromkeys(("mamba_head_dim", "mamba_d_head"), 16),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
+    "time_step_rank": 4,
+    "time_step_limit": (0.001, 100.0),
+    "mamba_expand": 2,
+    "mamba_d_ssm": 64,
+    "full_attention_interval": 2,
+    "layer_group_size": 2,
+    "group_norm_size": 1,
+    # sparse attention
+    **dict.fromkeys(("index_head_dim", "index_topk"), 8),
+    "index_n_heads": 2,
+}  # fmt: skip
+
+_KDA = {"kda_layers": [1], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
+_SCALED = _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
+_YARN = _ROPE | {"type": "yarn", "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+
+_OWN: dict[str, Fields] = {
+    "afm7": {"num_kv_reuse_layers": 1},
+    "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {"rope_scaling": _YARN, "topk_method": "greedy"},
+    "exaone4": {"sliding_window_pattern": "LG"},
+    "exaone_moe": {"is_moe_layer": [False, True], "layer_types": [_SLIDING, _FULL]},
+    "gemma3n": {
+        "num_kv_shared_layers": 0,
+        "layer_types": [_SLIDING, _FULL],
+        "activation_sparsity_pattern": [0.5, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "altup_num_inputs": 2,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 4,
+    },
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": [_SLIDING, _FULL],
+        "rope_parameters": _BY_KIND,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_oss": {"layer_types": [_SLIDING, _FULL]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
+    "jamba": dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
+    | dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+    "kimi_k3": {"linear_attn_config": _KDA, "hidden_act": "situ"},
+    "kimi_linear": {"linear_attn_config": _KDA},
+    "lfm2": {
+        "block_dim": _WIDTH,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", _FULL],
+    },
+    "lfm2_moe": {"use_expert_bias": True, "layer_types": ["conv", _FULL]},
+    "llama4_text": {"no_rope_layers": [1, 0]},
+    "llama4": {"attention_chunk_size": 128, "interleave_moe_layer_step": 2},
+    "longcat_flash": {"attention_method": "MLA", "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "longcat_flash_ngram": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "mellum": {"rope_parameters": _BY_KIND, "layer_types": [_SLIDING, _FULL]},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [1, 0],
+        "moe_layer_freq": [0, 1],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "swa_num_attention_heads": _HEADS,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": _HEAD,
+        "swa_v_head_dim": _HEAD,
+    },
+    "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
+    "ministral3": {"rope_parameters": _SCALED, "layer_types": [_SLIDING, _FULL]},
+    "mistral4": {"rope_parameters": _SCALED},
+    "muse_spark": {"layer_rope_theta": [0, 10000.0], "layer_types": [_FULL, _SLIDING], "num_shared_experts": 0},
+    "nemotron": {"hidden_act": "relu2"},
+    "nemotron-nas": {
+        "block_configs": [
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 2.0}},
+            {"attention": {"no_op": True}, "ffn": {"replace_with_linear": True}},
+        ]
+    },
+    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"]},
+    "olmo3": {"layer_types": [_SLIDING, _FULL]},
+    "olmo_hybrid": {"linear_allow_neg_eigval": True, "layer_types": [_LINEAR, _FULL]},
+    "openelm": {
+        "ffn_dim_divisor": 8,
+        "num_query_heads": [4, 4],
+        "num_kv_heads": [2, 2],
+        "ffn_multipliers": [1.0, 2.0],
+    },
+    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    "plamo": {"n_shared_head": 2},
+    "qwen3_5": {"num_experts": 0},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv7": dict.fromkeys(("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8),
+    "spark2_5": {"rope_parameters": _BY_KIND, "layer_types": [_SLIDING, _FULL]},
+}  # fmt: skip
+
+# wrapper -> the text model whose configuration its `text_config` is
+_WRAPPED = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n",
+    "gemma4": "gemma4_text",
+    "kimi_k25": "deepseek_v3",
+    "kimi_vl": "deepseek_v3",
+    "lfm2-vl": "lfm2",
+    "llama4": "llama4",
+    "minimax_m3_vl": "minimax",
+    "mistral3": "llama",
+    "muse_spark": "muse_spark",
+    "pixtral": "llama",
+    "qwen3_vl_moe": "qwen3_moe",
+}
+
+
+def architectures() -> list[str]:
+    """Every architecture that has a model file, in mlx-lm or here."""
+    import mlx_lm.models
+
+    folders = (*mlx_lm.models.__path__, str(Path(__file__).parent))
+    files = [file for folder in folders for file in Path(folder).glob("*.py")]
+    # reading the text runs nobody's code: importing one of the files ends the process
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+    return sorted(n for n, text in texts.items() if "\nclass ModelArgs" in text and "\nclass Model(" in text)
+
+
+def sample_config(model_type: str) -> Fields:
+    """The tiny configuration of `model_type`."""
+    config = _fields(model_type)
+    if inner := _WRAPPED.get(model_type):
+        config["text_config"] = _fields(inner)
+    return config
+
+
+def _fields(model_type: str) -> Fields:
+    return copy.deepcopy(_COMMON | _OWN.get(model_type, {}) | {"model_type": model_type})
