@@ -16,7 +16,18 @@ from mlx_adapters.cli.app import app
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 ANSWER = "the answer is 7 ."
-COMMANDS = ("quickstart", "convert", "train", "eval", "export", "generate", "info", "methods", "doctor")
+COMMANDS = (
+    "quickstart",
+    "convert",
+    "train",
+    "eval",
+    "export",
+    "generate",
+    "combine",
+    "info",
+    "methods",
+    "doctor",
+)
 
 
 def cli(*arguments: object, code: int = 0) -> Result:
