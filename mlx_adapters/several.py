@@ -259,6 +259,11 @@ def _stacked(held: _Several, path: str, choice: Choice) -> nn.Module | None:
     for module in modules[1:]:
         if "base" not in module:
             raise UnsupportedError(f"{type(module).__name__} at {path} cannot stand on another adapter")
+        if getattr(module, "READS_WEIGHT", False):
+            raise UnsupportedError(
+                f"{path}: {type(module).__module__.rpartition('.')[2]} reads the weight of the layer below, "
+                "which another adapter does not have: put it first in the stack"
+            )
         # the arrays are shared; the original keeps standing on the base, for when it is active alone
         module = copy.copy(module)
         module.base = top

@@ -111,7 +111,22 @@ METHODS = {
     ),
 }
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gptj", "gpt_neox", "phi", "phi3")
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+    "bloom",
+    "opt",
+    "gpt_neo",
+    "glm",
+)
 
 
 def pairs(*, mergeable: bool = False, peft: bool | None = None) -> list[tuple[str, str]]:

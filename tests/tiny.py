@@ -71,6 +71,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "phi3": _BASE,
     "starcoder2": _BASE,
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
+    "glm": _BASE | {"head_dim": 8, "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "opt": {
         "vocab_size": VOCAB,

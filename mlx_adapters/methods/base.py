@@ -47,6 +47,8 @@ class AdapterLayer(nn.Module):
     SHARED: ClassVar[dict[str, str]] = {}
     ROOTED: ClassVar[bool] = False
     """Its suffixes are whole tensor names: at most one such layer stands in a model."""
+    READS_WEIGHT: ClassVar[bool] = False
+    """What it computes follows from the weight of `base`, which must then be no other adapter's layer."""
     base: nn.Module
 
     def tensors(self) -> dict[str, mx.array]:
@@ -107,7 +109,9 @@ def drawing_from(key: mx.array) -> Iterator[None]:
 
 
 def dims(linear: nn.Module) -> tuple[int, int]:
-    """(input size, output size) of a linear layer, quantized or not."""
+    """(input size, output size) of a linear layer, quantized or not, or of the one below an adapter's."""
+    while "weight" not in linear and "base" in linear:
+        linear = linear.base
     out_dims, in_dims = linear.weight.shape
     if isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         in_dims = linear.scales.shape[1] * linear.group_size

@@ -63,6 +63,7 @@ class Layer(AdapterLayer):
         "magnitude": "lora_magnitude_vector.weight",
     }
     ALIASES: ClassVar[dict[str, str]] = {"magnitude": "lora_magnitude_vector"}
+    READS_WEIGHT: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()

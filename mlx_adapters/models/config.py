@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, Config] = {
     **{name: {"tie_word_embeddings": False} for name in _UNTIED},
     "mixtral": {"tie_word_embeddings": False, "rope_theta": 1e6},
     "phi": {"partial_rotary_factor": 0.5},
+    "glm": {"partial_rotary_factor": 0.5},
     "stablelm": {"partial_rotary_factor": 0.25},
     "gpt_neox": {"partial_rotary_factor": 0.25},
     "gemma2": {
@@ -289,7 +290,11 @@ def _refuse(config: Config, fields: dict[str, bool]) -> None:
             _ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
         )
     reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}
-    if not reads_part and config.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if (
+        not reads_part
+        and kind not in fixes.OWN_PARTIAL
+        and config.get("partial_rotary_factor") not in (None, 1, 1.0)
+    ):
         raise UnsupportedError(
             _ignored(
                 "partial_rotary_factor", config["partial_rotary_factor"], f"mlx-lm's {kind} always uses 1"

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["ACTIVATIONS", "OWN_BIASES", "activation", "corrected"]
+__all__ = ["ACTIVATIONS", "OWN_BIASES", "OWN_PARTIAL", "activation", "corrected"]
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
@@ -60,6 +60,8 @@ _WIDTHS = {
     "gpt_neox": ("intermediate_size", "hidden_size"),
 }
 OWN_BIASES = ("gpt_neox",)
+# mlx-lm rotates whole heads here, whatever part of them the config says.
+OWN_PARTIAL = ("glm",)
 
 
 def corrected(model: Any, args: Any, config: Config) -> tuple[Any, Any]:
@@ -103,6 +105,8 @@ def _correct(model: Any, config: Config, windowed: list[bool]) -> None:
             _resize(layer.mlp, config, _UNGATED[kind], *_WIDTHS[kind])
         if kind in _USED:
             _activate(layer, config)
+        if kind in OWN_PARTIAL:
+            _rotate_part(layer.self_attn, config)
         if kind == "gpt2":
             _scale(layer.attn, config, index)
         if kind == "gpt_neox" and config.get("attention_bias") is False:
@@ -177,6 +181,11 @@ def _scale(attention: Any, config: Config, index: int) -> None:
         attention.scale = 1.0
     if config.get("scale_attn_by_inverse_layer_idx"):
         attention.scale /= index + 1
+
+
+def _rotate_part(attention: Any, config: Config) -> None:
+    dims = int(attention.head_dim * config["partial_rotary_factor"])
+    attention.rope = nn.RoPE(dims, traditional=True, base=config.get("rope_theta", 10000))
 
 
 def _without_bias(parent: Any, name: str) -> None:

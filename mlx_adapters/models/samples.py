@@ -93,6 +93,11 @@ _KDA = {"kda_layers": [1], "num_heads": 4, "head_dim": 32, "short_conv_kernel_si
 _SCALED = _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
 _YARN = _ROPE | {"type": "yarn", "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
 
+_PACKED = [f"model.layers.{i}.mlp.{name}_proj" for i in range(_LAYERS) for name in ("gate", "up", "down")] + [
+    *(f"model.layers.0.linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")),
+    *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+]
+
 _OWN: dict[str, Fields] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
@@ -123,7 +128,7 @@ _OWN: dict[str, Fields] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gpt_oss": {"layer_types": [_SLIDING, _FULL]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
+    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2, "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1.0}},
     "jamba": dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
     | dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
     "kimi_k3": {"linear_attn_config": _KDA, "hidden_act": "situ"},
@@ -137,7 +142,11 @@ _OWN: dict[str, Fields] = {
     },
     "lfm2_moe": {"use_expert_bias": True, "layer_types": ["conv", _FULL]},
     "llama4_text": {"no_rope_layers": [1, 0]},
-    "llama4": {"attention_chunk_size": 128, "interleave_moe_layer_step": 2},
+    "lille-130m": {"n_embd": 96},  # its MLP is a multiple of 256 wide
+    "llama4": {
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 128, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1,
+    },
     "longcat_flash": {"attention_method": "MLA", "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "longcat_flash_ngram": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "mellum": {"rope_parameters": _BY_KIND, "layer_types": [_SLIDING, _FULL]},
@@ -153,6 +162,7 @@ _OWN: dict[str, Fields] = {
     },
     "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
     "ministral3": {"rope_parameters": _SCALED, "layer_types": [_SLIDING, _FULL]},
+    "minimax_m3_vl": {"mlp_layer_types": ["dense", "sparse"], "index_block_size": 2, "index_topk_blocks": 1},
     "mistral4": {"rope_parameters": _SCALED},
     "muse_spark": {"layer_rope_theta": [0, 10000.0], "layer_types": [_FULL, _SLIDING], "num_shared_experts": 0},
     "nemotron": {"hidden_act": "relu2"},
@@ -171,8 +181,19 @@ _OWN: dict[str, Fields] = {
         "num_kv_heads": [2, 2],
         "ffn_multipliers": [1.0, 2.0],
     },
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    # it names the unused ones of its own 100352 tokens
+    "phi3small": {"vocab_size": 100352, "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
     "plamo": {"n_shared_head": 2},
+    "prism_hadamard_qwen35": {
+        **dict.fromkeys(("hidden_size", "intermediate_size"), 128),
+        **dict.fromkeys(("head_dim", "linear_value_head_dim"), 64),
+        "num_attention_heads": 2,
+        "num_experts": 0,
+        "schema_version": 1,
+        "tensor_namespace": "mlx-lm-text",
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [{"path": path, "embedding": False, "dtype": "float16", "block": 0} for path in _PACKED],
+    },
     "qwen3_5": {"num_experts": 0},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rwkv7": dict.fromkeys(("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8),
@@ -188,10 +209,11 @@ _WRAPPED = {
     "kimi_vl": "deepseek_v3",
     "lfm2-vl": "lfm2",
     "llama4": "llama4",
-    "minimax_m3_vl": "minimax",
+    "minimax_m3_vl": "minimax_m3_vl",
     "mistral3": "llama",
     "muse_spark": "muse_spark",
     "pixtral": "llama",
+    "prism_hadamard_qwen35": "prism_hadamard_qwen35",
     "qwen3_vl_moe": "qwen3_moe",
 }
 

@@ -107,6 +107,7 @@ TABLE: dict[str, Sites] = {
         parallel=("qkv_proj",),
         ia3=("qkv_proj", "down_proj"),
     ),
+    "glm": replace(_LLAMA, mlp=("gate_up_proj", "down_proj")),
     "phi": Sites(
         attn=("q_proj", "k_proj", "v_proj", "dense"),
         mlp=("fc1", "fc2"),
