@@ -252,17 +252,16 @@ def _on_prompt(held: _Several, among: set[str] | Choice) -> list[str]:
 
 def _stacked(held: _Several, path: str, choice: Choice) -> nn.Module | None:
     """What stands at `path` when `choice` is active."""
-    modules = [held.placed[name][path] for name in choice if path in held.placed[name]]
-    if not modules:
+    here = [name for name in choice if path in held.placed[name]]
+    if not here:
         return held.slots[path].original
-    top = modules[0]
-    for module in modules[1:]:
-        if "base" not in module:
-            raise UnsupportedError(f"{type(module).__name__} at {path} cannot stand on another adapter")
+    top = held.placed[here[0]][path]
+    for name in here[1:]:
+        module = held.placed[name][path]
         if getattr(module, "READS_WEIGHT", False):
             raise UnsupportedError(
-                f"{path}: {type(module).__module__.rpartition('.')[2]} reads the weight of the layer below, "
-                "which another adapter does not have: put it first in the stack"
+                f"adapter {name!r} ({held.metas[name].method}) reads the weight below it at {path}, "
+                f"where {', '.join(here[: here.index(name)])} would stand: put it first in the stack"
             )
         # the arrays are shared; the original keeps standing on the base, for when it is active alone
         module = copy.copy(module)

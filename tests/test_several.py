@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from cases import METHODS
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from tiny import make_tiny
@@ -18,7 +19,7 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
 from mlx_adapters.several import activate, active, load_several, names, rows, unload
-from mlx_adapters.virtual import forward
+from mlx_adapters.virtual import forward, start_cache, virtual_ids
 
 IDS = mx.array([[4, 5, 6, 7, 8, 9], [11, 10, 9, 8, 7, 6], [9, 4, 11, 5, 20, 21]])
 LORAS: dict[str, dict[str, Any]] = {
@@ -30,12 +31,18 @@ LORAS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny llama, also in 4 bits, and the tiny gpt2."""
+    """The tiny llama, also in 4 bits, and the tiny gpt2 and gptj."""
     root = tmp_path_factory.mktemp("models")
     convert(make_tiny("llama", root), root / "mlx-llama")
     convert(make_tiny("gpt2", root), root / "mlx-gpt2")
+    convert(make_tiny("gptj", root), root / "mlx-gptj")
     convert(str(root / "mlx-llama"), root / "4bit", bits=4, group_size=32)
-    return {"llama": root / "mlx-llama", "gpt2": root / "mlx-gpt2", "llama-4bit": root / "4bit"}
+    return {
+        "llama": root / "mlx-llama",
+        "gpt2": root / "mlx-gpt2",
+        "gptj": root / "mlx-gptj",
+        "llama-4bit": root / "4bit",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +278,126 @@ def test_peft_computes_the_same(bases: dict[str, Path], loras: dict[str, Path], 
             same(theirs(ids))
         with rows(loaded.model, ["narrow", None, "rs"]):
             same(theirs(ids, adapter_names=["narrow", "__base__", "rs"]))
+
+
+# Every method ----------------------------------------------------------------------------------------------
+
+PROMPT = ("prompt", "ptuning", "prefix")
+
+
+@pytest.fixture(scope="module")
+def family(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`family(case, base)`: a folder with that case's adapter, made once."""
+    root = tmp_path_factory.mktemp("family")
+
+    def get(case: str, base: str = "llama") -> Path:
+        folder = root / f"{case}-{base}"
+        if not folder.exists():
+            make_adapter(bases[base], folder, METHODS[case].name, METHODS[case].settings(bases[base]), 5)
+        return folder
+
+    return get
+
+
+def merged_into(base: Path, folder: Path) -> model.Loaded:
+    """The base with a mergeable adapter in its weights."""
+    loaded = answering(base)
+    adapter.load(loaded, folder)
+    merged = [(path, layer.merge()) for path, layer in adapter.layers(loaded.model).items()]
+    loaded.model.update_modules(tree_unflatten(merged))
+    return loaded
+
+
+def cases(*bases: str) -> list[tuple[str, str]]:
+    return [
+        (case, base) for case in METHODS for base in bases if base.split("-")[0] not in METHODS[case].refused
+    ]
+
+
+@pytest.mark.parametrize(("case", "arch"), cases("llama", "gptj", "llama-4bit"))
+def test_every_method_beside_a_lora(case: str, arch: str, bases: dict[str, Path], family: Any) -> None:
+    """Switched bit for bit; in a batch with other rows equal to the row alone, or refused with a reason."""
+    loaded = answering(bases[arch])
+    load_several(loaded, {"lora": family("lora", arch), "other": family(case, arch)})
+    expected = {name: alone(bases[arch], family(c, arch)) for name, c in (("lora", "lora"), ("other", case))}
+    plain = alone(bases[arch], None)
+    for name in ("other", "lora", "other"):
+        activate(loaded.model, name)
+        assert np.array_equal(logits(loaded.model), expected[name])
+    activate(loaded.model, None)
+    assert np.array_equal(logits(loaded.model), plain)
+    with rows(loaded.model, ["other"] * 3):
+        np.testing.assert_allclose(logits(loaded.model), expected["other"], atol=bound(expected["other"]))
+    if METHODS[case].name in PROMPT:
+        with pytest.raises(UnsupportedError, match="virtual tokens"), rows(loaded.model, ["other", None]):
+            pass
+        return
+    with rows(loaded.model, ["other", None, "lora"]):
+        mixed = logits(loaded.model)
+    for row, right in zip(mixed, (expected["other"][0], plain[1], expected["lora"][2]), strict=True):
+        assert np.abs(row - right).max() <= bound(right)
+    assert np.abs(expected["other"][0] - plain[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_every_method_on_top_of_a_lora(case: str, bases: dict[str, Path], family: Any) -> None:
+    """The second adapter's base is the first's layer: as on a base that the first is merged into."""
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"lora": family("lora"), "other": family(case)})
+    if METHODS[case].name == "dora":
+        with pytest.raises(UnsupportedError, match=r"'other' .dora. reads the weight"):
+            activate(loaded.model, ["lora", "other"])
+        assert active(loaded.model) == ()
+        return
+    expected_of = merged_into(bases["llama"], family("lora"))
+    adapter.load(expected_of, family(case))
+    expected_of.model.eval()
+    expected = logits(expected_of.model)
+    activate(loaded.model, ["lora", "other"])
+    np.testing.assert_allclose(logits(loaded.model), expected, atol=bound(expected))
+    assert np.abs(expected - alone(bases["llama"], family("lora"))).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.mergeable])
+def test_a_lora_on_top_of_every_method(case: str, bases: dict[str, Path], family: Any) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"lora": family("lora-rslora"), "other": family(case)})
+    expected_of = merged_into(bases["llama"], family(case))
+    adapter.load(expected_of, family("lora-rslora"))
+    expected_of.model.eval()
+    expected = logits(expected_of.model)
+    activate(loaded.model, ["other", "lora"])
+    np.testing.assert_allclose(logits(loaded.model), expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_every_method_trains_by_name_as_alone(case: str, bases: dict[str, Path], family: Any) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"lora": family("lora"), "other": family(case)})
+    activate(loaded.model, "other", train=True)
+    single = answering(bases["llama"])
+    adapter.load(single, family(case))
+    names_of = [[name for name, _ in tree_flatten(m.model.trainable_parameters())] for m in (loaded, single)]
+    assert names_of[0] == names_of[1] != []
+    activate(loaded.model, "lora", train=True)
+    activate(loaded.model, None)
+    assert tree_flatten(loaded.model.trainable_parameters()) == []
+
+
+def test_generation_starts_with_the_active_prefix_only(bases: dict[str, Path], family: Any) -> None:
+    loaded = answering(bases["llama"])
+    load_several(loaded, {"prefix": family("prefix"), "prompt": family("prompt"), "lora": family("lora")})
+    activate(loaded.model, ["prefix", "lora"])
+    assert start_cache(loaded.model) is not None
+    assert virtual_ids(loaded.model) == []
+    activate(loaded.model, "prompt")
+    assert start_cache(loaded.model) is None
+    assert len(virtual_ids(loaded.model)) == 3
+    activate(loaded.model, "lora")
+    assert start_cache(loaded.model) is None
+    assert virtual_ids(loaded.model) == []
+    with pytest.raises(UnsupportedError, match="both put virtual tokens"):
+        activate(loaded.model, ["prefix", "prompt"])
 
 
 # Saving, attaching, refusals -------------------------------------------------------------------------------
