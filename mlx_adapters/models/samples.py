@@ -5,17 +5,20 @@ text model (`_WRAPPED`) that model's configuration in `text_config`. Fields a mo
 when it is built. Hybrids get at least one block of each kind.
 """
 
+import contextlib
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_map
 
-from mlx_adapters.errors import UnsupportedError, unknown
+from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
+from mlx_adapters.models import config
 
-__all__ = ["architectures", "sample", "sample_config"]
+__all__ = ["IDS", "architectures", "file_of", "sample", "sample_config"]
 
 Fields = dict[str, Any]
 
@@ -229,13 +232,61 @@ def architectures() -> list[str]:
     return sorted(n for n, text in texts.items() if "\nclass ModelArgs" in text and "\nclass Model(" in text)
 
 
+def file_of(model_type: str) -> str:
+    """The name of the model file that serves `model_type`: mlx-lm reads mistral as llama, for one."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    known: str = MODEL_REMAPPING.get(model_type, model_type)
+    return known
+
+
 def sample_config(model_type: str) -> Fields:
     """The tiny configuration of `model_type`."""
-    config = _fields(model_type)
-    if inner := _WRAPPED.get(model_type):
-        config["text_config"] = _fields(inner)
-    return config
+    name = file_of(model_type)
+    fields = _fields(name) | {"model_type": model_type}
+    if inner := _WRAPPED.get(name):
+        fields["text_config"] = _fields(inner)
+    return fields
 
 
-def _fields(model_type: str) -> Fields:
-    return copy.deepcopy(_COMMON | _OWN.get(model_type, {}) | {"model_type": model_type})
+def _fields(name: str) -> Fields:
+    # mlx-lm's classes keep and change what they are given
+    return copy.deepcopy(_COMMON | _OWN.get(name, {}) | {"model_type": name})
+
+
+IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
+"""The texts that samples are run on."""
+
+
+def sample(model_type: str) -> nn.Module:
+    """A tiny random model of `model_type`, the same each time, that runs.
+
+    Raises UnsupportedError with the reason where it cannot be built or run here.
+    """
+    if file_of(model_type) not in architectures():
+        raise UnsupportedError(unknown("architecture", model_type, architectures()))
+    fields = sample_config(model_type)
+    mx.random.seed(0)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            model, args = config.classes(fields)
+            network = model(args.from_dict(fields))
+            # arrays that start at zero would hide what stands behind them
+            network.update(tree_map(_shaken, network.parameters()))
+            network.eval()
+            mx.eval(network(IDS))
+    except AdaptersError:
+        raise
+    except SystemExit:
+        raise UnsupportedError(f"{model_type}: {' '.join(said.getvalue().split())}") from None
+    except Exception as error:  # a model file may raise anything
+        text = " ".join(str(error).split())
+        raise UnsupportedError(f"{model_type}: cannot run here ({text or type(error).__name__})") from None
+    return network
+
+
+def _shaken(array: mx.array) -> mx.array:
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array + (0.05 * mx.random.normal(array.shape)).astype(array.dtype)

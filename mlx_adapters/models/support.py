@@ -1,0 +1,86 @@
+"""What works with what, found by trying it on a tiny model of each architecture.
+
+No list says what is supported: every method is placed, run and differentiated, so the table cannot be wrong
+about a method, a model file or a version of mlx-lm that came later.
+"""
+
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.errors import AdaptersError
+from mlx_adapters.models import sites
+from mlx_adapters.models.samples import IDS, architectures, sample, sample_config
+from mlx_adapters.virtual import forward
+
+__all__ = ["architectures", "support", "targets", "trial"]
+
+
+def support(model_type: str) -> dict[str, str | None]:
+    """For each method, why it does not work on `model_type`; None where it does.
+
+    Raises UnsupportedError where no model of that architecture can be built or run here, with the reason.
+    Draws from MLX's global random state, and sets it.
+    """
+    sample(model_type)
+    return {name: trial(model_type, name) for name in methods.names()}
+
+
+def trial(model_type: str, method: str) -> str | None:
+    """Why `method`, with its default fields, does not work on `model_type`; None if it does."""
+    network = sample(model_type)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = methods.make_config(method, _fields(method, model_type, Path(folder)))
+            adapter.attach(network, method, config, base=sample_config(model_type))
+        _change(network)
+        return _without_gradient(network)
+    except AdaptersError as error:
+        return str(error)
+    except Exception as error:  # of mlx or of a model file: it is what the user would see
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def targets(model_type: str) -> dict[str, list[str]]:
+    """The default targets of the methods on linear layers, by last parts of their names, without repeats."""
+    network = sample(model_type)
+    row = sites.sites(model_type, network)
+    return {
+        kind: list(getattr(row, kind)) for kind in ("lora", "series", "series_p", "parallel", "ia3")
+    }
+
+
+def _fields(method: str, model_type: str, folder: Path) -> dict[str, object]:
+    """The fields that a method cannot do without, if it has any."""
+    module = methods.get(method)
+    if not hasattr(module, "trial_fields"):
+        return {}
+    fields: dict[str, object] = module.trial_fields(lambda: sample(model_type), model_type, folder)
+    return fields
+
+
+def _change(network: nn.Module) -> None:
+    """Move the adapter away from its start, where some of its arrays have no gradient yet."""
+    network.update(
+        tree_map(lambda array: array + 0.05 * mx.random.normal(array.shape), network.trainable_parameters()),
+        strict=False,
+    )
+
+
+def _without_gradient(network: nn.Module) -> str | None:
+    def loss() -> mx.array:
+        out = forward(network, IDS).astype(mx.float32)
+        return nn.losses.cross_entropy(out[:, :-1], IDS[:, 1:]).sum()
+
+    value, gradients = nn.value_and_grad(network, loss)()
+    arrays = tree_flatten(gradients)
+    found = mx.stack([mx.abs(gradient).max() for _, gradient in arrays])
+    mx.eval(value, found)
+    if not mx.isfinite(value).item():
+        return "the loss is not a number"
+    lost = [name for (name, _), size in zip(arrays, found.tolist(), strict=True) if not 0 < size < float("inf")]
+    return f"no gradient reaches {len(lost)} of {len(arrays)} arrays, e.g. {lost[0]}" if lost else None
