@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.models import sites as table
 from mlx_adapters.models.sites import Site
 
@@ -170,8 +170,15 @@ def resolve_targets(
     `layers`: `all`, `last:N`, or a range `A-B` counted from 0, ends included. Raises ConfigError if any part
     matches nothing: a silent no-op would train nothing.
     """
-    linears = table.linears(model)
-    chosen = _by_targets(linears, table.sites(model_type, model), targets, default, model_type)
+    linears, row = table.linears(model), table.sites(model_type, model)
+    if targets == "default" and not getattr(row, default):
+        stacked = any(type(module).__name__.endswith("SwitchLinear") for module in model.modules())
+        why = ": its experts are stacked in SwitchLinear layers" if stacked else ""
+        raise UnsupportedError(
+            f"a {model_type} model has no linear layer that is a default target here{why}. "
+            "Set targets to attn, all-linear, or names"
+        )
+    chosen = _by_targets(linears, row, targets, default, model_type)
     keep = _layer_range(layers, {table.layer_index(path) or 0 for path in linears})
     paths = [path for path in chosen if table.layer_index(path) in keep]
     if not paths:

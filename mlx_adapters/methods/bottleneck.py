@@ -266,7 +266,8 @@ def place_blocks(
     Raises UnsupportedError where the architecture has no place to read h.
     """
     row = sites.sites(model_type, model)
-    names = [name for name in ((row.attn_out, row.mlp_out) if kind == "double" else (row.mlp_out,)) if name]
+    outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
+    names = [name for name in outs if name]
     if paths is None:
         paths = resolve_targets(model, model_type, targets=",".join(names), layers=layers)
     modules, placed = dict(model.named_modules()), dict[str, nn.Module]()

@@ -78,6 +78,7 @@ def corrected(model: Any, args: Any, config: Config) -> tuple[Any, Any]:
 
     class Model(model):
         def __init__(self, values: Any) -> None:
+            nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen then
             super().__init__(values)
             _correct(self, config, windowed)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models.discover import discover
 
 __all__ = [
     "TABLE",
@@ -34,7 +35,8 @@ class Sites:
     """The layers of one architecture, by the last parts of their paths.
 
     `attn` and `mlp` are all linear layers of a block's two sublayers, `attn_out` and `mlp_out` the last of
-    each: what they return is added to the residual stream. `pre_attn` and `pre_mlp` are the norms that read
+    each: what they return is added to the residual stream; `other_outs` are further such layers, where blocks
+    differ (hybrids). `pre_attn` and `pre_mlp` are the norms that read
     the residual stream for them; None where the architecture has no such norm. `lora`, `parallel` and `ia3`
     are default targets. `rename` holds (MLX prefix, Hugging Face prefix) pairs; the first that fits is used.
     `conv1d`: the checkpoint's linear layers are transposed, which PEFT wants to be told. `scaled_embedding`:
@@ -48,6 +50,7 @@ class Sites:
     ia3: tuple[str, ...]
     attn_out: str
     mlp_out: str
+    other_outs: tuple[str, ...] = ()
     pre_attn: str | None = None
     pre_mlp: str | None = None
     rename: tuple[tuple[str, str], ...] = ()
@@ -207,8 +210,13 @@ TABLE: dict[str, Sites] = {
     ),
 }
 
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_EMBEDDINGS = (
+    *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings"),
+    *("embeddings", "embedding", "embed"),
+)
+# gemma3n does not call these layers: it reads and clips their weights
+_READ = re.compile(r"\.altup\.")
+_LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -216,7 +224,11 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     found = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and layer_index(path) is not None
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        and layer_index(path) is not None
+        # a model file's own kind of linear layer computes something else: afm7's returns a list
+        and not type(module).__module__.startswith("mlx_lm.")
+        and not _READ.search(path)
     }
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
@@ -233,7 +245,8 @@ def matches(path: str, name: str) -> bool:
 
 def side(path: str, row: Sites) -> str:
     """`post` for the last linear layer of a sublayer, `pre` for the others."""
-    return "post" if any(matches(path, name) for name in (row.attn_out, row.mlp_out)) else "pre"
+    outs = (row.attn_out, row.mlp_out, *row.other_outs)
+    return "post" if any(matches(path, name) for name in outs) else "pre"
 
 
 def embedding(model: nn.Module) -> str:
@@ -270,44 +283,8 @@ def from_hf(path: str, model_type: str) -> str:
 
 
 def _discover(model: nn.Module) -> Sites:
-    attn: dict[str, None] = {}
-    mlp: dict[str, None] = {}
-    for path in linears(model):
-        parent, _, name = path.rpartition(".")
-        (attn if "att" in parent.rpartition(".")[2].lower() else mlp)[name] = None
-    queries = tuple(n for n in attn if n in ("q_proj", "v_proj")) or tuple(attn)[:1] or tuple(mlp)
-    into = tuple(n for n in attn if n in ("q_proj", "k_proj", "v_proj")) or queries
-    attn_out, mlp_out = _last(tuple(attn)), _last(tuple(mlp))
-    ia3 = tuple(n for n in attn if n in ("k_proj", "v_proj")) or queries
-    return Sites(
-        attn=tuple(attn),
-        mlp=tuple(mlp),
-        lora=queries,
-        parallel=into,
-        ia3=(*ia3, mlp_out) if mlp_out else ia3,
-        attn_out=attn_out,
-        mlp_out=mlp_out,
-        pre_attn="input_layernorm" if _has(model, "input_layernorm") else None,
-    )
-
-
-_OUTWARD = (
-    "o_proj",
-    "out_proj",
-    "dense",
-    "wo",
-    "c_proj",
-    "down_proj",
-    "fc2",
-    "w2",
-    "dense_4h_to_h",
-    "fc_out",
-)
-
-
-def _last(names: tuple[str, ...]) -> str:
-    """The layer out of a sublayer: by its usual name, else the last one."""
-    return next((name for name in names if name in _OUTWARD), names[-1] if names else "")
+    found = discover(list(linears(model)))
+    return Sites(**found, pre_attn="input_layernorm" if _has(model, "input_layernorm") else None)
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -49,9 +49,7 @@ def targets(model_type: str) -> dict[str, list[str]]:
     """The default targets of the methods on linear layers, by last parts of their names, without repeats."""
     network = sample(model_type)
     row = sites.sites(model_type, network)
-    return {
-        kind: list(getattr(row, kind)) for kind in ("lora", "series", "series_p", "parallel", "ia3")
-    }
+    return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "series_p", "parallel", "ia3")}
 
 
 def _fields(method: str, model_type: str, folder: Path) -> dict[str, object]:
@@ -82,5 +80,7 @@ def _without_gradient(network: nn.Module) -> str | None:
     mx.eval(value, found)
     if not mx.isfinite(value).item():
         return "the loss is not a number"
-    lost = [name for (name, _), size in zip(arrays, found.tolist(), strict=True) if not 0 < size < float("inf")]
+    lost = [
+        name for (name, _), size in zip(arrays, found.tolist(), strict=True) if not 0 < size < float("inf")
+    ]
     return f"no gradient reaches {len(lost)} of {len(arrays)} arrays, e.g. {lost[0]}" if lost else None
