@@ -134,8 +134,8 @@ def activate(model: nn.Module, which: str | Sequence[str] | None, *, train: bool
             f"{len(choice)} adapters cannot train at once: activate one by name to train it"
         )
     tree = {path: _stacked(held, path, choice) for path in held.slots}
-    for name in held.active:
-        for module in held.placed[name].values():
+    if held.trains:
+        for module in held.placed[held.active[0]].values():
             module.freeze()
     _put(held, model, tree)
     held.active, held.trains = choice, train

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter, model
 from mlx_adapters.cli.app import app
-from mlx_adapters.combine import HOWS, _Noise, combine
+from mlx_adapters.combine import HOWS, _largest, _Noise, combine
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, ConfigError, OutputError
@@ -202,6 +202,14 @@ def test_conv1d_keeps_its_flag(bases: dict[str, Path], tmp_path: Path) -> None:
             our_logits(bases["gpt2"], done.path), expected, atol=bound(expected), rtol=0
         )
         assert json.loads((done.path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+def test_trimming_keeps_the_largest() -> None:
+    tensor = mx.array([[1.0, -5.0, 0.5], [3.0, -2.0, 4.0]])
+    for density, kept in ((0.1, []), (0.5, [-5.0, 3.0, 4.0]), (0.9, [1.0, -5.0, 3.0, -2.0, 4.0])):
+        left = np.array(_largest(tensor, density))
+        assert left[left != 0].tolist() == kept
+        assert all(value in (0, before) for value, before in zip(left.ravel(), np.array(tensor).ravel()))
 
 
 def test_random_dropping_keeps_the_expectation_and_follows_the_seed() -> None:

@@ -21,7 +21,7 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.combine import combine
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.data.sources import load_rows
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods import fusion
 from mlx_adapters.train import session
 from mlx_adapters.train.config import TrainConfig
@@ -32,10 +32,16 @@ IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    convert(make_tiny("llama", root), root / "mlx")
-    return root / "mlx"
+    for arch in ("llama", "gptj"):
+        convert(make_tiny(arch, root), root / f"mlx-{arch}")
+    return {arch: root / f"mlx-{arch}" for arch in ("llama", "gptj")}
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[str, Path]) -> Path:
+    return bases["llama"]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +167,65 @@ def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -
     for name, gradient in gradients(loaded).items():
         assert np.abs(gradient).max() > 0
         np.testing.assert_allclose(gradient, expected[name], atol=1e-5 * np.abs(expected[name]).max())
+
+
+# Every method ----------------------------------------------------------------------------------------------
+
+PROMPT = ("prompt", "ptuning", "prefix", "fusion")
+
+
+@pytest.mark.parametrize("arch", ["llama", "gptj"])
+@pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.name not in PROMPT])
+def test_equal_members_fuse_to_that_member(
+    case: str, arch: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever query and key are, the shares of equal outputs sum to one: any method, without a formula."""
+    method = METHODS[case]
+    one = make_adapter(bases[arch], tmp_path / "one", method.name, method.fields, 1)
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    loaded, _ = fused(bases[arch], [one, other], value=False)
+    scatter(loaded)
+    expected = with_adapter(bases[arch], one)
+    np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
+    assert np.abs(expected - with_adapter(bases[arch], None)).max() > 1e-2
+
+
+@pytest.mark.parametrize("other", ["dora", "ia3", "vera", "series", "parallel", "seq_bn"])
+def test_members_may_be_of_different_methods(
+    other: str, base: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    fields = {**METHODS[other].fields} | ({"layers": "1"} if other == "seq_bn" else {"targets": "mlp"})
+    folder = make_adapter(base, tmp_path / "other", other, fields, 3)
+    lora = make_adapter(base, tmp_path / "lora", "lora", {"rank": 2, "targets": "mlp"}, 4)
+    loaded, meta = fused(base, [lora, folder])
+    scatter(loaded)
+    expected = logits(loaded)
+    for changed in (lora, folder):
+        assert np.abs(expected - with_adapter(base, changed)).max() > 1e-2
+    adapter.save(tmp_path / "f", loaded.model, meta=meta)
+    again = model.load(base)
+    adapter.load(again, tmp_path / "f")
+    again.model.eval()
+    assert np.array_equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix"])
+def test_adapters_on_the_prompt_are_refused(
+    method: str, base: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    folder = make_adapter(base, tmp_path / "p", method, {"num_virtual_tokens": 2}, 1)
+    with pytest.raises(UnsupportedError, match=f"{method} adapts no linear layer"):
+        fused(base, [loras[0], folder])
+
+
+def test_a_layer_read_by_one_and_adapted_by_another_is_refused(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPT-J's seq_bn reads what attention returned: with a LoRA there, which of the two would it be?"""
+    lora = make_adapter(bases["gptj"], tmp_path / "lora", "lora", {"rank": 2, "targets": "out_proj"}, 1)
+    block = make_adapter(bases["gptj"], tmp_path / "block", "seq_bn", {"reduction_factor": 4}, 1)
+    with pytest.raises(UnsupportedError, match="do not go together"):
+        fused(bases["gptj"], [lora, block])
 
 
 # Training and folders --------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class Config:
 class _Member:
     """A frozen adapter: what its folder says, and its layers by path."""
 
+    folder: Path
     meta: AdapterMeta
     model_type: str
     fields: dict[str, Any]
@@ -169,6 +170,11 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
     for path in dict.fromkeys(path for member in members for path in member.placed):
         here = [member.placed[path] for member in members if path in member.placed]
         layers = [layer for layer in here if isinstance(layer, AdapterLayer)]
+        if 0 < len(layers) < len(here):
+            folders = " and ".join(str(member.folder) for member in members if path in member.placed)
+            raise UnsupportedError(
+                f"fusion: {folders} do not go together: one adapts {path}, another only reads what it returns"
+            )
         if layers:
             placed[path] = Layer(modules[path], layers, members, width=config.width, value=config.value)
             continue
@@ -190,7 +196,7 @@ def _member(model: nn.Module, model_type: str, folder: Path) -> _Member:
             )
         module.freeze()
         module.eval()
-    return _Member(meta, model_type, adapter.read_fields(folder), placed)
+    return _Member(folder, meta, model_type, adapter.read_fields(folder), placed)
 
 
 def keep(folder: Path, layers: dict[str, AdapterLayer]) -> None:
