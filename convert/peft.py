@@ -87,6 +87,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
         (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
     size = sum(file.stat().st_size for file in dst.iterdir())
     return Exported(dst, count, size, fields["base_model_name_or_path"])

@@ -1,0 +1,279 @@
+"""AdapterHub's folders (the library `adapters` 1.3): block bottlenecks, and series adapters of variant P.
+
+    adapter_config.json      the form of the bottleneck
+    adapter.safetensors      ROOT.N.{attention,output}_adapters.adapters.NAME.{adapter_down.0,adapter_up}.*
+    pytorch_adapter.bin      the same tensors: the library looks for this file by default
+    adapter_interface.json   where the sublayers are, for models the library does not know by itself
+
+A series adapter on the MLP's last linear layer is their bottleneck after the MLP with biases of zero.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
+from mlx_adapters.convert.torch_bin import read_bin
+from mlx_adapters.convert.torch_bin_write import write_bin
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_bn, seq_bn, series
+from mlx_adapters.model import Loaded
+from mlx_adapters.models import sites
+
+__all__ = ["detect", "export", "import_adapter"]
+
+_CONFIG, _WEIGHTS, _BIN, _INTERFACE = (
+    "adapter_config.json",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
+    "adapter_interface.json",
+)
+_NAME, _VERSION = "mlx", "adapters.1.3.0"
+_KEY = re.compile(r"^(.*)\.(\d+)\.(attention|output)_adapters\.adapters\.([^.]+)\.(.+)$")
+_FORMS: dict[str, Any] = {
+    "double_seq_bn": double_seq_bn,
+    "seq_bn": seq_bn,
+    "par_bn": par_bn,
+    "scaled_par_bn": scaled_par_bn,
+}
+# Settings of theirs that change the function and that our forms have at one value only.
+_FIXED = {"ln_before": False, "ln_after": False, "use_gating": False, "adapter_residual_before_ln": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Interface:
+    """Where AdapterHub finds things in a transformers model; names below the base model."""
+
+    embeddings: str = "embed_tokens"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    fused: str | None = None
+    out: str = "o_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    pre_attention: str = "input_layernorm"
+    pre_mlp: str | None = "post_attention_layernorm"
+
+    def fields(self) -> dict[str, Any]:
+        """The file's content."""
+        own = {f"attn_{n}_proj": None if self.fused else f"{n}_proj" for n in ("q", "k", "v")}
+        if self.fused:
+            own = {"attn_qkv_proj": self.fused}
+        return {
+            "adapter_methods": ["bottleneck", "lora", "reft", "invertible"],
+            "model_embeddings": self.embeddings,
+            "model_layers": self.layers,
+            "layer_self_attn": self.attention,
+            "layer_cross_attn": None,
+            **own,
+            "attn_o_proj": self.out,
+            "layer_intermediate_proj": self.up,
+            "layer_output_proj": self.down,
+            "layer_pre_self_attn": self.pre_attention,
+            "layer_pre_ffn": self.pre_mlp,
+        }
+
+
+_BLOOM = _Interface(
+    embeddings="word_embeddings",
+    layers="h",
+    attention="self_attention",
+    fused="query_key_value",
+    out="dense",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+)
+# None: the library knows the model by itself.
+_MODELS: dict[str, _Interface | None] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _Interface()),
+    "gemma2": _Interface(pre_mlp="pre_feedforward_layernorm"),
+    "gpt2": None,
+    "gptj": None,
+    "bloom": _BLOOM,
+    "gpt_neox": _Interface(
+        embeddings="embed_in",
+        attention="attention",
+        fused="query_key_value",
+        out="dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+    ),
+    "opt": _Interface(
+        embeddings="decoder.embed_tokens",
+        layers="decoder.layers",
+        out="out_proj",
+        up="fc1",
+        down="fc2",
+        pre_attention="self_attn_layer_norm",
+        pre_mlp="final_layer_norm",
+    ),
+}
+
+
+def detect(folder: Path) -> bool:
+    """Whether `folder` is AdapterHub's."""
+    return any((folder / name).exists() for name in (_WEIGHTS, _BIN))
+
+
+def export(source: Path, dst: Path, *, base: str | None = None) -> None:
+    """Write our folder as AdapterHub's. AdapterError for what the library computes differently."""
+    parts = take_apart(source)
+    kind = parts.model_type
+    need(kind in _MODELS, source, f"the export to AdapterHub covers {', '.join(_MODELS)}, not {kind}")
+    form = _form(parts, source)
+    tensors, width, layers = _their_tensors(parts)
+    size = next(iter(parts.arrays.values()))["down"].shape[0]
+    # their size is int(width // factor): a hair below the exact quotient, so that rounding cannot lose one
+    form["reduction_factor"] = width / size * (1 - 1e-9)
+    depth = int(parts.meta.base.get("num_hidden_layers") or max(layers) + 1)
+    form["leave_out"] = sorted(set(range(depth)) - layers)
+    about = {
+        "name": _NAME,
+        "version": _VERSION,
+        "model_type": kind,
+        "model_name": base or parts.meta.base.get("_name_or_path") or "",
+        "model_class": "",
+        "hidden_size": width,
+        "config": form,
+    }
+    with writing(dst) as folder:
+        (folder / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        mx.save_safetensors(str(folder / _WEIGHTS), tensors, metadata={"format": "pt"})
+        write_bin(folder / _BIN, tensors)
+        if (interface := _MODELS[kind]) is not None:
+            told = {"interface": interface.fields(), "model_type": kind, "version": _VERSION}
+            (folder / _INTERFACE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _form(parts: Parts, source: Path) -> dict[str, Any]:
+    config, method = parts.config, parts.meta.method
+    form = {
+        "architecture": None,
+        "mh_adapter": method == "double_seq_bn",
+        "output_adapter": True,
+        "non_linearity": config.non_linearity if method in _FORMS or method == "series" else "",
+        "original_ln_before": method == "seq_bn",
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "is_parallel": method in ("par_bn", "scaled_par_bn"),
+        "scaling": getattr(config, "scaling", 1.0),
+        "dropout": getattr(config, "dropout", 0.0),
+        "init_weights": getattr(config, "init", "bert"),
+        "inv_adapter": None,
+        "cross_adapter": False,
+        "phm_layer": False,
+        **_FIXED,
+    }
+    if method in _FORMS:
+        return form
+    need(method == "series", source, f"AdapterHub has no counterpart of {method} that computes the same")
+    row = sites.TABLE[parts.model_type]
+    only = all(sites.matches(path, row.mlp_out) for path in parts.arrays) and config.side in ("auto", "post")
+    need(
+        only, source, "AdapterHub can hold series adapters on the MLP's last linear layer only: use variant P"
+    )
+    return form
+
+
+def _their_tensors(parts: Parts) -> tuple[dict[str, mx.array], int, set[int]]:
+    """(tensors under their names, width of the model, numbers of the blocks)."""
+    row, named = sites.TABLE[parts.model_type], dict[str, mx.array]()
+    width, layers = 0, set[int]()
+    suffixes = bottleneck.BlockLayer.TENSORS
+    for path, own in parts.arrays.items():
+        index = sites.layer_index(path)
+        assert index is not None
+        layers.add(index)
+        root = sites.to_hf(path, parts.model_type).partition(f".{index}.")[0]
+        place = "output" if sites.matches(path, row.mlp_out) else "attention"
+        width = own["up"].shape[0]
+        biases = {"down_bias": mx.zeros(own["down"].shape[0]), "up_bias": mx.zeros(width)}
+        for name, array in {**biases, **own}.items():
+            named[f"{root}.{index}.{place}_adapters.adapters.{_NAME}.{suffixes[name]}"] = array
+    return named, width, layers
+
+
+def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+    """Write AdapterHub's folder as ours. AdapterError names what our forms do not compute."""
+    form = _read_form(source)
+    model_type = loaded.config["model_type"]
+    row, ours = sites.sites(model_type, loaded.model), bottleneck.BlockLayer.TENSORS
+    attributes = {suffix: name for name, suffix in ours.items()}
+    ends = {"attention": row.attn_out, "output": row.mlp_out}
+    present = [path for path, _ in loaded.model.named_modules()]
+    arrays: dict[str, dict[str, mx.array]] = {}
+    for key, array in _read_tensors(source).items():
+        found = _KEY.match(key)
+        need(found is not None and found[5] in attributes, source, f"{key} is no tensor of a bottleneck")
+        assert found is not None
+        root = sites.from_hf(f"{found[1]}.{found[2]}.", model_type)
+        end = ends[found[3]]
+        path = next((p for p in present if p.startswith(root) and sites.matches(p, end)), None)
+        need(path is not None, source, f"{key}: {loaded.path} has no such block, this adapter is another's")
+        arrays.setdefault(str(path), {})[attributes[found[5]]] = array
+    method, config = _our_config(form, arrays, source)
+    return assemble(loaded, method, config, arrays, dst=dst, source=source)
+
+
+def _our_config(
+    form: dict[str, Any], arrays: dict[str, dict[str, mx.array]], source: Path
+) -> tuple[str, Any]:
+    size = next(iter(arrays.values()))["down"].shape[0]
+    shared = {
+        "bottleneck_size": size,
+        "non_linearity": form.get("non_linearity", "relu"),
+        "scaling": form.get("scaling", 1.0),
+        "dropout": float(form.get("dropout") or 0.0),
+        "init": form.get("init_weights") if form.get("init_weights") in bottleneck.INITS else "bert",
+    }
+    if form.get("is_parallel"):
+        need(not form.get("mh_adapter"), source, "a parallel bottleneck beside attention is not supported")
+        method = "scaled_par_bn" if shared["scaling"] == "learned" else "par_bn"
+        return method, _FORMS[method].Config(**shared)
+    if form.get("mh_adapter"):
+        need(bool(form.get("output_adapter")), source, "a bottleneck after attention only is not supported")
+        need(
+            not form.get("original_ln_before"), source, "mh_adapter with original_ln_before is not supported"
+        )
+        return "double_seq_bn", double_seq_bn.Config(**shared)
+    if form.get("original_ln_before"):
+        return "seq_bn", seq_bn.Config(**shared)
+    biased = any(mx.any(own[n] != 0).item() for own in arrays.values() for n in ("down_bias", "up_bias"))
+    need(not biased, source, "a bottleneck after the MLP with biases, without the residual, is not supported")
+    for own in arrays.values():
+        del own["down_bias"], own["up_bias"]
+    return "series", series.Config(**shared, variant="P")
+
+
+def _read_form(source: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
+        form = fields["config"]
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{source / _CONFIG}: cannot be read as JSON ({error})") from None
+    except (KeyError, TypeError):
+        form = None
+    if not isinstance(form, dict) or "output_adapter" not in form:
+        raise AdapterError(
+            f"{source / _CONFIG}: 'config' describes no bottleneck; only those of AdapterHub are read"
+        )
+    for name, value in _FIXED.items():
+        need(form.get(name, value) == value, source / _CONFIG, f"{name}={form.get(name)!r} is not supported")
+    return form
+
+
+def _read_tensors(source: Path) -> dict[str, mx.array]:
+    file = source / _WEIGHTS
+    if not file.exists():
+        return read_bin(source / _BIN)
+    try:
+        tensors: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    except Exception as error:
+        raise AdapterError(f"{file}: cannot be read as safetensors ({error})") from None
+    return tensors

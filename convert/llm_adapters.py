@@ -1,0 +1,98 @@
+"""The folders of LLM-Adapters (Hu et al. 2023), whose code is a fork of PEFT 0.3.
+
+    adapter_config.json   peft_type LORA or BOTTLENECK
+    adapter_model.bin     a torch file, written and read here without torch
+
+The names of the tensors are ours. The fork derives a bottleneck's side from the layer's name alone, and takes
+a list with a single target for GPT-2's fused projection: what it would read differently is refused or written
+as a pattern.
+"""
+
+import json
+from pathlib import Path
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.parts import assemble, need, take_apart
+from mlx_adapters.convert.torch_bin import read_bin
+from mlx_adapters.convert.torch_bin_write import write_bin
+from mlx_adapters.errors import AdapterError, AdaptersError
+from mlx_adapters.model import Loaded
+
+__all__ = ["detect", "export", "import_adapter"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.bin"
+# The architectures the fork knows, and the layers on which it knows a series adapter's side.
+_MODELS = ("llama", "bloom", "chatglm", "gptj", "gpt_neo", "opt")
+_SIDES = (
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+    "fc_in",
+    "fc_out",
+    "c_fc",
+    "c_proj",
+    "fc1",
+    "fc2",
+)
+
+
+def detect(folder: Path) -> bool:
+    """Whether `folder` is the fork's (old PEFT folders of LoRA look the same and are read the same)."""
+    return (folder / _WEIGHTS).exists() and (folder / _CONFIG).exists()
+
+
+def export(source: Path, dst: Path, *, base: str | None = None) -> None:
+    """Write our LoRA, series or parallel folder as the fork's. AdapterError for what it reads differently."""
+    parts = take_apart(source)
+    method, names = parts.meta.method, sorted({path.rpartition(".")[2] for path in parts.arrays})
+    need(
+        method in ("lora", "series", "parallel"),
+        source,
+        f"LLM-Adapters has LoRA and series and parallel adapters, not {method}",
+    )
+    need(
+        parts.model_type in _MODELS,
+        source,
+        f"LLM-Adapters knows {', '.join(_MODELS)}, not {parts.model_type}",
+    )
+    fields = adapter.read_fields(source)
+    if method == "lora":
+        need(not fields.get("use_rslora"), source, "LLM-Adapters has no rsLoRA: its scale is alpha / rank")
+        ranks = {own["lora_a"].shape[0] for own in parts.arrays.values()}
+        need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {sorted(ranks)}")
+        fields |= {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
+        if isinstance(fields["target_modules"], list) and len(fields["target_modules"]) == 1:
+            fields["target_modules"] = rf".*\.{fields['target_modules'][0].replace('.', chr(92) + '.')}"
+    if method == "series":
+        need(
+            parts.config.side == "auto", source, "LLM-Adapters takes the side from the name: side is not auto"
+        )
+        odd = [name for name in names if name not in _SIDES]
+        need(not odd, source, f"LLM-Adapters knows no series adapter on {', '.join(odd)}")
+    if base is not None:
+        fields["base_model_name_or_path"] = base
+    with writing(dst) as folder:
+        (folder / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_bin(folder / _WEIGHTS, adapter.read_tensors(source))
+
+
+def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+    """Write the fork's folder (or an old PEFT one) as ours. AdapterError names what is not supported."""
+    fields = adapter.read_fields(source)
+    try:
+        method = methods.by_peft_fields(fields)
+        need(fields.get("enable_lora") in (None, []), source, "enable_lora: only whole matrices are read")
+        config = methods.get(method).from_peft(fields)
+        arrays, shared = adapter.by_layer(
+            read_bin(source / _WEIGHTS), method, loaded.config["model_type"], source
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{source / _CONFIG}: {error}") from None
+    except AdaptersError as error:
+        raise AdapterError(str(error)) from None
+    need(not shared, source, f"{method} is not a method of LLM-Adapters")
+    return assemble(loaded, method, config, arrays, dst=dst, source=source)

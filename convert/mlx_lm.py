@@ -1,0 +1,109 @@
+"""mlx-lm's adapter folders: LoRA and DoRA for `mlx_lm.generate --adapter-path`, and those it has trained.
+
+    adapter_config.json    fine_tune_type, num_layers, lora_parameters (rank, scale, dropout, keys)
+    adapters.safetensors   PATH.lora_a [in, rank], PATH.lora_b [rank, out], for DoRA PATH.m [out]
+
+Its matrices are ours transposed, and its scale is alpha / rank. `keys` may be whole paths, so any choice of
+layers can be told.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.parts import assemble, need, take_apart
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods import dora, lora
+from mlx_adapters.model import Loaded
+from mlx_adapters.models.config import OWN
+
+__all__ = ["detect", "export", "import_adapter"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
+# ours -> theirs; the magnitude is a vector, the matrices are transposed
+_NAMES = {"lora_a": "lora_a", "lora_b": "lora_b", "magnitude": "m"}
+
+
+def detect(folder: Path) -> bool:
+    """Whether `folder` is mlx-lm's."""
+    return (folder / _WEIGHTS).exists()
+
+
+def export(source: Path, dst: Path, *, base: str | None = None) -> None:
+    """Write our LoRA or DoRA folder as mlx-lm's. AdapterError for what mlx-lm does not have."""
+    parts = take_apart(source)
+    method = parts.meta.method
+    need(method in ("lora", "dora"), source, f"mlx-lm has LoRA and DoRA, not {method}")
+    need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
+    strange = sorted({name for own in parts.arrays.values() for name in own} - _NAMES.keys())
+    need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
+    ranks = {own["lora_a"].shape[0] for own in parts.arrays.values()}
+    need(len(ranks) == 1, source, f"mlx-lm has one rank for all layers, this adapter has {sorted(ranks)}")
+    need(not getattr(parts.config, "alpha_pattern", None), source, "mlx-lm has one scale for all layers")
+    tensors = {
+        f"{path}.{_NAMES[name]}": mx.contiguous(array.T) if array.ndim == 2 else array
+        for path, own in parts.arrays.items()
+        for name, array in own.items()
+    }
+    fields = {
+        "fine_tune_type": method,
+        "num_layers": parts.meta.base.get("num_hidden_layers", 0),
+        "lora_parameters": {
+            "rank": ranks.pop(),
+            "scale": parts.config.scale,
+            "dropout": parts.config.dropout,
+            "keys": sorted(parts.arrays),
+        },
+        "model": base or parts.meta.base.get("_name_or_path") or parts.meta.base.get("path", ""),
+    }
+    with writing(dst) as folder:
+        (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        mx.save_safetensors(str(folder / _WEIGHTS), tensors)
+
+
+def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+    """Write mlx-lm's LoRA or DoRA folder as ours. AdapterError for what is not a low-rank adapter."""
+    fields = _fields(source)
+    kind = fields.get("fine_tune_type", "lora")
+    need(
+        kind in ("lora", "dora"), source / _CONFIG, f"fine_tune_type {kind!r} is no adapter: only lora, dora"
+    )
+    settings = fields.get("lora_parameters") or {}
+    if absent := [name for name in ("rank", "scale") if not isinstance(settings.get(name), (int, float))]:
+        raise AdapterError(f"{source / _CONFIG}: lora_parameters has no number for {' and '.join(absent)}")
+    ours = {theirs: name for name, theirs in _NAMES.items()}
+    arrays: dict[str, dict[str, mx.array]] = {}
+    for name, array in _tensors(source).items():
+        path, _, leaf = name.rpartition(".")
+        need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
+        arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
+    rank, scale = int(settings["rank"]), float(settings["scale"])
+    make: Any = dora.Config if kind == "dora" else lora.Config
+    config = make(
+        rank=rank,
+        alpha=scale * rank,
+        dropout=float(settings.get("dropout") or 0.0),
+        targets=",".join(sorted({path.rpartition(".")[2] for path in arrays})),
+    )
+    return assemble(loaded, kind, config, arrays, dst=dst, source=source)
+
+
+def _fields(source: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{source / _CONFIG}: cannot be read as JSON ({error})") from None
+    need(isinstance(fields, dict), source / _CONFIG, "is not a JSON object")
+    return dict(fields)
+
+
+def _tensors(source: Path) -> dict[str, mx.array]:
+    try:
+        tensors: dict[str, mx.array] = mx.load(str(source / _WEIGHTS))  # type: ignore[assignment]
+    except Exception as error:
+        raise AdapterError(f"{source / _WEIGHTS}: cannot be read as safetensors ({error})") from None
+    return tensors

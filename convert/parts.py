@@ -1,0 +1,69 @@
+"""An adapter folder taken apart for another format, and an adapter folder put together from its parts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.model import Loaded, describe
+
+__all__ = ["Parts", "assemble", "need", "take_apart"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """`arrays` holds {MLX path: {attribute of the layer: array}}; `config` is the method's configuration."""
+
+    meta: AdapterMeta
+    config: Any
+    arrays: dict[str, dict[str, mx.array]]
+    model_type: str
+
+
+def take_apart(source: Path) -> Parts:
+    """Read one of our folders. AdapterError where it does not say what kind of model it is for."""
+    meta = adapter.read_meta(source)
+    model_type = meta.base.get("model_type")
+    if not model_type:
+        raise AdapterError(
+            f"{source}: does not say which architecture it was trained on, and names differ between them. "
+            "Import it first: mlx-adapters import SRC DST --model MODEL"
+        )
+    arrays, _ = adapter.by_layer(adapter.read_tensors(source), meta.method, model_type, source)
+    config = methods.config_class(meta.method)(**meta.config)
+    return Parts(meta=meta, config=config, arrays=arrays, model_type=model_type)
+
+
+def assemble(
+    loaded: Loaded,
+    method: str,
+    config: Any,
+    arrays: dict[str, dict[str, mx.array]],
+    *,
+    dst: Path,
+    source: Path,
+    **about: Any,
+) -> AdapterMeta:
+    """Attach `arrays` to the model they are for, which checks every name and shape, and save that to `dst`.
+
+    `about` are fields of AdapterMeta that the other format knows.
+    """
+    present = {path for path, _ in loaded.model.named_modules()}
+    if strange := [path for path in arrays if path not in present]:
+        raise AdapterError(f"{source}: {strange[0]} is not in {loaded.path}: this adapter is another model's")
+    adapter.attach(loaded.model, method, config, base=describe(loaded), paths=list(arrays))
+    for path, layer in adapter.layers(loaded.model).items():
+        adapter.fill(layer, arrays[path], path, source, str(loaded.path))
+    meta = AdapterMeta(method=method, config=vars(config), base=describe(loaded), **about)
+    adapter.save(dst, loaded.model, meta=meta)
+    return meta
+
+
+def need(condition: bool, source: Path, what: str) -> None:
+    """Raise the AdapterError that the other format cannot hold this."""
+    if not condition:
+        raise AdapterError(f"{source}: {what}")

@@ -1,0 +1,242 @@
+"""Adapters in other formats: opened by the real libraries, and back again bit for bit."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from cases import METHODS, Method
+from test_methods import IDS, attached, bound, logits
+from tiny import make_tiny
+
+from mlx_adapters import adapter, model
+from mlx_adapters.convert import exchange
+from mlx_adapters.convert.checkpoint import convert
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.convert.torch_bin import read_bin
+from mlx_adapters.convert.torch_bin_write import write_bin
+from mlx_adapters.errors import AdapterError, ConfigError
+
+ARCHS = ("llama", "qwen2", "gemma2", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for arch in ARCHS:
+        made[arch] = root / f"mlx-{arch}"
+        convert(make_tiny(arch, root), made[arch])
+        loaded = model.load(made[arch])
+        write_transformers(loaded.model, loaded.config, root / f"mlx-{arch}" / "torch")
+    return made
+
+
+def saved(folder: Path, method: Method, dst: Path) -> np.ndarray:
+    """An adapter folder, and the logits it gives."""
+    loaded, meta = attached(folder, method, trained=True)
+    adapter.save(dst, loaded.model, meta=meta)
+    return logits(loaded)
+
+
+def equal_files(left: Path, right: Path) -> None:
+    one, other = (adapter.read_tensors(folder) for folder in (left, right))
+    assert set(one) == set(other)
+    for name, array in one.items():
+        assert mx.array_equal(array, other[name]), name
+
+
+ROUND_TRIPS = [
+    *[("peft", case, "llama") for case in METHODS if not case.startswith("fusion")],
+    *[("peft", case, "bloom") for case in ("lora", "dora", "ia3", "vera", "prefix", "prompt")],
+    *[("mlx-lm", case, arch) for case in ("lora", "dora", "lora-last-layer") for arch in ("llama", "gpt2")],
+    ("mlx-lm", "lora-rslora", "qwen2"),
+    *[
+        ("llm-adapters", case, arch)
+        for case in ("lora", "series", "series-p-bert", "parallel", "parallel-learned")
+        for arch in ("llama", "bloom", "gptj", "opt", "gpt_neo")
+    ],
+    *[
+        ("adapterhub", case, arch)
+        for case in ("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series-p-bert")
+        for arch in ("llama", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gemma2")
+    ],
+]
+
+
+@pytest.mark.parametrize(("format", "case", "arch"), ROUND_TRIPS)
+def test_there_and_back(format: str, case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Ours -> theirs -> ours -> theirs: tensors bit for bit, and the same logits."""
+    expected = saved(folders[arch], METHODS[case], tmp_path / "a")
+    exchange.export(tmp_path / "a", tmp_path / "theirs", format=format, base="owner/base")
+    for name in ("mlx_adapters.json", "seen.txt"):
+        (tmp_path / "theirs" / name).unlink(missing_ok=True)  # as if their library had written it
+    assert exchange.detect(tmp_path / "theirs") == format
+    meta = exchange.import_adapter(tmp_path / "theirs", tmp_path / "b", loaded=model.load(folders[arch]))
+    equal_files(tmp_path / "a", tmp_path / "b")
+    again = model.load(folders[arch])
+    adapter.load(again, tmp_path / "b")
+    again.model.eval()
+    assert np.array_equal(logits(again), expected)
+    assert meta.method == METHODS[case].name or (meta.method, METHODS[case].name) == ("series", "series")
+    exchange.export(tmp_path / "b", tmp_path / "theirs again", format=format, base="owner/base")
+    for file in sorted((tmp_path / "theirs").iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            assert file.read_bytes() == (tmp_path / "theirs again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "lora-last-layer", "lora-rslora"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gptj"])
+def test_mlx_lm_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    expected = saved(folders[arch], METHODS[case], tmp_path / "a")
+    exchange.export(tmp_path / "a", tmp_path / "theirs", format="mlx-lm")
+    network = load_adapters(model.load(folders[arch]).model, str(tmp_path / "theirs"))
+    network.eval()
+    np.testing.assert_allclose(np.array(network(IDS)), expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_mlx_lm_loads_here(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Made by mlx-lm's own layers, with its own config."""
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    network = model.load(folders["llama"]).model
+    network.freeze()
+    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    linear_to_lora_layers(network, 1, settings, use_dora=kind == "dora")
+    mx.random.seed(0)
+    moved = [
+        (name, array + 0.1 * mx.random.normal(array.shape))
+        for name, array in tree_flatten(network.trainable_parameters())
+    ]
+    network.update(tree_unflatten(moved), strict=False)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(moved))
+    fields = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    network.eval()
+    expected = np.array(network(IDS))
+    loaded = model.load(folders["llama"])
+    exchange.import_adapter(folder, tmp_path / "ours", loaded=loaded)
+    again = model.load(folders["llama"])
+    adapter.load(again, tmp_path / "ours")
+    again.model.eval()
+    np.testing.assert_allclose(logits(again), expected, atol=bound(expected))
+
+
+def test_torch_reads_the_bin(tmp_path: Path) -> None:
+    arrays = {"a.weight": mx.random.normal((3, 4, 5)), "b": mx.ones((7,)), "h": mx.ones((2, 2), mx.float16)}
+    arrays |= {"empty": mx.zeros((0, 3))}
+    write_bin(tmp_path / "x.bin", arrays)
+    read = torch.load(tmp_path / "x.bin", weights_only=True)
+    mapped = torch.load(tmp_path / "x.bin", weights_only=True, mmap=True)
+    ours = read_bin(tmp_path / "x.bin")
+    for name, array in arrays.items():
+        assert np.array_equal(read[name].numpy(), np.array(array))
+        assert np.array_equal(mapped[name].numpy(), np.array(array))
+        assert mx.array_equal(ours[name], array)
+
+
+@pytest.mark.parametrize(
+    ("format", "case", "arch", "said"),
+    [
+        ("mlx-lm", "series", "llama", "not series"),
+        ("mlx-lm", "lora", "bloom", "no bloom"),
+        ("llm-adapters", "dora", "llama", "not dora"),
+        ("llm-adapters", "series", "gpt2", "not gpt2"),
+        ("llm-adapters", "series-all", "llama", "q_proj"),
+        ("llm-adapters", "lora-rslora", "llama", "rsLoRA"),
+        ("adapterhub", "series", "llama", "variant P"),
+        ("adapterhub", "lora", "llama", "no counterpart of lora"),
+        ("adapterhub", "series", "gpt_neo", "gpt_neo"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_by_name(
+    format: str, case: str, arch: str, said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    saved(folders[arch], METHODS[case], tmp_path / "a")
+    with pytest.raises(AdapterError, match=said):
+        exchange.export(tmp_path / "a", tmp_path / "b", format=format)
+    assert not (tmp_path / "b").exists()
+
+
+def test_unknown_format_and_unknown_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mlx-lm"):
+        exchange.export(tmp_path, tmp_path / "b", format="mlxlm")
+    with pytest.raises(AdapterError, match="Looked for"):
+        exchange.detect(tmp_path)
+
+
+def test_a_folder_of_2023_gets_its_sides_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Written as LLM-Adapters does, computed by hand: W (x + f(x)) into the MLP, z + f(z) out of it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folders["llama"] / "torch", dtype=torch.float32, attn_implementation="eager"
+    )
+    fields = {"peft_type": "BOTTLENECK", "bottleneck_size": 3, "non_linearity": "tanh", "scaling": 1.0}
+    fields |= {"adapter_dropout": 0.0, "use_parallel_adapter": False, "use_adapterp": False}
+    fields |= {"target_modules": ["up_proj", "down_proj"], "bias": "none", "init_weights": "bert"}
+    tensors = {}
+    for name, layer in base.named_modules():
+        if name.endswith(("up_proj", "down_proj")):
+            width = layer.in_features if name.endswith("up_proj") else layer.out_features
+            down, up = torch.randn(3, width) * 0.2, torch.randn(width, 3) * 0.2
+            tensors[f"base_model.model.{name}.adapter_down.weight"] = down
+            tensors[f"base_model.model.{name}.adapter_up.weight"] = up
+
+            def f(x: Any, down: Any = down, up: Any = up) -> Any:
+                return torch.tanh(x @ down.T) @ up.T
+
+            if name.endswith("up_proj"):
+                layer.register_forward_pre_hook(lambda m, given, f=f: (given[0] + f(given[0]),))
+            else:
+                layer.register_forward_hook(lambda m, given, z, f=f: z + f(z))
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    torch.save(tensors, folder / "adapter_model.bin")
+    with torch.no_grad():
+        expected = base(torch.tensor(IDS.tolist())).logits.numpy()
+    exchange.import_adapter(folder, tmp_path / "ours", loaded=model.load(folders["llama"]))
+    loaded = model.load(folders["llama"])
+    adapter.load(loaded, tmp_path / "ours")
+    loaded.model.eval()
+    np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
+
+
+HUB = os.environ.get("MLX_ADAPTERS_HUB_PYTHON", "")
+
+
+@pytest.mark.skipif(
+    not HUB, reason="MLX_ADAPTERS_HUB_PYTHON names no Python with adapters==1.3.0 (.ci/run does)"
+)
+@pytest.mark.parametrize("case", ["double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series-p-bert"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gemma2", "qwen2"])
+def test_adapterhub_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The library itself, which needs another transformers: in its own environment."""
+    expected = saved(folders[arch], METHODS[case], tmp_path / "a")
+    exchange.export(tmp_path / "a", tmp_path / "theirs", format="adapterhub")
+    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
+    script = Path(__file__).parent / "reference" / "hub.py"
+    command = [HUB, str(script), str(folders[arch] / "torch"), str(tmp_path / "theirs")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "ids.json"), str(tmp_path / "out.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, theirs = np.load(tmp_path / "out.npy")
+    np.testing.assert_allclose(theirs, expected, atol=bound(expected))
+    assert np.abs(theirs - plain).max() > 1e-2
