@@ -12,6 +12,7 @@ Optional, each in the method's file:
     IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
     AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
     with_tokenizer(config, tokenizer)   the configuration, completed by what only the tokenizer knows
+    trial_fields(fresh, base, folder)   fields to try the method with, where its defaults are not enough
     keep(folder, layers)    writes what else an adapter's folder needs,
     kept(folder, config)    the configuration that finds it there
 """

@@ -267,8 +267,13 @@ def place_blocks(
     """
     row = sites.sites(model_type, model)
     outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
-    names = [name for name in outs if name]
+    if not row.mlp_out:
+        raise UnsupportedError(
+            f"{method}: no linear layer leads out of the MLPs of a {model_type} model (its experts are stacked, "
+            "or it has none). Use lora, or parallel"
+        )
     if paths is None:
+        names = [name for name in outs if name]
         paths = resolve_targets(model, model_type, targets=",".join(names), layers=layers)
     modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
     for path in paths:

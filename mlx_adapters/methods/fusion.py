@@ -15,15 +15,17 @@ A layer that only one of the adapters has needs no attention (p is 1): it learns
 The adapters run without dropout. Their folders are kept below `members/` in the saved one, so it loads alone.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
-from mlx_adapters import adapter
+from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
@@ -197,6 +199,19 @@ def _member(model: nn.Module, model_type: str, folder: Path) -> _Member:
         module.freeze()
         module.eval()
     return _Member(folder, meta, model_type, adapter.read_fields(folder), placed)
+
+
+def trial_fields(fresh: Callable[[], nn.Module], base: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fields to try the method with on a `fresh()` model: two LoRA adapters of random weights."""
+    folders = {folder / f"rank-{rank}": rank for rank in (2, 3)}
+    for member, rank in folders.items():
+        model = fresh()
+        config = methods.make_config("lora", {"rank": rank})
+        adapter.attach(model, "lora", config, base=base)
+        shaken = tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), model.trainable_parameters())
+        model.update(shaken, strict=False)
+        adapter.save(member, model, meta=AdapterMeta(method="lora", config=asdict(config), base=base))
+    return {"adapters": ",".join(map(str, folders))}
 
 
 def keep(folder: Path, layers: dict[str, AdapterLayer]) -> None:

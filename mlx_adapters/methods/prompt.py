@@ -95,7 +95,7 @@ def with_tokenizer(config: Config, tokenizer: Any) -> Config:
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
     """The layer in the place of the token embedding."""
-    path = sites.embedding(model)
+    path = sites.embedding(model, alone=True)
     base = dict(model.named_modules())[path]
     by = divisor(model, model_type, base)
     return {path: Virtual(base, _start(base, config, by), divisor=by)}

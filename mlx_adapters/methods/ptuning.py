@@ -135,7 +135,7 @@ class Layer(AdapterLayer):
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
     """The layer in the place of the token embedding."""
-    path = sites.embedding(model)
+    path = sites.embedding(model, alone=True)
     base = dict(model.named_modules())[path]
     width = base(mx.array([0])).shape[-1]
     hidden = config.encoder_hidden_size or width

@@ -1,9 +1,9 @@
 """The sites of an architecture without a row in the table, from the paths of its linear layers alone.
 
 A layer's role follows from the names of the modules that hold it, in mlx-lm's model files. What mixes tokens
-is `attn` (attention, linear attention, state-space and convolution blocks), what does not is `mlp`. Layers that
-only choose or weigh (routers of experts, indexers of sparse attention, gates of linear attention, the model's
-own low-rank factors) have no role: they are no default target, but can be named.
+is `attn` (attention, linear attention, state-space and convolution blocks), what does not is `mlp`. Layers
+that only choose or weigh (routers of experts, indexers of sparse attention, gates of linear attention, the
+model's own low-rank factors) have no role: they are no default target, but can be named.
 """
 
 import re
@@ -21,9 +21,9 @@ _ATTN = re.compile(r"att|mixer|mamba|conv$|ssm|temporal_block")
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|expert")
 _IN_MLP = re.compile(r"(gate|up|down|gate_up)_proj|fc\d|w\d")
 
-# What a projection into the token mixer computes. Fused ones hold queries, keys and values in one matrix; so do
-# the input projections of state-space and convolution blocks. In multi-head latent attention the queries and
-# the keys with the values come from low-rank factors.
+# What a projection into the token mixer computes. Fused ones hold queries, keys and values in one matrix; so
+# do the input projections of state-space and convolution blocks. In multi-head latent attention the queries,
+# and the keys with the values, come from low-rank factors.
 _FUSED = re.compile(r".*qkv.*|q_k_v_proj|query_key_value|W_pack|c_attn|in_proj|linear_x")
 _QUERY = re.compile(r"q_proj|c_q|r_proj|attn_query|q_[ab]_proj")
 _KEY = re.compile(r"k_proj|c_k|attn_key")

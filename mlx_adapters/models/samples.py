@@ -1,8 +1,8 @@
 """A tiny model of every architecture, with random weights: what the tables of support are measured on.
 
-A configuration is `_COMMON`, what the architecture's own row in `_OWN` says otherwise, and for wrappers around a
-text model (`_WRAPPED`) that model's configuration in `text_config`. Fields a model does not have are ignored
-when it is built. Hybrids get at least one block of each kind.
+A configuration is `_COMMON`, what the architecture's own row in `_OWN` says otherwise, and for wrappers
+around a text model (`_WRAPPED`) that model's configuration in `text_config`. Fields that a model does not
+have are ignored when it is built. Hybrids get at least one block of each kind.
 """
 
 import contextlib
@@ -22,75 +22,70 @@ __all__ = ["IDS", "architectures", "file_of", "sample", "sample_config"]
 
 Fields = dict[str, Any]
 
-_VOCAB, _WIDTH, _LAYERS, _HEADS, _HEAD = 64, 32, 2, 4, 8
+_LAYERS = 2
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
 _BY_KIND = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 _COMMON: Fields = {
-    **dict.fromkeys(("vocab_size", "num_vocab", "padded_vocab_size", "vocab_size_per_layer_input"), _VOCAB),
-    **dict.fromkeys(("hidden_size", "dim", "d_model", "model_dim", "n_embd", "n_embed", "dim_model_base"), _WIDTH),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers"), _LAYERS),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), _HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_attention_groups"), 2),
-    **dict.fromkeys(("head_dim", "kv_channels", "hidden_size_per_head", "v_head_dim", "global_head_dim"), _HEAD),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _HEAD),
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "hidden_dim", "n_inner", "ffn_dim"), 64),
-    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "ff_intermediate_size"), 64),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), _WIDTH),
-    **dict.fromkeys(("shared_expert_intermediate_size", "moe_hidden_size", "share_expert_dim"), _WIDTH),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 2),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "num_shared_expert", "n_group", "topk_group"), 1),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 1e-5),
-    **dict.fromkeys(("layernorm_epsilon", "post_norm_eps"), 1e-5),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "block_size", "model_max_length"), 256),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 128),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "conv_bias", "use_conv_bias"), False),
-    **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora", "mamba_proj_bias", "tie_word_embeddings"), False),
-    **dict.fromkeys(("qk_norm", "post_norm", "use_qk_norm", "qk_layernorm", "norm_topk_prob"), True),
-    **dict.fromkeys(("routed_scaling_factor", "logits_scaling", "embedding_multiplier", "logit_scale"), 1.0),
-    **dict.fromkeys(("residual_multiplier", "scale_depth", "scale_emb", "output_multiplier"), 1.0),
-    "attention_multiplier": 0.35,
-    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap"), 30.0),
-    # positions
-    **dict.fromkeys(("rope_theta", "swa_rope_theta", "rotary_emb_base", "rope_local_base_freq"), 10000.0),
-    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 1.0),
-    "rotary_dim": 4,
-    "rope_parameters": _ROPE,
-    "rope_scaling": None,
-    "layer_types": [_FULL] * _LAYERS,
-    "sliding_window_pattern": 2,
-    # experts
-    "first_k_dense_replace": 1,
-    "num_dense_layers": 1,
-    "moe_layer_freq": 1,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "zero_expert_num": 1,
-    "zero_expert_type": "identity",
-    # state-space and linear-attention blocks
-    **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 16),
-    **dict.fromkeys(("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim", "conv1d_width", "conv_L_cache"), 4),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
-    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads"), 4),
-    **dict.fromkeys(("mamba_head_dim", "mamba_d_head"), 16),
-    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
-    "time_step_rank": 4,
-    "time_step_limit": (0.001, 100.0),
-    "mamba_expand": 2,
-    "mamba_d_ssm": 64,
-    "full_attention_interval": 2,
-    "layer_group_size": 2,
-    "group_norm_size": 1,
-    # sparse attention
-    **dict.fromkeys(("index_head_dim", "index_topk"), 8),
-    "index_n_heads": 2,
-}  # fmt: skip
+    name: value
+    for names, value in (
+        ("vocab_size num_vocab padded_vocab_size vocab_size_per_layer_input", 64),
+        ("hidden_size dim d_model model_dim n_embd n_embed dim_model_base moe_hidden_size", 32),
+        ("num_hidden_layers num_layers n_layer n_layers num_transformer_layers", _LAYERS),
+        ("num_attention_heads num_heads n_head n_heads mamba_num_heads mamba_n_heads", 4),
+        ("num_key_value_heads num_kv_heads n_kv_heads num_attention_groups", 2),
+        ("head_dim kv_channels hidden_size_per_head v_head_dim global_head_dim", 8),
+        ("qk_rope_head_dim qk_nope_head_dim", 8),
+        ("kv_lora_rank q_lora_rank o_lora_rank", 16),
+        ("intermediate_size ffn_hidden_size hidden_dim n_inner ffn_dim intermediate_size_mlp", 64),
+        ("dense_intermediate_size ff_intermediate_size", 64),
+        ("attention_bias mlp_bias use_bias use_qkv_bias conv_bias use_conv_bias mamba_proj_bias", False),
+        ("mla_scale_q_lora mla_scale_kv_lora tie_word_embeddings", False),
+        ("qk_norm post_norm use_qk_norm qk_layernorm norm_topk_prob", True),
+        ("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon layernorm_epsilon", 1e-5),
+        ("post_norm_eps", 1e-5),
+        ("logits_scaling embedding_multiplier logit_scale residual_multiplier scale_depth scale_emb", 1.0),
+        ("output_multiplier", 1.0),
+        ("attention_multiplier", 0.35),
+        ("final_logit_softcapping logits_soft_cap", 30.0),
+        # positions
+        ("max_position_embeddings n_positions n_ctx block_size model_max_length", 256),
+        ("sliding_window sliding_window_size attention_window_size window_size", 128),
+        ("sliding_window_pattern", 2),
+        ("layer_types", [_FULL] * _LAYERS),
+        ("rope_theta swa_rope_theta rotary_emb_base rope_local_base_freq", 10000.0),
+        ("partial_rotary_factor rotary_pct", 1.0),
+        ("rotary_dim", 4),
+        ("rope_parameters", _ROPE),
+        ("rope_scaling", None),
+        # experts
+        ("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
+        ("num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k", 2),
+        ("n_shared_experts num_shared_experts num_shared_expert n_group topk_group zero_expert_num", 1),
+        ("moe_intermediate_size expert_ffn_hidden_size shared_intermediate_size", 32),
+        ("shared_expert_intermediate_size share_expert_dim", 32),
+        ("first_k_dense_replace num_dense_layers moe_layer_freq decoder_sparse_step", 1),
+        ("mlp_only_layers", []),
+        ("routed_scaling_factor", 1.0),
+        ("topk_method", "noaux_tc"),
+        ("scoring_func", "sigmoid"),
+        ("zero_expert_type", "identity"),
+        # state-space, convolution and linear-attention blocks
+        ("state_size ssm_state_size mamba_d_state mamba_head_dim mamba_d_head", 16),
+        ("conv_kernel mamba_d_conv linear_conv_kernel_dim conv1d_width conv_L_cache time_step_rank", 4),
+        ("linear_num_key_heads linear_num_value_heads mamba_expand", 2),
+        ("linear_key_head_dim linear_value_head_dim", 32),
+        ("mamba_d_ssm", 64),
+        ("n_groups mamba_n_groups group_norm_size", 1),
+        ("time_step_limit", (0.001, 100.0)),
+        ("full_attention_interval layer_group_size", 2),
+        # sparse attention
+        ("index_head_dim index_topk", 8),
+        ("index_n_heads", 2),
+    )
+    for name in names.split()
+}
 
 _KDA = {"kda_layers": [1], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 _SCALED = _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
@@ -131,13 +126,18 @@ _OWN: dict[str, Fields] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gpt_oss": {"layer_types": [_SLIDING, _FULL]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2, "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1.0}},
+    "hunyuan": {
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1.0},
+    },
     "jamba": dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
     | dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
     "kimi_k3": {"linear_attn_config": _KDA, "hidden_act": "situ"},
     "kimi_linear": {"linear_attn_config": _KDA},
     "lfm2": {
-        "block_dim": _WIDTH,
+        "block_dim": 32,
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": False,
@@ -148,7 +148,9 @@ _OWN: dict[str, Fields] = {
     "lille-130m": {"n_embd": 96},  # its MLP is a multiple of 256 wide
     "llama4": {
         "num_hidden_layers": 4,
-        "attention_chunk_size": 128, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1,
+        "attention_chunk_size": 128,
+        "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1,
     },
     "longcat_flash": {"attention_method": "MLA", "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "longcat_flash_ngram": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
@@ -158,16 +160,20 @@ _OWN: dict[str, Fields] = {
         "moe_layer_freq": [0, 1],
         "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False,
-        "swa_num_attention_heads": _HEADS,
+        "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
-        "swa_head_dim": _HEAD,
-        "swa_v_head_dim": _HEAD,
+        "swa_head_dim": 8,
+        "swa_v_head_dim": 8,
     },
     "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
     "ministral3": {"rope_parameters": _SCALED, "layer_types": [_SLIDING, _FULL]},
     "minimax_m3_vl": {"mlp_layer_types": ["dense", "sparse"], "index_block_size": 2, "index_topk_blocks": 1},
     "mistral4": {"rope_parameters": _SCALED},
-    "muse_spark": {"layer_rope_theta": [0, 10000.0], "layer_types": [_FULL, _SLIDING], "num_shared_experts": 0},
+    "muse_spark": {
+        "layer_rope_theta": [0, 10000.0],
+        "layer_types": [_FULL, _SLIDING],
+        "num_shared_experts": 0,
+    },
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
         "block_configs": [
@@ -199,9 +205,11 @@ _OWN: dict[str, Fields] = {
     },
     "qwen3_5": {"num_experts": 0},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "rwkv7": dict.fromkeys(("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8),
+    "rwkv7": dict.fromkeys(
+        ("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8
+    ),
     "spark2_5": {"rope_parameters": _BY_KIND, "layer_types": [_SLIDING, _FULL]},
-}  # fmt: skip
+}
 
 # wrapper -> the text model whose configuration its `text_config` is
 _WRAPPED = {

@@ -214,6 +214,7 @@ _EMBEDDINGS = (
     *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings"),
     *("embeddings", "embedding", "embed"),
 )
+_POSITIONS = re.compile(r"(?:wpe|embed_positions|position_embeddings)$")
 # gemma3n does not call these layers: it reads and clips their weights
 _READ = re.compile(r"\.altup\.")
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
@@ -249,13 +250,23 @@ def side(path: str, row: Sites) -> str:
     return "post" if any(matches(path, name) for name in outs) else "pre"
 
 
-def embedding(model: nn.Module) -> str:
-    """The path of the token embedding; UnsupportedError where there is none of a known name."""
-    for path, module in model.named_modules():
-        known = path.rpartition(".")[2] in _EMBEDDINGS
-        if known and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-            return path
-    raise UnsupportedError(f"no token embedding named {' or '.join(_EMBEDDINGS)} was found in this model")
+def embedding(model: nn.Module, *, alone: bool = False) -> str:
+    """The path of the token embedding; UnsupportedError where there is none of a known name.
+
+    With `alone` also where tokens are looked up in further tables, by layer or by n-gram: ids behind the
+    vocabulary mean nothing there.
+    """
+    tables = [p for p, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    found = [path for path in tables if path.rpartition(".")[2] in _EMBEDDINGS]
+    if not found:
+        raise UnsupportedError(f"no token embedding named {' or '.join(_EMBEDDINGS)} was found in this model")
+    others = [path for path in tables if path != found[0] and not _POSITIONS.search(path)]
+    if alone and others:
+        raise UnsupportedError(
+            f"this model looks tokens up in another table too ({others[0]}), which has no rows for virtual "
+            "tokens. Use lora"
+        )
+    return found[0]
 
 
 def layer_index(path: str) -> int | None:

@@ -4,12 +4,14 @@ No list says what is supported: every method is placed, run and differentiated, 
 about a method, a model file or a version of mlx-lm that came later.
 """
 
+import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import AdaptersError
@@ -17,7 +19,7 @@ from mlx_adapters.models import sites
 from mlx_adapters.models.samples import IDS, architectures, sample, sample_config
 from mlx_adapters.virtual import forward
 
-__all__ = ["architectures", "support", "targets", "trial"]
+__all__ = ["architectures", "attached", "support", "targets", "trial"]
 
 
 def support(model_type: str) -> dict[str, str | None]:
@@ -32,17 +34,23 @@ def support(model_type: str) -> dict[str, str | None]:
 
 def trial(model_type: str, method: str) -> str | None:
     """Why `method`, with its default fields, does not work on `model_type`; None if it does."""
-    network = sample(model_type)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            config = methods.make_config(method, _fields(method, model_type, Path(folder)))
-            adapter.attach(network, method, config, base=sample_config(model_type))
+        network = attached(model_type, method)
         _change(network)
         return _without_gradient(network)
     except AdaptersError as error:
         return str(error)
     except Exception as error:  # of mlx or of a model file: it is what the user would see
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def attached(model_type: str, method: str) -> nn.Module:
+    """A tiny `model_type` that carries a fresh adapter of `method` with its default fields."""
+    network, base = sample(model_type), sample_config(model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        config = methods.make_config(method, _fields(method, model_type, base, Path(folder)))
+        adapter.attach(network, method, config, base=base)
+    return network
 
 
 def targets(model_type: str) -> dict[str, list[str]]:
@@ -52,12 +60,12 @@ def targets(model_type: str) -> dict[str, list[str]]:
     return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "series_p", "parallel", "ia3")}
 
 
-def _fields(method: str, model_type: str, folder: Path) -> dict[str, object]:
+def _fields(method: str, model_type: str, base: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The fields that a method cannot do without, if it has any."""
     module = methods.get(method)
     if not hasattr(module, "trial_fields"):
         return {}
-    fields: dict[str, object] = module.trial_fields(lambda: sample(model_type), model_type, folder)
+    fields: dict[str, Any] = module.trial_fields(lambda: sample(model_type), base, folder)
     return fields
 
 
@@ -76,11 +84,8 @@ def _without_gradient(network: nn.Module) -> str | None:
 
     value, gradients = nn.value_and_grad(network, loss)()
     arrays = tree_flatten(gradients)
-    found = mx.stack([mx.abs(gradient).max() for _, gradient in arrays])
-    mx.eval(value, found)
-    if not mx.isfinite(value).item():
-        return "the loss is not a number"
-    lost = [
-        name for (name, _), size in zip(arrays, found.tolist(), strict=True) if not 0 < size < float("inf")
-    ]
+    sizes = mx.stack([mx.abs(gradient).max() for _, gradient in arrays]).tolist()
+    if not all(map(math.isfinite, [value.item(), *sizes])):
+        return "the loss or its gradient is not a number"
+    lost = [name for (name, _), size in zip(arrays, sizes, strict=True) if size == 0]
     return f"no gradient reaches {len(lost)} of {len(arrays)} arrays, e.g. {lost[0]}" if lost else None
