@@ -20,6 +20,7 @@ from mlx_adapters.cli import (
     generate,
     info,
     methods,
+    models,
     plan,
     quickstart,
     train,
@@ -69,6 +70,7 @@ app.command("generate")(generate.command)
 app.command("combine")(combine.command)
 app.command("info")(info.command)
 app.command("methods")(methods.command)
+app.command("models")(models.command)
 app.command("doctor")(doctor.command)
 
 

@@ -1,18 +1,88 @@
-"""`mlx-adapters methods`."""
+"""`mlx-adapters methods [NAME]`."""
+
+import json
+import re
+from typing import Annotated, Any
 
 import typer
+
+from mlx_adapters.cli.screen import table
 
 __all__ = ["command"]
 
 
-def command() -> None:
-    """List the adapter methods with their fields, for --method and --set."""
+def command(
+    name: Annotated[str | None, typer.Argument(help="show the fields of this method")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the adapter methods, or the fields of one, as --method and --set take them."""
+    from mlx_adapters import methods
+
+    found = [_about(method) for method in ([name] if name else methods.names())]
+    if as_json:
+        typer.echo(json.dumps(found[0] if name else found, indent=2))
+    elif name:
+        _show(found[0])
+    else:
+        table(
+            ["method", "what it is", "stands on", "mergeable", "in PEFT", "paper"],
+            [
+                [
+                    about["method"],
+                    about["what"],
+                    about["stands_on"],
+                    _yes(about["mergeable"]),
+                    _yes(about["in_peft"]),
+                    f"{about['authors']}\n{about['paper']}",
+                ]
+                for about in found
+            ],
+        )
+        typer.echo("Fields of one: mlx-adapters methods NAME. Where each works: mlx-adapters models")
+
+
+def _about(name: str) -> dict[str, Any]:
     import dataclasses
 
     from mlx_adapters import methods
+    from mlx_adapters.methods.base import AdapterLayer
+    from mlx_adapters.models import support
 
-    for name in methods.names():
-        module = methods.get(name)
-        typer.echo(f"{name}: {module.__doc__.strip().splitlines()[0]}")
-        for field in dataclasses.fields(module.Config):
-            typer.echo(f"    {field.name}={field.default}  {field.metadata['help']}")
+    module = methods.get(name)
+    layers = methods.layer_classes(name)
+    return {
+        "method": name,
+        **_header(module.__doc__ or ""),
+        "stands_on": support.stands_on(name),
+        "mergeable": all(layer.merge is not AdapterLayer.merge for layer in layers),
+        "in_peft": methods.in_peft(name),
+        "fields": [
+            {"name": f.name, "default": f.default, "help": f.metadata["help"]}
+            for f in dataclasses.fields(methods.config_class(name))
+        ],
+        "doc": (module.__doc__ or "").strip(),
+    }
+
+
+def _header(doc: str) -> dict[str, str]:
+    """What the first sentence says, the authors with the year, and the link of a method's docstring."""
+    first = " ".join(doc.strip().split("\n\n")[0].split())
+    parts = re.match(
+        r"(?P<what>.+?)\. (?P<authors>[^.]+?(?: et al\.)? \d{4}).*?(?P<paper>https://[^\s,;]+)", first
+    )
+    return parts.groupdict() if parts else {"what": first, "authors": "", "paper": ""}
+
+
+def _show(about: dict[str, Any]) -> None:
+    typer.echo(about["doc"] + "\n")
+    for key in ("stands_on", "mergeable", "in_peft"):
+        value = about[key]
+        typer.echo(f"{key.replace('_', ' '):<12}{_yes(value) if isinstance(value, bool) else value}")
+    table(
+        ["--set", "default", "meaning"],
+        [[field["name"], str(field["default"]), field["help"]] for field in about["fields"]],
+    )
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

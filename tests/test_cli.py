@@ -26,6 +26,7 @@ COMMANDS = (
     "combine",
     "info",
     "methods",
+    "models",
     "doctor",
 )
 
@@ -266,12 +267,6 @@ def test_info_on_an_adapter(adapter: Path) -> None:
     assert found["seen"] == "12 training questions"
     assert found["checkpoints"] == ["step-000050", "step-000060"]
     assert "template       alpaca" in cli("info", adapter).stdout
-
-
-def test_methods_lists_the_fields() -> None:
-    said = cli("methods").stdout
-    assert "lora: LoRA" in said
-    assert "rank=8" in said
 
 
 def test_doctor_measures_this_machine() -> None:

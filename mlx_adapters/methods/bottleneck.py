@@ -56,24 +56,34 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": nn.relu6,
     "sigmoid": mx.sigmoid,
     "silu": nn.silu,
+    "sqrtsoftplus": lambda x: mx.sqrt(nn.softplus(x)),
     "swish": nn.silu,
     "tanh": mx.tanh,
 }
 
 
 def check(
-    method: str, *, size: float | None, non_linearity: str, dropout: float, scaling: float | str, init: str
+    method: str,
+    *,
+    size: int | None,
+    factor: float = 1.0,
+    non_linearity: str,
+    dropout: float,
+    scaling: float | str,
+    init: str,
 ) -> None:
     """Raise one ConfigError that lists every value a bottleneck cannot have."""
     problems = []
     if size is not None and size < 1:
-        problems.append(f"{method}: the bottleneck size or reduction factor is {size}, must be at least 1")
+        problems.append(f"{method}: bottleneck_size={size} must be at least 1")
+    if not 1 <= factor < math.inf:
+        problems.append(f"{method}: reduction_factor={factor} must be a number of at least 1")
     if non_linearity not in ACTIVATIONS:
         problems.append(f"{method}: " + unknown("non_linearity", non_linearity, ACTIVATIONS))
     if not 0 <= dropout < 1:
         problems.append(f"{method}: dropout={dropout} must be at least 0 and below 1")
-    if isinstance(scaling, str) and scaling != "learned":
-        problems.append(f"{method}: scaling={scaling!r} must be a number or 'learned'")
+    if scaling != "learned" and (isinstance(scaling, str) or not math.isfinite(scaling)):
+        problems.append(f"{method}: scaling={scaling!r} must be a finite number or 'learned'")
     if init not in INITS:
         problems.append(f"{method}: " + unknown("init", init, INITS))
     if problems:
@@ -269,8 +279,8 @@ def place_blocks(
     outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
     if not row.mlp_out:
         raise UnsupportedError(
-            f"{method}: no linear layer leads out of the MLPs of a {model_type} model (its experts are stacked, "
-            "or it has none). Use lora, or parallel"
+            f"{method}: no linear layer leads out of the MLPs of a {model_type} model (its experts are "
+            "stacked, or it has none). Use lora, or parallel"
         )
     if paths is None:
         names = [name for name in outs if name]

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
 from mlx_adapters.models import config
 
-__all__ = ["IDS", "architectures", "file_of", "sample", "sample_config"]
+__all__ = ["IDS", "architectures", "file_of", "known", "sample", "sample_config"]
 
 Fields = dict[str, Any]
 
@@ -244,8 +244,13 @@ def file_of(model_type: str) -> str:
     """The name of the model file that serves `model_type`: mlx-lm reads mistral as llama, for one."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    known: str = MODEL_REMAPPING.get(model_type, model_type)
-    return known
+    return str(MODEL_REMAPPING.get(model_type, model_type))
+
+
+def known(model_type: str) -> None:
+    """Raise UnsupportedError that lists the known ones if `model_type` is no architecture."""
+    if file_of(model_type) not in architectures():
+        raise UnsupportedError(unknown("architecture", model_type, architectures()))
 
 
 def sample_config(model_type: str) -> Fields:
@@ -271,8 +276,7 @@ def sample(model_type: str) -> nn.Module:
 
     Raises UnsupportedError with the reason where it cannot be built or run here.
     """
-    if file_of(model_type) not in architectures():
-        raise UnsupportedError(unknown("architecture", model_type, architectures()))
+    known(model_type)
     fields = sample_config(model_type)
     mx.random.seed(0)
     said = io.StringIO()

@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import AdaptersError
+from mlx_adapters.methods.base import LINEARS
 from mlx_adapters.models import sites
 from mlx_adapters.models.samples import IDS, architectures, sample, sample_config
 from mlx_adapters.virtual import forward
 
-__all__ = ["architectures", "attached", "support", "targets", "trial"]
+__all__ = ["architectures", "attached", "stands_on", "support", "targets", "trial"]
 
 
 def support(model_type: str) -> dict[str, str | None]:
@@ -53,11 +54,23 @@ def attached(model_type: str, method: str) -> nn.Module:
     return network
 
 
+def stands_on(method: str) -> str:
+    """What the method's layers take the place of, as found on a tiny llama."""
+    layers = adapter.layers(attached("llama", method)).values()
+    bases = [layer.get("base") for layer in layers]
+    kinds: dict[str, tuple[type, ...]] = {
+        "linear layers": LINEARS,
+        "the embedding": (nn.Embedding, nn.QuantizedEmbedding),
+        "norms": (nn.RMSNorm, nn.LayerNorm),
+        "the cache": (type(None),),
+    }
+    return next((kind for kind, types in kinds.items() if all(isinstance(b, types) for b in bases)), "blocks")
+
+
 def targets(model_type: str) -> dict[str, list[str]]:
-    """The default targets of the methods on linear layers, by last parts of their names, without repeats."""
-    network = sample(model_type)
-    row = sites.sites(model_type, network)
-    return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "series_p", "parallel", "ia3")}
+    """The default targets of the methods on linear layers, as last parts of paths."""
+    row = sites.sites(model_type, sample(model_type))
+    return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "parallel", "ia3")}
 
 
 def _fields(method: str, model_type: str, base: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -83,9 +96,10 @@ def _without_gradient(network: nn.Module) -> str | None:
         return nn.losses.cross_entropy(out[:, :-1], IDS[:, 1:]).sum()
 
     value, gradients = nn.value_and_grad(network, loss)()
-    arrays = tree_flatten(gradients)
-    sizes = mx.stack([mx.abs(gradient).max() for _, gradient in arrays]).tolist()
-    if not all(map(math.isfinite, [value.item(), *sizes])):
+    sizes: dict[str, Any] = {
+        name: mx.abs(gradient).max().item() for name, gradient in tree_flatten(gradients)
+    }
+    if not all(map(math.isfinite, [value.item(), *sizes.values()])):
         return "the loss or its gradient is not a number"
-    lost = [name for (name, _), size in zip(arrays, sizes, strict=True) if size == 0]
-    return f"no gradient reaches {len(lost)} of {len(arrays)} arrays, e.g. {lost[0]}" if lost else None
+    lost = [name for name, size in sizes.items() if size == 0]
+    return f"no gradient reaches {len(lost)} of {len(sizes)} arrays, e.g. {lost[0]}" if lost else None
