@@ -36,7 +36,8 @@ class Config:
     def __post_init__(self) -> None:
         bottleneck.check(
             "scaled_par_bn",
-            size=self.bottleneck_size or self.reduction_factor,
+            size=self.bottleneck_size,
+            factor=self.reduction_factor,
             non_linearity=self.non_linearity,
             dropout=self.dropout,
             scaling=self.scaling,
