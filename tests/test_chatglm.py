@@ -1,19 +1,21 @@
 """ChatGLM2/3 against a plain torch computation: transformers itself has no such class."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from reference.chatglm import make_weights, run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
 from mlx_adapters import model
 from mlx_adapters.convert.checkpoint import convert
+from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.evaluate.decode import generate_ids
 from mlx_adapters.train.loss import split_head
 
@@ -101,6 +103,44 @@ def test_greedy_generation(pair: tuple[Any, Any, Any]) -> None:
         for _ in range(16):
             text.append(int(run(weights, config, torch.tensor([text]))[0, -1].argmax()))
         assert found[index] == text[len(row) :]
+
+
+def test_right_padding_changes_nothing_before_it(pair: tuple[Any, Any, Any]) -> None:
+    loaded, weights, config = pair
+    padded = ids()
+    padded[1, 25:] = 0
+    close(loaded.model(mx.array(padded))[1, :25], run(weights, config, torch.tensor(ids()[1:, :25]))[0])
+
+
+def test_a_cache_that_starts_full(pair: tuple[Any, Any, Any]) -> None:
+    """Behind the cache of a text, a text continues: its positions start there."""
+    loaded, weights, config = pair
+    past = make_prompt_cache(loaded.model)
+    loaded.model(mx.array(ids()[:, :5]), cache=past)
+    full = [KVCache() for _ in past]
+    for cache, old in zip(full, past, strict=True):
+        cache.keys, cache.values, cache.offset = *old.keys_and_values(), 5
+    ours = loaded.model(mx.array(ids()[:, 5:]), cache=full)
+    close(ours, run(weights, config, torch.tensor(ids()))[:, 5:])
+
+
+def test_written_back_under_the_checkpoints_names(pair: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    loaded, weights, _ = pair
+    back = load_file(write_transformers(loaded.model, loaded.config, tmp_path / "back") / "model.safetensors")
+    assert set(back) == set(weights) - {"transformer.rotary_pos_emb.inv_freq"}
+    assert all(torch.equal(array, weights[name]) for name, array in back.items())
+
+
+def test_four_bits(pair: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    """The quantized model computes what its rounded weights say."""
+    loaded, weights, config = pair
+    convert(loaded.path, tmp_path / "four", bits=4, group_size=32)
+    four = model.load(tmp_path / "four")
+    rounded = load_file(write_transformers(four.model, four.config, tmp_path / "back") / "model.safetensors")
+    assert not torch.equal(
+        rounded["transformer.output_layer.weight"], weights["transformer.output_layer.weight"]
+    )
+    close(four.model(mx.array(ids())), run(rounded, config, torch.tensor(ids())))
 
 
 def test_head_is_found(pair: tuple[Any, Any, Any]) -> None:

@@ -1,6 +1,6 @@
 """BLOOM, which mlx-lm lacks. BigScience 2022, https://arxiv.org/abs/2211.05100
 
-Positions are ALiBi's: each head adds a slope times the distance to the scores (Press et al. 2021,
+Positions are ALiBi's: each head takes a slope times the distance off the scores (Press et al. 2021,
 https://arxiv.org/abs/2108.12409). The rows of the fused projection are, head by head, [query, key, value].
 Module names are the checkpoint's behind `transformer.`
 """
@@ -11,7 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs, create_attention_mask, create_causal_mask
+from mlx_lm.models.base import (
+    BaseModelArgs,
+    create_attention_mask,
+    create_causal_mask,
+    scaled_dot_product_attention,
+)
+
+from mlx_adapters.models.positions import held
 
 __all__ = ["Model", "ModelArgs"]
 
@@ -39,25 +46,26 @@ def slopes(heads: int) -> list[float]:
     return series
 
 
-def alibi(heads: int, keys: int, mask: mx.array | str | None, queries: int, dtype: mx.Dtype) -> mx.array:
-    """Scores to add, [.., heads, queries or 1, keys]: distances and the mask in one array.
+def alibi(heads: int, time: int, keys: int, mask: mx.array | str | None, dtype: mx.Dtype) -> mx.array:
+    """Scores to add, [.., heads, time, keys]: minus slope times distance, with the mask in the same array.
 
-    Only differences between keys of a row count, so the distance is taken to the last key for all queries.
-    Masked places get a finite number: a row of which all is masked (padding) must not become NaN.
+    The queries are the last `time` of the `keys`. Masked places get a number that is finite even after a
+    score is added: a row of which all is masked (padding) must not become NaN, in half precision either.
     """
-    distance = mx.arange(1 - keys, 1)[None, None, None, :]
-    bias = (mx.array(slopes(heads))[None, :, None, None] * distance).astype(dtype)
-    if mask is None:
-        return bias
+    distance = mx.arange(keys)[None, :] - mx.arange(keys - time, keys)[:, None]
+    bias = mx.array(slopes(heads))[:, None, None] * distance
+    least = mx.finfo(dtype).min / 2
     if isinstance(mask, str):
-        mask = create_causal_mask(queries, keys - queries)
-    if mask.dtype != mx.bool_:
-        return bias + mask
-    return mx.where(mask, bias, mx.array(mx.finfo(dtype).min, dtype))
+        mask = create_causal_mask(time, keys - time)
+    if mask is None:
+        return bias.astype(dtype)
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, bias, least).astype(dtype)
+    return mx.maximum(bias + mask, least).astype(dtype)
 
 
 class Attention(nn.Module):
-    """Self-attention; x is [rows, time, width]."""
+    """Self-attention; x is [rows, time, width], `mask` what is added to the scores."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -72,8 +80,7 @@ class Attention(nn.Module):
         queries, keys, values = fused[0], fused[1], fused[2]
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        bias = alibi(self.heads, keys.shape[2], mask, time, queries.dtype)
-        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=bias)
+        y = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.dense(y.transpose(0, 2, 1, 3).reshape(rows, time, width))
 
 
@@ -112,6 +119,7 @@ class Backbone(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
+        self.heads = args.n_head
         self.word_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
         self.word_embeddings_layernorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
         self.h = [Block(args) for _ in range(args.n_layer)]
@@ -120,7 +128,9 @@ class Backbone(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         x = self.word_embeddings_layernorm(self.word_embeddings(inputs))
         cache = cache or [None] * len(self.h)
+        # once for all blocks: an array of its own in each would be kept for the backward pass
         mask = create_attention_mask(x, cache[0])
+        mask = alibi(self.heads, x.shape[1], held(cache[0]) + x.shape[1], mask, x.dtype)
         for block, past in zip(self.h, cache, strict=True):
             x = block(x, mask, past)
         return self.ln_f(x)
@@ -147,7 +157,7 @@ class Model(nn.Module):
         """The checkpoint's names as the modules here have them; the first checkpoints have no prefix."""
         named = {}
         for name, array in weights.items():
-            if name == "lm_head.weight":
+            if name.startswith("lm_head."):
                 if not self.args.tie_word_embeddings:
                     named[name] = array
             else:

@@ -58,7 +58,6 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "cohere": {"tie_word_embeddings": (None, True)},
     "stablelm": {"tie_word_embeddings": (None, False)},
     "olmo": {"clip_qkv": (None,)},
-    "opt": {"_remove_final_layer_norm": (None, False)},
     "chatglm": {
         "position_encoding_2d": (None, False),
         "original_rope": (None, True),
@@ -303,12 +302,23 @@ def _refuse(config: Config, fields: dict[str, bool]) -> None:
     heads, width, given = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
     if heads and width and given and "head_dim" not in fields and given != width // heads:
         raise UnsupportedError(_ignored("head_dim", given, f"mlx-lm's {kind} always uses {width // heads}"))
+    # the two long-context releases read one field differently, and only their names tell them apart
+    if kind == "chatglm" and config.get("rope_ratio", 1) != 1 and "chatglm2" in _name(config):
+        raise UnsupportedError(
+            _ignored(
+                "rope_ratio", config["rope_ratio"], "ChatGLM2 divides positions by it, and ChatGLM3 does not"
+            )
+        )
     if kind == "gemma2" and not all(
         config.get(n) for n in ("attn_logit_softcapping", "final_logit_softcapping")
     ):
         raise UnsupportedError(
             _ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
         )
+
+
+def _name(config: Config) -> str:
+    return str(config.get("_name_or_path") or "").lower()
 
 
 def _refuse_foreign_quantization(config: Config) -> None:

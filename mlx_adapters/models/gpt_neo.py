@@ -4,7 +4,7 @@ Blocks attend to everything before or to the last `window_size` tokens, in the o
 Scores are not divided by the root of the head's size. Module names are the checkpoint's behind `transformer.`
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ class ModelArgs(BaseModelArgs):
     num_layers: int
     num_heads: int
     max_position_embeddings: int = 2048
-    attention_types: list[Any] = field(default_factory=lambda: [[["global", "local"], 12]])
+    attention_types: list[Any] | None = None
     attention_layers: list[str] | None = None
     intermediate_size: int | None = None
     window_size: int = 256
@@ -39,10 +39,13 @@ class ModelArgs(BaseModelArgs):
     @property
     def kinds(self) -> list[str]:
         """`global` or `local` for each block."""
-        kinds = [kind for names, times in self.attention_types for _ in range(times) for kind in names]
+        types = self.attention_types or [[["global", "local"], 12]]
+        expanded = [kind for names, times in types for _ in range(times) for kind in names]
+        kinds = self.attention_layers or expanded  # transformers believes the list where both are given
         if len(kinds) != self.num_layers or not set(kinds) <= {"global", "local"}:
+            name = "attention_layers" if self.attention_layers else "attention_types"
             raise UnsupportedError(
-                f"config.json: field 'attention_types' gives {len(kinds)} blocks ({sorted(set(kinds))}), and "
+                f"config.json: field {name!r} gives {len(kinds)} blocks ({sorted(set(kinds))}), and "
                 f"should give {self.num_layers} that are global or local"
             )
         return kinds
@@ -116,7 +119,7 @@ class Backbone(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.kinds, self.window = args.kinds, args.window_size
+        self.kinds, self.window, self.limit = args.kinds, args.window_size, args.max_position_embeddings
         self.wte = nn.Embedding(args.vocab_size, args.hidden_size)
         self.wpe = nn.Embedding(args.max_position_embeddings, args.hidden_size)
         self.h = [Block(args) for _ in range(args.num_layers)]
@@ -124,7 +127,7 @@ class Backbone(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         cache = cache or [None] * len(self.h)
-        x = self.wte(inputs) + self.wpe(positions(inputs, cache[0]))
+        x = self.wte(inputs) + self.wpe(positions(inputs, cache[0], self.limit))
         masks = {"global": create_attention_mask(x, cache[0])}
         if "local" in self.kinds:
             masks["local"] = create_attention_mask(x, cache[0], window_size=self.window, return_array=True)
@@ -154,7 +157,7 @@ class Model(nn.Module):
         for name, array in weights.items():
             if name.endswith((".attn.attention.bias", ".attn.attention.masked_bias")):
                 continue
-            if name == "lm_head.weight":
+            if name.startswith("lm_head."):
                 if not self.args.tie_word_embeddings:
                     named[name] = array
             else:

@@ -36,6 +36,7 @@ class ModelArgs(BaseModelArgs):
     layer_norm_elementwise_affine: bool = True
     activation_function: str = "relu"
     tie_word_embeddings: bool = True
+    _remove_final_layer_norm: bool = False
 
 
 def _norm(args: ModelArgs) -> nn.LayerNorm:
@@ -94,13 +95,14 @@ class Decoder(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         narrow = args.word_embed_proj_dim or args.hidden_size
+        self.limit = args.max_position_embeddings
         self.embed_tokens = nn.Embedding(args.vocab_size, narrow)
         self.embed_positions = nn.Embedding(args.max_position_embeddings + _FIRST, args.hidden_size)
         if narrow != args.hidden_size:
             self.project_in = nn.Linear(narrow, args.hidden_size, bias=False)
             self.project_out = nn.Linear(args.hidden_size, narrow, bias=False)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
-        if args.do_layer_norm_before:
+        if args.do_layer_norm_before and not args._remove_final_layer_norm:
             self.final_layer_norm = _norm(args)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         if "project_in" in self:
             x = self.project_in(x)
         cache = cache or [None] * len(self.layers)
-        x = x + self.embed_positions(positions(inputs, cache[0]) + _FIRST)
+        x = x + self.embed_positions(positions(inputs, cache[0], self.limit) + _FIRST)
         mask = create_attention_mask(x, cache[0])
         for block, past in zip(self.layers, cache, strict=True):
             x = block(x, mask, past)
