@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "chatglm2": {},
     "long context": {"rope_ratio": 50.0},
     "one head each": {"multi_query_attention": False},
+    "biases and LayerNorm": {"add_bias_linear": True, "rmsnorm": False},
+    "no bias, no last norm": {"add_qkv_bias": False, "post_layer_norm": False},
     "residual behind the norm": {"apply_residual_connection_post_layernorm": True},
 }
 

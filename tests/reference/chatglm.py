@@ -16,8 +16,8 @@ def run(weights: dict[str, torch.Tensor], config: dict[str, Any], ids: torch.Ten
     x = weights["transformer.embedding.word_embeddings.weight"][ids]
     for number in range(config["num_layers"]):
         x = _block(x, weights, f"transformer.encoder.layers.{number}.", config)
-    if config.get("post_layer_norm", True):
-        x = _norm(x, weights["transformer.encoder.final_layernorm.weight"], config)
+    if config["post_layer_norm"]:
+        x = _norm(x, weights, "transformer.encoder.final_layernorm", config)
     return x @ weights["transformer.output_layer.weight"].T
 
 
@@ -25,9 +25,9 @@ def _block(
     x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, config: dict[str, Any]
 ) -> torch.Tensor:
     after = config.get("apply_residual_connection_post_layernorm", False)
-    normed = _norm(x, weights[name + "input_layernorm.weight"], config)
+    normed = _norm(x, weights, name + "input_layernorm", config)
     x = (normed if after else x) + _attention(normed, weights, name + "self_attention.", config)
-    normed = _norm(x, weights[name + "post_attention_layernorm.weight"], config)
+    normed = _norm(x, weights, name + "post_attention_layernorm", config)
     both = _linear(normed, weights, name + "mlp.dense_h_to_4h")
     gate, value = both[..., : config["ffn_hidden_size"]], both[..., config["ffn_hidden_size"] :]
     inner = gate / (1 + torch.exp(-gate)) * value
@@ -72,8 +72,14 @@ def _rotate(x: torch.Tensor, base: float) -> torch.Tensor:
     return torch.cat([turned, x[..., half:]], dim=-1)
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + config["layernorm_epsilon"]) * weight
+def _norm(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, config: dict[str, Any]
+) -> torch.Tensor:
+    shift = torch.zeros(())
+    if not config["rmsnorm"]:
+        x, shift = x - x.mean(dim=-1, keepdim=True), weights[name + ".bias"]
+    size = torch.sqrt((x * x).mean(dim=-1, keepdim=True) + config["layernorm_epsilon"])
+    return x / size * weights[name + ".weight"] + shift
 
 
 def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -90,22 +96,29 @@ def make_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
     fused = (heads + 2 * groups) * size
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.embedding.word_embeddings.weight": (config["padded_vocab_size"], width),
-        "transformer.encoder.final_layernorm.weight": (width,),
         "transformer.output_layer.weight": (config["padded_vocab_size"], width),
     }
+    norms = ["transformer.encoder.final_layernorm"] if config["post_layer_norm"] else []
     for number in range(config["num_layers"]):
         name = f"transformer.encoder.layers.{number}."
+        norms += [name + "input_layernorm", name + "post_attention_layernorm"]
         shapes |= {
-            name + "input_layernorm.weight": (width,),
-            name + "post_attention_layernorm.weight": (width,),
             name + "self_attention.query_key_value.weight": (fused, width),
-            name + "self_attention.query_key_value.bias": (fused,),
             name + "self_attention.dense.weight": (width, heads * size),
             name + "mlp.dense_h_to_4h.weight": (2 * inner, width),
             name + "mlp.dense_4h_to_h.weight": (width, inner),
         }
+        biased = ["self_attention.query_key_value"] if config["add_qkv_bias"] else []
+        if config["add_bias_linear"]:
+            biased = ["self_attention.query_key_value", "self_attention.dense"]
+            biased += ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+        shapes |= {f"{name}{layer}.bias": shapes[f"{name}{layer}.weight"][:1] for layer in biased}
+    shapes |= {norm + ".weight": (width,) for norm in norms}
+    if not config["rmsnorm"]:
+        shapes |= {norm + ".bias": (width,) for norm in norms}
     weights = {
-        name: (1.0 if "norm" in name else 0.0) + 0.15 * torch.randn(shape) for name, shape in shapes.items()
+        name: (1.0 if name.endswith("norm.weight") else 0.0) + 0.15 * torch.randn(shape)
+        for name, shape in shapes.items()
     }
     weights["transformer.rotary_pos_emb.inv_freq"] = torch.ones(size // 4)
     return weights
