@@ -36,6 +36,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt untied": ("opt", {"tie_word_embeddings": False}),
     "opt without its last norm": ("opt", {"_remove_final_layer_norm": True}),
     "gpt_neo": ("gpt_neo", {}),
+    # mlx-lm's own, corrected here
+    "glm": ("glm", {}),
+    "glm with biases": ("glm", {"attention_bias": True, "tie_word_embeddings": True}),
     "gpt_neo all local": ("gpt_neo", {"attention_types": [[["local"], 2]]}),
     "gpt_neo all global": ("gpt_neo", {"attention_types": [[["global"], 2]]}),
     "gpt_neo of four": (

@@ -55,13 +55,12 @@ def alibi(heads: int, time: int, keys: int, mask: mx.array | str | None, dtype: 
     distance = mx.arange(keys)[None, :] - mx.arange(keys - time, keys)[:, None]
     bias = mx.array(slopes(heads))[:, None, None] * distance
     least = mx.finfo(dtype).min / 2
-    if isinstance(mask, str):
-        mask = create_causal_mask(time, keys - time)
     if mask is None:
         return bias.astype(dtype)
-    if mask.dtype == mx.bool_:
-        return mx.where(mask, bias, least).astype(dtype)
-    return mx.maximum(bias + mask, least).astype(dtype)
+    allowed: mx.array = create_causal_mask(time, keys - time) if isinstance(mask, str) else mask
+    if allowed.dtype == mx.bool_:
+        return mx.where(allowed, bias, least).astype(dtype)
+    return mx.maximum(bias + allowed, least).astype(dtype)
 
 
 class Attention(nn.Module):

@@ -66,7 +66,7 @@ class Attention(nn.Module):
             inner, group = self.heads * self.size, self.groups * self.size
             parts = mx.split(fused, [inner, inner + group], axis=-1)
             return [part.reshape(rows, time, -1, self.size) for part in parts]
-        return mx.split(fused.reshape(rows, time, self.heads, 3 * self.size), 3, axis=-1)
+        return list(mx.split(fused.reshape(rows, time, self.heads, 3 * self.size), 3, axis=-1))
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         rows, time, _ = x.shape

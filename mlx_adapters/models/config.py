@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, Config] = {
     **{name: {"tie_word_embeddings": False} for name in _UNTIED},
     "mixtral": {"tie_word_embeddings": False, "rope_theta": 1e6},
     "phi": {"partial_rotary_factor": 0.5},
-    "glm": {"partial_rotary_factor": 0.5},
+    "glm": {"partial_rotary_factor": 0.5, "tie_word_embeddings": False},
     "stablelm": {"partial_rotary_factor": 0.25},
     "gpt_neox": {"partial_rotary_factor": 0.25},
     "gemma2": {
@@ -44,6 +44,7 @@ _RENAMED: dict[str, dict[str, str]] = {
     "bloom": {"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     "gpt_neo": {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
     "chatglm": {"num_hidden_layers": "num_layers"},
+    **{name: {"num_local_experts": "num_experts"} for name in ("qwen2_moe", "qwen3_moe", "olmoe")},
 }
 
 # Fields that mlx-lm 0.32 fixes to one value: any other value is another function. None stands for "absent".
