@@ -333,6 +333,6 @@ def _sources(
     if model_type == "phi" and kind == "seq":
         return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
-        f"{method}: a {model_type} model has no norm before its MLP to read the residual stream from. "
-        "Use double_seq_bn, series or parallel"
+        f"{method}: a {model_type} model has no norm before its MLP that is known to read the residual "
+        "stream. Use double_seq_bn, series or parallel"
     )

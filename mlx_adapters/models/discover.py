@@ -35,11 +35,37 @@ _OUT = re.compile(
 _OUT_ELSE = re.compile(r"w2|value")  # into the sublayer where one of the others leads out of it
 
 
-def discover(paths: list[str]) -> dict[str, Any]:
-    """The fields of `Sites` that follow from the paths of the linear layers in the blocks."""
+# (norm before attention, norm before the MLP) of a block that holds these norms and those behind, no others:
+# beside other norms the same names may mean something else. tests/test_discovery.py checks each by running it.
+_NORMS: dict[frozenset[str], tuple[str, str]] = {
+    frozenset((*before, *behind)): before
+    for before, behind in (
+        (("input_layernorm", "post_attention_layernorm"), ()),
+        (("input_layernorm", "pre_ff_layernorm"), ()),
+        (("attention_layernorm", "feedforward_layernorm"), ()),
+        (("attention_norm", "ffn_norm"), ()),
+        (("attn_norm", "ffn_norm"), ()),
+        (("operator_norm", "ffn_norm"), ()),
+        (("temporal_pre_norm", "channel_pre_norm"), ()),
+        (("ln_1", "ln_2"), ()),
+        (
+            ("input_layernorm", "pre_feedforward_layernorm"),
+            ("post_attention_layernorm", "post_feedforward_layernorm"),
+        ),
+        (("input_layernorm", "pre_mlp_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+        (("pre_mixer_norm", "pre_mlp_norm"), ("post_mixer_norm", "post_mlp_norm")),
+    )
+}
+
+
+def discover(paths: list[str], norms: list[str], stacked: list[str]) -> dict[str, Any]:
+    """The fields of `Sites` that follow from the paths of the linear layers in the blocks, of the norms that
+    blocks hold themselves, and of layers that hold stacked experts."""
     roles = {path: _role(path) for path in paths}
     attn, mlp, unknown = ([path for path in paths if roles[path] == r] for r in ("attn", "mlp", "unknown"))
     attn = attn if attn or mlp else unknown
+    if set(map(_block, stacked)) - set(map(_block, mlp)):
+        mlp = []  # to adapt the MLPs of some blocks only is nothing to do by default
     queries, keys, values, fused = (_chosen(attn, kind) for kind in (_QUERY, _KEY, _VALUE, _FUSED))
     # where none of the names is known in some blocks, all names of those are taken
     rest = _in_other_blocks(attn, {*queries, *keys, *values, *fused})
@@ -58,7 +84,18 @@ def discover(paths: list[str]) -> dict[str, Any]:
         "attn_out": attn_names[0] if attn_names else "",
         "mlp_out": mlp_names[0] if mlp_names else "",
         "other_outs": attn_names[1:] + mlp_names[1:],
+        **_before(norms),
     }
+
+
+def _before(norms: list[str]) -> dict[str, str | None]:
+    """The norms that read the residual stream, where all blocks have the same ones."""
+    held: dict[str, set[str]] = {}
+    for path in norms:
+        held.setdefault(_block(path), set()).add(_name(path))
+    kinds = {frozenset(names) for names in held.values()}
+    pre_attn, pre_mlp = _NORMS.get(*kinds, (None, None)) if len(kinds) == 1 else (None, None)
+    return {"pre_attn": pre_attn, "pre_mlp": pre_mlp}
 
 
 def _role(path: str) -> str:

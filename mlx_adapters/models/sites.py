@@ -294,12 +294,14 @@ def from_hf(path: str, model_type: str) -> str:
 
 
 def _discover(model: nn.Module) -> Sites:
-    found = discover(list(linears(model)))
-    return Sites(**found, pre_attn="input_layernorm" if _has(model, "input_layernorm") else None)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    return any(matches(path, name) for path, _ in model.named_modules())
+    norms, stacked = [], []
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("SwitchLinear"):
+            stacked.append(path)
+        elif "norm" in kind.lower() and _LAYER.search(path) and path.rpartition(".")[0][-1].isdigit():
+            norms.append(path)
+    return Sites(**discover(list(linears(model)), norms, stacked))
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
