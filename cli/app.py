@@ -17,7 +17,9 @@ from mlx_adapters.cli import (
     doctor,
     eval,
     export,
+    fuse,
     generate,
+    import_adapter,
     info,
     methods,
     models,
@@ -66,6 +68,8 @@ app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
+app.command("import")(import_adapter.command)
+app.command("fuse")(fuse.command)
 app.command("generate")(generate.command)
 app.command("combine")(combine.command)
 app.command("info")(info.command)

@@ -17,17 +17,27 @@ __all__ = ["command", "verdict_text"]
 def command(
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
     dst: Annotated[Path, typer.Argument(help="new folder to write")],
+    format: Annotated[str, typer.Option(help="peft, adapterhub, llm-adapters or mlx-lm")] = "peft",
     base: Annotated[str | None, typer.Option(help="hub id PyTorch users load the base from")] = None,
     verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
     model: Annotated[
         Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")
     ] = None,
 ) -> None:
-    """Write a PEFT folder with a model card, which PyTorch opens as it is."""
+    """Write the adapter for another library, by default PEFT: a folder that PyTorch opens as it is."""
     from mlx_adapters import adapter as adapters
-    from mlx_adapters.convert import peft
+    from mlx_adapters import methods
+    from mlx_adapters.convert import exchange, peft
 
     meta = adapters.read_meta(adapter)
+    if format != "peft":
+        if verify:
+            raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
+        written = exchange.export(adapter, dst, format=format, base=base)
+        typer.echo(f"{dst}: {format}, {size(written)}")
+        return
+    if verify and not methods.in_peft(meta.method):
+        raise ConfigError(f"--verify opens the folder with PEFT, which has no {meta.method}: leave it out")
     folder = model or Path(meta.base.get("path", ""))
     if verify and not (folder / "config.json").exists():
         raise ConfigError(
@@ -35,6 +45,8 @@ def command(
         )
     done = peft.export(adapter, dst, base=base)
     typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
+    if not methods.in_peft(meta.method):
+        typer.echo(f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the folder")
     if verify:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)

@@ -23,7 +23,7 @@ from mlx_adapters.convert import files
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
 
-__all__ = ["MODES", "RECIPES", "Converted", "convert"]
+__all__ = ["MODES", "RECIPES", "Converted", "convert", "copy_tokenizer"]
 
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # What MLX's kernels exist for: mode -> (bits, group sizes)
@@ -144,7 +144,7 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     if not weights:
         raise CheckpointError(f"{folder}: has no weights (model*.safetensors or pytorch_model*.bin)")
     return _Source(
-        name=src, config=config, weights=weights, write_tokenizer=lambda to: _copy_tokenizer(folder, to)
+        name=src, config=config, weights=weights, write_tokenizer=lambda to: copy_tokenizer(folder, to)
     )
 
 
@@ -210,7 +210,8 @@ def _with_generation_eos(config: dict[str, Any], folder: Path) -> dict[str, Any]
     return config | ({"eos_token_id": ends} if ends is not None else {})
 
 
-def _copy_tokenizer(folder: Path, to: Path) -> None:
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copy the tokenizer's files and the generation settings; CheckpointError where there are none."""
     if not any((folder / name).exists() for name in _KINDS):
         raise CheckpointError(f"{folder}: has no tokenizer ({' or '.join(_KINDS)}); copy it there first")
     for file in {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}:

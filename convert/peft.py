@@ -87,9 +87,11 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
+        if (source / "members").is_dir():  # a fusion keeps the adapters it is made of
+            shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
         (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
-    size = sum(file.stat().st_size for file in dst.iterdir())
+    size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file())
     return Exported(dst, count, size, fields["base_model_name_or_path"])
 
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
@@ -24,7 +25,6 @@ from mlx_adapters.models import sites
 __all__ = ["dequantized_weights", "quiet_transformers", "write_transformers"]
 
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 @contextmanager
@@ -47,25 +47,76 @@ def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:
     """All parameters of `model` in floating point, by MLX path."""
     weights = dict(tree_flatten(model.parameters()))
     for path, module in model.named_modules():
-        if isinstance(module, _QUANTIZED):
+        if "scales" in module:
             weights[f"{path}.weight"] = plain_weight(module)
             weights.pop(f"{path}.scales", None)
             weights.pop(f"{path}.biases", None)
     return weights
 
 
-def write_transformers(model: nn.Module, config: dict[str, Any], dst: Path) -> Path:
-    """Write `model` (without an adapter) to `dst` in float32 under Hugging Face's names; returns `dst`."""
-    model_type = config["model_type"]
+def write_transformers(
+    model: nn.Module, config: dict[str, Any], dst: Path, *, dtype: str = "float32", shard: int = 5 << 30
+) -> Path:
+    """Write `model` (without an adapter) to `dst` in `dtype` under Hugging Face's names; returns `dst`.
+
+    Files hold at most `shard` bytes. Raises UnsupportedError for a mixture of experts whose names are not
+    known here: transformers would fill such a layer with random weights and only log it.
+    """
     named = {}
     for path, array in dequantized_weights(model).items():
-        array = array.astype(mx.float32)
-        if model_type == "gpt2" and _CONV1D.search(path):
-            array = mx.contiguous(array.T)
-        named[sites.to_hf(path, model_type)] = array
+        for name, part in _hf_names(path, array, config["model_type"]):
+            named[name] = part.astype(_DTYPES[dtype])
     dst.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(dst / "model.safetensors"), named, metadata={"format": "pt"})
+    _save(named, dst, shard)
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
-    fields = model_config.to_transformers(fields) | {"dtype": "float32", "torch_dtype": "float32"}
+    fields = model_config.to_transformers(fields) | {"dtype": dtype, "torch_dtype": dtype}
     (dst / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return dst
+
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_EXPERTS = re.compile(r"^(.*)\.switch_mlp\.(gate|up|down)_proj\.weight$")
+# model_type -> the checkpoint's name of an expert's matrix
+_EXPERT_NAMES = {
+    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
+    **{
+        name: {p: f"{p}_proj" for p in ("gate", "down", "up")} for name in ("qwen2_moe", "qwen3_moe", "olmoe")
+    },
+}
+
+
+def _hf_names(path: str, array: mx.array, model_type: str) -> Iterator[tuple[str, mx.array]]:
+    """(name, array) as the checkpoint has them: renamed, transposed, or one for each expert."""
+    if found := _EXPERTS.match(path):
+        if model_type not in _EXPERT_NAMES:
+            raise UnsupportedError(
+                f"{path}: how {model_type} checkpoints name their experts is not known here, so it cannot be "
+                "written for transformers"
+            )
+        for number in range(array.shape[0]):
+            yield f"{found[1]}.experts.{number}.{_EXPERT_NAMES[model_type][found[2]]}.weight", array[number]
+        return
+    if model_type == "gpt2" and _CONV1D.search(path):
+        array = mx.contiguous(array.T)
+    yield sites.to_hf(path, model_type), array
+
+
+def _save(named: dict[str, mx.array], dst: Path, limit: int) -> None:
+    shards: list[dict[str, mx.array]] = [{}]
+    held = 0
+    for name, array in named.items():
+        if held + array.nbytes > limit and shards[-1]:
+            shards.append({})
+            held = 0
+        shards[-1][name] = array
+        held += array.nbytes
+    if len(shards) == 1:
+        mx.save_safetensors(str(dst / "model.safetensors"), named, metadata={"format": "pt"})
+        return
+    where, total = {}, sum(array.nbytes for array in named.values())
+    for number, arrays in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        mx.save_safetensors(str(dst / file), arrays, metadata={"format": "pt"})
+        where |= dict.fromkeys(arrays, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -216,27 +216,39 @@ def test_a_folder_of_2023_gets_its_sides_by_name(folders: dict[str, Path], tmp_p
 
 
 HUB = os.environ.get("MLX_ADAPTERS_HUB_PYTHON", "")
+HUB_CASES = ("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series-p-bert")
+HUB_ARCHS = ("llama", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gemma2", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def hub(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """(ours, theirs) of every pair, theirs from one process of the other environment."""
+    root = tmp_path_factory.mktemp("hub")
+    ours, jobs = {}, []
+    for case in HUB_CASES:
+        for arch in HUB_ARCHS:
+            place = root / f"{case}-{arch}"
+            ours[case, arch] = saved(folders[arch], METHODS[case], place / "a")
+            exchange.export(place / "a", place / "theirs", format="adapterhub")
+            jobs.append([str(folders[arch] / "torch"), str(place / "theirs"), str(place / "out.npy")])
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    (root / "ids.json").write_text(json.dumps(IDS.tolist()))
+    script = Path(__file__).parent / "reference" / "hub.py"
+    command = [HUB, str(script), str(root / "jobs.json"), str(root / "ids.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {pair: (logits, np.load(job[2])) for (pair, logits), job in zip(ours.items(), jobs, strict=True)}
 
 
 @pytest.mark.skipif(
     not HUB, reason="MLX_ADAPTERS_HUB_PYTHON names no Python with adapters==1.3.0 (.ci/run does)"
 )
-@pytest.mark.parametrize("case", ["double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series-p-bert"])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gemma2", "qwen2"])
-def test_adapterhub_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", HUB_CASES)
+@pytest.mark.parametrize("arch", HUB_ARCHS)
+def test_adapterhub_computes_the_same(case: str, arch: str, hub: Any) -> None:
     """The library itself, which needs another transformers: in its own environment."""
-    expected = saved(folders[arch], METHODS[case], tmp_path / "a")
-    exchange.export(tmp_path / "a", tmp_path / "theirs", format="adapterhub")
-    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
-    script = Path(__file__).parent / "reference" / "hub.py"
-    command = [HUB, str(script), str(folders[arch] / "torch"), str(tmp_path / "theirs")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "ids.json"), str(tmp_path / "out.npy")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    plain, theirs = np.load(tmp_path / "out.npy")
+    expected, (plain, theirs) = hub[case, arch]
     np.testing.assert_allclose(theirs, expected, atol=bound(expected))
     assert np.abs(theirs - plain).max() > 1e-2

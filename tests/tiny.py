@@ -72,6 +72,17 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "starcoder2": _BASE,
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "glm": _BASE | {"head_dim": 8, "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
+    "mixtral": _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": _BASE
+    | {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "opt": {
         "vocab_size": VOCAB,

@@ -120,7 +120,7 @@ def dims(linear: nn.Module) -> tuple[int, int]:
 
 def plain_weight(linear: nn.Module) -> mx.array:
     """The weight of a linear layer or an embedding in floating point; dequantized where it was quantized."""
-    if not isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if "scales" not in linear:
         return linear.weight
     return mx.dequantize(
         linear.weight,

@@ -1,6 +1,6 @@
-"""Runs in the second virtual environment: logits of AdapterHub's library for an adapter folder.
+"""Runs in the second virtual environment: logits of AdapterHub's library for adapter folders.
 
-python hub.py MODEL ADAPTER IDS.json OUT.npy
+python hub.py JOBS.json IDS.json        JOBS: [[MODEL, ADAPTER, OUT.npy], ...]
 """
 
 import json
@@ -14,21 +14,18 @@ from adapters import AdapterModelInterface
 from transformers import AutoModelForCausalLM
 
 
-def main() -> None:
-    base, folder, ids, out = (Path(argument) for argument in sys.argv[1:])
+def run(base: str, folder: Path, ids: torch.Tensor) -> np.ndarray:
+    """[logits without the adapter, logits with it]."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     told = folder / "adapter_interface.json"
-    if told.exists():
-        interface = AdapterModelInterface(**json.loads(told.read_text())["interface"])
-        adapters.init(model, interface=interface)
-    else:
-        adapters.init(model)
+    interface = json.loads(told.read_text())["interface"] if told.exists() else None
+    adapters.init(model, interface=AdapterModelInterface(**interface) if interface else None)
     with torch.no_grad():
-        given = torch.tensor(json.loads(ids.read_text()))
-        plain = model.eval()(given, use_cache=False).logits.numpy()
+        plain = model.eval()(ids, use_cache=False).logits.numpy()
         model.load_adapter(str(folder), use_safetensors=True, set_active=True)
-        ours = model.eval()(given, use_cache=False).logits.numpy()
-        np.save(out, np.stack([plain, ours]))
+        return np.stack([plain, model.eval()(ids, use_cache=False).logits.numpy()])
 
 
-main()
+jobs, ids = (json.loads(Path(argument).read_text()) for argument in sys.argv[1:])
+for base, folder, out in jobs:
+    np.save(out, run(base, Path(folder), torch.tensor(ids)))

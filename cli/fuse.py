@@ -1,0 +1,37 @@
+"""`mlx-adapters fuse MODEL DST --adapter DIR`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_adapters.cli.screen import say, size
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="model folder or hub id the adapter was trained on")],
+    dst: Annotated[Path, typer.Argument(help="new folder to write")],
+    adapter: Annotated[Path, typer.Option(help="adapter folder")],
+    to: Annotated[str, typer.Option(help="transformers: a Hugging Face checkpoint; mlx: an MLX folder")] = (
+        "transformers"
+    ),
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16 [default: the base's]")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="with --to mlx: quantize the fused weights anew")] = None,
+    group_size: Annotated[int | None, typer.Option(help="weights that share a scale")] = None,
+    mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4")] = "affine",
+) -> None:
+    """Merge an adapter into its base: weights that need no adapter library."""
+    from mlx_adapters.convert.fuse import fuse
+
+    done = fuse(model, adapter, dst, to=to, dtype=dtype, bits=bits, group_size=group_size, mode=mode)
+    typer.echo(f"{done.path}: {done.layers} layers fused, {done.dtype}, {size(done.bytes)}")
+    typer.echo(
+        f"logits on three prompts: the adapter moves them by up to {done.effect:.2g}, fusing by up to "
+        f"{done.error:.2g} (rms {done.error_rms:.2g})"
+    )
+    if done.error > 0.1 * done.effect:
+        say("warning: rounding the fused weights undoes part of what the adapter learned; use more bits")

@@ -1,0 +1,24 @@
+"""`mlx-adapters import SRC DST --model MODEL`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    src: Annotated[Path, typer.Argument(help="adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
+    dst: Annotated[Path, typer.Argument(help="new folder to write")],
+    model: Annotated[str, typer.Option(help="model folder or hub id the adapter is for")],
+) -> None:
+    """Write another library's adapter as ours; the format is told by the files."""
+    from mlx_adapters import model as models
+    from mlx_adapters.convert import exchange
+    from mlx_adapters.train.session import check_output
+
+    found = exchange.detect(src)
+    check_output(dst, False)
+    meta = exchange.import_adapter(src, dst, loaded=models.load(model))
+    typer.echo(f"{dst}: {meta.method}, from a folder of {found}")

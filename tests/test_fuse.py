@@ -1,0 +1,145 @@
+"""Fused checkpoints: opened by transformers with every name found, and the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from cases import ARCHITECTURES, METHODS
+from test_methods import IDS, attached, bound, logits
+from tiny import make_tiny
+from typer.testing import CliRunner
+
+from mlx_adapters import adapter, model
+from mlx_adapters.cli.app import app
+from mlx_adapters.convert.checkpoint import convert
+from mlx_adapters.convert.fuse import fuse
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.errors import ConfigError, OutputError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for arch in ARCHITECTURES:
+        made[arch] = root / f"mlx-{arch}"
+        convert(make_tiny(arch, root), made[arch])
+    return made
+
+
+def saved(folder: Path, case: str, dst: Path) -> np.ndarray:
+    loaded, meta = attached(folder, METHODS[case], trained=True)
+    adapter.save(dst, loaded.model, meta=meta)
+    return logits(loaded)
+
+
+def in_torch(folder: Path, **more: Any) -> np.ndarray:
+    from transformers import AutoModelForCausalLM
+
+    network, said = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **more
+    )
+    assert not said["missing_keys"], said["missing_keys"]
+    assert not said["unexpected_keys"], said["unexpected_keys"]
+    with torch.no_grad():
+        return network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "vera"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_transformers_opens_it(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    expected = saved(folders[arch], case, tmp_path / "a")
+    done = fuse(folders[arch], tmp_path / "a", tmp_path / "fused")
+    np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
+    assert done.effect > 1e-2
+    assert done.error <= bound(expected)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_experts_get_their_names_back(arch: str, tmp_path: Path) -> None:
+    """mlx-lm stacks the experts; transformers would fill unknown names with noise and only log it."""
+    convert(make_tiny(arch, tmp_path), tmp_path / "mlx")
+    expected = saved(tmp_path / "mlx", "lora-default-targets", tmp_path / "a")
+    fuse(tmp_path / "mlx", tmp_path / "a", tmp_path / "fused")
+    np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_base_is_written_out_first(bits: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    convert(folders["llama"], tmp_path / "q", bits=bits, group_size=32)
+    expected = saved(tmp_path / "q", "lora", tmp_path / "a")
+    fuse(tmp_path / "q", tmp_path / "a", tmp_path / "fused")
+    np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
+
+
+def test_quantizing_anew_is_reported(folders: dict[str, Path], tmp_path: Path) -> None:
+    convert(folders["llama"], tmp_path / "q", bits=4, group_size=32)
+    expected = saved(tmp_path / "q", "lora", tmp_path / "a")
+    plain = fuse(tmp_path / "q", tmp_path / "a", tmp_path / "dense", to="mlx")
+    four = fuse(tmp_path / "q", tmp_path / "a", tmp_path / "four", to="mlx", bits=4, group_size=32)
+    assert plain.error <= bound(expected)
+    assert four.error > 100 * plain.error, "four bits round more than float32 does"
+    assert four.error_rms < four.error
+    loaded = model.load(tmp_path / "four")
+    assert np.abs(np.array(loaded.model(IDS)) - expected).max() > 10 * bound(expected)
+    assert four.bytes < plain.bytes
+
+
+def test_precision_is_the_base_s(tmp_path: Path) -> None:
+    convert(make_tiny("llama", tmp_path, dtype="bfloat16"), tmp_path / "mlx")
+    saved(tmp_path / "mlx", "lora", tmp_path / "a")
+    done = fuse(tmp_path / "mlx", tmp_path / "a", tmp_path / "fused")
+    assert done.dtype == "bfloat16"
+    arrays = mx.load(str(tmp_path / "fused" / "model.safetensors"))
+    assert {array.dtype for array in arrays.values()} == {mx.bfloat16}
+
+
+def test_large_checkpoints_are_sharded(folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = model.load(folders["llama"])
+    write_transformers(loaded.model, loaded.config, tmp_path / "parts", shard=20_000)
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 3
+    np.testing.assert_allclose(in_torch(tmp_path / "parts"), np.array(loaded.model(IDS)), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["series", "parallel", "seq_bn", "prefix", "prompt"])
+def test_what_is_no_weight_is_refused_by_name(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    saved(folders["llama"], case, tmp_path / "a")
+    with pytest.raises(ConfigError, match=f"{case} cannot be fused"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
+    saved(folders["llama"], "lora", tmp_path / "a")
+    with pytest.raises(ConfigError, match="Known: mlx, transformers"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "f", to="mxl")
+    with pytest.raises(ConfigError, match="--to mlx"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "f", bits=4)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(OutputError, match="full"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "full")
+
+
+def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    expected = saved(folders["llama"], "lora", tmp_path / "a")
+    assert "14 layers fused" in run("fuse", folders["llama"], tmp_path / "f", "--adapter", tmp_path / "a")
+    run("export", tmp_path / "a", tmp_path / "m", "--format", "mlx-lm")
+    said = run("import", tmp_path / "m", tmp_path / "back", "--model", folders["llama"])
+    assert "lora, from a folder of mlx-lm" in said
+    loaded = model.load(folders["llama"])
+    adapter.load(loaded, tmp_path / "back")
+    loaded.model.eval()
+    assert np.array_equal(logits(loaded), expected)
+    saved(folders["llama"], "series", tmp_path / "s")
+    said = run("export", tmp_path / "s", tmp_path / "p", "--base", "owner/base")
+    assert "load_adapter.py" in said
+    assert (tmp_path / "p" / "load_adapter.py").exists()
