@@ -21,12 +21,12 @@ from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_bn, seq_bn, series
 from mlx_adapters.model import Loaded
 from mlx_adapters.models import sites
 
-__all__ = ["detect", "export", "import_adapter"]
+__all__ = ["detect", "export", "import_adapter", "reduction_factor"]
 
 _CONFIG, _WEIGHTS, _BIN, _INTERFACE = (
     "adapter_config.json",
@@ -43,7 +43,15 @@ _FORMS: dict[str, Any] = {
     "scaled_par_bn": scaled_par_bn,
 }
 # Settings of theirs that change the function and that our forms have at one value only.
-_FIXED = {"ln_before": False, "ln_after": False, "use_gating": False, "adapter_residual_before_ln": False}
+_FIXED = {
+    "ln_before": False,
+    "ln_after": False,
+    "use_gating": False,
+    "adapter_residual_before_ln": False,
+    "original_ln_after": True,
+    "phm_layer": False,
+    "inv_adapter": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +137,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     form = _form(parts, source)
     tensors, width, layers = _their_tensors(parts)
     size = next(iter(parts.arrays.values()))["down"].shape[0]
-    # their size is int(width // factor): a hair below the exact quotient, so that rounding cannot lose one
-    form["reduction_factor"] = width / size * (1 - 1e-9)
+    form["reduction_factor"] = reduction_factor(width, size)
     depth = int(parts.meta.base.get("num_hidden_layers") or max(layers) + 1)
     form["leave_out"] = sorted(set(range(depth)) - layers)
     about = {
@@ -151,6 +158,12 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
             (folder / _INTERFACE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
+def reduction_factor(width: int, size: int) -> float:
+    """The factor of which the library makes `size`, as int(width // factor): a hair below the exact quotient,
+    which for a third of all sizes would lose one to rounding."""
+    return width / size * (1 - 1e-9)
+
+
 def _form(parts: Parts, source: Path) -> dict[str, Any]:
     config, method = parts.config, parts.meta.method
     form = {
@@ -159,15 +172,12 @@ def _form(parts: Parts, source: Path) -> dict[str, Any]:
         "output_adapter": True,
         "non_linearity": config.non_linearity if method in _FORMS or method == "series" else "",
         "original_ln_before": method == "seq_bn",
-        "original_ln_after": True,
         "residual_before_ln": True,
         "is_parallel": method in ("par_bn", "scaled_par_bn"),
         "scaling": getattr(config, "scaling", 1.0),
         "dropout": getattr(config, "dropout", 0.0),
         "init_weights": getattr(config, "init", "bert"),
-        "inv_adapter": None,
         "cross_adapter": False,
-        "phm_layer": False,
         **_FIXED,
     }
     if method in _FORMS:
@@ -217,32 +227,40 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
         path = next((p for p in present if p.startswith(root) and sites.matches(p, end)), None)
         need(path is not None, source, f"{key}: {loaded.path} has no such block, this adapter is another's")
         arrays.setdefault(str(path), {})[attributes[found[5]]] = array
-    method, config = _our_config(form, arrays, source)
+    try:
+        method, config = _our_config(form, arrays, source)
+    except ConfigError as error:
+        raise AdapterError(f"{source / _CONFIG}: {error}") from None
     return assemble(loaded, method, config, arrays, dst=dst, source=source)
 
 
 def _our_config(
     form: dict[str, Any], arrays: dict[str, dict[str, mx.array]], source: Path
 ) -> tuple[str, Any]:
-    size = next(iter(arrays.values()))["down"].shape[0]
+    sizes = sorted({own["down"].shape[0] for own in arrays.values()})
+    need(len(sizes) == 1, source, f"bottlenecks of the sizes {sizes}: one size for all layers is supported")
+    activation = str(form.get("non_linearity", "relu")).lower()
     shared = {
-        "bottleneck_size": size,
-        "non_linearity": form.get("non_linearity", "relu"),
+        "bottleneck_size": sizes[0],
+        "non_linearity": "leaky_relu" if activation == "leakyrelu" else activation,
         "scaling": form.get("scaling", 1.0),
         "dropout": float(form.get("dropout") or 0.0),
         "init": form.get("init_weights") if form.get("init_weights") in bottleneck.INITS else "bert",
     }
-    if form.get("is_parallel"):
-        need(not form.get("mh_adapter"), source, "a parallel bottleneck beside attention is not supported")
+    need(bool(form["output_adapter"]), source, "output_adapter=False, after attention only, is not supported")
+    beside, after, reads = (
+        bool(form.get(name)) for name in ("is_parallel", "mh_adapter", "original_ln_before")
+    )
+    need(not (beside and after), source, "mh_adapter with is_parallel, beside attention, is not supported")
+    if beside:
         method = "scaled_par_bn" if shared["scaling"] == "learned" else "par_bn"
         return method, _FORMS[method].Config(**shared)
-    if form.get("mh_adapter"):
-        need(bool(form.get("output_adapter")), source, "a bottleneck after attention only is not supported")
-        need(
-            not form.get("original_ln_before"), source, "mh_adapter with original_ln_before is not supported"
-        )
+    need(not (after and reads), source, "mh_adapter with original_ln_before is not supported")
+    if after:
         return "double_seq_bn", double_seq_bn.Config(**shared)
-    if form.get("original_ln_before"):
+    if reads:
+        before = form.get("residual_before_ln", True)
+        need(before is True, source, f"residual_before_ln={before!r} is not supported")
         return "seq_bn", seq_bn.Config(**shared)
     biased = any(mx.any(own[n] != 0).item() for own in arrays.values() for n in ("down_bias", "up_bias"))
     need(not biased, source, "a bottleneck after the MLP with biases, without the residual, is not supported")
