@@ -35,8 +35,8 @@ _OUT = re.compile(
 _OUT_ELSE = re.compile(r"w2|value")  # into the sublayer where one of the others leads out of it
 
 
-# (norm before attention, norm before the MLP) of a block that holds these norms and those behind, no others:
-# beside other norms the same names may mean something else. tests/test_discovery.py checks each by running it.
+# (norm before attention, norm before the MLP) of a block that holds these norms, those behind, and no others:
+# beside others the same names may mean something else. tests/test_discovery.py checks each by running it.
 _NORMS: dict[frozenset[str], tuple[str, str]] = {
     frozenset((*before, *behind)): before
     for before, behind in (
@@ -94,7 +94,8 @@ def _before(norms: list[str]) -> dict[str, str | None]:
     for path in norms:
         held.setdefault(_block(path), set()).add(_name(path))
     kinds = {frozenset(names) for names in held.values()}
-    pre_attn, pre_mlp = _NORMS.get(*kinds, (None, None)) if len(kinds) == 1 else (None, None)
+    before = _NORMS.get(kinds.pop()) if len(kinds) == 1 else None
+    pre_attn, pre_mlp = before or (None, None)
     return {"pre_attn": pre_attn, "pre_mlp": pre_mlp}
 
 

@@ -134,7 +134,7 @@ _OWN: dict[str, Fields] = {
     },
     "jamba": dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
     | dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
-    "kimi_k3": {"linear_attn_config": _KDA, "hidden_act": "situ"},
+    "kimi_k3": {"linear_attn_config": _KDA, "hidden_act": "situ", "attn_res_block_size": 2},
     "kimi_linear": {"linear_attn_config": _KDA},
     "lfm2": {
         "block_dim": 32,

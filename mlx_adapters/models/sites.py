@@ -299,7 +299,12 @@ def _discover(model: nn.Module) -> Sites:
         kind = type(module).__name__
         if kind.endswith("SwitchLinear"):
             stacked.append(path)
-        elif "norm" in kind.lower() and _LAYER.search(path) and path.rpartition(".")[0][-1].isdigit():
+        # hyper-connections mix several residual streams: nothing reads the one there would be
+        elif (
+            re.search(r"norm|connection", kind, re.IGNORECASE)
+            and _LAYER.search(path)
+            and path.rpartition(".")[0][-1].isdigit()
+        ):
             norms.append(path)
     return Sites(**discover(list(linears(model)), norms, stacked))
 

@@ -1,0 +1,185 @@
+"""Every architecture that mlx-lm or this package has a model file for: tried, or refused with its reason."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models import samples, sites, support
+from mlx_adapters.models.discover import discover
+
+METHODS = ("lora", "series", "parallel")
+
+# What cannot be built or run on a CPU without more packages: words of the reason.
+NOT_HERE = {"bitnet": "Metal", "muse_spark": "Metal", "olmo": "ai2-olmo"}
+_UNDIFFERENTIABLE = {"deepseek_v41": "Cannot calculate VJP"}  # the model file lacks a stop_gradient
+_PACKED = {"prism_hadamard_qwen35": "no linear layer"}  # all its linear layers are of its own packed kind
+# By method: architecture -> words of the reason. Every other pair must work.
+REFUSED: dict[str, dict[str, str]] = {
+    "lora": _UNDIFFERENTIABLE | _PACKED,
+    "parallel": _UNDIFFERENTIABLE | _PACKED,
+    "series": _UNDIFFERENTIABLE
+    | _PACKED
+    | dict.fromkeys(("mamba", "mamba2"), "no linear layer")
+    | dict.fromkeys(
+        (
+            *("ernie4_5_moe", "gpt_oss", "granitemoe", "jamba", "lfm2_moe", "mellum", "minimax", "mixtral"),
+            *("olmoe", "phimoe", "phixtral", "qwen3_moe", "qwen3_vl_moe"),
+        ),
+        "experts are stacked",
+    ),
+}
+ARCHITECTURES = [name for name in samples.architectures() if name not in NOT_HERE]
+
+
+def logits(network: nn.Module) -> np.ndarray:
+    found = np.array(network(samples.IDS).astype(mx.float32))
+    return np.where(np.isneginf(found), 0, found)  # phi3small rules its unused tokens out
+
+
+def bound(expected: np.ndarray) -> float:
+    return float(1e-5 + 1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_cannot_run_here_says_why(name: str) -> None:
+    if name != "olmo" and mx.metal.is_available():
+        pytest.skip("Metal is here")
+    with pytest.raises(UnsupportedError, match=NOT_HERE[name]):
+        samples.sample(name)
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnsupportedError, match=r"'lama'\. Did you mean 'llama'"):
+        samples.sample("lama")
+
+
+def test_the_table_has_a_sample_of_each_row() -> None:
+    assert {samples.file_of(name) for name in sites.TABLE} <= set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_works_or_says_why_not(method: str, name: str) -> None:
+    """Placed with default targets; a gradient reaches every array; the base is changed only by training."""
+    reason = support.trial(name, method)
+    if words := REFUSED[method].get(name):
+        assert reason is not None
+        assert words in reason
+        return
+    assert reason is None
+    base = logits(samples.sample(name))
+    fresh = support.attached(name, method)
+    fresh.eval()
+    np.testing.assert_allclose(logits(fresh), base, atol=bound(base))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_roles_reach_every_block_and_no_router(name: str) -> None:
+    """Default targets are in every block that mixes tokens, and each name of a row means something."""
+    network = samples.sample(name)
+    row, linears = sites.sites(name, network), list(sites.linears(network))
+    if name in _PACKED:
+        assert not row.lora
+        return
+    for names in (row.attn, row.mlp, row.lora, row.parallel, row.ia3):
+        assert all(any(sites.matches(path, part) for path in linears) for part in names)
+
+    def blocks(names: tuple[str, ...]) -> set[str]:
+        found = [path for path in linears if any(sites.matches(path, part) for part in names)]
+        return {path[: path.index(f".{sites.layer_index(path)}.") + 3] for path in found}
+
+    assert blocks(row.lora) == blocks(row.parallel) == blocks(row.attn) != set()
+    chosen = [path for path in linears for part in (*row.attn, *row.mlp) if sites.matches(path, part)]
+    assert len(chosen) == len(set(chosen)), "a layer has one role"
+    few = ("router", ".gate", "classifier", "indexer", "wg", "coefficient", "altup", "shared_expert_gate")
+    assert not [path for path in chosen for word in few if path.endswith(word) or f"{word}." in path]
+    outs = (row.attn_out, *row.other_outs) + ((row.mlp_out,) if row.mlp_out else ())
+    assert set(outs) <= {*row.attn, *row.mlp}
+
+
+def test_experts_in_some_blocks_only_leave_no_default_for_the_mlp() -> None:
+    paths = ["m.layers.0.mlp.down_proj", "m.layers.1.mlp.gate", "m.layers.0.self_attn.q_proj"]
+    dense = discover(paths, [], [])
+    mixed = discover(paths, [], ["m.layers.1.mlp.switch_mlp.down_proj"])
+    assert (dense["mlp"], dense["mlp_out"]) == (("down_proj",), "down_proj")
+    assert (mixed["mlp"], mixed["mlp_out"]) == ((), "")
+
+
+@pytest.mark.parametrize(
+    ("paths", "field", "expected"),
+    [
+        (["m.h.0.attn.c_proj", "m.h.0.mlp.c_proj"], "mlp", ("mlp.c_proj",)),
+        (["m.layers.0.mlp.gate.gate_proj", "m.layers.0.mlp.gate_proj"], "mlp", ("mlp.gate_proj",)),
+        (["m.layers.0.self_attn.q_proj", "m.layers.1.mamba.in_proj"], "lora", ("q_proj", "in_proj")),
+        (["m.layers.0.attention.odd", "m.layers.0.attention.other"], "lora", ("odd", "other")),
+        (["m.layers.0.strange.a", "m.layers.0.strange.b"], "attn", ("a", "b")),
+    ],
+)
+def test_names_mean_the_chosen_layers_and_no_others(
+    paths: list[str], field: str, expected: tuple[str, ...]
+) -> None:
+    assert discover(paths, [], [])[field] == expected
+
+
+# Its blocks' parts are called one by one: h + mlp(post_attention_layernorm(h)) stands in the model's loop.
+_READ = "iquestloopcoder"
+NORMED = [
+    name
+    for name in ARCHITECTURES
+    if name not in sites.TABLE
+    and name != _READ
+    and sites.sites(name, samples.sample(name)).pre_mlp is not None
+]
+
+
+def test_most_architectures_have_a_known_norm_before_the_mlp() -> None:
+    assert len(NORMED) > 60
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_the_norm_before_the_mlp_reads_the_residual_stream(name: str) -> None:
+    """An MLP that sees zeros returns zero (without biases): the block's result is then what the norm read."""
+    network = samples.sample(name)
+    pre_mlp = sites.sites(name, network).pre_mlp
+    assert pre_mlp is not None
+    network.update(
+        tree_unflatten(
+            [
+                (path, mx.zeros_like(a))
+                for path, a in tree_flatten(network.parameters())
+                if path.endswith("bias")
+            ]
+        )
+    )
+    seen: dict[str, mx.array] = {}
+    modules = dict(network.named_modules())
+    for path in [path for path in modules if sites.matches(path, pre_mlp)]:
+        block = path.rpartition(".")[0]
+        record(modules[path], lambda x, y, b=block: seen.update({f"{b} in": x}) or mx.zeros_like(y))
+        record(modules[block], lambda x, y, b=block: seen.update({f"{b} out": first(y)}) or y)
+    network(samples.IDS)
+    blocks = {key.partition(" ")[0] for key in seen}
+    assert blocks
+    for block in blocks:
+        expected = np.array(seen[f"{block} in"])
+        np.testing.assert_allclose(np.array(seen[f"{block} out"]), expected, atol=bound(expected))
+
+
+def first(result: Any) -> mx.array:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def record(module: nn.Module, change: Callable[[mx.array, Any], Any]) -> None:
+    """Let `change(input, result)` stand for the module's result."""
+    kind: Any = type(module)
+
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return change(x, kind.__call__(self, x, *args, **kwargs))
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
