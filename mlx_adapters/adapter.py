@@ -30,7 +30,9 @@ __all__ = [
     "AdapterMeta",
     "attach",
     "build",
+    "by_layer",
     "count",
+    "fill",
     "layers",
     "load",
     "named_tensors",
@@ -65,12 +67,15 @@ class AdapterMeta:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-def attach(model: nn.Module, method: str, config: Any, *, base: dict[str, Any]) -> list[str]:
-    """Freeze `model`, wrap the layers the method's `config` chooses, and return their paths.
+def attach(
+    model: nn.Module, method: str, config: Any, *, base: dict[str, Any], paths: list[str] | None = None
+) -> list[str]:
+    """Freeze `model`, wrap the layers the method's `config` chooses (or those at `paths`), and return their
+    paths.
 
     Afterwards `model.trainable_parameters()` is exactly the adapter. Raises ConfigError when nothing matches.
     """
-    return _place(model, method, base["model_type"], config, None)
+    return _place(model, method, base["model_type"], config, paths)
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -232,7 +237,7 @@ def build(
     config = module.Config(**meta.config)
     if hasattr(module, "kept"):
         config = module.kept(folder, config)
-    grouped, shared = _by_layer(arrays, meta.method, model_type, folder)
+    grouped, shared = by_layer(arrays, meta.method, model_type, folder)
     present = {path for path, _ in model.named_modules()}
     if strange := [path for path in grouped if path and path not in present]:
         raise AdapterError(
@@ -245,7 +250,7 @@ def build(
     for path, layer in placed.items():
         if not isinstance(layer, AdapterLayer):
             continue
-        _fill(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
+        fill(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
         for attribute, tensor in layer.SHARED.items():
             if tensor not in shared:
                 raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
@@ -286,7 +291,9 @@ def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
     return suffix if layer.ROOTED else f"{_PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
-def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, base: str) -> None:
+def fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, base: str) -> None:
+    """Give `layer` at `path` the arrays read from `folder`; AdapterError for a name or a shape that does not
+    fit. `base` names the model in the message."""
     own = layer.tensors()
     if missing := sorted(set(own) - set(given)):
         names = ", ".join(layer.TENSORS[name] for name in missing)
@@ -303,10 +310,13 @@ def _fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Pa
     layer.fill({name: array.astype(mx.float32) for name, array in given.items()})
 
 
-def _by_layer(
+def by_layer(
     arrays: dict[str, mx.array], method: str, model_type: str, folder: Path
 ) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
-    """({path: {attribute: array}}, {name of a shared tensor: array}); the path of a rooted layer is empty."""
+    """({path: {attribute: array}}, {name of a shared tensor: array}) of the tensors of a folder.
+
+    The path of a rooted layer is empty. AdapterError for names the method does not have.
+    """
     classes = methods.layer_classes(method)
     grouped: dict[str, dict[str, mx.array]] = {}
     shared, strange = {}, []
