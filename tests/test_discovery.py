@@ -1,5 +1,7 @@
 """Every architecture that mlx-lm or this package has a model file for: tried, or refused with its reason."""
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from typer.testing import CliRunner
 
+from mlx_adapters import adapter, methods
+from mlx_adapters.cli.app import app
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import samples, sites, support
 from mlx_adapters.models.discover import discover
@@ -77,6 +82,18 @@ def test_a_method_works_or_says_why_not(method: str, name: str) -> None:
     fresh = support.attached(name, method)
     fresh.eval()
     np.testing.assert_allclose(logits(fresh), base, atol=bound(base))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "prism_hadamard_qwen35"])
+def test_every_linear_layer_can_be_wrapped(name: str) -> None:
+    """No layer among them whose weight the model reads, or which returns something else than an array."""
+    network = samples.sample(name)
+    base, wanted = logits(network), list(sites.linears(network))
+    config = methods.make_config("lora", {"targets": "all-linear", "rank": 2})
+    placed = adapter.attach(network, "lora", config, base=samples.sample_config(name))
+    network.eval()
+    assert placed == wanted != []
+    np.testing.assert_allclose(logits(network), base, atol=bound(base))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -183,3 +200,64 @@ def record(module: nn.Module, change: Callable[[mx.array, Any], Any]) -> None:
         return change(x, kind.__call__(self, x, *args, **kwargs))
 
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+# Commands --------------------------------------------------------------------------------------------------
+
+
+def cli(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_models_prints_cells_reasons_and_targets() -> None:
+    said = cli("models", "llama", "gemma3_text", "mixtral")
+    row = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+    assert row["llama"][0] == "q_proj", "the last table is that of the targets"
+    assert "developing" not in said
+    assert re.search(r"\n  llama( +yes)+ *\n", said)
+    assert re.search(r"\n +\d+  .*RotatingKVCache", said)
+    assert re.search(r"\n +\d+  .*experts are stacked", said)
+
+
+def test_models_as_json_has_a_cell_for_each_method() -> None:
+    found = json.loads(cli("models", "gpt2", "olmo", "--json"))
+    assert [each["architecture"] for each in found] == ["gpt2", "olmo"]
+    assert all(set(each["methods"]) == set(methods.names()) for each in found)
+    assert set(found[0]["methods"].values()) == {None}
+    assert found[0]["targets"]["lora"] == ["c_attn"]
+
+
+def test_models_shows_the_table_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without trying it all again: what would be tried, is."""
+    monkeypatch.setattr(support, "support", lambda name: dict.fromkeys(methods.names()))
+    monkeypatch.setattr(support, "targets", lambda name: {"lora": [name]})
+    found = json.loads(cli("models", "--json"))
+    seed = {"llama", "bloom", "gptj", "opt", "gpt_neo", "gpt2", "gpt_neox", "chatglm"}
+    assert seed <= {each["architecture"] for each in found} == set(sites.TABLE)
+    everything = json.loads(cli("models", "--all", "--json"))
+    assert {each["architecture"] for each in everything} == {*sites.TABLE, *samples.architectures()}
+
+
+def test_methods_lists_each_with_its_paper() -> None:
+    found = {about["method"]: about for about in json.loads(cli("methods", "--json"))}
+    assert set(found) == set(methods.names())
+    assert all(
+        about["what"] and about["authors"] and "arxiv.org" in about["paper"] for about in found.values()
+    )
+    facts = {name: (a["stands_on"], a["mergeable"], a["in_peft"]) for name, a in found.items()}
+    assert facts["lora"] == ("linear layers", True, True)
+    assert facts["series"] == ("linear layers", False, False)
+    assert facts["prompt"] == ("the embedding", False, True)
+    assert facts["prefix"] == ("the cache", False, True)
+    assert all(name in cli("methods") for name in methods.names())
+
+
+def test_methods_shows_the_fields_of_one() -> None:
+    said = cli("methods", "lora")
+    assert "arxiv.org/abs/2106.09685" in said
+    assert re.search(r"rank +8 +rank r", said)
+    assert (
+        "Unknown method 'lroa'. Did you mean 'lora'?" in CliRunner().invoke(app, ["methods", "lroa"]).stderr
+    )

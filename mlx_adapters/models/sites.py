@@ -215,8 +215,8 @@ _EMBEDDINGS = (
     *("embeddings", "embedding", "embed"),
 )
 _POSITIONS = re.compile(r"(?:wpe|embed_positions|position_embeddings)$")
-# gemma3n does not call these layers: it reads and clips their weights
-_READ = re.compile(r"\.altup\.")
+# gemma3n and kimi_k3 do not call these layers: they read their weights
+_READ = re.compile(r"\.altup\.|_res_proj$")
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
 
 
