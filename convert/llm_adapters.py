@@ -9,6 +9,7 @@ as a pattern.
 """
 
 import json
+import re
 from pathlib import Path
 
 from mlx_adapters import adapter, methods
@@ -66,7 +67,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {sorted(ranks)}")
         fields |= {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
         if isinstance(fields["target_modules"], list) and len(fields["target_modules"]) == 1:
-            fields["target_modules"] = rf".*\.{fields['target_modules'][0].replace('.', chr(92) + '.')}"
+            fields["target_modules"] = rf"(.*\.)?{re.escape(fields['target_modules'][0])}"
     if method == "series":
         need(
             parts.config.side == "auto", source, "LLM-Adapters takes the side from the name: side is not auto"

@@ -19,7 +19,7 @@ from tiny import make_tiny
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods import bottleneck
 
 FAMILY = ("series", "parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn")
@@ -273,6 +273,32 @@ def test_a_config_of_2023_finds_its_sides(folders: dict[str, Path], tmp_path: Pa
     sides = {path.rpartition(".")[2]: layer.kind for path, layer in adapter.layers(again.model).items()}
     assert sides == {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"}
     assert np.array_equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bottleneck_size", "wide"),
+        ("bottleneck_size", [6]),
+        ("bottleneck_size", 0),
+        ("scaling", None),
+        ("scaling", "learnt"),
+        ("non_linearity", 3),
+        ("non_linearity", "rellu"),
+    ],
+)
+def test_a_broken_adapter_config_names_its_field(
+    method: str, name: str, value: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded, meta = attached(folders["llama"], METHODS[method], trained=False)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    (tmp_path / adapter.META).unlink()
+    file = tmp_path / adapter.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(AdapterError, match=name) as caught:
+        adapter.load(model.load(folders["llama"]), tmp_path)
+    assert str(file) in str(caught.value)
 
 
 def _wide_llama(method: str, **fields: Any) -> nn.Module:

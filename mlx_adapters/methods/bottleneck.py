@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unknown
+from mlx_adapters.fields import parse_fields
 from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, resolve_targets
 from mlx_adapters.models import sites
 
@@ -25,6 +26,7 @@ __all__ = [
     "Layer",
     "block_fields",
     "check",
+    "config_of",
     "fields_of",
     "place_blocks",
     "read_block_fields",
@@ -104,6 +106,8 @@ _BLOCK = ("reduction_factor", "bottleneck_size", "non_linearity", "scaling", "dr
 def fields_of(config: Any) -> dict[str, Any]:
     """LLM-Adapters' fields that series and parallel adapters share."""
     named = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
+    if named["scaling"] != "learned":
+        named["scaling"] = float(named["scaling"])  # the fork has no forward for an int
     return {**named, "bias": "none", "modules_to_save": None}
 
 
@@ -119,6 +123,14 @@ def read_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return values | {
         "targets": ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default"
     }
+
+
+def config_of(config_class: type, values: dict[str, Any], method: str) -> Any:
+    """A configuration of values from a file. AdapterError for one that is of another type or out of range."""
+    try:
+        return parse_fields(config_class, values, where=method)
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
 
 
 def block_fields(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ LLM-Adapters' (peft_type BOTTLENECK); no PEFT release has the method.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -76,4 +76,5 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration an `adapter_config.json` of LLM-Adapters describes."""
-    return Config(**bottleneck.read_fields(fields))
+    values = bottleneck.read_fields(fields)
+    return cast(Config, bottleneck.config_of(Config, values, "parallel"))

@@ -9,7 +9,7 @@ before the sublayer's norm, `s` what the sublayer returns; the formula and its p
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -78,4 +78,5 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration of a saved folder."""
-    return Config(**bottleneck.read_block_fields(fields))
+    values = bottleneck.read_block_fields(fields)
+    return cast(Config, bottleneck.config_of(Config, values, "scaled_par_bn"))

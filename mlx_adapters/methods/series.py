@@ -10,7 +10,7 @@ Variant H stands on every linear layer of the MLP, variant P on its last one. Th
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -80,14 +80,18 @@ def claims(fields: dict[str, Any]) -> bool:
 
 
 def to_peft(config: Config) -> dict[str, Any]:
-    """LLM-Adapters' fields for this configuration."""
+    """LLM-Adapters' fields for this configuration; a side that it cannot express is said besides."""
+    said = {} if config.side == "auto" else {"side": config.side}
     return {
         **bottleneck.fields_of(config),
         "use_parallel_adapter": False,
         "use_adapterp": config.variant == "P",
+        **said,
     }
 
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration an `adapter_config.json` of LLM-Adapters describes."""
-    return Config(**bottleneck.read_fields(fields), variant="P" if fields.get("use_adapterp") else "H")
+    values = bottleneck.read_fields(fields)
+    values |= {"variant": "P" if fields.get("use_adapterp") else "H", "side": fields.get("side", "auto")}
+    return cast(Config, bottleneck.config_of(Config, values, "series"))
