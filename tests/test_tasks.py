@@ -1,6 +1,7 @@
 """Test sets from a folder, the hub's schemas and the generator; scoring them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.choices import parse
 from mlx_adapters.evaluate.tasks import Item, find, from_rows, load_items
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
@@ -49,11 +51,11 @@ def test_names_are_found_in_any_case_and_close_ones_suggested() -> None:
             "AQuA",
             {
                 "question": "How far?",
-                "options": ["A)21 km", "B) 2(3)", "C)x"],
+                "options": ["A)21 km", "B)2(3)", "C)x"],
                 "rationale": "",
                 "correct": "B",
             },
-            Item("How far? Answer Choices: (A) 21 km (B) 2(3) (C) x", "", "B"),
+            Item("How far? Answer Choices: (A) 21 km (B) 2 (3)  (C) x", "", "B"),
         ),
         (
             "SVAMP",
@@ -75,6 +77,245 @@ def test_names_are_found_in_any_case_and_close_ones_suggested() -> None:
 )
 def test_hub_rows_become_the_same_questions(name: str, rows: dict[str, Any], expected: Item) -> None:
     assert from_rows(find(name), [rows]) == [expected]
+
+
+# Rows written here in each data set's schema, with the text that LLM-Adapters makes of them.
+COMMONSENSE: list[tuple[str, dict[str, Any], str, str]] = [
+    (
+        "boolq",
+        {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True},
+        "Please answer the following question with true or false, question: is ice cold?\n\n"
+        "Answer format: true/false",
+        "true",
+    ),
+    (
+        "piqa",
+        {"goal": "Cool a drink", "sol1": "Add salt.", "sol2": "Add ice.", "label": 1},
+        "Please choose the correct solution to the question: Cool a drink\n\nSolution1: Add salt.\n\n"
+        "Solution2: Add ice.\n\nAnswer format: solution1/solution2",
+        "solution2",
+    ),
+    (
+        "social_i_qa",
+        {
+            "context": "Jo fell.",
+            "question": "How does Jo feel?",
+            "answerA": "hurt",
+            "answerB": "fine",
+            "answerC": "tall",
+            "label": "1",
+        },
+        "Please choose the correct answer to the question: Jo fell. How does Jo feel?\n\nAnswer1: hurt "
+        "Answer2: fine Answer3: tall\n\nAnswer format: answer1/answer2/answer3",
+        "answer1",
+    ),
+    (
+        "hellaswag",
+        {
+            "ind": 4,
+            "activity_label": "Running",
+            "ctx_a": "A man runs.",
+            "ctx_b": "he",
+            "ctx": "A man runs. he",
+            "endings": ["flies.", "stops.", ", sings.", "[step] Eats."],
+            "label": "3",
+        },
+        "Please choose the correct ending to complete the given sentence: Running: A man runs. he\n\n"
+        "Ending1: flies. Ending2: stops. Ending3: , sings. Ending4: [step] Eats.\n\n"
+        "Answer format: ending1/ending2/ending3/ending4",
+        "ending4",
+    ),
+    (
+        "winogrande",
+        {"sentence": "The _ was big.", "option1": "box", "option2": "bag", "answer": "2"},
+        "Please choose the correct answer to fill in the blank to complete the given sentence: The _ was big."
+        "\n\nOption1: box Option2: bag Answer format: option1/option2",
+        "option2",
+    ),
+    (
+        "ARC-Easy",
+        {
+            "question": "Hot?",
+            "choices": {"text": ["ice", "sun", "sea"], "label": ["A", "B", "C"]},
+            "answerKey": "B",
+        },
+        "Please choose the correct answer to the question: Hot?\n\nAnswer1: ice Answer2: sun Answer3: sea\n\n"
+        "Answer format: answer1/answer2/answer3",
+        "answer2",
+    ),
+    (
+        "ARC-Challenge",
+        {"question": "Hot?", "choices": {"text": ["ice", "sun"], "label": ["1", "2"]}, "answerKey": "1"},
+        "Please choose the correct answer to the question: Hot?\n\nAnswer1: ice Answer2: sun\n\n"
+        "Answer format: answer1/answer2",
+        "answer1",
+    ),
+    (
+        "openbookqa",
+        {
+            "question_stem": "The sun is",
+            "choices": {"text": ["hot", "wet", "red", "low"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "A",
+        },
+        "Please choose the correct answer to the question: The sun is\n\nAnswer1: hot Answer2: wet "
+        "Answer3: red Answer4: low\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "answer1",
+    ),
+    (
+        "mathqa",
+        {
+            "Problem": "how far ?",
+            "options": "a ) 38 , b ) rs . 1,200 , c ) ( a + b ) , d ) none , e ) 4",
+            "correct": "b",
+        },
+        "how far ? Answer Choices: (A) 38 (B) rs . 1,200 (C) ( a + b ) (D) none (E) 4",
+        "B",
+    ),
+    (
+        "mathqa",
+        {"Problem": "how far ?", "options": "['a ) 1', 'b ) 2', 'c ) 3', 'd ) 4', 'e ) 5']", "correct": "e"},
+        "how far ? Answer Choices: (A) 1 (B) 2 (C) 3 (D) 4 (E) 5",
+        "E",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rows", "instruction", "label"), COMMONSENSE)
+def test_hub_rows_are_asked_in_the_papers_words(
+    name: str, rows: dict[str, Any], instruction: str, label: str
+) -> None:
+    assert from_rows(find(name), [rows]) == [Item(instruction, "", label)]
+
+
+def published(name: str) -> list[dict[str, str]]:
+    file = SETS / name / "test.json"
+    if not file.is_file():
+        pytest.skip(f"{file} is not here: published test sets are not part of the project")
+    found: list[dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["ARC-Easy", "ARC-Challenge", "openbookqa"])
+def test_published_rows_taken_apart_and_put_into_the_hubs_schema_come_out_the_same(name: str) -> None:
+    stem = "question_stem" if name == "openbookqa" else "question"
+    for row in published(name):
+        choices = parse(row["instruction"], "answer")
+        assert choices is not None
+        keys = "ABCDE"[: len(choices.texts)]
+        hub_row = {
+            stem: choices.question,
+            "choices": {"text": list(choices.texts.values()), "label": list(keys)},
+            "answerKey": keys[list(choices.texts).index(row["answer"])],
+        }
+        assert from_rows(find(name), [hub_row]) == [Item(row["instruction"], "", row["answer"])]
+
+
+def test_published_boolq_and_aqua_rows_come_out_the_same() -> None:
+    for row in published("boolq"):
+        choices = parse(row["instruction"], "true/false")
+        assert choices is not None
+        hub_row = {"question": choices.question.removesuffix("?"), "answer": row["answer"] == "true"}
+        assert from_rows(find("boolq"), [hub_row]) == [Item(row["instruction"], "", row["answer"])]
+    for row in published("AQuA"):
+        question, _, tail = row["instruction"].partition(" Answer Choices:")
+        raw = tail.replace(" (", "(").replace(") ", ")")
+        options = re.split(r"\((?=[A-E]\))", raw)[1:]
+        hub_row = {"question": question, "options": options, "correct": row["answer"]}
+        assert from_rows(find("AQuA"), [hub_row]) == [Item(row["instruction"], "", row["answer"])]
+
+
+def test_groups_are_the_papers_tables() -> None:
+    assert len(tasks.GROUPS["all"]) == 14
+    assert len(tasks.GROUPS["commonsense"]) == 8
+    assert set(tasks.GROUPS["math"]) == {"gsm8k", "AQuA", "mawps", "SVAMP"}
+    assert set(tasks.GROUPS["math-2023"]) == {"gsm8k", "AQuA", "SVAMP", "MultiArith", "AddSub", "SingleEq"}
+    assert sum(find(name).items for name in tasks.GROUPS["commonsense"]) == 22419
+    for members in tasks.GROUPS.values():
+        assert [find(name).name for name in members] == list(members)
+
+
+def test_tasks_groups_and_files_are_named_together(tmp_path: Path) -> None:
+    for name in tasks.GROUPS["math"]:
+        write(tmp_path, name, [row(answer="A" if name == "AQuA" else 2)])
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"question": "2 + 2?", "answer": 4}) + "\n")
+    found = tasks.load(f"svamp, math,{own},", data_dir=tmp_path)
+    assert [task.name for task, _ in found] == ["SVAMP", "gsm8k", "AQuA", "mawps", "own"]
+    assert found[-1][1] == [Item("2 + 2?", "", "4")]
+    with pytest.raises(ConfigError, match="no task named"):
+        tasks.load(" , ")
+    with pytest.raises(ConfigError, match=r"Unknown task 'mth'.*'math'"):
+        tasks.load("mth")
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "max_tokens"),
+    [
+        ([1, "2.5", "1,000"], "number", 256),
+        (["A", "b"], "letter", 256),
+        ([True, "false"], "true/false", 32),
+        (["answer1", "answer5"], "answer", 32),
+        (["option1", "option2"], "option", 32),
+    ],
+)
+def test_the_kind_of_an_own_file_is_told_by_its_answers(
+    tmp_path: Path, answers: list[Any], kind: str, max_tokens: int
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"instruction": "?", "answer": answer} for answer in answers]))
+    task, items = tasks.load_file(file)
+    assert (task.name, task.kind, task.max_tokens, len(items)) == ("mine", kind, max_tokens, len(answers))
+
+
+def test_an_own_file_is_asked_with_its_fields(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"q": "How many?", "o": "(A) 1 (B) 2", "key": "b"}) + "\n")
+    _, items = tasks.load_file(file, prompt="{q} Answer Choices: {o}", label="key")
+    assert items == [Item("How many? Answer Choices: (A) 1 (B) 2", "", "B")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([], {}, "has no items"),
+        (['{"question": "?", "answer": 1}', "{"], {}, ":2: is not JSON"),
+        (['{"question": "?", "answer": 1}', "[1]"], {}, "line 2: must be an object"),
+        (['{"question": "?", "answer": 1}', '{"question": "?"}'], {}, "line 2: field 'answer' is missing"),
+        (['{"text": "?", "answer": 1}'], {}, "line 1: has no field instruction, question or prompt"),
+        (['{"text": "?", "answer": 1}'], {"prompt": "{txt}"}, r"line 1: --prompt cannot be filled \('txt'\)"),
+        (['{"question": 7, "answer": 1}'], {}, "line 1: field 'instruction' must be text"),
+        (
+            ['{"question": "?", "answer": 1}', '{"question": "?", "answer": "many"}'],
+            {},
+            "line 2: field 'answer': the answers must be all of one kind.* found 'many'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_broken_own_file_is_named_with_line_and_field(
+    tmp_path: Path, lines: list[str], options: dict[str, str], message: str
+) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=message) as caught:
+        tasks.load_file(file, **options)  # type: ignore[arg-type]
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "wanted"),
+    [
+        ("boolq", "maybe", "one of true/false"),
+        ("piqa", "solution3", "one of solution1/solution2"),
+        ("social_i_qa", "3", "one of answer1"),
+        ("hellaswag", "ending0", "one of ending1"),
+        ("winogrande", None, "one of option1/option2"),
+        ("mathqa", "F", "a letter A-E"),
+    ],
+)
+def test_a_wrong_label_is_named_for_every_kind(tmp_path: Path, name: str, answer: Any, wanted: str) -> None:
+    write(tmp_path, name, [row(answer=answer)])
+    with pytest.raises(DataError, match=f"item 0: field 'answer' must be {wanted}"):
+        load_items(name, data_dir=tmp_path)
 
 
 def test_hub_rows_of_another_schema_are_refused() -> None:
@@ -139,7 +380,9 @@ def test_missing_folders_say_what_is_expected(tmp_path: Path) -> None:
         load_items("mawps", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "AQuA", "SVAMP", "MultiArith"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "AQuA", "SVAMP", "MultiArith", "boolq", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+)
 def test_published_sets_load_whole(name: str) -> None:
     if not (SETS / name).is_dir():
         pytest.skip(f"{SETS / name} is not here: published test sets are not part of the project")

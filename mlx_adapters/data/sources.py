@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_adapters.errors import DataError
 
-__all__ = ["FORMATS", "Rows", "load_rows"]
+__all__ = ["FORMATS", "TRAINING_SETS", "Rows", "load_rows", "read_rows"]
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
@@ -46,7 +46,7 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     if path.is_dir():
         path = _in_folder(path, split)
     if path.is_file():
-        return _checked(list(_read(path)), str(path))
+        return _checked(list(read_rows(path)), str(path))
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
         raise DataError(
             f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id"
@@ -66,8 +66,8 @@ def _in_folder(folder: Path, split: str) -> Path:
     return files[0]
 
 
-def _read(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row: its line in JSONL, its index in a JSON list."""
+def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row of a JSON list or JSONL file: its line in JSONL, its index in a list."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
