@@ -1,6 +1,8 @@
 """`mlx-adapters models [NAME ...]`."""
 
 import json
+import shutil
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -47,18 +49,34 @@ def _try(name: str) -> dict[str, Any]:
 
 def _support(results: list[dict[str, Any]]) -> None:
     reasons: dict[str, int] = {}
-    rows = []
+    columns: dict[str, list[str]] = {method: [] for method in results[0]["methods"]}
     for result in results:
         name = result["architecture"]
-        cells = [
-            "yes" if reason is None else f"no {_number(_plain(reason, method, name), reasons)}"
-            for method, reason in result["methods"].items()
-        ]
-        rows.append([name, *cells])
-    # one word under the other: all columns fit a screen
-    table(["architecture", *(method.replace("_", "\n") for method in results[0]["methods"])], rows)
+        for method, reason in result["methods"].items():
+            plain = reason and _plain(reason, method, name)
+            columns[method].append("yes" if plain is None else f"no {_number(plain, reasons)}")
+    names = [result["architecture"] for result in results]
+    for methods in _fitting(columns, max(map(len, ("architecture", *names)))):
+        # one word under the other: more columns fit a screen
+        heads = ["architecture", *(method.replace("_", "\n") for method in methods)]
+        table(heads, [list(row) for row in zip(names, *(columns[m] for m in methods), strict=True)])
     for reason, number in reasons.items():
         typer.echo(f"{number:>3}  {reason}")
+
+
+def _fitting(columns: dict[str, list[str]], first: int) -> list[list[str]]:
+    """The methods in groups whose columns stand side by side on the screen."""
+    screen = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    groups: list[list[str]] = [[]]
+    used = first + 4
+    for method, cells in columns.items():
+        width = max(len(text) for text in (*method.split("_"), *cells)) + 3
+        if groups[-1] and used + width > screen:
+            groups.append([])
+            used = first + 4
+        groups[-1].append(method)
+        used += width
+    return groups
 
 
 def _number(reason: str, reasons: dict[str, int]) -> int:
