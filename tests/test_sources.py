@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_adapters.data.overlap import item_hash, row_text
-from mlx_adapters.data.sources import load_rows
+from mlx_adapters.data.sources import TRAINING_SETS, load_rows
 from mlx_adapters.errors import DataError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -116,6 +116,39 @@ def test_mistake_is_named(tmp_path: Path, case: str) -> None:
 def test_missing_file(source: str) -> None:
     with pytest.raises(DataError, match=re.escape(source) + ": no such file"):
         load_rows(source)
+
+
+@pytest.mark.parametrize("place", ["", "ft-training_set", "dataset"])
+@pytest.mark.parametrize("name", ["math_10k", "math_14k", "commonsense_15k", "commonsense_170k", "alpaca"])
+def test_the_papers_training_sets_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    file = tmp_path / place / TRAINING_SETS[name][0][0]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(ROWS))
+    assert load_rows(str(tmp_path / name)).rows == ROWS
+    monkeypatch.chdir(tmp_path)
+    assert load_rows(name).rows == ROWS
+
+
+def test_a_training_set_that_is_not_here_comes_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def hub(source: str, split: str) -> list[Any]:
+        asked.append((source, split))
+        return ROWS
+
+    monkeypatch.setattr("mlx_adapters.data.sources._from_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert load_rows("commonsense_170k").rows == ROWS
+    assert load_rows("zwhe99/commonsense_170k").rows == ROWS
+    assert asked == [("zwhe99/commonsense_170k", "train")] * 2
+    with pytest.raises(DataError, match=r"math_14k: found no math_14k\.json .*LLM-Adapters"):
+        load_rows("math_14k")
+    with pytest.raises(DataError, match=r"found no math_10k\.json"):
+        load_rows(str(tmp_path / "math_10k"))
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(["prompt", "completion", "x"]), st.text(), min_size=3)))

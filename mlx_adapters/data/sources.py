@@ -1,4 +1,4 @@
-"""Training data: a JSON or JSONL file, a folder of them, or a dataset of the hub.
+"""Training data: a JSON or JSONL file, a folder of them, a dataset of the hub, or a set of the paper by name.
 
 The format is told by the fields of the rows, and every row must have it:
 
@@ -28,6 +28,20 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows or None).
+TRAINING_SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "math_10k": (("math_10k.json",), "lmms-lab/Math10K"),
+    "math_7k": (("math_7k.json", "math_7K.json"), None),
+    "math_14k": (("math_14k.json",), None),
+    "commonsense_15k": (("commonsense_15k.json",), None),
+    "commonsense_170k": (("commonsense_170k.json",), "zwhe99/commonsense_170k"),
+    "alpaca": (("alpaca_data.json",), "tatsu-lab/alpaca"),
+    "alpaca-cleaned": (("alpaca_data_cleaned.json",), "yahma/alpaca-cleaned"),
+}
+_PLACES = ("", "ft-training_set", "dataset")  # where LLM-Adapters and its heirs keep these files
+_SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_set/"
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a source, their format, and where they came from."""
@@ -40,17 +54,36 @@ class Rows:
 def load_rows(source: str, *, split: str = "train") -> Rows:
     """Read and check all rows of `source`. DataError names the file and the line or row at fault.
 
-    In a folder, `{split}.jsonl` or `{split}.json` is read, or its only data file.
+    In a folder, `{split}.jsonl` or `{split}.json` is read, or its only data file. A name of `TRAINING_SETS`
+    is looked for in this folder, then on the hub; `FOLDER/NAME` looks for it in that folder.
     """
     path = Path(source)
     if path.is_dir():
         path = _in_folder(path, split)
+    if not path.is_file() and path.name in TRAINING_SETS and path.parent.is_dir():
+        return _named(path.name, path.parent, split)
     if path.is_file():
         return _checked(list(read_rows(path)), str(path))
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
         raise DataError(
-            f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, or a hub id"
+            f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, a hub id, or one of "
+            f"{', '.join(TRAINING_SETS)}"
         )
+    return _hub_rows(source, split)
+
+
+def _named(name: str, folder: Path, split: str) -> Rows:
+    files, hub = TRAINING_SETS[name]
+    looked = [folder / place / file for place in _PLACES for file in files]
+    for file in looked:
+        if file.is_file():
+            return _checked(list(read_rows(file)), str(file))
+    if hub is None or folder != Path():
+        raise DataError(f"{folder / name}: found no {files[0]} in {folder}; get it from {_SOURCE}")
+    return _hub_rows(hub, split)
+
+
+def _hub_rows(source: str, split: str) -> Rows:
     rows = [(f"row {index}", row) for index, row in enumerate(_from_hub(source, split))]
     return _checked(rows, f"{source} ({split})")
 
@@ -162,4 +195,4 @@ def _from_hub(source: str, split: str) -> list[Any]:
         return list(load_dataset(source, split=split))
     except Exception as error:  # datasets raises many unrelated types for "could not get it"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: no such file, and the hub did not give it ({reason})") from None
+        raise DataError(f"{source}: not a file here, and the hub did not give it ({reason})") from None
