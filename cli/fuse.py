@@ -23,11 +23,14 @@ def command(
     bits: Annotated[int | None, typer.Option(help="with --to mlx: quantize the fused weights anew")] = None,
     group_size: Annotated[int | None, typer.Option(help="weights that share a scale")] = None,
     mode: Annotated[str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4")] = "affine",
+    verify: Annotated[bool, typer.Option(help="open the checkpoint with transformers and compare")] = False,
 ) -> None:
     """Merge an adapter into its base: weights that need no adapter library."""
     from mlx_adapters.convert.fuse import fuse
 
-    done = fuse(model, adapter, dst, to=to, dtype=dtype, bits=bits, group_size=group_size, mode=mode)
+    done = fuse(
+        model, adapter, dst, to=to, dtype=dtype, bits=bits, group_size=group_size, mode=mode, verify=verify
+    )
     typer.echo(f"{done.path}: {done.layers} layers fused, {done.dtype}, {size(done.bytes)}")
     typer.echo(
         f"logits on three prompts: the adapter moves them by up to {done.effect:.2g}, fusing by up to "
@@ -35,3 +38,10 @@ def command(
     )
     if done.error > 0.1 * done.effect:
         say("warning: rounding the fused weights undoes part of what the adapter learned; use more bits")
+    if done.torch_diff is not None:
+        typer.echo(
+            f"verify: no missing and no unexpected key; max |logit difference| {done.torch_diff:.1e} in "
+            f"transformers (bound {done.bound:.1e}): {'passed' if done.passed else 'FAILED'}"
+        )
+        if not done.passed:
+            raise typer.Exit(1)

@@ -23,7 +23,7 @@ from mlx_adapters.convert import files
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
 
-__all__ = ["MODES", "RECIPES", "Converted", "convert", "copy_tokenizer"]
+__all__ = ["MODES", "RECIPES", "Converted", "check_options", "convert", "copy_tokenizer", "write_mlx"]
 
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # What MLX's kernels exist for: mode -> (bits, group sizes)
@@ -85,7 +85,7 @@ def convert(
     CheckpointError (the source), UnsupportedError (an architecture or a format) and OutputError (`dst`).
     """
     start, dst = time.perf_counter(), Path(dst)
-    quantize = _check_options(bits, group_size, mode, recipe, dtype)
+    quantize = check_options(bits, group_size, mode, recipe, dtype)
     with files.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
         model, config = _build(source)
@@ -107,7 +107,36 @@ def convert(
     )
 
 
-def _check_options(
+def write_mlx(
+    loaded: models.Loaded,
+    folder: Path,
+    *,
+    dst: Path,
+    dtype: str,
+    quantize: tuple[int | None, int | None, str] | None,
+) -> None:
+    """Write a model in memory to `folder`, on the disk of `dst`: in `dtype`, or quantized by (bits, group
+    size, mode). Weights that are quantized are written out first; the model is empty afterwards."""
+    from mlx_lm.utils import dequantize_model
+
+    model = dequantize_model(loaded.model)
+    _cast(model, models.DTYPES[dtype])
+    config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
+    if quantize is not None:
+        bits, group_size, mode = quantize
+        config = _quantize(model, config, bits, group_size, mode, None)
+    config = _written_config(model, config)
+    files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
+    source = _Source(
+        name=str(loaded.path),
+        config=config,
+        weights={},
+        write_tokenizer=lambda to: copy_tokenizer(loaded.path, to),
+    )
+    _save(folder, model, config, source)
+
+
+def check_options(
     bits: int | None, group_size: int | None, mode: str, recipe: str | None, dtype: str | None
 ) -> bool:
     """Whether to quantize; ConfigError for options that do not go together."""

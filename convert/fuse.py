@@ -5,21 +5,27 @@ than the rounding of four bits, and adding it to rounded weights that are rounde
 the fused model anew is possible, and then the report says what that changed.
 """
 
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.convert.checkpoint import convert, copy_tokenizer
-from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_mlx
+from mlx_adapters.convert.to_transformers import (
+    CHECKED,
+    dequantized_weights,
+    quiet_transformers,
+    write_transformers,
+)
+from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
 
 __all__ = ["TARGETS", "Fused", "fuse"]
 
@@ -30,7 +36,9 @@ _PROMPTS = ("Tom has 3 apples and buys 4 more.", "The capital of France is", "Be
 @dataclass(frozen=True, kw_only=True)
 class Fused:
     """What was written. On a few prompts, in logits: `effect` is the largest change by the adapter,
-    `error` the largest difference of the fused model from base and adapter apart, `error_rms` its mean."""
+    `error` the largest difference of the fused model from base and adapter apart, `error_rms` its mean.
+    `torch_diff` is the largest difference between transformers and MLX on the files written, None where
+    transformers was not asked; it must not exceed `bound`, 1e-5 + 1e-5 * max|logit|."""
 
     path: Path
     bytes: int
@@ -39,6 +47,13 @@ class Fused:
     effect: float
     error: float
     error_rms: float
+    torch_diff: float | None
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether transformers, if it was asked, computes the same function."""
+        return self.torch_diff is None or self.torch_diff <= self.bound
 
 
 def fuse(
@@ -51,64 +66,181 @@ def fuse(
     bits: int | None = None,
     group_size: int | None = None,
     mode: str = "affine",
+    verify: bool = False,
 ) -> Fused:
     """Merge the adapter in `folder` into the model `source`, and write the result to `dst`.
 
     `to` transformers gives a full-precision Hugging Face checkpoint, `to` mlx an MLX folder, quantized with
-    `bits`. `dtype` is the base's by default, float32 where it was quantized. Raises ConfigError for an
-    adapter that is no change of weights, OutputError when `dst` is not empty.
+    `bits`. `dtype` is the base's by default, float32 where it was quantized. `verify` opens the checkpoint
+    with transformers; where its names were never checked (`CHECKED`) that is done anyway, and `dst` is not
+    written unless they are right. Raises ConfigError for an adapter that is no change of weights,
+    UnsupportedError for a model that cannot be written, OutputError when `dst` is not empty.
     """
-    if to not in TARGETS:
-        raise ConfigError(unknown("target", to, TARGETS))
-    if (bits is not None or mode != "affine") and to != "mlx":
-        raise ConfigError("a Hugging Face checkpoint is not quantized: leave --bits out, or give --to mlx")
-    config = models.read_config(models.locate(source))
-    kept = dtype or ("float32" if config.get("quantization") else config.get("dtype") or "float32")
+    quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
+    unchecked = to == "transformers" and loaded.config["model_type"] not in CHECKED
+    if unchecked or verify:
+        _require_torch(loaded.config["model_type"] if unchecked else None)
     loaded.model.eval()
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
     plain = _logits(loaded.model, prompts)
     meta = adapter.load(loaded, folder)
     loaded.model.eval()
     apart = _logits(loaded.model, prompts)
-    merged = [
-        (path, _merged(layer, path, meta.method)) for path, layer in adapter.layers(loaded.model).items()
-    ]
-    loaded.model.update_modules(tree_unflatten(merged))
-    with tempfile.TemporaryDirectory(prefix="mlx-adapters-fuse-") as scratch:
-        if to == "transformers":
-            with files.writing(dst) as place:
-                write_transformers(loaded.model, loaded.config, place, dtype=kept)
-                copy_tokenizer(loaded.path, place)
+    layers = _merge(loaded.model, meta.method)
+    kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
+    torch_diff = None
+    with files.writing(dst) as place:
+        if to == "mlx":
+            write_mlx(
+                loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
+            )
+            del loaded
+            fused = _logits(_opened(place), prompts)
         else:
-            dense = write_transformers(loaded.model, loaded.config, Path(scratch) / "dense", dtype=kept)
-            copy_tokenizer(loaded.path, dense)
-            convert(dense, dst, bits=bits, group_size=group_size, mode=mode)
-        del loaded
-    again = models.load(dst, dtype="float32")
-    again.model.eval()
-    fused = _logits(again.model, prompts)
+            write_transformers(loaded.model, loaded.config, place, dtype=kept)
+            copy_tokenizer(loaded.path, place)
+            sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
+            del loaded
+            again = _opened(place)
+            _must_read_back(again, sums, kept, model_type)
+            fused = _logits(again, prompts)
+            del again
+            if unchecked or verify:
+                torch_diff = _torch_diff(place, prompts, fused, model_type)
+                if unchecked and torch_diff > _bound(fused):
+                    raise UnsupportedError(_unknown_names(model_type, f"logits differ by {torch_diff:.2g}"))
     difference = np.concatenate([(a - b).ravel() for a, b in zip(fused, apart, strict=True)])
     return Fused(
         path=dst,
         bytes=sum(file.stat().st_size for file in dst.iterdir()),
         dtype=kept,
-        layers=len(merged),
-        effect=max(float(np.abs(a - b).max()) for a, b in zip(apart, plain, strict=True)),
+        layers=layers,
+        effect=_max_diff(apart, plain),
         error=float(np.abs(difference).max()),
         error_rms=float(np.sqrt(np.square(difference).mean())),
+        torch_diff=torch_diff,
+        bound=_bound(fused),
     )
 
 
-def _merged(layer: Any, path: str, method: str) -> Any:
-    try:
-        return layer.merge()
-    except ConfigError:
+def _check_request(
+    to: str, dtype: str | None, bits: int | None, group_size: int | None, mode: str, verify: bool
+) -> bool:
+    """Whether to quantize."""
+    if to not in TARGETS:
+        raise ConfigError(unknown("target", to, TARGETS))
+    quantize = check_options(bits, group_size, mode, None, dtype)
+    if quantize and to != "mlx":
+        raise ConfigError("a Hugging Face checkpoint is not quantized: leave --bits out, or give --to mlx")
+    if verify and to != "transformers":
         raise ConfigError(
-            f"{method} cannot be fused: at {path} it is not a change of the layer's weight. Hand on the "
-            "adapter itself: mlx-adapters export"
-        ) from None
+            "--verify opens the result with transformers: leave it out, or give --to transformers"
+        )
+    return quantize
+
+
+def _merge(model: Any, method: str) -> int:
+    """Put plain layers in the place of the adapter's; returns their number."""
+    merged = []
+    for path, layer in adapter.layers(model).items():
+        try:
+            merged.append((path, layer.merge()))
+        except ConfigError:
+            raise ConfigError(
+                f"{method} cannot be fused: at {path} it is not a change of the layer's weight. Hand on the "
+                "adapter itself: mlx-adapters export"
+            ) from None
+    model.update_modules(tree_unflatten(merged))
+    return len(merged)
+
+
+def _precision(folder: Path) -> str:
+    """The type that most of a folder's weights have."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    sizes: dict[str, int] = {}
+    for file in files.weight_files(folder):
+        for entry in files.header(file).values():
+            if kind := names.get(entry["dtype"]):
+                sizes[kind] = sizes.get(kind, 0) + entry["data_offsets"][1] - entry["data_offsets"][0]
+    return max(sizes, key=lambda kind: sizes[kind], default="float32")
+
+
+def _opened(folder: Path) -> Any:
+    model = models.load(folder, dtype="float32").model
+    model.eval()
+    return model
 
 
 def _logits(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
     return [np.array(model(mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
+
+
+def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+def _bound(logits: list[np.ndarray]) -> float:
+    return 1e-5 + 1e-5 * max(float(np.abs(array).max()) for array in logits)
+
+
+# Whether the checkpoint is the model -----------------------------------------------------------------------
+
+
+def _sums(model: Any, dtype: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The shape of each weight and a sum over the bits it is written in, by place: the same only if it came
+    back as it was."""
+    for name, array in dequantized_weights(model).items():
+        bits = array.astype(models.DTYPES[dtype]).astype(mx.float32).view(mx.uint32).flatten()
+        places = mx.arange(1, bits.size + 1, dtype=mx.uint32)
+        yield name, (*array.shape, (bits * places).sum(stream=mx.cpu).item())
+
+
+def _must_read_back(model: Any, sums: dict[str, tuple[Any, ...]], dtype: str, model_type: str) -> None:
+    """UnsupportedError where mlx-lm reads other weights than were written: it changes them when it loads."""
+    again = dict(_sums(model, dtype))
+    odd = [name for name, _ in tree_flatten(model.parameters()) if again[name] != sums.get(name)]
+    if odd:
+        raise UnsupportedError(_unknown_names(model_type, f"{odd[0]} is read back as another tensor"))
+
+
+def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray], model_type: str) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), torch.no_grad():
+        try:
+            network, said = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
+        except Exception as error:  # whatever transformers raises for a model it does not know
+            reason = " ".join(str(error).split())[:200]
+            raise UnsupportedError(_unknown_names(model_type, f"transformers says: {reason}")) from None
+        strange = [f"{what.split('_')[0]} {name}" for what in _KEYS for name in said[what]]
+        if strange:
+            raise UnsupportedError(_unknown_names(model_type, f"transformers finds {strange[0]}"))
+        theirs = [network.eval()(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+    return _max_diff(theirs, fused)
+
+
+_KEYS = ("missing_keys", "unexpected_keys")
+
+
+def _unknown_names(model_type: str, why: str) -> str:
+    return (
+        f"how a {model_type} checkpoint is written for transformers is not known here ({why}). "
+        "Fuse --to mlx, or hand on the adapter: mlx-adapters export"
+    )
+
+
+def _require_torch(model_type: str | None) -> None:
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if absent:
+        why = (
+            f"a {model_type} checkpoint must be checked with transformers"
+            if model_type
+            else "--verify asks it"
+        )
+        raise UnsupportedError(
+            f"{why}, and {', '.join(absent)} is not installed. Install it: pip install torch transformers"
+        )

@@ -19,11 +19,20 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import plain_weight
+from mlx_adapters.model import DTYPES
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
 
-__all__ = ["dequantized_weights", "quiet_transformers", "write_transformers"]
+__all__ = ["CHECKED", "dequantized_weights", "quiet_transformers", "write_transformers"]
 
+# The architectures whose checkpoints the tests open with transformers: every name is found, the logits equal.
+CHECKED = frozenset(
+    (
+        *("bloom", "ernie4_5", "gemma", "gemma2", "glm", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite"),
+        *("helium", "hunyuan_v1_dense", "llama", "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "opt"),
+        *("phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    )
+)
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
@@ -65,7 +74,7 @@ def write_transformers(
     named = {}
     for path, array in dequantized_weights(model).items():
         for name, part in _hf_names(path, array, config["model_type"]):
-            named[name] = part.astype(_DTYPES[dtype])
+            named[name] = part.astype(DTYPES[dtype])
     dst.mkdir(parents=True, exist_ok=True)
     _save(named, dst, shard)
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
@@ -74,7 +83,6 @@ def write_transformers(
     return dst
 
 
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _EXPERTS = re.compile(r"^(.*)\.switch_mlp\.(gate|up|down)_proj\.weight$")
 # model_type -> the checkpoint's name of an expert's matrix
 _EXPERT_NAMES = {
@@ -90,8 +98,8 @@ def _hf_names(path: str, array: mx.array, model_type: str) -> Iterator[tuple[str
     if found := _EXPERTS.match(path):
         if model_type not in _EXPERT_NAMES:
             raise UnsupportedError(
-                f"{path}: how {model_type} checkpoints name their experts is not known here, so it cannot be "
-                "written for transformers"
+                f"{path}: how a {model_type} checkpoint names its experts is not known here, so transformers "
+                "cannot be given one. Fuse --to mlx, or hand on the adapter: mlx-adapters export"
             )
         for number in range(array.shape[0]):
             yield f"{found[1]}.experts.{number}.{_EXPERT_NAMES[model_type][found[2]]}.weight", array[number]
@@ -113,10 +121,13 @@ def _save(named: dict[str, mx.array], dst: Path, limit: int) -> None:
     if len(shards) == 1:
         mx.save_safetensors(str(dst / "model.safetensors"), named, metadata={"format": "pt"})
         return
-    where, total = {}, sum(array.nbytes for array in named.values())
-    for number, arrays in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        mx.save_safetensors(str(dst / file), arrays, metadata={"format": "pt"})
-        where |= dict.fromkeys(arrays, file)
+    where: dict[str, str] = {}
+    total = sum(array.nbytes for array in named.values())
+    named.clear()  # a shard that is written need not stay in memory
+    for number in range(len(shards)):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        mx.save_safetensors(str(dst / file), shards[number], metadata={"format": "pt"})
+        where |= dict.fromkeys(shards[number], file)
+        shards[number] = {}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

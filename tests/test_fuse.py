@@ -1,23 +1,28 @@
 """Fused checkpoints: opened by transformers with every name found, and the same logits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 import torch
 from cases import ARCHITECTURES, METHODS
+from mlx.utils import tree_flatten
 from test_methods import IDS, attached, bound, logits
-from tiny import make_tiny
+from tiny import make_tiny, make_tokenizer
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, model
 from mlx_adapters.cli.app import app
+from mlx_adapters.convert import fuse as fused
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
-from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import ConfigError, OutputError
+from mlx_adapters.convert.to_transformers import CHECKED, write_transformers
+from mlx_adapters.errors import ConfigError, OutputError, UnsupportedError
+from mlx_adapters.models.samples import sample, sample_config
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,79 @@ def test_transformers_opens_it(case: str, arch: str, folders: dict[str, Path], t
     assert done.error <= bound(expected)
 
 
+@pytest.mark.parametrize("arch", sorted(CHECKED - set(ARCHITECTURES)))
+def test_every_checked_architecture_is(arch: str, tmp_path: Path) -> None:
+    """Written for transformers, without an adapter: every name found, the same logits."""
+    if arch in tiny._FIELDS:
+        loaded = model.load(make_tiny(arch, tmp_path))
+        network, config = loaded.model, loaded.config
+    else:
+        mx.random.seed(0)
+        network, config = sample(arch), sample_config(arch) | {"pad_token_id": 0}
+    write_transformers(network, config, tmp_path / "torch")
+    expected = np.array(network(IDS))
+    np.testing.assert_allclose(in_torch(tmp_path / "torch"), expected, atol=bound(expected))
+
+
+def in_folder(arch: str, folder: Path) -> Path:
+    """A tiny model of an architecture that only mlx-lm is asked to read."""
+    mx.random.seed(0)
+    folder.mkdir(parents=True)
+    make_tokenizer(folder)
+    network = sample(arch)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(network.parameters())))
+    (folder / "config.json").write_text(json.dumps(sample_config(arch)))
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["deepseek", "qwen3_next", "internlm2"])
+def test_names_that_nobody_checked_are_not_written(arch: str, tmp_path: Path) -> None:
+    """Transformers would open such a folder with random weights and only log it; MLX reads it."""
+    base = in_folder(arch, tmp_path / "base")
+    expected = saved(base, "lora-default-targets", tmp_path / "a")
+    with pytest.raises(UnsupportedError, match=rf"{arch} checkpoint.*--to mlx"):
+        fuse(base, tmp_path / "a", tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+    done = fuse(base, tmp_path / "a", tmp_path / "fused", to="mlx")
+    assert done.error <= bound(expected) < done.effect
+
+
+def test_an_unchecked_architecture_is_checked_on_the_spot(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_adapters.convert.fuse.CHECKED", frozenset())
+    saved(folders["qwen2"], "lora", tmp_path / "a")
+    done = fuse(folders["qwen2"], tmp_path / "a", tmp_path / "fused")
+    assert done.torch_diff is not None
+    assert 0 < done.torch_diff <= done.bound
+    monkeypatch.setattr("mlx_adapters.convert.fuse.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"qwen2 checkpoint must be checked .* not installed"):
+        fuse(folders["qwen2"], tmp_path / "a", tmp_path / "again")
+
+
+def test_the_check_can_fail(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-J's names left as MLX has them: transformers finds none of them."""
+    monkeypatch.setattr("mlx_adapters.convert.to_transformers.sites.to_hf", lambda path, kind: path)
+    saved(folders["llama"], "lora", tmp_path / "l")
+    saved(folders["gptj"], "lora", tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="transformers finds missing"):
+        fuse(folders["gptj"], tmp_path / "a", tmp_path / "fused", verify=True)
+    monkeypatch.undo()
+    real = fused._sums
+
+    def shifted(network: Any, dtype: str) -> Any:
+        for name, array in real(network, dtype):
+            yield name, (0, *array[1:]) if name == "model.norm.weight" and not seen else array
+        seen.append(1)
+
+    seen: list[int] = []
+    monkeypatch.setattr(fused, "_sums", shifted)
+    with pytest.raises(UnsupportedError, match=r"model\.norm\.weight is read back"):
+        fuse(folders["llama"], tmp_path / "l", tmp_path / "fused")
+
+
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
 def test_experts_get_their_names_back(arch: str, tmp_path: Path) -> None:
     """mlx-lm stacks the experts; transformers would fill unknown names with noise and only log it."""
@@ -88,10 +166,15 @@ def test_quantizing_anew_is_reported(folders: dict[str, Path], tmp_path: Path) -
     assert four.bytes < plain.bytes
 
 
-def test_precision_is_the_base_s(tmp_path: Path) -> None:
-    convert(make_tiny("llama", tmp_path, dtype="bfloat16"), tmp_path / "mlx")
-    saved(tmp_path / "mlx", "lora", tmp_path / "a")
-    done = fuse(tmp_path / "mlx", tmp_path / "a", tmp_path / "fused")
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype", ""])
+def test_precision_is_the_base_s(field: str, tmp_path: Path) -> None:
+    """Of its weights, whatever config.json calls it."""
+    base = make_tiny("llama", tmp_path, dtype="bfloat16")
+    config = json.loads((base / "config.json").read_text())
+    kept = {k: v for k, v in config.items() if k != "dtype"} | ({field: "bfloat16"} if field else {})
+    (base / "config.json").write_text(json.dumps(kept))
+    saved(base, "lora", tmp_path / "a")
+    done = fuse(base, tmp_path / "a", tmp_path / "fused")
     assert done.dtype == "bfloat16"
     arrays = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     assert {array.dtype for array in arrays.values()} == {mx.bfloat16}
@@ -116,6 +199,10 @@ def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
     saved(folders["llama"], "lora", tmp_path / "a")
     with pytest.raises(ConfigError, match="Known: mlx, transformers"):
         fuse(folders["llama"], tmp_path / "a", tmp_path / "f", to="mxl")
+    with pytest.raises(ConfigError, match="int8"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "f", dtype="int8")
+    with pytest.raises(ConfigError, match="--to transformers"):
+        fuse(folders["llama"], tmp_path / "a", tmp_path / "f", to="mlx", verify=True)
     with pytest.raises(ConfigError, match="--to mlx"):
         fuse(folders["llama"], tmp_path / "a", tmp_path / "f", bits=4)
     (tmp_path / "full").mkdir()
@@ -131,7 +218,9 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
         return done.stdout
 
     expected = saved(folders["llama"], "lora", tmp_path / "a")
-    assert "14 layers fused" in run("fuse", folders["llama"], tmp_path / "f", "--adapter", tmp_path / "a")
+    said = run("fuse", folders["llama"], tmp_path / "f", "--adapter", tmp_path / "a", "--verify")
+    assert "14 layers fused" in said
+    assert "passed" in said
     run("export", tmp_path / "a", tmp_path / "m", "--format", "mlx-lm")
     said = run("import", tmp_path / "m", tmp_path / "back", "--model", folders["llama"])
     assert "lora, from a folder of mlx-lm" in said
