@@ -74,7 +74,8 @@ class _Interface:
         if self.fused:
             own = {"attn_qkv_proj": self.fused}
         return {
-            "adapter_methods": ["bottleneck", "lora", "reft", "invertible"],
+            # the library's LoRA would wrap fused projections too, and changes what Phi-3's computes
+            "adapter_methods": ["bottleneck"],
             "model_embeddings": self.embeddings,
             "model_layers": self.layers,
             "layer_self_attn": self.attention,
@@ -100,6 +101,20 @@ _BLOOM = _Interface(
 # None: the library knows the model by itself.
 _MODELS: dict[str, _Interface | None] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _Interface()),
+    "gemma": _Interface(),
+    "glm": _Interface(up="mlp.gate_up_proj"),
+    "phi3": _Interface(fused="qkv_proj", up="mlp.gate_up_proj"),
+    "phi": _Interface(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None),
+    "gpt_neo": _Interface(
+        embeddings="wte",
+        layers="h",
+        attention="attn.attention",
+        out="out_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        pre_attention="ln_1",
+        pre_mlp="ln_2",
+    ),
     "gemma2": _Interface(pre_mlp="pre_feedforward_layernorm"),
     "gpt2": None,
     "gptj": None,

@@ -25,7 +25,9 @@ from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.evaluate.decode import generate_ids
 
 HUB = os.environ.get("MLX_ADAPTERS_HUB_PYTHON", "")
-ARCHS = ("llama", "qwen2", "gpt2", "gptj", "gpt_neox", "bloom", "opt")
+ARCHS = ("llama", "qwen2", "phi3", "phi", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
+# the library's parallel form has no stream to read in Phi, and no method of ours has either
+NOT = {("par_bn", "phi"), ("scaled_par_bn", "phi")}
 # name of ours -> their name, and fields of theirs
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "double_seq_bn": ("double_seq_bn", {}),
@@ -56,6 +58,8 @@ def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     jobs = {}
     for form, (config, fields) in FORMS.items():
         for arch in ARCHS:
+            if (form, arch) in NOT:
+                continue
             place = root / f"{form}-{arch}"
             place.mkdir()
             # the library finds the KV cache of its own Llama no more; through an interface it does
@@ -81,8 +85,9 @@ def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.skipif(
     not HUB, reason="MLX_ADAPTERS_HUB_PYTHON names no Python with adapters==1.3.0 (.ci/run does)"
 )
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "arch"), [(form, arch) for form in FORMS for arch in ARCHS if (form, arch) not in NOT]
+)
 def test_an_adapter_the_library_made_computes_the_same(
     form: str, arch: str, made: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -210,6 +215,17 @@ def test_broken_configurations_say_so(
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(AdapterError, match=said):
         adapterhub.import_adapter(folder, tmp_path / "ours", loaded=model.load(folders["llama"]))
+
+
+def test_an_architecture_without_a_row_is_refused(exported: Any, tmp_path: Path) -> None:
+    exported("seq_bn")
+    file = tmp_path / "a" / adapter.META
+    about = json.loads(file.read_text())
+    about["base"]["model_type"] = "olmo2"
+    file.write_text(json.dumps(about))
+    with pytest.raises(AdapterError, match="not olmo2"):
+        adapterhub.export(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_another_models_adapter_is_refused(exported: Any, folders: dict[str, Path], tmp_path: Path) -> None:

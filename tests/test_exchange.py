@@ -22,7 +22,7 @@ from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, ConfigError
 
-ARCHS = ("llama", "qwen2", "gemma2", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
+ARCHS = ("llama", "qwen2", "gemma2", "phi3", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_torch_reads_the_bin(tmp_path: Path) -> None:
         ("llm-adapters", "lora-rslora", "llama", "rsLoRA"),
         ("adapterhub", "series", "llama", "variant P"),
         ("adapterhub", "lora", "llama", "no counterpart of lora"),
-        ("adapterhub", "series", "gpt_neo", "gpt_neo"),
+        ("adapterhub", "parallel", "gpt_neo", "no counterpart of parallel"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_by_name(
@@ -217,7 +217,7 @@ def test_a_folder_of_2023_gets_its_sides_by_name(folders: dict[str, Path], tmp_p
 
 HUB = os.environ.get("MLX_ADAPTERS_HUB_PYTHON", "")
 HUB_CASES = ("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series-p-bert")
-HUB_ARCHS = ("llama", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gemma2", "qwen2")
+HUB_ARCHS = ("llama", "qwen2", "gemma2", "phi3", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
 
 
 @pytest.fixture(scope="module")
