@@ -4,6 +4,7 @@ Norms, biases and rope settings are moved away from their defaults, so that a re
 by more than rounding.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ _BASE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "rope_parameters": _ROPE,
 }
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+_SHARED_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _GPT: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _BASE,
@@ -73,16 +91,26 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "glm": _BASE | {"head_dim": 8, "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "mixtral": _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": _BASE
+    "qwen2_moe": _BASE | _EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": _BASE | _EXPERTS | {"head_dim": 8},
+    "olmoe": _BASE | _EXPERTS,
+    "dots1": _BASE | _SHARED_EXPERTS | {"head_dim": 8},
+    "glm4_moe": _BASE | _SHARED_EXPERTS | {"head_dim": 8},
+    "deepseek_v2": _BASE
+    | _SHARED_EXPERTS
     | {
-        "head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "rope_scaling": {"type": "yarn", "factor": 2.0},
     },
+    "gemma3_text": _BASE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 256},
+    "glm4": _BASE | {"head_dim": 8},
+    **dict.fromkeys(("cohere", "smollm3"), _BASE),
+    **dict.fromkeys(("cohere2", "helium"), _BASE | {"head_dim": 8}),
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "opt": {
         "vocab_size": VOCAB,
@@ -112,7 +140,8 @@ def make_tiny(arch: str, folder: Path, *, seed: int = 0, dtype: str = "float32",
 
     torch.manual_seed(seed)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(arch, **(_FIELDS[arch] | ids | fields))
+    # a copy: some configurations change the objects they are given
+    config = AutoConfig.for_model(arch, **deepcopy(_FIELDS[arch] | ids | fields))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
