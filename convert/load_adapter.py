@@ -14,6 +14,7 @@ This file is part of mlx-adapters (Apache-2.0) and stands alone: copy it where y
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,23 @@ def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str,
 
 def lora(modules: Any, path: str, own: Any, config: Any) -> None:
     """y + scale B A x;  DoRA: y + (g - 1) W x + g scale B A x with g = m / ||W + scale B A||."""
-    a, b = own["lora_A.weight"], own["lora_B.weight"]
-    rank = a.shape[0]
-    alpha = config["lora_alpha"]
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     layer, gain = modules[path], None
+    if "weight" in own:  # trained whole
+        layer.weight.data = own["weight"].to(layer.weight)
+        if "bias" in own:
+            layer.bias.data = own["bias"].to(layer.bias)
+        return
+    embeds = "lora_embedding_A" in own
+    a, b = (own[f"lora_embedding_{n}"] if embeds else own[f"lora_{n}.weight"] for n in ("A", "B"))
+    rank = a.shape[0]
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((v for k, v in patterns if re.match(rf"(.*\.)?({k})$", path)), config["lora_alpha"])
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    if embeds:
+        layer.register_forward_hook(
+            lambda module, given, y: y + scale * like(y, a).T[given[0]] @ like(y, b).T
+        )
+        return
     if config.get("use_dora"):
         magnitude = own.get("lora_magnitude_vector.weight", own.get("lora_magnitude_vector"))
         v = rows(layer).float() + scale * (b @ a)
@@ -106,6 +119,14 @@ def vera(modules: Any, path: str, own: Any, config: Any) -> None:
         return y + like(y, (low @ like(x, second).T) * like(x, b))
 
     modules[path].register_forward_hook(hook)
+
+
+def norms(modules: Any, path: str, own: Any, config: Any) -> None:
+    """The norm's own weight, and bias where it has one."""
+    for name in ("weight", "bias"):
+        if f"ln_tuning_layers.{name}" in own:
+            held = getattr(modules[path], name)
+            held.data = own[f"ln_tuning_layers.{name}"].to(held)
 
 
 OUT_OF = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "fc_out")
@@ -169,7 +190,14 @@ def watch(modules: Any, path: str, seen: dict[str, Any]) -> None:
         out.register_forward_hook(lambda m, given, y: seen.update(attention=y))
 
 
-ON_LAYERS = {"LORA": lora, "IA3": ia3, "VERA": vera, "BOTTLENECK": bottleneck, "ADAPTERHUB": block}
+ON_LAYERS = {
+    "LORA": lora,
+    "IA3": ia3,
+    "VERA": vera,
+    "LN_TUNING": norms,
+    "BOTTLENECK": bottleneck,
+    "ADAPTERHUB": block,
+}
 
 
 def rows(layer: Any) -> Any:

@@ -168,7 +168,11 @@ def _strict(peft_model: Any, tensors: dict[str, Any], base: Any) -> tuple[tuple[
         return (() if same else ("prompt_embeddings",)), tuple(sorted(set(tensors) - {"prompt_embeddings"}))
     # PEFT calls the base's weights missing too, which no adapter holds; its own parameters are the rest
     base_names = {f"base_model.model.{name}" for name in base.state_dict()}
-    added = {n for n, _ in peft_model.named_parameters() if n.replace(".base_layer", "") not in base_names}
+    added = {
+        name
+        for name, _ in peft_model.named_parameters()
+        if name.replace(".base_layer", "").replace(".original_module", "") not in base_names
+    }
     return tuple(sorted(added & set(keys.missing_keys or ()))), tuple(keys.unexpected_keys)
 
 

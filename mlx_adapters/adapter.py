@@ -12,7 +12,7 @@ A folder without the last two (one that PEFT wrote) loads as well.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,10 @@ def save(folder: Path, model: nn.Module, *, meta: AdapterMeta) -> None:
         raise AdapterError(
             f"{folder}: the active adapter is {held.active[0]!r} ({own.method}), not what meta says"
         )
-    if hasattr(module := methods.get(meta.method), "keep"):
+    module = methods.get(meta.method)
+    if hasattr(module, "as_saved"):
+        meta = replace(meta, config=vars(module.as_saved(module.Config(**meta.config))))
+    if hasattr(module, "keep"):
         module.keep(folder, layers(model))
     write(folder, arrays, fields=peft_config(model, meta), meta=meta)
 
@@ -350,7 +353,7 @@ def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, 
 
 
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
-    wrapped = {path for path, layer in layers(model).items() if not layer.ROOTED}
+    wrapped = {path for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
     names = short_names(wrapped, model, model_type)
     return {"target_modules": sorted(set(names.values()))} if wrapped else {}
 

@@ -49,11 +49,22 @@ METHODS = {
     "lora-default-targets": Method("lora", {"rank": 3, "alpha": 8.0}),
     "lora-rslora": Method("lora", {"rank": 4, "alpha": 6.0, "rslora": True, "targets": "attn"}),
     "lora-last-layer": Method("lora", {"rank": 2, "targets": "mlp", "layers": "last:1"}),
+    "lora-pissa": Method("lora", {"rank": 4, "alpha": 6.0, "pissa": True, "targets": "attn"}),
+    "lora-patterns": Method(
+        "lora",
+        {
+            "rank": 3,
+            "targets": "all-linear",
+            "rank_pattern": r".*\.0\..*=5",
+            "alpha_pattern": r".*\.1\..*=7",
+        },
+    ),
     "dora": Method("dora", {"rank": 4, "alpha": 12.0, "targets": "all-linear"}),
     "dora-default-targets": Method("dora", {"rank": 3, "rslora": True}),
     "ia3": Method("ia3"),
     "ia3-all": Method("ia3", {"targets": "all-linear", "feedforward": "none"}),
     "vera": Method("vera", {"rank": 8, "targets": "all-linear"}),
+    "ln_tuning": Method("ln_tuning"),
     "series": Method("series", {"bottleneck_size": 6}, mergeable=False),
     "series-p-bert": Method(
         "series",

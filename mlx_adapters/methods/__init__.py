@@ -11,6 +11,8 @@ Optional, each in the method's file:
     peft_extra(layers, model, model_type)   fields of `adapter_config.json` that depend on the model
     IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
     AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
+    rates(config)       how many times faster than the others an attribute learns
+    as_saved(config)    the configuration of the saved folder, where it is another than the trained one
     with_tokenizer(config, tokenizer)   the configuration, completed by what only the tokenizer knows
     trial_fields(fresh, base, folder)   fields to try the method with, where its defaults are not enough
     keep(folder, layers)    writes what else an adapter's folder needs,
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 _OUTSIDE: dict[str, ModuleType] = {}
-_SHARED = {"base", "bottleneck"}
+_SHARED = {"base", "bottleneck", "modules"}
 """Files of the folder that are not methods but what several of them share."""
 
 

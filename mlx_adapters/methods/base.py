@@ -47,6 +47,8 @@ class AdapterLayer(nn.Module):
     SHARED: ClassVar[dict[str, str]] = {}
     ROOTED: ClassVar[bool] = False
     """Its suffixes are whole tensor names: at most one such layer stands in a model."""
+    TARGET: ClassVar[bool] = True
+    """Whether its layer stands among PEFT's `target_modules`."""
     READS_WEIGHT: ClassVar[bool] = False
     """What it computes follows from the weight of `base`, which must then be no other adapter's layer."""
     base: nn.Module

@@ -3,27 +3,35 @@
     y = W x + scale * B A drop(x),    scale = alpha / rank
 
 A [rank, in] starts kaiming-uniform(a = sqrt 5), B [out, rank] starts at zero: a fresh adapter is the base.
-With `rslora`, scale = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+
+rslora     scale = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
+lora_plus  B learns that many times faster than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354)
+pissa      A and B start from the largest singular vectors of W, which the base loses (Meng et al. 2024,
+           https://arxiv.org/abs/2404.02948). The base's array stays as it is: what it loses, B0 A0, is
+           subtracted, so quantized bases work too. Saved as plain LoRA of twice the rank, [A; A0], [B, -B0].
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
     AdapterLayer,
     Dropout,
-    Site,
     dims,
     linear_like,
     plain_weight,
     resolve_targets,
 )
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
+from mlx_adapters.models import sites
 
 PEFT_TYPE = "LORA"
 
@@ -36,16 +44,50 @@ class Config:
     alpha: float = field(16.0, "numerator of the scale alpha / rank")
     dropout: float = field(0.0, "dropout on the input of A while training")
     rslora: bool = field(False, "scale by alpha / sqrt(rank) instead")
+    pissa: bool = field(False, "start from the largest singular vectors of the weight")
+    lora_plus: float = field(1.0, "how many times faster B learns than A")
+    rank_pattern: str = field("", "other ranks for some layers: q_proj=16,mlp.down_proj=4")
+    alpha_pattern: str = field("", "other alphas for some layers, written the same way")
+    modules_to_save: str = field("", "names of modules trained whole, as lm_head or embed_tokens")
     targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
     layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
 
     def __post_init__(self) -> None:
         check(self.rank, self.alpha, self.dropout, "lora")
+        if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
+            raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
+        for name in ("rank_pattern", "alpha_pattern"):
+            _pattern(getattr(self, name), name)
 
     @property
     def scale(self) -> float:
-        """The factor in front of B A."""
+        """The factor in front of B A where no pattern says otherwise."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def at(self, path: str) -> tuple[int, float]:
+        """(rank, scale) of the layer at a Hugging Face path."""
+        rank = int(_matching(self.rank_pattern, "rank_pattern", path) or self.rank)
+        alpha = _matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _pattern(text: str, name: str) -> dict[str, float]:
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = part.rpartition("=")
+        try:
+            found[key] = float(value)
+            re.compile(key)
+        except (ValueError, re.error):
+            key = ""
+        if not key or found[key] <= 0:
+            raise ConfigError(f"lora: {name}={text!r}: write it as NAME=NUMBER,NAME=NUMBER")
+    return found
+
+
+def _matching(text: str, name: str, path: str) -> float | None:
+    """PEFT's rule: a key is a pattern for the end of the path, and the first that fits counts."""
+    return next((v for k, v in _pattern(text, name).items() if re.match(rf"(.*\.)?({k})$", path)), None)
 
 
 def check(rank: int, alpha: float, dropout: float, method: str) -> None:
@@ -63,36 +105,176 @@ class Layer(AdapterLayer):
 
     TENSORS: ClassVar[dict[str, str]] = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
-    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Module, *, rank: int, scale: float, dropout: float, pissa: bool = False
+    ) -> None:
         super().__init__()
         in_dims, out_dims = dims(base)
         self.base = base
         self.scale = scale
         self.dropout = Dropout(dropout)
-        bound = 1 / math.sqrt(in_dims)
-        self.lora_a = mx.random.uniform(-bound, bound, (rank, in_dims))
-        self.lora_b = mx.zeros((out_dims, rank))
+        self.pissa = pissa
+        if pissa:
+            self.lora_a, self.lora_b = _largest(plain_weight(base), rank, scale)
+            # a leading underscore keeps them out of the parameters: they do not train
+            self._start_a, self._start_b = mx.array(self.lora_a), mx.array(self.lora_b)
+        else:
+            bound = 1 / math.sqrt(in_dims)
+            self.lora_a = mx.random.uniform(-bound, bound, (rank, in_dims))
+            self.lora_b = mx.zeros((out_dims, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
+        dropped = self.dropout(x)
+        if self.pissa and dropped is not x:
+            # what the base loses it loses for the whole input
+            y = y - self._update(x, self._start_a, self._start_b).astype(y.dtype)
+            return y + self._update(dropped, self.lora_a, self.lora_b).astype(y.dtype)
+        return y + self._update(dropped, *self._matrices()).astype(y.dtype)
+
+    def _update(self, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
         # The narrow array [.., rank] is the cheap place to scale; the adapter computes in its own precision.
-        low = (self.dropout(x) @ self.lora_a.T) * self.scale
-        return y + (low @ self.lora_b.T).astype(y.dtype)
+        return ((x @ a.T) * self.scale) @ b.T
+
+    def _matrices(self) -> tuple[mx.array, mx.array]:
+        if not self.pissa:
+            return self.lora_a, self.lora_b
+        a = mx.concatenate([self.lora_a, self._start_a])
+        return a, mx.concatenate([self.lora_b, -self._start_b], axis=1)
+
+    def tensors(self) -> dict[str, mx.array]:
+        a, b = self._matrices()
+        return {"lora_a": a, "lora_b": b}
+
+    def fill(self, arrays: dict[str, mx.array]) -> None:
+        self.pissa = False  # what was saved is the whole change
+        self.lora_a, self.lora_b = arrays["lora_a"], arrays["lora_b"]
 
     def merge(self) -> nn.Module:
         """A plain linear layer with the weight W + scale * B A, in float32."""
-        weight = plain_weight(self.base).astype(mx.float32)
-        return linear_like(self.base, weight + self.scale * (self.lora_b @ self.lora_a))
+        a, b = self._matrices()
+        return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a))
 
 
-def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
-    """Paths of the linear layers to wrap."""
-    return resolve_targets(model, model_type, targets=config.targets, layers=config.layers, default="lora")
+def _largest(weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.array]:
+    """(A, B) with scale * B A the best approximation of `weight` of that rank, halved fairly between both.
+
+    By subspace iteration (Halko et al. 2011, https://arxiv.org/abs/0909.4061) in numpy: a full decomposition
+    takes minutes for a large matrix, and MLX has none on the GPU. Happens once, before training.
+    """
+    w = np.array(weight.astype(mx.float32))
+    wanted = min(rank, *w.shape)
+    width = min(2 * wanted + 8, *w.shape)
+    basis = np.random.default_rng(0).standard_normal((w.shape[1], width)).astype(np.float32)
+    for _ in range(6):
+        basis = np.linalg.qr(w.T @ np.linalg.qr(w @ basis)[0])[0]
+    u, sizes, v = np.linalg.svd(w @ basis, full_matrices=False)
+    root = np.sqrt(sizes[:wanted] / scale)
+    a, b = root[:, None] * (v @ basis.T)[:wanted], u[:, :wanted] * root
+    pad = rank - wanted
+    return mx.array(np.pad(a, ((0, pad), (0, 0)))), mx.array(np.pad(b, ((0, 0), (0, pad))))
 
 
-def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
-    """The layer that takes the place of `base`."""
-    return Layer(base, rank=config.rank, scale=config.scale, dropout=config.dropout)
+LAYERS = (Layer, EmbeddingLayer, Saved)
+
+
+def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
+    """A layer on each chosen linear layer and on the embedding, and the modules to be trained whole."""
+    modules = dict(model.named_modules())
+    whole = _whole(modules, config, model_type)
+    if paths is None:
+        paths = [*_targets(model, model_type, config), *whole]
+        _all_matched(config, [sites.to_hf(path, model_type) for path in paths])
+    placed: dict[str, nn.Module] = {}
+    for path in paths:
+        rank, scale = config.at(sites.to_hf(path, model_type))
+        if path in whole:
+            _refuse_tied(model, path, isinstance(modules[path], EMBEDDINGS))
+            placed[path] = Saved(modules[path], path)
+        elif isinstance(modules[path], EMBEDDINGS):
+            placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=_tied(model))
+        else:
+            placed[path] = Layer(
+                modules[path], rank=rank, scale=scale, dropout=config.dropout, pissa=config.pissa
+            )
+    return placed
+
+
+def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
+    """Paths of the linear layers, and of the embedding where it is named."""
+    names = [name.strip() for name in config.targets.split(",")]
+    embedding = ""
+    if not config.targets.startswith("re:") and any(name in _EMBEDDING_NAMES for name in names):
+        embedding = sites.embedding(model)
+    left = ",".join(name for name in names if not (embedding and sites.matches(embedding, name)))
+    if not left:
+        return [embedding]
+    linear = resolve_targets(model, model_type, targets=left, layers=config.layers, default="lora")
+    return [embedding, *linear] if embedding else linear
+
+
+_EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
+
+def _all_matched(config: Config, paths: list[str]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in _pattern(getattr(config, name), name):
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
+                raise ConfigError(f"lora: {name}: {key!r} matches no target")
+
+
+def _whole(modules: dict[str, nn.Module], config: Config, model_type: str) -> list[str]:
+    names = [name.strip() for name in config.modules_to_save.split(",") if name.strip()]
+    found = {n: [p for p in modules if sites.matches(sites.to_hf(p, model_type), n)] for n in names}
+    if missing := [name for name, paths in found.items() if not paths]:
+        raise ConfigError(
+            f"lora: modules_to_save names {', '.join(missing)}, which this {model_type} model does not have"
+            " (a tied output head is the embedding)"
+        )
+    if "embed_out" in found:
+        raise UnsupportedError(
+            "modules_to_save: transformers 4 calls GPT-NeoX's head embed_out and transformers 5 lm_head, so "
+            "no adapter file fits both"
+        )
+    return [path for paths in found.values() for path in paths]
+
+
+def _tied(model: nn.Module) -> bool:
+    return not any(
+        hasattr(m, n) for m in (model, model.model) for n in ("lm_head", "embed_out", "output_layer")
+    )
+
+
+def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
+    if embeds and _tied(model):
+        raise UnsupportedError(
+            f"modules_to_save: {path} is the output head too in this model, and PyTorch would train only one "
+            "of the two. Use LoRA on the embedding: targets=embed_tokens,..."
+        )
+
+
+def rates(config: Config) -> dict[str, float]:
+    """How many times faster than the others an attribute learns."""
+    return {} if config.lora_plus == 1 else {"lora_b": config.lora_plus, "lora_embedding_a": config.lora_plus}
+
+
+def as_saved(config: Config) -> Config:
+    """The configuration of what is saved: of PiSSA, plain LoRA of twice the rank and the same scale."""
+    if not config.pissa:
+        return config
+    factor = math.sqrt(2) if config.rslora else 2
+
+    def times(text: str, name: str, by: float) -> str:
+        return ",".join(f"{key}={value * by:g}" for key, value in _pattern(text, name).items())
+
+    return replace(
+        config,
+        pissa=False,
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_pattern=times(config.rank_pattern, "rank_pattern", 2),
+        alpha_pattern=times(config.alpha_pattern, "alpha_pattern", factor),
+    )
 
 
 def claims(fields: dict[str, Any]) -> bool:
@@ -102,7 +284,14 @@ def claims(fields: dict[str, Any]) -> bool:
 
 def to_peft(config: Config) -> dict[str, Any]:
     """PEFT's fields for this configuration."""
-    return peft_fields(config)
+    fields = peft_fields(config)
+    if config.rank_pattern:
+        fields["rank_pattern"] = {k: int(v) for k, v in _pattern(config.rank_pattern, "rank_pattern").items()}
+    if config.alpha_pattern:
+        fields["alpha_pattern"] = _pattern(config.alpha_pattern, "alpha_pattern")
+    if config.modules_to_save:
+        fields["modules_to_save"] = [name.strip() for name in config.modules_to_save.split(",")]
+    return fields
 
 
 def peft_fields(config: Any) -> dict[str, Any]:
@@ -137,7 +326,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    return Config(**read_peft(fields))
+    patterns = {
+        name: ",".join(f"{key}={value:g}" for key, value in (fields.get(name) or {}).items())
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    whole = ",".join(fields.get("modules_to_save") or [])
+    kept = {name: value for name, value in fields.items() if name not in (*patterns, "modules_to_save")}
+    return Config(**read_peft(kept), **patterns, modules_to_save=whole)
 
 
 def read_peft(fields: dict[str, Any]) -> dict[str, Any]:

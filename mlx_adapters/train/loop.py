@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch, batches
@@ -95,7 +95,8 @@ class Run:
 
     `model` has frozen base weights; what `trainable_parameters()` returns is trained. With a `folder`,
     checkpoints go to `folder/checkpoints` every `config.save_every` steps, and `save()` writes one now.
-    `identity` is what else a resumed run must share: the method and its fields, say.
+    `identity` is what else a resumed run must share: the method and its fields, say. `rates` are factors on
+    the learning rate of the trained arrays whose last name is the key.
     """
 
     def __init__(
@@ -108,10 +109,12 @@ class Run:
         pad_id: int = 0,
         folder: Path | None = None,
         identity: dict[str, Any] | None = None,
+        rates: dict[str, float] | None = None,
     ) -> None:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / "checkpoints" if folder else None
+        self.rates = rates or {}
         self.total = total_steps(len(examples), config)
         if config.gradient_checkpointing:
             recompute_blocks(model)
@@ -233,9 +236,21 @@ class Run:
                 f"step {self.step + 1}: the loss is {mean}, its gradient's norm {norm_value}. The checkpoint "
                 "before is kept: lower --lr, or look for odd rows in the data"
             )
+        before = dict(tree_flatten(self.model.trainable_parameters())) if self.rates else {}
         self.optimizer.update(self.model, grads)
+        if self.rates:
+            self._scale_update(before)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         return mean, norm_value, float(self.optimizer.learning_rate)
+
+    def _scale_update(self, before: dict[str, mx.array]) -> None:
+        """A step is proportional to its rate: a multiple of the step is that of a multiple of the rate."""
+        moved = [
+            (name, before[name] + self.rates[last] * (array - before[name]))
+            for name, array in tree_flatten(self.model.trainable_parameters())
+            if (last := name.rpartition(".")[2]) in self.rates
+        ]
+        self.model.update(tree_unflatten(moved), strict=False)
 
     def _loss(self, batch: Any) -> mx.array:
         return loss_sum(self.model, batch, head=self._head)

@@ -105,6 +105,7 @@ def prepare(
         config=config,
         pad_id=_pad_id(loaded.tokenizer),
         folder=output,
+        rates=methods.get(method).rates(method_config) if hasattr(methods.get(method), "rates") else None,
         identity={
             "method": method,
             "fields": asdict(method_config),
