@@ -301,7 +301,39 @@ def test_a_broken_adapter_config_names_its_field(
     assert str(file) in str(caught.value)
 
 
-def _wide_llama(method: str, **fields: Any) -> nn.Module:
+@pytest.mark.parametrize("method", ["seq_bn", "par_bn"])
+def test_the_stream_is_let_go(method: str) -> None:
+    """Between two forward passes no block keeps what it read: a large batch would cost gigabytes."""
+    network = _wide_llama(method)
+    slots = [module.slot for module in network.modules() if hasattr(module, "slot")]
+    assert len(slots) == 2
+    first = np.array(network(IDS))
+    assert all(slot._value is None for slot in slots)
+    assert np.array_equal(np.array(network(IDS)), first)
+
+
+def test_two_adapters_of_a_block_read_one_stream() -> None:
+    """Several layers of a block that lead out of its MLP: every adapter gets h, none is without."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = {"down_proj": nn.Linear(64, 64)}, {"down_proj": nn.Linear(64, 64)}
+
+        def __call__(self, x: mx.array) -> mx.array:
+            flat = self.b["down_proj"](x.reshape(-1, 64))  # rows end to end, as experts have them
+            return self.a["down_proj"](x) + flat.reshape(x.shape)
+
+    network = _bare_llama()
+    for layer in network.layers:
+        layer.mlp = Mlp()
+    config = methods.make_config("par_bn", {"init": "bert"})
+    paths = adapter.attach(network, "par_bn", config, base={"model_type": "llama"})
+    assert len(paths) == 4
+    assert mx.isfinite(network(IDS)).all().item()
+
+
+def _bare_llama() -> nn.Module:
     mx.random.seed(0)
     args = llama.ModelArgs(
         model_type="llama",
@@ -312,7 +344,11 @@ def _wide_llama(method: str, **fields: Any) -> nn.Module:
         rms_norm_eps=1e-5,
         vocab_size=32,
     )
-    network = llama.Model(args)
+    return llama.Model(args)
+
+
+def _wide_llama(method: str, **fields: Any) -> nn.Module:
+    network = _bare_llama()
     adapter.attach(network, method, methods.make_config(method, fields), base={"model_type": "llama"})
     return network
 

@@ -244,7 +244,8 @@ class BlockLayer(AdapterLayer):
         s = self.base(x)
         read = s
         if self.residual is not None:
-            h = self.residual()
+            # some model files lay the rows of a batch end to end before their MLP
+            h = self.residual().reshape(s.shape)
             read = h if self.kind == "par" else h + s
         f = (self.act(read @ self.down.T + self.down_bias) @ self.up.T + self.up_bias) * self.scaling
         return s + self.dropout(f).astype(s.dtype)
@@ -261,14 +262,30 @@ class _Recorder(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
-        self.slot.value = y if self.output else x
+        self.slot.put(y if self.output else x)
         return y
 
 
 class _Slot:
-    """A plain object: MLX would take an array or a list on the module for a parameter."""
+    """What a recorder saw, until all who read it have. A plain object: MLX would take an array on the module
+    for a parameter, and kept it would hold a stream per block in memory between two forward passes."""
 
-    value: mx.array | None = None
+    def __init__(self) -> None:
+        self.readers = 0
+        self._left = 0
+        self._value: mx.array | None = None
+
+    def put(self, value: mx.array) -> None:
+        self._value, self._left = value, self.readers
+
+    def take(self) -> mx.array:
+        value = self._value
+        if value is None:
+            raise UnsupportedError("the MLP ran before the norm that reads the residual stream for it")
+        self._left -= 1
+        if self._left <= 0:
+            self._value = None
+        return value
 
 
 def place_blocks(
@@ -298,22 +315,21 @@ def place_blocks(
         names = [name for name in outs if name]
         paths = resolve_targets(model, model_type, targets=",".join(names), layers=layers)
     modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
+    recorders: dict[str, _Recorder] = {}
     for path in paths:
-        recorders: dict[str, _Recorder] = {}
-        if kind != "double":
-            recorders = {
-                name: _Recorder(modules[name], output=output)
-                for name, output in _sources(path, row, modules, model_type, method, kind)
-            }
-        placed |= recorders
+        slots = []
+        for name, output in _sources(path, row, modules, model_type, method, kind):
+            if name not in recorders:
+                recorders[name] = _Recorder(modules[name], output=output)
+            slots.append(recorders[name].slot)
         placed[path] = BlockLayer(
             modules[path],
             kind=kind,
             size=size(dims(modules[path])[1]),
-            residual=_sum([recorder.slot for recorder in recorders.values()]),
+            residual=_sum(slots),
             **settings,
         )
-    return placed
+    return placed | recorders
 
 
 def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
@@ -321,9 +337,11 @@ def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
         return None
 
     def residual() -> mx.array:
-        arrays = [slot.value for slot in slots if slot.value is not None]
-        return sum(arrays[1:], arrays[0])
+        first, *others = [slot.take() for slot in slots]
+        return sum(others, first)
 
+    for slot in slots:
+        slot.readers += 1
     return residual
 
 
@@ -331,17 +349,25 @@ def _sources(
     path: str, row: sites.Sites, modules: dict[str, Any], model_type: str, method: str, kind: str
 ) -> list[tuple[str, bool]]:
     """Where h is read for the MLP behind `path`: (path, whether its output rather than its input)."""
+    if getattr(getattr(modules[""], "args", None), "do_layer_norm_before", True) is False:
+        raise UnsupportedError(
+            f"{method}: this {model_type} model has its norms behind the sublayers (do_layer_norm_before is "
+            "false), so no norm reads the residual stream. Use double_seq_bn, series or parallel"
+        )
     index = sites.layer_index(path)
     block = path[: path.index(f".{index}.") + len(f".{index}")]
 
-    def find(name: str) -> str:
-        return next(p for p in modules if p.startswith(block + ".") and sites.matches(p, name))
+    def find(name: str | None) -> str | None:
+        inside = (p for p in modules if p.startswith(block + "."))
+        return next((p for p in inside if name and sites.matches(p, name)), None)
 
-    if row.pre_mlp is not None:
-        return [(find(row.pre_mlp), False)]
-    if model_type == "gptj" and row.pre_attn is not None:
+    if kind == "double":
+        return []
+    if norm := find(row.pre_mlp):
+        return [(norm, False)]
+    if model_type == "gptj" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
         # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
-        return [(find(row.pre_attn), False), (find(row.attn_out), True)]
+        return [(norm, False), (out, True)]
     if model_type == "phi" and kind == "seq":
         return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
