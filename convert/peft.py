@@ -17,7 +17,7 @@ import numpy as np
 from mlx_adapters import adapter, methods
 from mlx_adapters import model as models
 from mlx_adapters.convert.files import writing
-from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, require_class, write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
 from mlx_adapters.virtual import forward, start_cache, with_virtual
 
@@ -102,6 +102,7 @@ def verify(folder: Path, model: Path | str) -> Verdict:
     (UnsupportedError otherwise). The base is written in float32 to a temporary folder for PyTorch.
     """
     _require_torch()
+    require_class(models.read_config(models.locate(model))["model_type"])
     loaded = models.load(model, dtype="float32")
     loaded.model.eval()
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]

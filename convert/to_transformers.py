@@ -23,7 +23,7 @@ from mlx_adapters.model import DTYPES
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
 
-__all__ = ["CHECKED", "dequantized_weights", "quiet_transformers", "write_transformers"]
+__all__ = ["CHECKED", "dequantized_weights", "quiet_transformers", "require_class", "write_transformers"]
 
 # The architectures whose checkpoints the tests compare: with the one transformers wrote, tensor by tensor, or
 # opened by transformers, with every name found and the same logits.
@@ -55,6 +55,16 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def require_class(model_type: str) -> None:
+    """Raise UnsupportedError where transformers has no such models: then there is nothing to compare with."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"transformers has no {model_type} models of its own, so there is nothing to compare with"
+        )
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, require_class, write_transformers
 from mlx_adapters.errors import UnsupportedError
 
 __all__ = ["Verdict", "verify_model"]
@@ -84,6 +84,7 @@ def _source_logits(src: Path | str, prompts: list[list[int]]) -> list[np.ndarray
     path = Path(src)
     if path.suffix != ".gguf":
         folder = models.locate(src)
+        require_class(models.read_config(folder)["model_type"])
         if models.read_config(folder).get("quantization"):
             raise UnsupportedError(
                 f"--verify: {src} is quantized for MLX already, transformers cannot open it"

@@ -154,3 +154,12 @@ def test_another_theta_is_another_function(pair: tuple[Any, Any, Any]) -> None:
     loaded, weights, config = pair
     other = run(weights, config | {"rope_ratio": 3.0}, torch.tensor(ids())).numpy()
     assert np.abs(np.array(loaded.model(mx.array(ids()))) - other).max() > 1e-2
+
+
+def test_verify_says_that_transformers_has_no_such_class(pair: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    from mlx_adapters.convert.verify import verify_model
+    from mlx_adapters.errors import UnsupportedError
+
+    folder = pair[0].path
+    with pytest.raises(UnsupportedError, match="nothing to compare"):
+        verify_model(folder.parent, folder)
