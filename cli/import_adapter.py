@@ -1,9 +1,11 @@
-"""`mlx-adapters import SRC DST --model MODEL`."""
+"""`mlx-adapters import SRC DST`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
@@ -11,7 +13,9 @@ __all__ = ["command"]
 def command(
     src: Annotated[Path, typer.Argument(help="adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
     dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    model: Annotated[str, typer.Option(help="model folder or hub id the adapter is for")],
+    model: Annotated[
+        str | None, typer.Option(help="model folder or hub id it is for [default: the one it names]")
+    ] = None,
 ) -> None:
     """Write another library's adapter as ours; the format is told by the files."""
     from mlx_adapters import model as models
@@ -20,5 +24,8 @@ def command(
 
     found = exchange.detect(src)
     check_output(dst, False)
+    model = model or exchange.base_of(src)
+    if model is None:
+        raise ConfigError(f"{src}: names no base model. Say which one it is for: --model MODEL")
     meta = exchange.import_adapter(src, dst, loaded=models.load(model))
     typer.echo(f"{dst}: {meta.method}, from a folder of {found}")

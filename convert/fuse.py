@@ -146,10 +146,9 @@ def _merge(model: Any, method: str) -> int:
     for path, layer in adapter.layers(model).items():
         try:
             merged.append((path, layer.merge()))
-        except ConfigError:
+        except ConfigError as error:
             raise ConfigError(
-                f"{method} cannot be fused: at {path} it is not a change of the layer's weight. Hand on the "
-                "adapter itself: mlx-adapters export"
+                f"{method} cannot be fused: at {path}, {error}. To hand it on: mlx-adapters export"
             ) from None
     model.update_modules(tree_unflatten(merged))
     return len(merged)

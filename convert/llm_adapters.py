@@ -42,8 +42,11 @@ _SIDES = (
 
 
 def detect(folder: Path) -> bool:
-    """Whether `folder` is the fork's (old PEFT folders of LoRA look the same and are read the same)."""
-    return (folder / _WEIGHTS).exists() and (folder / _CONFIG).exists()
+    """Whether `folder` is the fork's: old PEFT folders have the same files, but never these fields."""
+    if not (folder / _WEIGHTS).exists() or not (folder / _CONFIG).exists():
+        return False
+    fields = adapter.read_fields(folder)
+    return fields.get("peft_type") == "BOTTLENECK" or "enable_lora" in fields
 
 
 def export(source: Path, dst: Path, *, base: str | None = None) -> None:
@@ -63,6 +66,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     fields = adapter.read_fields(source)
     if method == "lora":
         need(not fields.get("use_rslora"), source, "LLM-Adapters has no rsLoRA: its scale is alpha / rank")
+        plain = all(own.keys() == {"lora_a", "lora_b"} for own in parts.arrays.values())
+        need(plain, source, "LLM-Adapters has LoRA on linear layers only")
         ranks = {own["lora_a"].shape[0] for own in parts.arrays.values()}
         need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {sorted(ranks)}")
         fields |= {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
@@ -82,7 +87,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
 
 
 def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
-    """Write the fork's folder (or an old PEFT one) as ours. AdapterError names what is not supported."""
+    """Write the fork's folder as ours. AdapterError names what is not supported."""
     fields = adapter.read_fields(source)
     try:
         method = methods.by_peft_fields(fields)

@@ -80,6 +80,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     for name, array in _tensors(source).items():
         path, _, leaf = name.rpartition(".")
         need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
+        need(array.ndim < 3, source / _WEIGHTS, f"{name} adapts stacked experts, which is not supported")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
     rank, scale = int(settings["rank"]), float(settings["scale"])
     make: Any = dora.Config if kind == "dora" else lora.Config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from cases import METHODS, Method
 from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
+from typer.testing import CliRunner
 
-from mlx_adapters import adapter, model
+from mlx_adapters import adapter, methods, model
+from mlx_adapters.cli.app import app
 from mlx_adapters.convert import exchange
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, CheckpointError, ConfigError
 
 ARCHS = ("llama", "qwen2", "gemma2", "phi3", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
 
@@ -100,6 +103,97 @@ def test_mlx_lm_computes_the_same(case: str, arch: str, folders: dict[str, Path]
     network = load_adapters(model.load(folders[arch]).model, str(tmp_path / "theirs"))
     network.eval()
     np.testing.assert_allclose(np.array(network(IDS)), expected, atol=bound(expected))
+
+
+def test_mlx_lm_s_own_loader_takes_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    import mlx_lm
+
+    expected = saved(folders["llama"], METHODS["lora"], tmp_path / "a")
+    exchange.export(tmp_path / "a", tmp_path / "theirs", format="mlx-lm")
+    network = mlx_lm.load(str(folders["llama"]), adapter_path=str(tmp_path / "theirs"))[0]
+    network.eval()
+    np.testing.assert_allclose(np.array(network(IDS)), expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "said"),
+    [
+        ("mixtral", "block_sparse_moe.switch_mlp.gate_proj", "experts"),
+        ("llama", "model.embed_tokens", "embed_tokens"),
+    ],
+)
+def test_what_mlx_lm_adapts_and_we_do_not_is_named(
+    arch: str, key: str, said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    base = folders.get(arch) or make_tiny(arch, tmp_path)
+    network = model.load(base).model
+    network.freeze()
+    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": [key]}
+    linear_to_lora_layers(network, 2, settings)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    arrays = dict(tree_flatten(network.trainable_parameters()))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    fields = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match=said):
+        exchange.import_adapter(folder, tmp_path / "ours", loaded=model.load(base))
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("case", [case for case, row in METHODS.items() if methods.in_peft(row.name)])
+def test_an_old_peft_folder(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Weights in adapter_model.bin, written by torch."""
+    from safetensors.torch import load_file
+
+    expected = saved(folders["llama"], METHODS[case], tmp_path / "a")
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(tmp_path / "a" / "adapter_config.json", old)
+    torch.save(load_file(tmp_path / "a" / "adapter_model.safetensors"), old / "adapter_model.bin")
+    assert exchange.detect(old) == "peft"
+    exchange.import_adapter(old, tmp_path / "ours", loaded=model.load(folders["llama"]))
+    loaded = model.load(folders["llama"])
+    adapter.load(loaded, tmp_path / "ours")
+    loaded.model.eval()
+    assert np.array_equal(logits(loaded), expected)
+
+
+def test_an_old_folder_that_asks_to_run_code(folders: dict[str, Path], tmp_path: Path) -> None:
+    saved(folders["llama"], METHODS["lora"], tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(ran),)
+
+    torch.save({"x": Code()}, tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="refused"):
+        exchange.import_adapter(tmp_path / "a", tmp_path / "b", loaded=model.load(folders["llama"]))
+    assert not ran.exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_model_that_the_folder_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    expected = saved(folders["llama"], METHODS["lora"], tmp_path / "a")
+    for format in exchange.FORMATS[:1] + exchange.FORMATS[2:]:
+        exchange.export(tmp_path / "a", tmp_path / format, format=format, base=str(folders["llama"]))
+        done = CliRunner().invoke(app, ["import", str(tmp_path / format), str(tmp_path / f"{format}-back")])
+        assert done.exit_code == 0, done.output
+        loaded = model.load(folders["llama"])
+        adapter.load(loaded, tmp_path / f"{format}-back")
+        loaded.model.eval()
+        assert np.array_equal(logits(loaded), expected)
+    file = tmp_path / "peft" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in fields.items() if k != "base_model_name_or_path"}))
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "peft"), str(tmp_path / "no")])
+    assert done.exit_code == 2
+    assert "--model" in done.output
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

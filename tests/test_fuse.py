@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cases import ARCHITECTURES, METHODS
+from cases import ARCHITECTURES, METHODS, Method, pairs
 from mlx.utils import tree_flatten
 from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny, make_tokenizer
@@ -53,8 +53,11 @@ def in_torch(folder: Path, **more: Any) -> np.ndarray:
         return network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "vera"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# the first row of every method that can be merged
+_FIRST = {METHODS[case].name: case for case, _ in reversed(pairs(mergeable=True))}.values()
+
+
+@pytest.mark.parametrize(("case", "arch"), [pair for pair in pairs(mergeable=True) if pair[0] in _FIRST])
 def test_transformers_opens_it(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     expected = saved(folders[arch], case, tmp_path / "a")
     done = fuse(folders[arch], tmp_path / "a", tmp_path / "fused")
@@ -150,6 +153,28 @@ def test_experts_get_their_names_back(arch: str, tmp_path: Path) -> None:
     expected = saved(tmp_path / "mlx", "lora-default-targets", tmp_path / "a")
     fuse(tmp_path / "mlx", tmp_path / "a", tmp_path / "fused")
     np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
+
+
+EVERYWHERE = Method("lora", {"rank": 4, "targets": "embed_tokens,q_proj", "modules_to_save": "lm_head"})
+
+
+def test_embedding_and_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded, meta = attached(folders["llama"], EVERYWHERE, trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    expected = logits(loaded)
+    fuse(folders["llama"], tmp_path / "a", tmp_path / "fused")
+    np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize("to", ["transformers", "mlx"])
+def test_a_tied_embedding_is_refused(to: str, tmp_path: Path) -> None:
+    """PEFT adapts the embedding alone: merged, the head that shares its weight would change too."""
+    base = make_tiny("llama", tmp_path, tie_word_embeddings=True)
+    loaded, meta = attached(base, Method("lora", {"targets": "embed_tokens"}), trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    with pytest.raises(ConfigError, match=r"lora cannot be fused: at model.embed_tokens, .* tied"):
+        fuse(base, tmp_path / "a", tmp_path / "fused", to=to)
+    assert not (tmp_path / "fused").exists()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
