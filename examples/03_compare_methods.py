@@ -3,8 +3,8 @@
     python examples/03_compare_methods.py [--dir compare] [--steps 55] [--method lora --method prefix ...]
 
 The base is converted and measured once. Every method gets the same rows in the same order; rates and sizes
-are in SETTINGS. On two cores a method takes about three and a half minutes. With --dir of an earlier run, methods
-that are done are not run again.
+are in SETTINGS. On two cores a method takes about three and a half minutes. With --dir of an earlier run,
+methods that are done are not run again.
 """
 
 import argparse

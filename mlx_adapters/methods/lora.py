@@ -326,13 +326,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    patterns = {
+    own: dict[str, Any] = {
         name: ",".join(f"{key}={value:g}" for key, value in (fields.get(name) or {}).items())
         for name in ("rank_pattern", "alpha_pattern")
     }
-    whole = ",".join(fields.get("modules_to_save") or [])
-    kept = {name: value for name, value in fields.items() if name not in (*patterns, "modules_to_save")}
-    return Config(**read_peft(kept), **patterns, modules_to_save=whole)
+    own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
+    return Config(**read_peft({name: value for name, value in fields.items() if name not in own}), **own)
 
 
 def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
