@@ -9,6 +9,7 @@
 
 Methods on layers become forward hooks: the model keeps its class and its weights. Methods on the prompt
 return a small wrapper with `forward` and `generate`, whose logits and tokens are those of the text alone.
+Adapters compute in float32, whatever the model's precision is.
 
 This file is part of mlx-adapters (Apache-2.0) and stands alone: copy it where you need it.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
@@ -31,23 +33,41 @@ PREFIX = "base_model.model."
 
 def load_adapter(model: Any, folder: Any) -> Any:
     """`model` with the adapter in `folder`; ValueError where a tensor or a method finds no place."""
-    folder = Path(folder)
+    config, tensors = read(Path(folder))
+    if config["peft_type"] in ("PROMPT_TUNING", "P_TUNING"):
+        return WithPrompt(model, tensors["prompt_embeddings"])
+    if config["peft_type"] == "PREFIX_TUNING":
+        return WithPrefix(model, tensors["prompt_embeddings"], config)
+    for layer, (kind, change) in changes(model, Path(folder)).items():
+        if kind == "input":
+            layer.register_forward_pre_hook(lambda m, given, f=change: (f(given[0]), *given[1:]))
+        else:
+            layer.register_forward_hook(lambda m, given, y, f=change: f(given[0], y))
+    return model
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the folder says of the adapter, its tensors)."""
     config = json.loads((folder / "adapter_config.json").read_text())
     ours = folder / "mlx_adapters.json"
     config["ours"] = json.loads(ours.read_text())["config"] if ours.exists() else {}
-    tensors = load_file(folder / "adapter_model.safetensors")
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def changes(model: Any, folder: Path) -> dict[nn.Module, tuple[str, Any]]:
+    """{layer: ("input", f) for layer(f(x)), or ("output", f) for f(x, layer(x))}."""
+    config, tensors = read(folder)
     kind = config["peft_type"]
-    if kind in ("PROMPT_TUNING", "P_TUNING"):
-        return WithPrompt(model, tensors["prompt_embeddings"])
-    if kind == "PREFIX_TUNING":
-        return WithPrefix(model, tensors["prompt_embeddings"], config)
+    modules = dict(model.named_modules())
+    if kind == "ADAPTER_FUSION":
+        return fusion(model, folder, grouped(tensors, modules))
     if kind not in ON_LAYERS:
         raise ValueError(f"{folder}: peft_type {kind!r} is unknown. Known: {', '.join(ON_LAYERS)}")
-    modules = dict(model.named_modules())
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith("base_model.vera_")}
-    for path, own in grouped(tensors, modules).items():
-        ON_LAYERS[kind](modules, path, {**own, **shared}, config)
-    return model
+    return {
+        modules[path]: ON_LAYERS[kind](modules, path, {**own, **shared}, config)
+        for path, own in grouped(tensors, modules).items()
+    }
 
 
 def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
@@ -58,146 +78,172 @@ def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str,
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in modules), None)
         if path is None or not name.startswith(PREFIX):
             raise ValueError(f"{name}: the model has no such layer, so the adapter is another model's")
-        found.setdefault(path, {})[".".join(parts[path.count(".") + 1 :])] = tensor
+        found.setdefault(path, {})[".".join(parts[path.count(".") + 1 :])] = tensor.float()
     return found
 
 
 # On layers: y = what the layer returns, x = what it is given -----------------------------------------------
 
 
-def lora(modules: Any, path: str, own: Any, config: Any) -> None:
+def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
     """y + scale B A x;  DoRA: y + (g - 1) W x + g scale B A x with g = m / ||W + scale B A||."""
-    layer, gain = modules[path], None
+    layer = modules[path]
     if "weight" in own:  # trained whole
-        layer.weight.data = own["weight"].to(layer.weight)
-        if "bias" in own:
-            layer.bias.data = own["bias"].to(layer.bias)
-        return
+        return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(
+            y.dtype
+        )
     embeds = "lora_embedding_A" in own
     a, b = (own[f"lora_embedding_{n}"] if embeds else own[f"lora_{n}.weight"] for n in ("A", "B"))
-    rank = a.shape[0]
     patterns = (config.get("alpha_pattern") or {}).items()
     alpha = next((v for k, v in patterns if re.match(rf"(.*\.)?({k})$", path)), config["lora_alpha"])
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    scale = alpha / len(a) ** 0.5 if config.get("use_rslora") else alpha / len(a)
     if embeds:
-        layer.register_forward_hook(
-            lambda module, given, y: y + scale * like(y, a).T[given[0]] @ like(y, b).T
-        )
-        return
-    if config.get("use_dora"):
-        magnitude = own.get("lora_magnitude_vector.weight", own.get("lora_magnitude_vector"))
-        v = rows(layer).float() + scale * (b @ a)
-        gain = magnitude / v.norm(dim=1)
+        return "output", lambda x, y: y + (scale * on(y, a).T[x] @ on(y, b).T).to(y.dtype)
+    if not config.get("use_dora"):
+        return "output", lambda x, y: y + (scale * (x.float() @ on(x, a).T) @ on(x, b).T).to(y.dtype)
+    magnitude = own.get("lora_magnitude_vector.weight", own.get("lora_magnitude_vector"))
+    v = rows(layer).float() + scale * (on(layer.weight, b) @ on(layer.weight, a))
+    gain = on(v, magnitude) / v.norm(dim=1)
 
-    def hook(module: Any, given: Any, y: Any) -> Any:
-        update = like(y, scale * (given[0] @ like(given[0], a).T) @ like(given[0], b).T)
-        if gain is None:
-            return y + update
-        plain = y if getattr(module, "bias", None) is None else y - module.bias
-        return y + (like(y, gain) - 1) * plain + like(y, gain) * update
+    def dora(x: Any, y: Any) -> Any:
+        plain = y if getattr(layer, "bias", None) is None else y - layer.bias
+        update = scale * (x.float() @ on(x, a).T) @ on(x, b).T
+        return y + ((on(y, gain) - 1) * plain + on(y, gain) * update).to(y.dtype)
 
-    layer.register_forward_hook(hook)
+    return "output", dora
 
 
-def ia3(modules: Any, path: str, own: Any, config: Any) -> None:
+def whole(layer: Any, weight: Any, bias: Any, x: Any) -> Any:
+    """What the layer returns with another weight."""
+    if isinstance(layer, nn.Embedding):
+        return functional.embedding(x, weight)
+    return functional.linear(x.float(), weight, bias)
+
+
+def ia3(modules: Any, path: str, own: Any, config: Any) -> Any:
     """l * y, or W (l * x) on the layers out of the MLP."""
     scale = own["ia3_l"]
     if scale.shape[0] == 1:
-        modules[path].register_forward_pre_hook(lambda module, given: (given[0] * like(given[0], scale[0]),))
-    else:
-        modules[path].register_forward_hook(lambda module, given, y: y * like(y, scale[:, 0]))
+        return "input", lambda x: (x * on(x, scale[0])).to(x.dtype)
+    return "output", lambda x, y: (y * on(y, scale[:, 0])).to(y.dtype)
 
 
-def vera(modules: Any, path: str, own: Any, config: Any) -> None:
+def vera(modules: Any, path: str, own: Any, config: Any) -> Any:
     """y + b * B (d * A x), A and B cut to the layer's size."""
     d, b = own["vera_lambda_d"], own["vera_lambda_b"]
-    first, second = own["base_model.vera_A"], own["base_model.vera_B"][: b.shape[0]]
+    first, second = own["base_model.vera_A"], own["base_model.vera_B"][: len(b)]
 
-    def hook(module: Any, given: Any, y: Any) -> Any:
-        x = given[0]
-        low = (x @ like(x, first)[:, : x.shape[-1]].T) * like(x, d)
-        return y + like(y, (low @ like(x, second).T) * like(x, b))
+    def change(x: Any, y: Any) -> Any:
+        low = (x.float() @ on(x, first)[:, : x.shape[-1]].T) * on(x, d)
+        return y + ((low @ on(x, second).T) * on(x, b)).to(y.dtype)
 
-    modules[path].register_forward_hook(hook)
+    return "output", change
 
 
-def norms(modules: Any, path: str, own: Any, config: Any) -> None:
+def norm(modules: Any, path: str, own: Any, config: Any) -> Any:
     """The norm's own weight, and bias where it has one."""
     for name in ("weight", "bias"):
         if f"ln_tuning_layers.{name}" in own:
             held = getattr(modules[path], name)
             held.data = own[f"ln_tuning_layers.{name}"].to(held)
+    return "output", lambda x, y: y
 
 
-OUT_OF = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "fc_out")
+def small(own: Any, config: Any) -> Any:
+    """f(x) = s up(act(down(x))), with the biases it has."""
+    own = {name.replace("adapter_down.0", "adapter_down"): tensor for name, tensor in own.items()}
+    act, learned = ACT2FN[config["non_linearity"]], own.get("adapter_scaling", own.get("scaling"))
 
-
-def bottleneck(modules: Any, path: str, own: Any, config: Any) -> None:
-    """f(x) = s up(act(down(x))):  W (x + f(x)), y + f(y) or y + f(x), by the layer's side."""
-    down, up = own["adapter_down.weight"], own["adapter_up.weight"]
-    scaling = own.get("adapter_scaling", config["scaling"])
-    act = ACT2FN[config["non_linearity"]]
+    def linear(x: Any, name: str) -> Any:
+        return functional.linear(x, on(x, own[f"{name}.weight"]), on(x, own.get(f"{name}.bias")))
 
     def f(x: Any) -> Any:
-        scale = like(x, scaling) if isinstance(scaling, torch.Tensor) else scaling
-        return scale * (act(x @ like(x, down).T) @ like(x, up).T)
+        scale = config["scaling"] if learned is None else on(x, learned)
+        return scale * linear(act(linear(x.float(), "adapter_down")), "adapter_up")
 
-    side = config["ours"].get("side", "auto")
-    if side == "auto":
-        side = "post" if path.rpartition(".")[2] in OUT_OF else "pre"
+    return f
+
+
+# the last layers of attention and of the MLP
+OUT_OF = r"o_proj|out_proj|o_b_proj|dense|wo|c_proj|linear_out|down_proj|fc2|fc_out|dense_4h_to_h|w2"
+
+
+def bottleneck(modules: Any, path: str, own: Any, config: Any) -> Any:
+    """W (x + f(x)), y + f(y) or y + f(x), by the layer's side."""
+    f, side = small(own, config), config["ours"].get("side", "auto")
     if config.get("use_parallel_adapter"):
-        modules[path].register_forward_hook(lambda module, given, y: y + f(given[0]))
-    elif side == "post":
-        modules[path].register_forward_hook(lambda module, given, y: y + f(y))
-    else:
-        modules[path].register_forward_pre_hook(lambda module, given: (given[0] + f(given[0]),))
+        return "output", lambda x, y: y + f(x).to(y.dtype)
+    if side == "auto":
+        side = "post" if re.fullmatch(OUT_OF, path.rpartition(".")[2]) else "pre"
+    if side == "post":
+        return "output", lambda x, y: y + f(y).to(y.dtype)
+    return "input", lambda x: x + f(x).to(x.dtype)
 
 
-NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2")
-
-
-def block(modules: Any, path: str, own: Any, config: Any) -> None:
+def block(modules: Any, path: str, own: Any, config: Any) -> Any:
     """s + f(s), s + f(h + s) or s + f(h): h is what the block's norm before the MLP is given."""
-    down, down_bias = own["adapter_down.0.weight"], own["adapter_down.0.bias"]
-    up, up_bias = own["adapter_up.weight"], own["adapter_up.bias"]
-    scaling, act = own.get("scaling", config["scaling"]), ACT2FN[config["non_linearity"]]
+    f, form = small(own, config), config["adapter"]
+    if form == "double_seq_bn":
+        return "output", lambda x, s: s + f(s).to(s.dtype)
     seen: dict[str, Any] = {}
-    name = config["adapter"]
-    if name != "double_seq_bn":
-        watch(modules, path, seen)
+    watch(modules, path, seen)
 
-    def hook(module: Any, given: Any, s: Any) -> Any:
+    def change(x: Any, s: Any) -> Any:
         h = sum(seen.values())
-        x = s if name == "double_seq_bn" else h + s if name == "seq_bn" else h
-        scale = like(x, scaling) if isinstance(scaling, torch.Tensor) else scaling
-        inner = act(x @ like(x, down).T + like(x, down_bias))
-        return s + scale * (inner @ like(x, up).T + like(x, up_bias))
+        return s + f(h + s if form == "seq_bn" else h).to(s.dtype)
 
-    modules[path].register_forward_hook(hook)
+    return "output", change
+
+
+NORMS = (
+    *("pre_feedforward_layernorm", "pre_ff_layernorm", "pre_mlp_layernorm", "pre_mlp_norm", "ffn_norm"),
+    *("feedforward_layernorm", "channel_pre_norm", "post_attention_layernorm", "final_layer_norm", "ln_2"),
+)
 
 
 def watch(modules: Any, path: str, seen: dict[str, Any]) -> None:
     """Keep in `seen` the residual stream that enters the MLP of the block that `path` lies in."""
-    parts = path.split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    prefix = ".".join(parts[: number + 1]) + "."
-    norm = next((prefix + n for n in NORMS if prefix + n in modules), None)
-    if norm is not None:
-        modules[norm].register_forward_pre_hook(lambda module, given: seen.update(h=given[0]))
-    elif prefix + "ln_1" in modules:  # GPT-J: one norm, and the stream with attention added
-        modules[prefix + "ln_1"].register_forward_pre_hook(lambda m, given: seen.update(h=given[0]))
+    found = re.match(r".*?\.\d+\.", path)
+    prefix, kind = found.group() if found else "", modules[""].config.model_type
+    name = next((prefix + n for n in NORMS if prefix + n in modules), None)
+    if kind == "gptj":  # one norm, and the stream with attention added
+        name = prefix + "ln_1"
         out = modules[prefix + "attn.out_proj"]
         out.register_forward_hook(lambda m, given, y: seen.update(attention=y))
+    if name is not None:
+        modules[name].register_forward_pre_hook(lambda m, given: seen.update(h=given[0]))
+    elif kind != "phi":  # where f is given s alone
+        raise ValueError(f"{path}: no norm before this MLP is known in a {kind} model")
 
 
-ON_LAYERS = {
-    "LORA": lora,
-    "IA3": ia3,
-    "VERA": vera,
-    "LN_TUNING": norms,
-    "BOTTLENECK": bottleneck,
-    "ADAPTERHUB": block,
-}
+ON_LAYERS = {"LORA": lora, "IA3": ia3, "VERA": vera, "LN_TUNING": norm, "BOTTLENECK": bottleneck}
+ON_LAYERS |= {"ADAPTERHUB": block}
+
+
+def fusion(model: Any, folder: Path, own: dict[str, Any]) -> dict[nn.Module, tuple[str, Any]]:
+    """h + V sum_n p_n z_n with z_n = adapter_n(x) - h, p = softmax of (Q h + b) . (K z_n)."""
+    members = [changes(model, member) for member in sorted((folder / "members").glob("*/"))]
+    names = {module: path for path, module in model.named_modules()}
+
+    def fused(layer: Any, tensors: dict[str, Any]) -> Any:
+        here = [member[layer] for member in members if layer in member]
+
+        def change(x: Any, y: Any) -> Any:
+            h = y.float()
+            # forward() passes by the hooks: the layer itself
+            made = [layer.forward(f(x)) if kind == "input" else f(x, h) for kind, f in here]
+            z = torch.stack([one.float() - h for one in made], dim=-2)
+            t = {name.removeprefix("fusion_"): on(x, tensor) for name, tensor in tensors.items()}
+            if "key.weight" in t:
+                u = functional.linear(h, t["query.weight"], t["query.bias"]) @ t["key.weight"]
+                z = (z * u[..., None, :]).sum(-1).softmax(-1)[..., None] * z
+            total = z.sum(-2)
+            return (h + total + (total @ t["value.weight"].T if "value.weight" in t else 0)).to(y.dtype)
+
+        return "output", change
+
+    layers = dict.fromkeys(layer for member in members for layer in member)
+    return {layer: fused(layer, own.get(names[layer], {})) for layer in layers}
 
 
 def rows(layer: Any) -> Any:
@@ -205,9 +251,9 @@ def rows(layer: Any) -> Any:
     return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
 
 
-def like(x: Any, tensor: Any) -> Any:
-    """`tensor` on the device and in the precision of `x`."""
-    return tensor.to(device=x.device, dtype=x.dtype)
+def on(x: Any, tensor: Any) -> Any:
+    """`tensor` on the device of `x`."""
+    return None if tensor is None else tensor.to(x.device)
 
 
 # On the prompt: n virtual tokens in front, the text stands at position n -----------------------------------
@@ -220,57 +266,53 @@ class WithPrompt(nn.Module):
         super().__init__()
         self.model, self.table = model, nn.Parameter(table)
 
-    def _inputs(self, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+    def inputs(self, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+        """What the model is given."""
         words = self.model.get_input_embeddings()(input_ids)
-        front = like(words, self.table).expand(len(words), -1, -1)
+        front = self.table.to(words).expand(len(words), -1, -1)
+        return {
+            "inputs_embeds": torch.cat([front, words], dim=1),
+            "attention_mask": self.mask(input_ids, attention_mask),
+        }
+
+    def mask(self, input_ids: Any, attention_mask: Any) -> Any:
+        """The attention mask, open for the virtual tokens."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = torch.cat([mask.new_ones(len(words), front.shape[1]), mask], dim=1)
-        return {"inputs_embeds": torch.cat([front, words], dim=1), "attention_mask": mask}
+        return torch.cat([mask.new_ones(len(mask), len(self.table)), mask], dim=1)
 
     def forward(self, input_ids: Any, attention_mask: Any = None, **more: Any) -> Any:
-        out = self.model(**self._inputs(input_ids, attention_mask), **more)
-        out.logits = out.logits[:, len(self.table) :]
+        out = self.model(**self.inputs(input_ids, attention_mask), **more)
+        out.logits = out.logits[:, -input_ids.shape[1] :]
         return out
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **more: Any) -> Any:
         """The text and what follows it."""
-        return torch.cat(
-            [input_ids, self.model.generate(**self._inputs(input_ids, attention_mask), **more)], dim=1
-        )
+        made = self.model.generate(**self.inputs(input_ids, attention_mask), **more)
+        return torch.cat([input_ids, made], dim=1)
 
 
-class WithPrefix(nn.Module):
+class WithPrefix(WithPrompt):
     """A cache that starts with learned keys and values."""
 
     def __init__(self, model: Any, table: Any, config: Any) -> None:
-        super().__init__()
-        self.model, self.table, self.heads = model, nn.Parameter(table), config["num_attention_heads"]
-        self.layers = config["num_layers"]
+        super().__init__(model, table)
+        self.layers, self.heads = config["num_layers"], config["num_attention_heads"]
 
-    def _inputs(self, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
-        n = len(self.table)
-        states = self.table.to(self.model.device, self.model.dtype).view(n, self.layers, 2, self.heads, -1)
+    def inputs(self, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+        """What the model is given."""
+        table = self.table.to(self.model.device, self.model.dtype)
+        states = table.view(len(table), self.layers, 2, self.heads, -1).permute(1, 2, 3, 0, 4)
         cache = DynamicCache()
-        for layer in range(self.layers):
-            key, value = (
-                states[:, layer, which].permute(1, 0, 2).expand(len(input_ids), -1, -1, -1)
-                for which in (0, 1)
-            )
-            cache.update(key.contiguous(), value.contiguous(), layer)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return {
-            "past_key_values": cache,
-            "attention_mask": torch.cat([mask.new_ones(len(input_ids), n), mask], dim=1),
-        }
-
-    def forward(self, input_ids: Any, attention_mask: Any = None, **more: Any) -> Any:
-        return self.model(input_ids=input_ids, **self._inputs(input_ids, attention_mask), **more)
+        for number, (key, value) in enumerate(states):
+            rows = (part.repeat(len(input_ids), 1, 1, 1) for part in (key, value))
+            cache.update(*rows, number)
+        mask = self.mask(input_ids, attention_mask)
+        return {"input_ids": input_ids, "past_key_values": cache, "attention_mask": mask}
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **more: Any) -> Any:
         """The text and what follows it."""
+        given = self.inputs(input_ids, attention_mask)
         # generate() skips as many tokens as the cache holds: stand-ins for the virtual ones
         front = input_ids.new_zeros(len(input_ids), len(self.table))
-        given = torch.cat([front, input_ids], dim=1)
-        return self.model.generate(given, **self._inputs(input_ids, attention_mask), **more)[
-            :, front.shape[1] :
-        ]
+        given["input_ids"] = torch.cat([front, input_ids], dim=1)
+        return self.model.generate(**given, **more)[:, front.shape[1] :]

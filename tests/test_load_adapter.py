@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from cases import ARCHITECTURES, METHODS, pairs
+from cases import ARCHITECTURES, METHODS, Method, pairs
 from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 
@@ -19,6 +20,7 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.load_adapter import load_adapter
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.evaluate.decode import generate_ids
+from mlx_adapters.virtual import forward
 
 TORCH_IDS = torch.tensor(IDS.tolist())
 
@@ -45,7 +47,7 @@ def base(folder: Path) -> Any:
     return network.eval()
 
 
-@pytest.mark.parametrize(("case", "arch"), [pair for pair in pairs() if not pair[0].startswith("fusion")])
+@pytest.mark.parametrize(("case", "arch"), pairs())
 def test_same_logits(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
     adapter.save(tmp_path, loaded.model, meta=meta)
@@ -58,7 +60,9 @@ def test_same_logits(case: str, arch: str, folders: dict[str, Path], tmp_path: P
     assert np.abs(theirs - without).max() > 1e-2, "the negative control: the base alone must not pass"
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "series", "seq_bn", "prompt", "ptuning", "prefix"])
+@pytest.mark.parametrize(
+    "case", ["lora", "dora", "series", "seq_bn", "prompt", "ptuning", "prefix", "fusion"]
+)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])
 def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Cached generation here and there, for a ragged batch here."""
@@ -73,6 +77,74 @@ def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: P
                 torch.tensor([row]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
             )
         assert made[0].tolist() == row + ours[index]
+
+
+@pytest.mark.parametrize("case", ["lora", "seq_bn", "prompt", "prefix"])
+def test_a_padded_batch(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Rows padded on the left give the tokens they give alone."""
+    loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    network = load_adapter(base(folders["llama"]), tmp_path)
+    ids = torch.tensor([[0, 0, 4, 5, 6], [9, 8, 7, 6, 5]])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        made = network.generate(ids, attention_mask=(ids > 0).long(), pad_token_id=0, **options)
+    ours = dict(
+        generate_ids(loaded.model, [[4, 5, 6], [9, 8, 7, 6, 5]], stop=frozenset(), max_tokens=8, batch_size=2)
+    )
+    assert [row[5:].tolist() for row in made] == [ours[0], ours[1]]
+
+
+OTHERS = {
+    "every side post": Method(
+        "series", {"bottleneck_size": 4, "side": "post", "targets": "all-linear"}
+    ),
+    "every side pre": Method("series", {"bottleneck_size": 4, "side": "pre", "targets": "mlp,o_proj"}),
+    "embedding and head": Method("lora", {"targets": "embed_tokens,q_proj", "modules_to_save": "lm_head"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_same_logits_of_other_fields(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded, meta = attached(folders["llama"], OTHERS[name], trained=True)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    expected = logits(loaded)
+    with torch.no_grad():
+        theirs = load_adapter(base(folders["llama"]), tmp_path)(TORCH_IDS).logits.numpy()
+    np.testing.assert_allclose(theirs, expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize(
+    "case", ["dora", "ia3", "vera", "series", "parallel-learned", "seq_bn", "lora-rslora"]
+)
+def test_fusion_of_other_methods(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    for number, name in enumerate(("lora", case)):
+        loaded, meta = attached(folders["llama"], METHODS[name], trained=True)
+        adapter.save(tmp_path / str(number), loaded.model, meta=meta)
+    fused = Method("fusion", {"adapters": f"{tmp_path / '0'},{tmp_path / '1'}", "width": 5})
+    loaded, meta = attached(folders["llama"], fused, trained=True)
+    adapter.save(tmp_path / "fused", loaded.model, meta=meta)
+    expected = logits(loaded)
+    with torch.no_grad():
+        theirs = load_adapter(base(folders["llama"]), tmp_path / "fused")(TORCH_IDS).logits.numpy()
+    np.testing.assert_allclose(theirs, expected, atol=bound(expected))
+
+
+@pytest.mark.parametrize("case", sorted({row.name: case for case, row in METHODS.items()}.values()))
+def test_half_precision(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The base in bfloat16, here and there: no further apart than two ways to round."""
+    loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    exact = logits(loaded)
+    half = model.load(folders["llama"], dtype="bfloat16")
+    adapter.load(half, tmp_path)
+    half.model.eval()
+    ours = np.array(forward(half.model, IDS).astype(mx.float32))
+    network = base(folders["llama"]).to(torch.bfloat16)
+    with torch.no_grad():
+        out = load_adapter(network, tmp_path)(TORCH_IDS).logits
+    assert out.dtype == torch.bfloat16
+    assert np.abs(out.float().numpy() - exact).mean() < 2 * np.abs(ours - exact).mean()
 
 
 def test_another_model_and_an_unknown_method_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
