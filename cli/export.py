@@ -46,7 +46,10 @@ def command(
     done = peft.export(adapter, dst, base=base)
     typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
     if not methods.in_peft(meta.method):
-        typer.echo(f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the folder")
+        others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
+        typer.echo(
+            f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the folder{others}"
+        )
     if verify:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)

@@ -26,7 +26,7 @@ from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_b
 from mlx_adapters.model import Loaded
 from mlx_adapters.models import sites
 
-__all__ = ["detect", "export", "import_adapter", "reduction_factor"]
+__all__ = ["METHODS", "detect", "export", "import_adapter", "reduction_factor"]
 
 _CONFIG, _WEIGHTS, _BIN, _INTERFACE = (
     "adapter_config.json",
@@ -42,6 +42,7 @@ _FORMS: dict[str, Any] = {
     "par_bn": par_bn,
     "scaled_par_bn": scaled_par_bn,
 }
+METHODS = (*_FORMS, "series")
 # Settings of theirs that change the function and that our forms have at one value only.
 _FIXED = {
     "ln_before": False,

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import adapter
+from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.files import writing
@@ -17,11 +17,17 @@ from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.model import Loaded
 
-__all__ = ["FORMATS", "base_of", "detect", "export", "import_adapter"]
+__all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
 
 _OTHERS: dict[str, Any] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
 FORMATS = ("peft", *_OTHERS)
 _BIN = "adapter_model.bin"
+
+
+def formats(method: str) -> list[str]:
+    """The formats that have a method; what each can hold of it, its export says."""
+    peft_too = ["peft"] if methods.in_peft(method) else []
+    return peft_too + [name for name, module in _OTHERS.items() if method in module.METHODS]
 
 
 def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> int:

@@ -21,9 +21,10 @@ from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.model import Loaded
 
-__all__ = ["detect", "export", "import_adapter"]
+__all__ = ["METHODS", "detect", "export", "import_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.bin"
+METHODS = ("lora", "series", "parallel")
 # The architectures the fork knows, and the layers on which it knows a series adapter's side.
 _MODELS = ("llama", "bloom", "chatglm", "gptj", "gpt_neo", "opt")
 _SIDES = (
@@ -54,7 +55,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     parts = take_apart(source)
     method, names = parts.meta.method, sorted({path.rpartition(".")[2] for path in parts.arrays})
     need(
-        method in ("lora", "series", "parallel"),
+        method in METHODS,
         source,
         f"LLM-Adapters has LoRA and series and parallel adapters, not {method}",
     )

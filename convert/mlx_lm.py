@@ -21,9 +21,10 @@ from mlx_adapters.methods import dora, lora
 from mlx_adapters.model import Loaded
 from mlx_adapters.models.config import OWN
 
-__all__ = ["detect", "export", "import_adapter"]
+__all__ = ["METHODS", "detect", "export", "import_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
+METHODS = ("lora", "dora")
 # ours -> theirs; the magnitude is a vector, the matrices are transposed
 _NAMES = {"lora_a": "lora_a", "lora_b": "lora_b", "magnitude": "m"}
 
@@ -37,7 +38,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     """Write our LoRA or DoRA folder as mlx-lm's. AdapterError for what mlx-lm does not have."""
     parts = take_apart(source)
     method = parts.meta.method
-    need(method in ("lora", "dora"), source, f"mlx-lm has LoRA and DoRA, not {method}")
+    need(method in METHODS, source, f"mlx-lm has LoRA and DoRA, not {method}")
     need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
     strange = sorted({name for own in parts.arrays.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")

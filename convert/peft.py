@@ -243,17 +243,23 @@ def _require_torch() -> None:
 
 
 def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
-    base = fields["base_model_name_or_path"]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in {**meta.config, **meta.training}.items())
-    front = f"---\nlibrary_name: peft\ntags: [{meta.method}, mlx-adapters]\n"
+    base, in_peft = fields["base_model_name_or_path"], methods.in_peft(meta.method)
+    rows = "\n".join(
+        f"| {name} | {_cell(value)} |" for name, value in {**meta.config, **meta.training}.items()
+    )
+    library = "library_name: peft\n" if in_peft else ""
+    front = f"---\n{library}tags: [{meta.method}, mlx-adapters]\n"
     front += (
         f"base_model: {base}\n---\n\n"
         if base.count("/") == 1 and not base.startswith(("/", "."))
         else "---\n\n"
     )
+    files = (
+        "the files are PEFT's" if in_peft else f"PEFT has no {meta.method}, the folder brings its own loader"
+    )
     return f"""{front}# {meta.method} adapter for {base}
 
-Trained with mlx-adapters on Apple MLX; the files are PEFT's.
+Trained with mlx-adapters on Apple MLX; {files}.
 The prompt template was `{meta.template or "unknown"}`.{_precision(meta)}
 
 | setting | value |
@@ -263,19 +269,35 @@ The prompt template was `{meta.template or "unknown"}`.{_precision(meta)}
 ## Load it in PyTorch
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")
+{(_WITH_PEFT if in_peft else _WITHOUT).format(base=base)}
 ```
-
+{_ALSO if in_peft else ""}
 ## Load it in MLX
 
 ```
 mlx-adapters generate MODEL --adapter PATH/OF/THIS/FOLDER --prompt "..."
 ```
 """
+
+
+_WITH_PEFT = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")"""
+_WITHOUT = """from transformers import AutoModelForCausalLM
+from load_adapter import load_adapter  # the file in this folder; it needs torch, safetensors, transformers
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = load_adapter(base, "PATH/OF/THIS/FOLDER")"""
+_ALSO = """
+Without PEFT: `load_adapter(base, "PATH/OF/THIS/FOLDER")` from the file `load_adapter.py` in this folder.
+"""
+
+
+def _cell(value: Any) -> str:
+    """A value as one cell of a table."""
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _precision(meta: adapter.AdapterMeta) -> str:

@@ -263,4 +263,13 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     saved(folders["llama"], "series", tmp_path / "s")
     said = run("export", tmp_path / "s", tmp_path / "p", "--base", "owner/base")
     assert "load_adapter.py" in said
+    assert "--format adapterhub, or export it with --format llm-adapters" in said
     assert (tmp_path / "p" / "load_adapter.py").exists()
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "load_adapter(base" in card
+    assert "PeftModel" not in card
+    assert "library_name" not in card
+    run("export", tmp_path / "a", tmp_path / "q", "--base", "owner/base")
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert "PeftModel.from_pretrained(base" in card
+    assert "library_name: peft" in card
