@@ -1,0 +1,164 @@
+"""Beam search, the paper's decoding: transformers' semantics, batched over prompts, with a KV cache.
+
+Each prompt keeps `beams` unfinished texts with the highest sum of log-probabilities s, and a list of as many
+finished ones, scored s / length^penalty (length counts the generated tokens, the end token among them).
+Of the K = beams x max(2, 1 + end tokens) best continuations of a step, those that end are finished if they
+are among the first `beams`; the best `beams` of the others live on. A prompt is done when its list is full
+and the best living text, scored at its present length, does not beat the worst finished one; or at
+`max_tokens`, where every living text counts as finished. This is `early_stopping=False` of transformers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache
+
+from mlx_adapters.evaluate.prefill import prefill, splits
+from mlx_adapters.virtual import forward
+
+__all__ = ["beam_search"]
+
+
+@dataclass
+class _Search:
+    """The beams of one prompt."""
+
+    position: int
+    beams: int
+    penalty: float
+    living: list[tuple[float, list[int]]] = field(default_factory=lambda: [(0.0, [])])
+    finished: list[tuple[float, list[int]]] = field(default_factory=list)
+    done: bool = False
+
+    def advance(
+        self, candidates: list[tuple[float, int, int]], stop: frozenset[int], max_tokens: int
+    ) -> list[int]:
+        """Take the best continuations (sum, beam, token), best first. Returns the beams that live on."""
+        length = len(self.living[0][1]) + 1
+        parents, living = [], []
+        for rank, (score, beam, token) in enumerate(candidates):
+            ids = [*self.living[beam][1], token]
+            if token not in stop and length < max_tokens:
+                if len(living) < self.beams:
+                    living.append((score, ids))
+                    parents.append(beam)
+            elif rank < self.beams:
+                self.finished.append((score / length**self.penalty, ids))
+        self.finished = sorted(self.finished, key=lambda one: -one[0])[: self.beams]
+        self.living = living
+        self.done = not living or (
+            len(self.finished) == self.beams and living[0][0] / length**self.penalty <= self.finished[-1][0]
+        )
+        return parents
+
+    def best(self, stop: frozenset[int]) -> list[int]:
+        ids = self.finished[0][1]
+        return ids[:-1] if ids[-1] in stop else ids
+
+
+def beam_search(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: frozenset[int],
+    max_tokens: int,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    batch_size: int = 4,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (index, token ids without the end token) of each prompt as it is done; `batch_size` prompts, so
+    `batch_size * beams` rows, go together."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    cached = splits(model)
+    size = batch_size if cached else 1
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        searches = [_Search(index, beams, length_penalty) for index in group]
+        rows = [prompts[index] for index in group]
+        run = _cached if cached else _uncached
+        for search in run(model, rows, searches, stop=stop, max_tokens=max_tokens):
+            yield search.position, search.best(stop)
+
+
+def _cached(
+    model: nn.Module,
+    rows: list[Sequence[int]],
+    searches: list[_Search],
+    *,
+    stop: frozenset[int],
+    max_tokens: int,
+) -> Iterator[_Search]:
+    logits, cache = prefill(model, rows)
+    while True:
+        candidates = _candidates(logits, searches, stop)
+        sources: list[int] = []  # for each row of the next step, the row whose cache it goes on from
+        first = 0
+        for search, found in zip(searches, candidates):
+            width = len(search.living)
+            parents = search.advance(found, stop, max_tokens)
+            sources += [] if search.done else [first + parent for parent in parents]
+            first += width
+        yield from (search for search in searches if search.done)
+        searches = [search for search in searches if not search.done]
+        if not searches:
+            return
+        if sources != list(range(first)):
+            _reorder(cache, mx.array(sources))
+        tokens = [[ids[-1]] for search in searches for _, ids in search.living]
+        logits = model(mx.array(tokens), cache=cache)[:, -1]
+
+
+def _reorder(cache: list[Any], sources: mx.array) -> None:
+    """Let the rows of the cache be those of `sources`; a row may go on in several."""
+    for layer in cache:
+        if type(layer) is BatchKVCache:
+            # its filter() also asks the host how much padding is left, once for every layer
+            layer.keys, layer.values = layer.keys[sources], layer.values[sources]
+            layer.offset, layer.left_padding = layer.offset[sources], layer.left_padding[sources]
+        else:
+            layer.filter(sources)
+
+
+def _uncached(
+    model: nn.Module,
+    rows: list[Sequence[int]],
+    searches: list[_Search],
+    *,
+    stop: frozenset[int],
+    max_tokens: int,
+) -> Iterator[_Search]:
+    """One prompt, read anew for each token: its beams are of one length, so a batch needs no padding."""
+    (prompt,), (search,) = rows, searches
+    while not search.done:
+        texts = mx.array([[*prompt, *ids] for _, ids in search.living])
+        (found,) = _candidates(forward(model, texts)[:, -1], searches, stop)
+        search.advance(found, stop, max_tokens)
+    yield search
+
+
+def _candidates(
+    logits: mx.array, searches: list[_Search], stop: frozenset[int]
+) -> list[list[tuple[float, int, int]]]:
+    """For each prompt its best continuations (sum of log-probabilities, beam, token), best first."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    sums = mx.array([score for search in searches for score, _ in search.living])
+    totals = logprobs + sums[:, None]
+    # the best of all beams are among the best of each: one small table for the host instead of the vocabulary
+    keep = min(max(2, 1 + len(stop)) * searches[0].beams, totals.shape[-1])
+    tokens = mx.argpartition(-totals, keep - 1, axis=-1)[:, :keep]
+    scores = mx.take_along_axis(totals, tokens, axis=-1)
+    mx.eval(tokens, scores)
+    all_tokens, all_scores = np.array(tokens), np.array(scores)
+    found, first = [], 0
+    for search in searches:
+        last = first + len(search.living)
+        flat = all_scores[first:last].ravel()
+        best = np.argsort(-flat, kind="stable")[:keep]
+        found.append([(float(flat[i]), int(i) // keep, int(all_tokens[first:last].ravel()[i])) for i in best])
+        first = last
+    return found
