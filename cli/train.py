@@ -28,6 +28,7 @@ def command(
     output: Annotated[Path | None, typer.Option(help="new folder for the adapter")] = None,
     method: Annotated[str | None, typer.Option(help="see `mlx-adapters methods` [default: lora]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="go on from this adapter, of ours or PEFT's")] = None,
     targets: Annotated[str | None, typer.Option(help="short for --set targets=...")] = None,
     layers: Annotated[str | None, typer.Option(help="short for --set layers=...")] = None,
     dropout: Annotated[float | None, typer.Option(help="short for --set dropout=...")] = None,
@@ -53,8 +54,10 @@ def command(
         settings(set_ or []),
         {"targets": targets, "layers": layers, "dropout": dropout},
     )
+    if adapter is not None and (fields or method is not None):
+        raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
-    _train(chosen, fields, run_config, exclude or [], resume=resume, dtype=dtype)
+    _train(chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype)
 
 
 def run(session: "Session") -> float:
@@ -96,6 +99,7 @@ def _train(
     config: TrainConfig,
     exclude: list[Path],
     *,
+    start: Path | None,
     resume: bool,
     dtype: str | None,
 ) -> None:
@@ -118,6 +122,7 @@ def _train(
         config=config,
         output=output,
         exclude=hashes,
+        start=start,
         resume=resume,
         warn=say,
     )

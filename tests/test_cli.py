@@ -23,6 +23,9 @@ COMMANDS = (
     "eval",
     "export",
     "generate",
+    "plan",
+    "import",
+    "fuse",
     "combine",
     "info",
     "methods",
@@ -169,6 +172,23 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_does(model: Pat
     assert [step["loss"] for step in steps(cut)] == [step["loss"] for step in steps(whole)]
     weights = "adapter_model.safetensors"
     assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_train_goes_on_from_an_adapter(model: Path, tmp_path: Path) -> None:
+    """The second run starts where the first ended, keeps its template, and remembers its rows."""
+    train = ["train", model, "--data", rows(tmp_path / "d.jsonl"), "--batch-size", 4, "--lr", "1e-2"]
+    cli(*train, "--output", tmp_path / "one", "--steps", 30, "--method", "dora", "--template", "plain")
+    other = tmp_path / "e.jsonl"
+    other.write_text(json.dumps({"instruction": "Ann has w3 pears", "output": ANSWER}) + "\n")
+    more = ["train", model, "--data", other, "--batch-size", 1, "--steps", 2, "--lr", "1e-3", "--warmup", 0]
+    cli(*more, "--adapter", tmp_path / "one", "--output", tmp_path / "two")
+    assert steps(tmp_path / "two")[0]["loss"] < 0.7 * steps(tmp_path / "one")[0]["loss"]
+    first, second = meta(tmp_path / "one"), meta(tmp_path / "two")
+    assert (second["method"], second["config"], second["template"]) == ("dora", first["config"], "plain")
+    seen = [set((tmp_path / name / "seen.txt").read_text().split()) for name in ("one", "two")]
+    assert seen[0] < seen[1]
+    said = cli(*more, "--adapter", tmp_path / "one", "--method", "lora", "--output", tmp_path / "x", code=2)
+    assert "leave out --method" in said.stderr
 
 
 # Eval, generate --------------------------------------------------------------------------------------------

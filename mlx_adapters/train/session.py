@@ -76,25 +76,31 @@ def prepare(
     config: TrainConfig,
     output: Path,
     exclude: frozenset[str] = frozenset(),
+    start: Path | None = None,
     resume: bool = False,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Session:
     """Encode the rows, attach the adapter, and set up the run (or go on with the one in `output`).
 
-    `fields` are the method's settings, texts or values. Rows whose question's hash is in `exclude` are left
-    out. Raises OutputError when `output` holds something and `resume` is not set.
+    `fields` are the method's settings, texts or values. `start` is an adapter folder to go on from, ours or
+    PEFT's: its method and settings count then. Rows whose question's hash is in `exclude` are left out.
+    Raises OutputError when `output` holds something and `resume` is not set.
     """
-    method_config = methods.make_config(method, fields)
-    if hasattr(module := methods.get(method), "with_tokenizer"):
-        method_config = module.with_tokenizer(method_config, loaded.tokenizer)
     check_output(output, resume)
     kept, excluded = _select(rows, config, exclude)
-    template = config.template or default_template(rows.format)
+    earlier = adapter.read_meta(start) if start else None
+    template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
     encoded = encode(kept, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
     training, validation = _split(encoded.examples, config)
     mx.random.seed(config.seed)
     base = describe(loaded)
-    paths = adapter.attach(loaded.model, method, method_config, base=base)
+    if earlier and start:
+        method, method_config = earlier.method, methods.config_class(earlier.method)(**earlier.config)
+        adapter.load(loaded, start)
+        paths = list(adapter.layers(loaded.model))
+    else:
+        method_config = _method_config(method, fields, loaded)
+        paths = adapter.attach(loaded.model, method, method_config, base=base)
     mx.eval(loaded.model.parameters())
     trainable, parameters = adapter.count(loaded.model)
     output.mkdir(parents=True, exist_ok=True)
@@ -119,14 +125,14 @@ def prepare(
         warn(f"{output}: has no checkpoint yet, starting from the beginning")
     if resume:
         _forget_after(output / METRICS, run.step)
-    seen = sorted({item_hash(row_text(row, kept.format)) for row in kept.rows})
+    seen = {item_hash(row_text(row, kept.format)) for row in kept.rows}
     meta = AdapterMeta(
         method=method,
         config=asdict(method_config),
         base=base,
         template=template,
         loss_on=config.loss_on,
-        seen=seen,
+        seen=sorted(seen | set(earlier.seen if earlier else ())),
         training={**asdict(config), "template": template, "data": kept.origin, "rows": len(kept.rows)},
     )
     return Session(
@@ -140,6 +146,12 @@ def prepare(
         trainable=trainable,
         parameters=parameters,
     )
+
+
+def _method_config(method: str, fields: dict[str, Any], loaded: Loaded) -> Any:
+    config = methods.make_config(method, fields)
+    complete = getattr(methods.get(method), "with_tokenizer", None)
+    return complete(config, loaded.tokenizer) if complete else config
 
 
 def check_output(output: Path, resume: bool) -> None:
