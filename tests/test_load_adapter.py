@@ -4,6 +4,8 @@ Also an independent computation of our formulas: it shares no code with the MLX 
 """
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 
 from mlx_adapters import adapter, model
+from mlx_adapters.convert import peft
 from mlx_adapters.convert.checkpoint import convert
+from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.load_adapter import load_adapter
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.evaluate.decode import generate_ids
@@ -96,9 +100,7 @@ def test_a_padded_batch(case: str, folders: dict[str, Path], tmp_path: Path) -> 
 
 
 OTHERS = {
-    "every side post": Method(
-        "series", {"bottleneck_size": 4, "side": "post", "targets": "all-linear"}
-    ),
+    "every side post": Method("series", {"bottleneck_size": 4, "side": "post", "targets": "all-linear"}),
     "every side pre": Method("series", {"bottleneck_size": 4, "side": "pre", "targets": "mlp,o_proj"}),
     "embedding and head": Method("lora", {"targets": "embed_tokens,q_proj", "modules_to_save": "lm_head"}),
 }
@@ -145,6 +147,75 @@ def test_half_precision(case: str, folders: dict[str, Path], tmp_path: Path) -> 
         out = load_adapter(network, tmp_path)(TORCH_IDS).logits
     assert out.dtype == torch.bfloat16
     assert np.abs(out.float().numpy() - exact).mean() < 2 * np.abs(ours - exact).mean()
+
+
+@pytest.mark.parametrize("case", ["lora", "seq_bn"])
+def test_the_card_s_example_runs(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    expected = logits(loaded)
+    peft.export(tmp_path / "a", tmp_path / "b", base=str(folders["llama"] / "torch"))
+    card = (tmp_path / "b" / "README.md").read_text()
+    code = (
+        card.partition("```python\n")[2]
+        .partition("```")[0]
+        .replace("PATH/OF/THIS/FOLDER", str(tmp_path / "b"))
+    )
+    made: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path / "b"))
+        exec(code, made)
+    with torch.no_grad():
+        theirs = made["model"].eval()(TORCH_IDS).logits.numpy()
+    np.testing.assert_allclose(theirs, expected, atol=bound(expected))
+
+
+OLDER = os.environ.get("MLX_ADAPTERS_HUB_PYTHON", "")
+OLDER_PAIRS = [
+    *[(case, "llama") for case in sorted({row.name: case for case, row in METHODS.items()}.values())],
+    *[(case, arch) for arch in ARCHITECTURES[1:] for case in ("lora", "prefix")],
+]
+
+
+@pytest.fixture(scope="module")
+def older(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[np.ndarray, list[np.ndarray]]]:
+    """(ours, theirs) of every pair, theirs from one process with transformers 4."""
+    root = tmp_path_factory.mktemp("older")
+    ours, jobs = {}, []
+    for case, arch in OLDER_PAIRS:
+        place = root / f"{case}-{arch}"
+        loaded, meta = attached(folders[arch], METHODS[case], trained=True)
+        adapter.save(place / "a", loaded.model, meta=meta)
+        peft.export(place / "a", place / "b", base="owner/base")
+        ours[case, arch] = logits(loaded)
+        jobs.append([str(folders[arch] / "torch"), str(place / "b"), str(place / "out.npy")])
+        if METHODS[case].mergeable:
+            fuse(folders[arch], place / "a", place / "fused")
+            jobs.append([str(place / "fused"), "", str(place / "fused.npy")])
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    (root / "ids.json").write_text(json.dumps(IDS.tolist()))
+    script = Path(__file__).parent / "reference" / "older.py"
+    command = [OLDER, str(script), str(root / "jobs.json"), str(root / "ids.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        pair: (logits, [np.load(file) for file in sorted((root / "-".join(pair)).glob("*.npy"))])
+        for pair, logits in ours.items()
+    }
+
+
+@pytest.mark.skipif(
+    not OLDER, reason="MLX_ADAPTERS_HUB_PYTHON names no Python with transformers 4 (.ci/run does)"
+)
+@pytest.mark.parametrize(("case", "arch"), OLDER_PAIRS)
+def test_transformers_4_computes_the_same(case: str, arch: str, older: Any) -> None:
+    """Adapters through the loader, and fused checkpoints."""
+    expected, theirs = older[case, arch]
+    assert len(theirs) == 1 + METHODS[case].mergeable
+    for computed in theirs:
+        np.testing.assert_allclose(computed, expected, atol=bound(expected))
 
 
 def test_another_model_and_an_unknown_method_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
