@@ -10,14 +10,12 @@ and the best living text, scored at its present length, does not beat the worst 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache
 
-from mlx_adapters.evaluate.prefill import prefill, splits
+from mlx_adapters.evaluate.prefill import prefill, reorder, splits
 from mlx_adapters.virtual import forward
 
 __all__ = ["beam_search"]
@@ -107,20 +105,9 @@ def _cached(
         if not searches:
             return
         if sources != list(range(first)):
-            _reorder(cache, mx.array(sources))
+            reorder(cache, mx.array(sources))
         tokens = [[ids[-1]] for search in searches for _, ids in search.living]
         logits = model(mx.array(tokens), cache=cache)[:, -1]
-
-
-def _reorder(cache: list[Any], sources: mx.array) -> None:
-    """Let the rows of the cache be those of `sources`; a row may go on in several."""
-    for layer in cache:
-        if type(layer) is BatchKVCache:
-            # its filter() also asks the host how much padding is left, once for every layer
-            layer.keys, layer.values = layer.keys[sources], layer.values[sources]
-            layer.offset, layer.left_padding = layer.offset[sources], layer.left_padding[sources]
-        else:
-            layer.filter(sources)
 
 
 def _uncached(

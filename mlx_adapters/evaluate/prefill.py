@@ -5,17 +5,33 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["common_prefix", "prefill", "read_prefix", "right_padded", "shares", "splits"]
+__all__ = ["common_prefix", "prefill", "read_prefix", "reorder", "right_padded", "shares", "splits"]
 
 
 def splits(model: nn.Module) -> bool:
-    """Whether each layer's cache has a batched form whose rows can be taken apart (some state-space layers'
-    have none)."""
-    return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+    """Whether rows of different lengths can share a cache.
+
+    Some state-space layers' caches have no batched form, and mlx-lm's code for a few models (gemma2) does not
+    take a mask for each row. Tried on two rows; MLX is lazy, so only shapes are computed.
+    """
+    rows = [make_prompt_cache(model) for _ in range(2)]
+    if not all(hasattr(cache, "merge") for cache in rows[0]):
+        return False
+    batch = [layer[0].merge(layer) for layer in zip(*rows)]
+    try:
+        for cache in batch:
+            cache.prepare(lengths=[2, 1], right_padding=[0, 1])
+        model(mx.zeros((2, 2), dtype=mx.int32), cache=batch)
+        for cache in batch:
+            cache.finalize()
+        model(mx.zeros((2, 1), dtype=mx.int32), cache=batch)
+    except (ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def shares(model: nn.Module) -> bool:
@@ -45,6 +61,17 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.arra
         mx.eval([cache.state for cache in batch])
     last = mx.array([[row[-1]] for row in rows])
     return model(last, cache=batch)[:, -1], batch
+
+
+def reorder(cache: list[Any], sources: mx.array) -> None:
+    """Let the rows of the cache be those of `sources`; a row may go on in several."""
+    for layer in cache:
+        if type(layer) is BatchKVCache:
+            # its filter() also asks the host how much padding is left, once for every layer
+            layer.keys, layer.values = layer.keys[sources], layer.values[sources]
+            layer.offset, layer.left_padding = layer.offset[sources], layer.left_padding[sources]
+        else:
+            layer.filter(sources)
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -1,0 +1,130 @@
+"""The log-likelihood of each choice after its prompt, as lm-evaluation-harness scores multiple choice.
+
+The prompt is read once; its cache goes on in every choice. `pick` gives the two usual answers: the choice
+with the highest log p (acc), and the one with the highest log p / characters (acc_norm), since a longer text
+is less likely whatever it says.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_adapters.errors import DataError
+from mlx_adapters.evaluate.prefill import prefill, reorder, right_padded, splits
+from mlx_adapters.virtual import forward
+
+__all__ = ["choice_ids", "loglikelihoods", "pick"]
+
+_TOKENS = 1024  # of choices at a time: their logits over a vocabulary of 49k take 200 MB
+
+
+def choice_ids(context: str, choice: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the choice, cut as lm-evaluation-harness cuts them.
+
+    Both are encoded as one text, so that a token may not span them unnoticed; white space at the end of the
+    context belongs to the choice.
+    """
+    blank = len(context) - len(context.rstrip())
+    if blank:
+        context, choice = context[:-blank], context[-blank:] + choice
+    start = tokenizer.bos_token
+    special = not (start and context.startswith(start))
+    whole = list(tokenizer.encode(context + choice, add_special_tokens=special))
+    head = list(tokenizer.encode(context, add_special_tokens=special))
+    return head, whole[len(head) :]
+
+
+def pick(scores: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
+    """(index of the most likely choice, index of the most likely per character)."""
+    norm = [score / length for score, length in zip(scores, lengths)]
+    return int(np.argmax(scores)), int(np.argmax(norm))
+
+
+def loglikelihoods(
+    model: nn.Module,
+    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield (index, log p of each choice) of every item (prompt, choices), not in the order given.
+
+    `batch_size` prompts go together. Raises DataError for a prompt or a choice without tokens.
+    """
+    for index, (prompt, choices) in enumerate(items):
+        if not prompt or not choices or not all(choices):
+            raise DataError(f"item {index}: the prompt and each of its choices must have a token")
+    order = sorted(range(len(items)), key=lambda index: -len(items[index][0]))
+    training = model.training
+    model.eval()
+    try:
+        cached = splits(model)
+        for group in _groups(
+            order, [_tokens(items[index][1]) for index in order], batch_size if cached else 1
+        ):
+            found = (_cached if cached else _uncached)(model, [items[index] for index in group])
+            yield from zip(group, found)
+    finally:
+        model.train(training)
+
+
+def _tokens(choices: Sequence[Sequence[int]]) -> int:
+    return len(choices) * max(len(choice) for choice in choices)
+
+
+def _groups(order: list[int], tokens: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Neighbours of `order` that go together: at most `batch_size`, and `_TOKENS` tokens of choices."""
+    group: list[int] = []
+    held = 0
+    for index, count in zip(order, tokens):
+        if group and (len(group) == batch_size or held + count > _TOKENS):
+            yield group
+            group, held = [], 0
+        group.append(index)
+        held += count
+    if group:
+        yield group
+
+
+def _cached(
+    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]
+) -> list[list[float]]:
+    logits, cache = prefill(model, [prompt for prompt, _ in items])
+    owners = [index for index, (_, choices) in enumerate(items) for _ in choices]
+    texts = [list(choice) for _, choices in items for choice in choices]
+    first = _logprobs(logits)[mx.array(owners), mx.array([text[0] for text in texts])]
+    scores = np.array(first)
+    longest = max(len(text) for text in texts) - 1
+    if longest:
+        reorder(cache, mx.array(owners))
+        ids, padding = right_padded([text[:-1] for text in texts])
+        for layer in cache:
+            layer.prepare(lengths=[len(text) - 1 for text in texts], right_padding=padding)
+        scores = scores + _gathered(model(ids, cache=cache), [text[1:] for text in texts])
+    each = iter(scores.tolist())
+    return [[next(each) for _ in choices] for _, choices in items]
+
+
+def _uncached(
+    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]
+) -> list[list[float]]:
+    ((prompt, choices),) = items
+    ids, _ = right_padded([[*prompt, *choice][:-1] for choice in choices])
+    logits = forward(model, ids)[:, len(prompt) - 1 :]
+    return [_gathered(logits, choices).tolist()]
+
+
+def _gathered(logits: mx.array, targets: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """Sum of the log-probabilities of each row's targets, which may be fewer than its positions."""
+    ids, padding = right_padded(targets)
+    real = mx.arange(ids.shape[1]) < ids.shape[1] - mx.array(padding)[:, None]
+    logprobs = _logprobs(logits[:, : ids.shape[1]])
+    taken = mx.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0]
+    return np.array(mx.where(real, taken, 0.0).sum(axis=-1))
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
