@@ -297,7 +297,7 @@ def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
 def fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, base: str) -> None:
     """Give `layer` at `path` the arrays read from `folder`; AdapterError for a name or a shape that does not
     fit. `base` names the model in the message."""
-    own = layer.tensors()
+    own, given = layer.tensors(), layer.accept(given)
     if missing := sorted(set(own) - set(given)):
         names = ", ".join(layer.TENSORS[name] for name in missing)
         raise AdapterError(f"{folder / WEIGHTS}: {path} has no {names}")
@@ -342,14 +342,15 @@ def by_layer(
 
 
 def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, str] | None:
-    """(Hugging Face path, attribute) of a tensor's name."""
+    """(Hugging Face path, attribute) of a tensor's name; the longest suffix that fits counts."""
+    fits = []
     for layer in classes:
         for attribute, suffix in [*layer.TENSORS.items(), *layer.ALIASES.items()]:
             if layer.ROOTED and key == suffix:
                 return "", attribute
             if not layer.ROOTED and key.startswith(_PREFIX) and key.endswith("." + suffix):
-                return key[len(_PREFIX) : -len(suffix) - 1], attribute
-    return None
+                fits.append((key[len(_PREFIX) : -len(suffix) - 1], attribute))
+    return min(fits, key=lambda fit: len(fit[0]), default=None)
 
 
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:

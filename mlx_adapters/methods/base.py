@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "dims",
     "drawing_from",
+    "layer_range",
     "linear_like",
     "plain_weight",
     "resolve_targets",
@@ -56,6 +57,10 @@ class AdapterLayer(nn.Module):
     def tensors(self) -> dict[str, mx.array]:
         """The arrays to save, by attribute of `TENSORS`."""
         return {name: getattr(self, name) for name in self.TENSORS if name in self}
+
+    def accept(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What of the arrays in a file is the layer's own; AdapterError where the rest means something."""
+        return arrays
 
     def fill(self, arrays: dict[str, mx.array]) -> None:
         """Take saved arrays, of the shapes that `tensors()` has."""
@@ -181,7 +186,7 @@ def resolve_targets(
             "Set targets to attn, all-linear, or names"
         )
     chosen = _by_targets(linears, row, targets, default, model_type)
-    keep = _layer_range(layers, {table.layer_index(path) or 0 for path in linears})
+    keep = layer_range(layers, {table.layer_index(path) or 0 for path in linears})
     paths = [path for path in chosen if table.layer_index(path) in keep]
     if not paths:
         raise ConfigError(
@@ -215,7 +220,8 @@ def _by_targets(
     return [path for path in linears if any(table.matches(path, name) for name in names)]
 
 
-def _layer_range(layers: str, present: set[int]) -> set[int]:
+def layer_range(layers: str, present: set[int]) -> set[int]:
+    """The numbers of blocks that `layers` chooses of those present; ConfigError where it is no choice."""
     if layers == "all":
         return present
     if found := re.fullmatch(r"last:(\d+)", layers):
