@@ -2,8 +2,9 @@
 
     python older.py JOBS IDS
 
-JOBS is a JSON list of [checkpoint, adapter or "", file to write], IDS a JSON list of rows of token ids. Writes the
-logits, after checking that every weight was found; an adapter is attached by the loader in its folder.
+JOBS is a JSON list of [checkpoint, adapter or "", file to write], IDS a JSON list of rows of token ids.
+Writes the logits, after checking that every weight was found; an adapter is attached by the loader in its
+folder.
 """
 
 import importlib.util
