@@ -16,19 +16,20 @@ def splits(model: nn.Module) -> bool:
     """Whether rows of different lengths can share a cache.
 
     Some state-space layers' caches have no batched form, and mlx-lm's code for a few models (gemma2) does not
-    take a mask for each row. Tried on two rows; MLX is lazy, so only shapes are computed.
+    take a mask for each row. Tried; MLX is lazy, so only shapes are computed.
     """
-    rows = [make_prompt_cache(model) for _ in range(2)]
+    count = 13  # no model has 13 heads, which a mask of 13 rows could be mistaken for
+    rows = [make_prompt_cache(model) for _ in range(count)]
     if not all(hasattr(cache, "merge") for cache in rows[0]):
         return False
     batch = [layer[0].merge(layer) for layer in zip(*rows)]
     try:
         for cache in batch:
-            cache.prepare(lengths=[2, 1], right_padding=[0, 1])
-        model(mx.zeros((2, 2), dtype=mx.int32), cache=batch)
+            cache.prepare(lengths=[1] + [2] * (count - 1), right_padding=[1] + [0] * (count - 1))
+        model(mx.zeros((count, 2), dtype=mx.int32), cache=batch)
         for cache in batch:
             cache.finalize()
-        model(mx.zeros((2, 1), dtype=mx.int32), cache=batch)
+        model(mx.zeros((count, 1), dtype=mx.int32), cache=batch)
     except (ValueError, TypeError, AttributeError, NotImplementedError):
         return False
     return True
