@@ -42,7 +42,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
     strange = sorted({name for own in parts.arrays.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
-    ranks = {own["lora_a"].shape[0] for own in parts.arrays.values()}
+    ranks = {own["lora_a"].shape[-2] for own in parts.arrays.values()}
     need(len(ranks) == 1, source, f"mlx-lm has one rank for all layers, this adapter has {sorted(ranks)}")
     need(not getattr(parts.config, "alpha_pattern", None), source, "mlx-lm has one scale for all layers")
     tensors = {
@@ -81,7 +81,6 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     for name, array in _tensors(source).items():
         path, _, leaf = name.rpartition(".")
         need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
-        need(array.ndim < 3, source / _WEIGHTS, f"{name} adapts stacked experts, which is not supported")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
     rank, scale = int(settings["rank"]), float(settings["scale"])
     make: Any = dora.Config if kind == "dora" else lora.Config

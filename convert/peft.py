@@ -81,7 +81,12 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         raise AdapterError(
             f"{source}: does not name its base model. Say which one PyTorch shall load: --base OWNER/NAME"
         )
-    count = len(_tensors(source))
+    names = list(_tensors(source))
+    if any(name.endswith(".experts") for name in names):
+        raise AdapterError(
+            f"{source}: adapts stacked experts, which no PEFT release opens from this file. Write a "
+            "checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm"
+        )
     with writing(dst) as folder:
         (folder / adapter.CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
@@ -92,7 +97,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
         (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
     size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file())
-    return Exported(dst, count, size, fields["base_model_name_or_path"])
+    return Exported(dst, len(names), size, fields["base_model_name_or_path"])
 
 
 def verify(folder: Path, model: Path | str) -> Verdict:

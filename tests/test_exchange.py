@@ -207,7 +207,6 @@ def test_mlx_lm_s_own_loader_takes_the_folder(folders: dict[str, Path], tmp_path
 @pytest.mark.parametrize(
     ("arch", "key", "said"),
     [
-        ("mixtral", "block_sparse_moe.switch_mlp.gate_proj", "experts"),
         ("llama", "model.embed_tokens", "embed_tokens"),
     ],
 )

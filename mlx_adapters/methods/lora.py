@@ -26,11 +26,12 @@ from mlx_adapters.methods.base import (
     AdapterLayer,
     Dropout,
     dims,
+    layer_range,
     linear_like,
     plain_weight,
     resolve_targets,
 )
-from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
+from mlx_adapters.methods.modules import EMBEDDINGS, EXPERTS, EmbeddingLayer, ExpertLayer, Saved
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "LORA"
@@ -49,7 +50,9 @@ class Config:
     rank_pattern: str = field("", "other ranks for some layers: q_proj=16,mlp.down_proj=4")
     alpha_pattern: str = field("", "other alphas for some layers, written the same way")
     modules_to_save: str = field("", "names of modules trained whole, as lm_head or embed_tokens")
-    targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
+    targets: str = field(
+        "default", "default, attn, mlp, attn+mlp, experts, all-linear, names a,b or re:PATTERN"
+    )
     layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
 
     def __post_init__(self) -> None:
@@ -175,7 +178,7 @@ def _largest(weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.ar
     return mx.array(np.pad(a, ((0, pad), (0, 0)))), mx.array(np.pad(b, ((0, 0), (0, pad))))
 
 
-LAYERS = (Layer, EmbeddingLayer, Saved)
+LAYERS = (Layer, ExpertLayer, EmbeddingLayer, Saved)
 
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
@@ -193,6 +196,8 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
             placed[path] = Saved(modules[path], path)
         elif isinstance(modules[path], EMBEDDINGS):
             placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=_tied(model))
+        elif isinstance(modules[path], EXPERTS):
+            placed[path] = ExpertLayer(modules[path], rank=rank, scale=scale, dropout=config.dropout)
         else:
             placed[path] = Layer(
                 modules[path], rank=rank, scale=scale, dropout=config.dropout, pissa=config.pissa
@@ -202,7 +207,10 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
 
 def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
     """Paths of the linear layers, and of the embedding where it is named."""
-    names = [name.strip() for name in config.targets.split(",")]
+    names = [name.strip() for name in re.split(r"[,+]", config.targets)]
+    if "experts" in names:
+        others = replace(config, targets=",".join(name for name in names if name != "experts"))
+        return [*(_targets(model, model_type, others) if others.targets else []), *_experts(model, config)]
     embedding = ""
     if not config.targets.startswith("re:") and any(name in _EMBEDDING_NAMES for name in names):
         embedding = sites.embedding(model)
@@ -211,6 +219,15 @@ def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
         return [embedding]
     linear = resolve_targets(model, model_type, targets=left, layers=config.layers, default="lora")
     return [embedding, *linear] if embedding else linear
+
+
+def _experts(model: nn.Module, config: Config) -> list[str]:
+    stacked = [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]
+    keep = layer_range(config.layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
+    paths = [path for path in stacked if sites.layer_index(path) in keep]
+    if not paths:
+        raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {config.layers!r}")
+    return paths
 
 
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
