@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from test_beam import flat, prompts
@@ -14,7 +15,8 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.choices import parse
 from mlx_adapters.evaluate.likelihood import choice_ids, loglikelihoods, pick
-from mlx_adapters.model import describe, load
+from mlx_adapters.evaluate.prefill import shared_prefix
+from mlx_adapters.model import Loaded, describe, load
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
 SMOL = Path(__file__).parents[2] / "smol-hf"
@@ -50,6 +52,17 @@ def by_us(model: Any, given: Choices, **options: Any) -> list[list[float]]:
     return [found[index] for index in range(len(given))]
 
 
+def attached(tmp_path: Path, method: str) -> Loaded:
+    """A tiny model with an adapter that does something."""
+    loaded = load(make_tiny("llama", tmp_path))
+    config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})
+    adapter.attach(loaded.model, method, config, base=describe(loaded))
+    shaken = [(name, array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7)))
+              for name, array in flat(loaded.model.trainable_parameters())]  # fmt: skip
+    loaded.model.load_weights(shaken, strict=False)
+    return loaded
+
+
 def close(one: list[list[float]], other: list[list[float]]) -> bool:
     return all(np.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(one, other, strict=True))
 
@@ -62,6 +75,26 @@ def test_ragged_choices_equal_torch(tmp_path: Path, arch: str) -> None:
     assert np.std([score for scores in expected for score in scores]) > 1
     for batch_size in (1, 3, 16):
         assert close(by_us(model, given, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_a_prefix_that_all_prompts_share_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    loaded = attached(tmp_path, method)
+    template = prompts(1, seed=9, longest=1)[0] * 20
+    given = [(template + prompt, choices) for prompt, choices in items(9)]
+    read = []
+
+    def spy(*arguments: Any) -> Any:
+        read.append(shared_prefix(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr("mlx_adapters.evaluate.likelihood.shared_prefix", spy)
+    shared = by_us(loaded.model, given, batch_size=4)
+    assert read[0].length >= 20
+    monkeypatch.setattr("mlx_adapters.evaluate.likelihood.shared_prefix", lambda model, rows: None)
+    assert close(by_us(loaded.model, given, batch_size=4), shared)
 
 
 def test_few_tokens_go_together_where_choices_are_long(
@@ -77,15 +110,8 @@ def test_few_tokens_go_together_where_choices_are_long(
 def test_an_adapter_with_and_without_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    import mlx.core as mx
-
-    loaded = load(make_tiny("llama", tmp_path))
-    base = by_us(loaded.model, items(6))
-    config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})
-    adapter.attach(loaded.model, method, config, base=describe(loaded))
-    shaken = [(name, array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7)))
-              for name, array in flat(loaded.model.trainable_parameters())]  # fmt: skip
-    loaded.model.load_weights(shaken, strict=False)
+    base = by_us(load(make_tiny("llama", tmp_path)).model, items(6))
+    loaded = attached(tmp_path, method)
     cached = by_us(loaded.model, items(6), batch_size=4)
     assert not close(cached, base)
     monkeypatch.setattr("mlx_adapters.evaluate.likelihood.splits", lambda model: False)

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.evaluate.prefill import prefill, reorder, splits
-from mlx_adapters.virtual import forward
+from mlx_adapters.evaluate.prefill import Prefix, prefill, reorder, shared_prefix, splits
+from mlx_adapters.virtual import forward, with_virtual
 
 __all__ = ["beam_search"]
 
@@ -73,12 +73,16 @@ def beam_search(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     cached = splits(model)
     size = batch_size if cached else 1
+    prefix = shared_prefix(model, [with_virtual(model, prompt) for prompt in prompts]) if cached else None
     for start in range(0, len(order), size):
         group = order[start : start + size]
         searches = [_Search(index, beams, length_penalty) for index in group]
         rows = [prompts[index] for index in group]
-        run = _cached if cached else _uncached
-        for search in run(model, rows, searches, stop=stop, max_tokens=max_tokens):
+        if cached:
+            run = _cached(model, rows, searches, prefix, stop=stop, max_tokens=max_tokens)
+        else:
+            run = _uncached(model, rows[0], searches[0], stop=stop, max_tokens=max_tokens)
+        for search in run:
             yield search.position, search.best(stop)
 
 
@@ -86,11 +90,12 @@ def _cached(
     model: nn.Module,
     rows: list[Sequence[int]],
     searches: list[_Search],
+    prefix: Prefix | None,
     *,
     stop: frozenset[int],
     max_tokens: int,
 ) -> Iterator[_Search]:
-    logits, cache = prefill(model, rows)
+    logits, cache = prefill(model, rows, prefix)
     while True:
         candidates = _candidates(logits, searches, stop)
         sources: list[int] = []  # for each row of the next step, the row whose cache it goes on from
@@ -111,18 +116,12 @@ def _cached(
 
 
 def _uncached(
-    model: nn.Module,
-    rows: list[Sequence[int]],
-    searches: list[_Search],
-    *,
-    stop: frozenset[int],
-    max_tokens: int,
+    model: nn.Module, prompt: Sequence[int], search: _Search, *, stop: frozenset[int], max_tokens: int
 ) -> Iterator[_Search]:
     """One prompt, read anew for each token: its beams are of one length, so a batch needs no padding."""
-    (prompt,), (search,) = rows, searches
     while not search.done:
         texts = mx.array([[*prompt, *ids] for _, ids in search.living])
-        (found,) = _candidates(forward(model, texts)[:, -1], searches, stop)
+        (found,) = _candidates(forward(model, texts)[:, -1], [search], stop)
         search.advance(found, stop, max_tokens)
     yield search
 

@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_adapters.errors import DataError
-from mlx_adapters.evaluate.prefill import prefill, reorder, right_padded, splits
-from mlx_adapters.virtual import forward
+from mlx_adapters.evaluate.prefill import Prefix, prefill, reorder, right_padded, shared_prefix, splits
+from mlx_adapters.virtual import forward, with_virtual
 
 __all__ = ["choice_ids", "loglikelihoods", "pick"]
 
@@ -61,11 +61,13 @@ def loglikelihoods(
     model.eval()
     try:
         cached = splits(model)
-        for group in _groups(
-            order, [_tokens(items[index][1]) for index in order], batch_size if cached else 1
-        ):
-            found = (_cached if cached else _uncached)(model, [items[index] for index in group])
-            yield from zip(group, found)
+        prefix = (
+            shared_prefix(model, [with_virtual(model, prompt) for prompt, _ in items]) if cached else None
+        )
+        counts = [_tokens(items[index][1]) for index in order]
+        for group in _groups(order, counts, batch_size if cached else 1):
+            some = [items[index] for index in group]
+            yield from zip(group, _cached(model, some, prefix) if cached else _uncached(model, some))
     finally:
         model.train(training)
 
@@ -89,9 +91,9 @@ def _groups(order: list[int], tokens: list[int], batch_size: int) -> Iterator[li
 
 
 def _cached(
-    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]
+    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]], prefix: Prefix | None
 ) -> list[list[float]]:
-    logits, cache = prefill(model, [prompt for prompt, _ in items])
+    logits, cache = prefill(model, [prompt for prompt, _ in items], prefix)
     owners = [index for index, (_, choices) in enumerate(items) for _ in choices]
     texts = [list(choice) for _, choices in items for choice in choices]
     first = _logprobs(logits)[mx.array(owners), mx.array([text[0] for text in texts])]

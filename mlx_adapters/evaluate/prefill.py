@@ -1,6 +1,7 @@
 """Read prompts into a KV cache: once, batched, with whatever the adapter puts in front."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,9 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["common_prefix", "prefill", "read_prefix", "reorder", "right_padded", "shares", "splits"]
+__all__ = ["Prefix", "common_prefix", "prefill", "reorder", "right_padded", "shared_prefix", "splits"]
+
+_WORTH = 8  # a shorter prefix saves less than copying its cache costs
 
 
 def splits(model: nn.Module) -> bool:
@@ -35,19 +38,63 @@ def splits(model: nn.Module) -> bool:
     return True
 
 
-def shares(model: nn.Module) -> bool:
-    """Whether a cache can be read once and go on in several rows: each layer's is a plain list of keys and
-    values."""
-    return all(type(cache) is KVCache for cache in make_prompt_cache(model))
+@dataclass(frozen=True)
+class Prefix:
+    """The first `length` tokens of all rows (virtual tokens among them), read once."""
+
+    length: int
+    states: list[tuple[mx.array, mx.array]]
+
+    def cache(self) -> list[Any]:
+        """A cache for one row, which goes on after the prefix."""
+        caches = []
+        for keys, values in self.states:
+            cache = KVCache()
+            # without room to grow: growing copies, so rows may share the arrays
+            cache.keys, cache.values, cache.offset = keys, values, keys.shape[2]
+            caches.append(cache)
+        return caches
 
 
-def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[mx.array, list[Any]]:
+def shared_prefix(model: nn.Module, rows: Sequence[Sequence[int]]) -> Prefix | None:
+    """What all rows begin with, read into a cache; None where it would not pay, or cannot go on in many rows.
+
+    `rows` have their virtual tokens. The template and the task's phrases make a third of a short prompt.
+    """
+    length = common_prefix(rows)
+    cache = start_cache(model) or make_prompt_cache(model)
+    if len(rows) < 2 or length < _WORTH or not all(type(layer) is KVCache for layer in cache):
+        return None
+    model(mx.array([rows[0][:length]]), cache=cache)
+    states = [(c.keys[..., : c.offset, :], c.values[..., : c.offset, :]) for c in cache]
+    states = [(mx.contiguous(keys), mx.contiguous(values)) for keys, values in states]
+    mx.eval(states)
+    return Prefix(length, states)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, at least one of each row left over."""
+    if not rows:
+        return 0
+    first, last = min(rows), max(rows)  # all others lie between these two
+    limit = min(len(row) for row in rows) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
+
+
+def prefill(
+    model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None
+) -> tuple[mx.array, list[Any]]:
     """(logits after each prompt [rows, vocabulary], the cache of all rows in batched form).
 
-    `prompts` are of any length, without virtual tokens. Needs `splits(model)`.
+    `prompts` are of any length, without virtual tokens; those of `prefix` are not read again. Needs
+    `splits(model)`.
     """
     rows = [with_virtual(model, prompt) for prompt in prompts]
-    caches = [start_cache(model) or make_prompt_cache(model) for _ in rows]
+    if prefix is None:
+        caches = [start_cache(model) or make_prompt_cache(model) for _ in rows]
+    else:
+        rows = [row[prefix.length :] for row in rows]
+        caches = [prefix.cache() for _ in rows]
     batch = [layer[0].merge(layer) for layer in zip(*caches)]
     bodies = [row[:-1] for row in rows]
     ids, padding = right_padded(bodies)
@@ -73,25 +120,6 @@ def reorder(cache: list[Any], sources: mx.array) -> None:
             layer.offset, layer.left_padding = layer.offset[sources], layer.left_padding[sources]
         else:
             layer.filter(sources)
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, at least one of each row left over."""
-    if not rows:
-        return 0
-    first, last = min(rows), max(rows)  # all others lie between these two
-    limit = min(len(row) for row in rows) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
-
-
-def read_prefix(model: nn.Module, prefix: Sequence[int]) -> list[Any]:
-    """The cache of one row after `prefix`. Needs `shares(model)`."""
-    cache = start_cache(model) or make_prompt_cache(model)
-    model(mx.array([prefix]), cache=cache)
-    for layer in cache:  # without the room that a cache keeps to grow
-        layer.state = (layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :])
-    mx.eval([layer.state for layer in cache])
-    return cache
 
 
 def right_padded(rows: Sequence[Sequence[int]]) -> tuple[mx.array, list[int]]:
