@@ -1,15 +1,23 @@
-"""Greedy decoding: the batch must not change an answer, EOS must end it."""
+"""Decoding: the batch must not change an answer, EOS must end it."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import ConfigError, DataError
-from mlx_adapters.evaluate.decode import generate, generate_ids
+from mlx_adapters.evaluate.beam import beam_search
+from mlx_adapters.evaluate.decode import Decoding, _sampler, generate, generate_ids
+from mlx_adapters.evaluate.prefill import shared_prefix
 
+SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
+SMOL = Path(__file__).parents[2] / "smol-hf"
 VOCABULARY = 97
 
 
@@ -147,6 +155,108 @@ def test_dropout_is_off_while_decoding_and_training_mode_comes_back() -> None:
     assert dict(generate_ids(model, prompts, stop=frozenset(), max_tokens=6, batch_size=4)) == expected
     assert model.training
     assert layer.down_proj.dropout.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(batch_size: int) -> None:
+    model = tiny()
+    front = ragged(3)[2][:30]
+    prompts = [front + prompt for prompt in ragged(9)] + [front + [5]]
+    expected = [reference(model, prompt, stop=frozenset(), max_tokens=8) for prompt in prompts]
+    got = dict(generate_ids(model, prompts, stop=frozenset(), max_tokens=8, batch_size=batch_size))
+    assert [got[index] for index in range(len(prompts))] == expected
+    prefix = shared_prefix(model, prompts)
+    assert prefix is not None
+    assert prefix.length == 30
+    assert shared_prefix(model, ragged(9)) is None
+
+
+def test_beams_are_a_decoding() -> None:
+    model, prompts = tiny(), ragged(7)
+    beam = Decoding(kind="beam", beams=3)
+    got = dict(generate_ids(model, prompts, stop=frozenset({3}), max_tokens=6, batch_size=8, decoding=beam))
+    expected = dict(beam_search(model, prompts, stop=frozenset({3}), max_tokens=6, beams=3))
+    assert got == expected
+    assert got != dict(generate_ids(model, prompts, stop=frozenset({3}), max_tokens=6, batch_size=8))
+
+
+def test_samples_depend_on_seed_and_number_not_on_the_batch() -> None:
+    model, prompts = tiny(), ragged(8)
+    hot = Decoding(kind="sample", temperature=2.0, top_p=1.0, top_k=40)
+
+    def sampled(rows: list[list[int]], batch_size: int, **options: Any) -> dict[int, list[int]]:
+        options = {"decoding": hot} | options
+        return dict(
+            generate_ids(model, rows, stop=frozenset(), max_tokens=6, batch_size=batch_size, **options)
+        )
+
+    first = sampled(prompts, 4)
+    assert sampled(prompts, 1) == first
+    assert sampled(prompts, 8, decoding=replace(hot, seed=1)) != first
+    assert sampled([prompts[5], prompts[2]], 4, keys=[5, 2]) == {0: first[5], 1: first[2]}
+    assert sampled([prompts[5]] * 8, 4) != dict.fromkeys(range(8), first[5])
+    cold = Decoding(kind="sample", temperature=1e-3, top_p=1.0)
+    greedy = dict(generate_ids(model, prompts, stop=frozenset(), max_tokens=6, batch_size=4))
+    assert sampled(prompts, 4, decoding=cold) == greedy
+
+
+def test_samples_are_drawn_as_transformers_warps() -> None:
+    import torch
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = mx.random.normal((1, 50), key=mx.random.key(1)) * 2
+    scores = torch.tensor(logits.tolist())
+    for warp in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(12), TopPLogitsWarper(0.75)):
+        scores = warp(torch.zeros(1, 1, dtype=torch.long), scores)
+    share = torch.softmax(scores, dim=-1)[0].numpy()
+    sampler = _sampler(Decoding(kind="sample", temperature=0.8, top_k=12, top_p=0.75), 0)
+    drawn = [int(sampler(logits).item()) for _ in range(2000)]
+    counted = np.bincount(drawn, minlength=50) / 2000
+    assert 2 <= (share > 0).sum() <= 11
+    assert (counted[share == 0] == 0).all()
+    assert np.abs(counted - share).max() < 0.05  # four standard deviations
+
+
+def test_settings_that_make_no_sense_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown decoding 'beams'\. Did you mean 'beam'"):
+        Decoding(kind="beams")
+    with pytest.raises(ConfigError, match="temperature 0"):
+        Decoding(temperature=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SMOL / "config.json").exists(), reason=f"needs SmolLM2-135M in {SMOL}")
+@pytest.mark.parametrize("method", ["base", "lora", "series", "prefix"])
+def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str) -> None:
+    from mlx_adapters import adapter, methods
+    from mlx_adapters.data.templates import prompt_for
+    from mlx_adapters.data.tokens import prompt_ids
+    from mlx_adapters.evaluate.tasks import load_items
+    from mlx_adapters.model import describe, load
+
+    if not SETS.is_dir():
+        pytest.skip(f"{SETS} is not here: published test sets are not part of the project")
+    loaded = load(SMOL)
+    if method != "base":
+        adapter.attach(loaded.model, method, methods.make_config(method, {}), base=describe(loaded))
+        noise = [
+            (name, array + 0.02 * mx.random.normal(array.shape, key=mx.random.key(number)))
+            for number, (name, array) in enumerate(tree_flatten(loaded.model.trainable_parameters()))
+        ]
+        loaded.model.load_weights(noise, strict=False)
+    items = [item for name in ("gsm8k", "boolq") for item in load_items(name, data_dir=SETS, limit=100)]
+    prompts = [
+        prompt_ids(
+            prompt_for(item.instruction, template="alpaca", tokenizer=loaded.tokenizer, phase="eval"),
+            loaded.tokenizer,
+        )
+        for item in items
+    ]
+    stop = frozenset(loaded.tokenizer.eos_token_ids)
+    together = dict(generate_ids(loaded.model, prompts, stop=stop, max_tokens=32, batch_size=16))
+    alone = dict(generate_ids(loaded.model, prompts, stop=stop, max_tokens=32, batch_size=1))
+    assert len({tuple(answer) for answer in alone.values()}) > 50
+    assert [index for index in range(200) if together[index] != alone[index]] == []
 
 
 def test_no_prompts_no_rows() -> None:

@@ -1,22 +1,57 @@
-"""Greedy decoding of many prompts: batched, with a KV cache, stopping at the end-of-sequence token.
+"""Decoding of many prompts: batched, with a KV cache, stopping at the end-of-sequence token.
 
 mlx-lm's `BatchGenerator` keeps the batch full (a finished row leaves at once and the next prompt takes its
 place), so one long answer does not hold back the rest. Prompts go in longest first: neighbours have
-similar lengths, hence little padding, and the largest batch (the one that may not fit) comes first.
+similar lengths, hence little padding, and the largest batch (the one that may not fit) comes first. What all
+prompts begin with, the template, is read once.
+
+The paper sets temperature 0.1, top_p 0.75, top_k 40 and four beams, but leaves sampling off: its numbers are
+plain beam search. `beam` is that, `sample` is what the settings say, `greedy` is the default.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_adapters.errors import ConfigError, DataError
+from mlx_adapters.errors import ConfigError, DataError, unknown
+from mlx_adapters.evaluate.beam import beam_search
+from mlx_adapters.evaluate.prefill import shared_prefix, splits
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["generate", "generate_ids"]
+__all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
+
+DECODINGS = ("greedy", "beam", "sample")
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are decoded; the defaults are the paper's settings. `seed` makes samples repeatable, the
+    same for a prompt whatever is decoded with it."""
+
+    kind: str = "greedy"
+    beams: int = 4
+    length_penalty: float = 1.0
+    temperature: float = 0.1
+    top_p: float = 0.75
+    top_k: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DECODINGS:
+            raise ConfigError(unknown("decoding", self.kind, DECODINGS))
+        if self.beams < 1 or self.top_k < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"decoding: beams and top_k must be at least 1, temperature above 0, top_p in (0, 1]; found "
+                f"beams {self.beams}, top_k {self.top_k}, temperature {self.temperature}, top_p {self.top_p}"
+            )
+
+
+GREEDY = Decoding()
 
 
 def generate(
@@ -26,14 +61,19 @@ def generate(
     *,
     max_tokens: int = 256,
     batch_size: int = 16,
+    decoding: Decoding = GREEDY,
+    keys: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield `(index of the prompt, text)` for each prompt as it finishes, not in the order given.
 
     `tokenizer` is mlx-lm's wrapper: its `eos_token_ids` stop a row and are not part of the text.
+    `batch_size` rows go together, of which a prompt takes as many as there are beams. `keys` are the prompts'
+    numbers for sampling, by default their places.
     Raises DataError for an empty prompt, ConfigError for a limit below one.
     """
     stop = frozenset(int(token) for token in tokenizer.eos_token_ids)
-    for index, ids in generate_ids(model, prompts, stop=stop, max_tokens=max_tokens, batch_size=batch_size):
+    options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "decoding": decoding}
+    for index, ids in generate_ids(model, prompts, stop=stop, keys=keys, **options):
         yield index, tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -44,6 +84,8 @@ def generate_ids(
     stop: frozenset[int],
     max_tokens: int,
     batch_size: int,
+    decoding: Decoding = GREEDY,
+    keys: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """`generate` in token ids; the stop token is left out."""
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
@@ -52,38 +94,50 @@ def generate_ids(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {index} has no tokens: give every item an instruction")
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     training = model.training
     model.eval()  # adapter dropout would make answers random
     try:
+        if decoding.kind == "beam":
+            yield from beam_search(
+                model,
+                prompts,
+                stop=stop,
+                max_tokens=max_tokens,
+                beams=decoding.beams,
+                length_penalty=decoding.length_penalty,
+                batch_size=max(1, batch_size // decoding.beams),
+            )
+            return
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rows = [with_virtual(model, prompts[index]) for index in order]
-        run = _batched if batch_size > 1 and _can_batch(model) else _one_by_one
-        for position, ids in run(model, rows, stop=stop, max_tokens=max_tokens, batch_size=batch_size):
+        samplers = [_sampler(decoding, keys[index] if keys else index) for index in order]
+        run = _batched if batch_size > 1 and splits(model) else _one_by_one
+        for position, ids in run(model, rows, samplers, stop=stop, max_tokens=max_tokens, width=batch_size):
             yield order[position], ids
     finally:
         model.train(training)
 
 
-def _can_batch(model: nn.Module) -> bool:
-    """Whether each layer's cache has a batched form (state-space layers of some models have none)."""
-    return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
-
-
 def _batched(
-    model: nn.Module, rows: list[list[int]], *, stop: frozenset[int], max_tokens: int, batch_size: int
+    model: nn.Module,
+    rows: list[list[int]],
+    samplers: list[Sampler],
+    *,
+    stop: frozenset[int],
+    max_tokens: int,
+    width: int,
 ) -> Iterator[tuple[int, list[int]]]:
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
         stop_tokens=[[token] for token in sorted(stop)],
-        sampler=_argmax,
-        completion_batch_size=batch_size,
-        prefill_batch_size=min(batch_size, 8),
+        completion_batch_size=width,
+        prefill_batch_size=min(width, 8),
     )
     try:
-        # a prefix is a cache that starts full; each row needs its own, to grow by its own text
-        caches = [start_cache(model) for _ in rows] if start_cache(model) is not None else None
-        first = {uid: position for position, uid in enumerate(generator.insert(rows, caches=caches))}
+        bodies, caches = _started(model, rows)
+        uids = generator.insert(bodies, caches=caches, samplers=samplers)
+        first = {uid: position for position, uid in enumerate(uids)}
         answers: list[list[int]] = [[] for _ in rows]
         left = len(rows)
         while left:
@@ -98,13 +152,29 @@ def _batched(
         generator.close()
 
 
+def _started(model: nn.Module, rows: list[list[int]]) -> tuple[list[list[int]], list[list[Any]] | None]:
+    """What is left to read of each row, and the cache it goes on from."""
+    prefix = shared_prefix(model, rows)
+    if prefix is not None:
+        return [row[prefix.length :] for row in rows], [prefix.cache() for _ in rows]
+    # a prefix of the adapter is a cache that starts full; each row needs its own, to grow by its own text
+    caches = [start_cache(model) for _ in rows]
+    return rows, [cache for cache in caches if cache is not None] or None
+
+
 def _one_by_one(
-    model: nn.Module, rows: list[list[int]], *, stop: frozenset[int], max_tokens: int, batch_size: int
+    model: nn.Module,
+    rows: list[list[int]],
+    samplers: list[Sampler],
+    *,
+    stop: frozenset[int],
+    max_tokens: int,
+    width: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    for position, row in enumerate(rows):
+    for position, (row, sampler) in enumerate(zip(rows, samplers)):
         answer: list[int] = []
         steps = generate_step(
-            mx.array(row), model, max_tokens=max_tokens, sampler=_argmax, prompt_cache=start_cache(model)
+            mx.array(row), model, max_tokens=max_tokens, sampler=sampler, prompt_cache=start_cache(model)
         )
         for token, _ in steps:
             if int(token) in stop:
@@ -115,3 +185,26 @@ def _one_by_one(
 
 def _argmax(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
+
+
+def _sampler(decoding: Decoding, number: int) -> Sampler:
+    """Draws from the `top_k` most likely tokens, of these from the fewest that have `top_p` of the
+    probability, in transformers' order: temperature, top_k, top_p."""
+    if decoding.kind == "greedy":
+        return _argmax
+    key = mx.random.key((decoding.seed << 32) + number)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        count = min(decoding.top_k, logprobs.shape[-1])
+        best = mx.argpartition(-logprobs, count - 1, axis=-1)[..., :count]
+        scaled = mx.take_along_axis(logprobs, best, axis=-1) / decoding.temperature
+        order = mx.argsort(-scaled, axis=-1)
+        best, scaled = (mx.take_along_axis(x, order, axis=-1) for x in (best, scaled))
+        share = mx.softmax(scaled, axis=-1)
+        before = mx.cumsum(share, axis=-1) - share
+        drawn = mx.random.categorical(mx.where(before < decoding.top_p, scaled, -mx.inf), key=now)
+        return mx.take_along_axis(best, drawn[..., None], axis=-1)[..., 0]
+
+    return sample
