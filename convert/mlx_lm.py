@@ -20,6 +20,7 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods import dora, lora
 from mlx_adapters.model import Loaded
 from mlx_adapters.models.config import OWN
+from mlx_adapters.models.sites import to_hf
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
@@ -44,7 +45,9 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
     ranks = {own["lora_a"].shape[-2] for own in parts.arrays.values()}
     need(len(ranks) == 1, source, f"mlx-lm has one rank for all layers, this adapter has {sorted(ranks)}")
-    need(not getattr(parts.config, "alpha_pattern", None), source, "mlx-lm has one scale for all layers")
+    at = getattr(parts.config, "at", lambda path: (0, parts.config.scale))  # patterns of LoRA, by layer
+    scales = {at(to_hf(path, parts.model_type))[1] for path in parts.arrays}
+    need(len(scales) == 1, source, "mlx-lm has one scale for all layers")
     tensors = {
         f"{path}.{_NAMES[name]}": mx.contiguous(array.T) if array.ndim == 2 else array
         for path, own in parts.arrays.items()
@@ -55,7 +58,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         "num_layers": parts.meta.base.get("num_hidden_layers", 0),
         "lora_parameters": {
             "rank": ranks.pop(),
-            "scale": parts.config.scale,
+            "scale": scales.pop(),
             "dropout": parts.config.dropout,
             "keys": sorted(parts.arrays),
         },

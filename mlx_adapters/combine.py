@@ -159,7 +159,7 @@ def _member(folder: Path) -> _Member:
                 f"{folder / adapter.WEIGHTS}: {path} has not both factors of rank {config.rank}, which "
                 f"{adapter.CONFIG} says"
             )
-        factors[path] = _Factors(pair["A.weight"], pair["B.weight"], config.scale)
+        factors[path] = _Factors(pair["A.weight"], pair["B.weight"], config.at(path)[1])
     return _Member(folder, meta, adapter.read_fields(folder), config, factors)
 
 

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from cases import Method
+from mlx_lm.tuner.utils import load_adapters
 from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
 from mlx_adapters import adapter, methods, model
-from mlx_adapters.convert import peft
+from mlx_adapters.combine import combine
+from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.load_adapter import load_adapter
-from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.train.config import TrainConfig
@@ -103,6 +105,8 @@ def test_every_array_gets_a_gradient_and_the_loss_falls(
         ("gpt_neox", {"modules_to_save": "embed_out"}, "transformers 5 lm_head"),
         ("llama", {"rank_pattern": "q_porj=4"}, "q_porj"),
         ("llama", {"rank_pattern": "q_proj:4"}, "NAME=NUMBER"),
+        ("llama", {"rank_pattern": "q_proj=2.5"}, "no whole number"),
+        ("llama", {"alpha_pattern": "q_proj=nan"}, "NAME=NUMBER"),
         ("llama", {"lora_plus": 0}, "lora_plus"),
     ],
 )
@@ -208,3 +212,78 @@ def test_patterns_read_from_peft(folders: dict[str, Path], tmp_path: Path) -> No
     loaded.model.eval()
     np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
     assert isinstance(adapter.layers(loaded.model)["lm_head"], nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("llama", "embed_tokens"), ("tied", "embed_tokens"), ("gptj", "wte")]
+)
+def test_an_embedding_adapter_of_peft_loads(
+    name: str, target: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT writes the whole table beside it where the embedding is called embed_tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(
+        folders[name] / "torch", dtype=torch.float32, attn_implementation="eager"
+    )
+    with quiet_transformers():
+        network = get_peft_model(base, LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
+    network.save_pretrained(tmp_path, save_embedding_layers=target == "embed_tokens")
+    names = adapter.read_tensors(tmp_path)
+    assert any(key.endswith("base_layer.weight") for key in names) == (target == "embed_tokens")
+    loaded = model.load(folders[name])
+    adapter.load(loaded, tmp_path)
+    loaded.model.eval()
+    np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
+    if target == "embed_tokens":
+        table = next(key for key in names if key.endswith("base_layer.weight"))
+        mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), names | {table: 2 * names[table]})
+        with pytest.raises(AdaptersError, match="table of its own"):
+            adapter.load(model.load(folders[name]), tmp_path)
+
+
+def test_patterns_count_wherever_a_scale_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Merging adapters and mlx-lm's folders take each layer's own scale, to the last digit."""
+    fields = {"rank": 4, "targets": "q_proj,o_proj", "alpha_pattern": "q_proj=1.23456789,o_proj=11"}
+    loaded, meta = attached(folders["llama"], Method("lora", fields), trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    expected = logits(loaded)
+    read = methods.get("lora").from_peft(adapter.read_fields(tmp_path / "a"))
+    assert read.at("x.q_proj") == (4, 1.23456789 / 4)
+    combine([tmp_path / "a"], [1.0], tmp_path / "merged")
+    again = model.load(folders["llama"])
+    adapter.load(again, tmp_path / "merged")
+    again.model.eval()
+    np.testing.assert_allclose(logits(again), expected, atol=bound(expected))
+    with pytest.raises(AdaptersError, match="one scale"):
+        exchange.export(tmp_path / "a", tmp_path / "two", format="mlx-lm")
+    one = Method("lora", {"rank": 4, "alpha": 6.0, "targets": "attn", "rank_pattern": ".*=3"})
+    loaded, meta = attached(folders["llama"], one, trained=True)
+    adapter.save(tmp_path / "b", loaded.model, meta=meta)
+    exchange.export(tmp_path / "b", tmp_path / "theirs", format="mlx-lm")
+    network = load_adapters(model.load(folders["llama"]).model, str(tmp_path / "theirs"))
+    network.eval()
+    np.testing.assert_allclose(np.array(network(IDS)), logits(loaded), atol=bound(expected))
+
+
+def test_pissa_keeps_patterns_when_saved(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Twice the rank with sqrt(2) alpha is no round number: as text it must lose no digit."""
+    fields = {
+        "rank": 4,
+        "rslora": True,
+        "pissa": True,
+        "targets": "q_proj,v_proj",
+        "alpha_pattern": "q_proj=7",
+    }
+    loaded, meta = attached(folders["llama"], Method("lora", fields), trained=True)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    again = model.load(folders["llama"])
+    adapter.load(again, tmp_path)
+    ours, theirs = adapter.layers(loaded.model), adapter.layers(again.model)
+    assert all(abs(theirs[path].scale - layer.scale) < 1e-15 for path, layer in ours.items())

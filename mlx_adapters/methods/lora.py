@@ -59,8 +59,9 @@ class Config:
         check(self.rank, self.alpha, self.dropout, "lora")
         if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
             raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
-        for name in ("rank_pattern", "alpha_pattern"):
-            _pattern(getattr(self, name), name)
+        _pattern(self.alpha_pattern, "alpha_pattern")
+        if odd := [v for v in _pattern(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
+            raise ConfigError(f"lora: rank_pattern={self.rank_pattern!r}: rank {odd[0]} is no whole number")
 
     @property
     def scale(self) -> float:
@@ -83,9 +84,14 @@ def _pattern(text: str, name: str) -> dict[str, float]:
             re.compile(key)
         except (ValueError, re.error):
             key = ""
-        if not key or found[key] <= 0:
+        if not key or not 0 < found[key] < math.inf:
             raise ConfigError(f"lora: {name}={text!r}: write it as NAME=NUMBER,NAME=NUMBER")
     return found
+
+
+def _text(pattern: dict[str, float]) -> str:
+    """The inverse of `_pattern`, digit by digit."""
+    return ",".join(f"{key}={int(v) if v == int(v) else v!r}" for key, v in pattern.items())
 
 
 def _matching(text: str, name: str, path: str) -> float | None:
@@ -257,9 +263,8 @@ def _whole(modules: dict[str, nn.Module], config: Config, model_type: str) -> li
 
 
 def _tied(model: nn.Module) -> bool:
-    return not any(
-        hasattr(m, n) for m in (model, model.model) for n in ("lm_head", "embed_out", "output_layer")
-    )
+    heads = ("lm_head", "embed_out", "output_layer")
+    return not any(path.rpartition(".")[2] in heads for path, _ in model.named_modules())
 
 
 def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
@@ -282,7 +287,7 @@ def as_saved(config: Config) -> Config:
     factor = math.sqrt(2) if config.rslora else 2
 
     def times(text: str, name: str, by: float) -> str:
-        return ",".join(f"{key}={value * by:g}" for key, value in _pattern(text, name).items())
+        return _text({key: value * by for key, value in _pattern(text, name).items()})
 
     return replace(
         config,
@@ -343,10 +348,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    own: dict[str, Any] = {
-        name: ",".join(f"{key}={value:g}" for key, value in (fields.get(name) or {}).items())
-        for name in ("rank_pattern", "alpha_pattern")
-    }
+    own: dict[str, Any] = {name: _text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
     return Config(**read_peft({name: value for name, value in fields.items() if name not in own}), **own)
 
@@ -356,7 +358,7 @@ def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] not in neutral:
             raise AdapterError(
-                f"{name}={fields[name]!r} is not supported yet: only plain LoRA and rsLoRA load here"
+                f"{name}={fields[name]!r} is not supported, and without it the adapter is another function"
             )
     if isinstance(init := fields.get("init_lora_weights"), str) and init.lower() in (
         "pissa",

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods.base import LINEARS, AdapterLayer, Dropout, linear_like, plain_weight
 
 __all__ = ["EMBEDDINGS", "EXPERTS", "EmbeddingLayer", "ExpertLayer", "Saved"]
@@ -64,6 +64,8 @@ class EmbeddingLayer(AdapterLayer):
         "lora_embedding_a": "lora_embedding_A",
         "lora_embedding_b": "lora_embedding_B",
     }
+    # PEFT writes the base's table beside the update of an embedding called embed_tokens
+    ALIASES: ClassVar[dict[str, str]] = {"table": "base_layer.weight"}
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
         super().__init__()
@@ -78,6 +80,18 @@ class EmbeddingLayer(AdapterLayer):
         y = self.base(ids)
         low = self.lora_embedding_a.T[ids] * self.scale
         return y + (low @ self.lora_embedding_b.T).astype(y.dtype)
+
+    def accept(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        own, table = plain_weight(self.base), arrays.get("table")
+        # the same up to the rounding of a quantized base
+        if table is not None and not (
+            table.shape == own.shape and float(mx.abs(table - own).mean()) <= 0.1 * float(mx.abs(own).mean())
+        ):
+            raise AdapterError(
+                f"the file holds an embedding table of its own {list(table.shape)}, which is not the base's "
+                f"{list(own.shape)}: convert the base with that table (vocabulary) first"
+            )
+        return {name: array for name, array in arrays.items() if name != "table"}
 
     @property
     def weight(self) -> mx.array:
