@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 from mlx_adapters.cli import (
     combine,
+    compare,
     convert,
+    data,
     doctor,
     eval,
     export,
@@ -67,11 +69,13 @@ app.command("convert")(convert.command)
 app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
+app.command("compare")(compare.command)
 app.command("export")(export.command)
 app.command("import")(import_adapter.command)
 app.command("fuse")(fuse.command)
 app.command("generate")(generate.command)
 app.command("combine")(combine.command)
+app.add_typer(data.app, name="data")
 app.command("info")(info.command)
 app.command("methods")(methods.command)
 app.command("models")(models.command)

@@ -9,21 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli.screen import say, table, track
-from mlx_adapters.errors import ConfigError, OutputError
+from mlx_adapters.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
+    from mlx_adapters.evaluate.records import RecordFile
     from mlx_adapters.evaluate.score import Record, Score
+    from mlx_adapters.evaluate.tasks import Item, Task
     from mlx_adapters.model import Loaded
 
-__all__ = ["command", "run_task", "score_row"]
+__all__ = ["columns", "command", "run_task", "score_row"]
 
-COLUMNS = ["task", "accuracy", "95 % interval", "correct", "seen in training", "unseen", "paper's rule"]
+DECODINGS = ("greedy", "beam", "sample", "likelihood")
 
 
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
-    task: Annotated[str, typer.Option(help="test sets, joined by commas: gsm8k, SVAMP, ...")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="test sets, joined by commas: names (gsm8k, boolq, ...), groups (math, math-2023, "
+            "commonsense, all), or .json and .jsonl files of your own"
+        ),
+    ],
     adapter: Annotated[
         Path | None, typer.Option(help="adapter folder; without it the base is measured")
     ] = None,
@@ -33,94 +41,199 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="use N items of each set, drawn by the seed")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows decoded together")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer [default: the paper's, 256 or 32]")
+    ] = None,
+    decoding: Annotated[
+        str,
+        typer.Option(help="greedy; beam (4 beams, the paper's numbers); sample; likelihood of the choices"),
+    ] = "greedy",
+    beams: Annotated[int, typer.Option("--num-beams", min=1, help="of --decoding beam")] = 4,
+    temperature: Annotated[float, typer.Option(help="of --decoding sample")] = 0.1,
+    top_p: Annotated[float, typer.Option(help="of --decoding sample")] = 0.75,
+    top_k: Annotated[int, typer.Option(help="of --decoding sample")] = 40,
+    choices: Annotated[
+        str, typer.Option(help="likelihood of: label (the paper's answer) or text (lm-eval's cloze)")
+    ] = "label",
     template: Annotated[str | None, typer.Option(help="default: the adapter's, else alpaca")] = None,
     force_template: Annotated[bool, typer.Option(help="allow another template than the adapter's")] = False,
-    seed: Annotated[int, typer.Option(help="draws the items of --limit")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help="question of an own file from its fields: '{text} Options: {options}'")
+    ] = None,
+    label: Annotated[str, typer.Option(help="field of the right answer in an own file")] = "answer",
+    seed: Annotated[int, typer.Option(help="draws the items of --limit, and samples")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file with a record of every item")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with the interrupted records of --output")] = False,
     json_: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
-    """Measure accuracy on the paper's test sets: greedy, batched, with the answers kept."""
+    """Measure accuracy on the paper's test sets or your own: batched, with the answers kept."""
     import json
 
     from mlx_adapters.evaluate import tasks
 
-    chosen = [tasks.find(name.strip()) for name in task.split(",") if name.strip()]
-    if output is not None and output.exists():
-        raise OutputError(f"{output}: exists. Choose another --output, or remove it")
-    sets = [(row, tasks.load_items(row, data_dir=data_dir, limit=limit, seed=seed)) for row in chosen]
+    if resume and output is None:
+        raise ConfigError("--resume goes on with the records of --output: give the same --output")
+    options = _decoding(decoding, choices, beams, temperature, top_p, top_k, seed)
+    sets = tasks.load(task, data_dir=data_dir, limit=limit, seed=seed, prompt=prompt, label=label)
+    used = _template(_meta(adapter), template, force_template)
+    settings = {
+        "model": model,
+        "adapter": str(adapter) if adapter else None,
+        "adapter_sha256": _digest(adapter),
+        "template": used,
+        "decoding": decoding,
+        "settings": _plain(options) | {"max_tokens": max_tokens},
+        "data": str(data_dir) if data_dir else "hub",
+        "tasks": [one.name for one, _ in sets],
+        "limit": limit,
+        "seed": seed,
+    }
+    file = _records(output, settings, resume)
     loaded, meta = _load(model, adapter)
-    used = _template(meta, template, force_template)
-    seen = frozenset(meta.seen) if meta else frozenset()
+    common = {
+        "template": used,
+        "batch_size": batch_size,
+        "seen": frozenset(meta.seen) if meta else frozenset(),
+    }
     records: list[Record] = []
     scores: list[Score] = []
     for row, items in sets:
-        kept, score, rate = run_task(
-            loaded, items, row.name, template=used, batch_size=batch_size, max_tokens=max_tokens, seen=seen
-        )
+        limits = {} if decoding == "likelihood" else {"max_tokens": max_tokens or row.max_tokens}
+        kept, score, rate = run_task(loaded, items, row, file=file, **common, **options, **limits)
         say(f"{row.name}: {rate:.2f} items/s")
         records += kept
         scores.append(score)
-    report = {
-        "model": model,
-        "adapter": str(adapter) if adapter else None,
-        "template": used,
-        "decoding": "greedy",
-        "scores": [asdict(score) for score in scores],
-    }
-    if output is not None:
-        _write(output, json.dumps(report | {"records": [asdict(record) for record in records]}, indent=1))
+    report = settings | {"scores": [asdict(score) for score in scores]}
+    if file is not None:
+        file.finish(report | {"records": [asdict(record) for record in records]})
     if json_:
         typer.echo(json.dumps(report, indent=1))
     else:
-        table(COLUMNS, [score_row(score) for score in scores])
+        table(columns(decoding), [score_row(score) for score in scores])
 
 
-def run_task(loaded: "Loaded", items: Any, task: str, **options: Any) -> "tuple[list[Record], Score, float]":
-    """Answer all items with progress on screen: (records in the items' order, score, items per second)."""
-    from mlx_adapters.evaluate.score import evaluate, summarise
+def run_task(
+    loaded: "Loaded",
+    items: "list[Item]",
+    task: "Task | str",
+    *,
+    file: "RecordFile | None" = None,
+    **options: Any,
+) -> "tuple[list[Record], Score, float]":
+    """Answer all items with progress on screen: (records in the items' order, score, items per second).
 
+    Items that `file` has a record of are not asked again; new records are added to it. `options` are those
+    of `evaluate`, or of `evaluate_likelihood` when `scored` is among them.
+    """
+    from mlx_adapters.evaluate.score import evaluate, evaluate_likelihood, summarise
+    from mlx_adapters.evaluate.tasks import find
+
+    task = find(task) if isinstance(task, str) else task
+    run = evaluate_likelihood if "scored" in options else evaluate
+    done: list[Record] = file.done(task.name, items) if file else []
+    before = len(done)
     started = time.perf_counter()
-    done: list[Record] = []
 
     def answered() -> "Iterator[Record]":
-        for record in evaluate(loaded.model, loaded.tokenizer, items, task, **options):
+        known = frozenset(record.index for record in done)
+        for record in run(loaded.model, loaded.tokenizer, items, task, done=known, **options):
             done.append(record)
+            if file is not None:
+                file.append(record)
             yield record
 
     def text(_: Any) -> str:
         return f"accuracy {sum(record.correct for record in done) / len(done):.1%}"
 
-    for _ in track(task, answered(), len(items), text):
-        pass
+    if before:
+        say(f"{task.name}: {before} of {len(items)} items are done already")
+    try:
+        for _ in track(task.name, answered(), len(items) - before, text):
+            pass
+    except KeyboardInterrupt:
+        if file is not None:
+            say(f"{len(done)} of {len(items)} items of {task.name} are in {file.path}: go on with --resume")
+        raise
+    seconds = time.perf_counter() - started
     records = sorted(done, key=lambda record: record.index)
-    return records, summarise(records), len(records) / (time.perf_counter() - started)
+    return records, summarise(records), (len(records) - before) / seconds
+
+
+def columns(decoding: str = "greedy") -> list[str]:
+    """The heads of `score_row`."""
+    second = "per character" if decoding == "likelihood" else "paper's rule"
+    return ["task", "accuracy", "95 % interval", "correct", "seen in training", "near", "unseen", second]
 
 
 def score_row(score: "Score") -> list[str]:
-    """A score as the cells of `COLUMNS`."""
+    """A score as the cells of `columns`."""
 
     def part(correct: int, total: int) -> str:
         return f"{correct / total:.1%} of {total}" if total else "none"
 
+    second = score.paper_accuracy if score.norm_accuracy is None else score.norm_accuracy
     return [
         score.task,
         f"{score.accuracy:.1%}",
         f"{score.low:.1%} - {score.high:.1%}",
         f"{score.correct}/{score.total}",
         part(score.seen_correct, score.seen_total),
+        part(score.near_correct, score.near_total),
         part(score.unseen_correct, score.unseen_total),
-        f"{score.paper_accuracy:.1%}",
+        f"{second:.1%}" if second is not None else "",
     ]
+
+
+def _decoding(
+    kind: str, choices: str, beams: int, temperature: float, top_p: float, top_k: int, seed: int
+) -> dict[str, Any]:
+    """The options of `evaluate` or `evaluate_likelihood`."""
+    from mlx_adapters.evaluate.decode import Decoding
+    from mlx_adapters.evaluate.score import SCORED
+
+    if kind not in DECODINGS:
+        raise ConfigError(unknown("decoding", kind, DECODINGS))
+    if choices not in SCORED:
+        raise ConfigError(unknown("value of --choices", choices, SCORED))
+    if kind == "likelihood":
+        return {"scored": choices}
+    settings: dict[str, Any] = {"beam": {"beams": beams}, "greedy": {}}.get(
+        kind, {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    )
+    return {"decoding": Decoding(kind=kind, **settings)}
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return asdict(options["decoding"]) if "decoding" in options else options
+
+
+def _records(output: Path | None, settings: dict[str, Any], resume: bool) -> "RecordFile | None":
+    from mlx_adapters.evaluate.records import RecordFile
+
+    return RecordFile(output, settings, resume=resume) if output is not None else None
+
+
+def _digest(adapter: Path | None) -> str | None:
+    """Which adapter it was, should the folder be written again between two runs."""
+    import hashlib
+
+    if adapter is None:
+        return None
+    file = adapter / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _meta(folder: Path | None) -> "AdapterMeta | None":
+    from mlx_adapters import adapter
+
+    return adapter.read_meta(folder) if folder is not None else None  # a wrong folder is told before all else
 
 
 def _load(model: str, folder: Path | None) -> "tuple[Loaded, AdapterMeta | None]":
     from mlx_adapters import adapter
     from mlx_adapters import model as models
 
-    if folder is not None:
-        adapter.read_meta(folder)  # a wrong folder is told before the model loads
     loaded = models.load(model, answering=True)
     meta = adapter.load(loaded, folder) if folder is not None else None
     return loaded, meta
@@ -128,7 +241,6 @@ def _load(model: str, folder: Path | None) -> "tuple[Loaded, AdapterMeta | None]
 
 def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
     from mlx_adapters.data.templates import TEMPLATES
-    from mlx_adapters.errors import unknown
 
     if wish is not None and wish not in TEMPLATES:
         raise ConfigError(unknown("template", wish, TEMPLATES))
@@ -139,10 +251,3 @@ def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
             "Leave --template out, or add --force-template"
         )
     return wish or trained or "alpaca"
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name("." + file.name)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)

@@ -1,15 +1,58 @@
-"""Was this test item in the training data? Compared by a hash of the question's letters and digits."""
+"""Was this test item in the training data? Told by hashes, so an adapter can remember it without the text.
+
+An item is *seen* when its question has the same letters and digits, case folded, as a training row's. It is
+*near* when it is not seen but shares 13 words in a row with one (the measure of the GPT-3 paper, Brown et al.
+2020, https://arxiv.org/abs/2005.14165, appendix C).
+
+The adapter's `seen.txt` holds both kinds, one a line: 16 hexadecimal digits for a question, `g` and 15 for 13
+words. Words that more than 10 different questions share are the task's phrases and are left out; so are the
+paper's own ("Please choose the correct answer to the question:"). At most 200 000 word hashes are kept, those
+of the smallest value, which is a fair sample of all, so that the file stays below 4 MB: of a large training
+set fewer near items are found, but every seen one.
+"""
 
 import hashlib
+import heapq
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["item_hash", "row_text"]
+from mlx_adapters.data.sources import Rows
+
+__all__ = [
+    "ANSWER_FORM",
+    "ASK",
+    "Overlap",
+    "gram_hashes",
+    "item_hash",
+    "overlap",
+    "questions",
+    "relation",
+    "row_text",
+    "rows_texts",
+    "seen_hashes",
+]
+
+WORDS = 13
+COMMON = 10
+KEPT = 200_000
+ASK = re.compile(r"Please (?:choose|answer) .*?(?:question|sentence): ", re.DOTALL)
+ANSWER_FORM = re.compile(r"\s+Answer format: [\w/]+\s*$")
 
 
 def item_hash(text: str) -> str:
     """16 hexadecimal digits of the letters and digits of `text`, case folded; the rest does not count."""
     plain = "".join(character for character in text.casefold() if character.isalnum())
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return _hash(plain)
+
+
+def gram_hashes(text: str) -> set[str]:
+    """The hashes of every 13 words in a row of `text`, without the paper's phrases around a question."""
+    bare = ANSWER_FORM.sub("", ASK.sub("", text, count=1))
+    words = re.findall(r"[^\W_]+", bare.casefold())
+    return {"g" + _hash(" ".join(words[i : i + WORDS]))[:15] for i in range(len(words) - WORDS + 1)}
 
 
 def row_text(row: dict[str, Any], fmt: str) -> str:
@@ -21,3 +64,53 @@ def row_text(row: dict[str, Any], fmt: str) -> str:
     if fmt == "messages":
         return "".join(str(turn.get("content", "")) for turn in row["messages"] if turn["role"] == "user")
     return str(row["text"])
+
+
+def seen_hashes(texts: Iterable[str]) -> list[str]:
+    """What an adapter remembers of the questions it was trained on, sorted."""
+    by_item = {item_hash(text): text for text in texts}
+    count = Counter(gram for text in by_item.values() for gram in gram_hashes(text))
+    grams = (gram for gram, times in count.items() if times <= COMMON)
+    return sorted([*by_item, *heapq.nsmallest(KEPT, grams)])
+
+
+def questions(seen: Collection[str]) -> int:
+    """How many questions a list of `seen_hashes` stands for."""
+    return sum(not entry.startswith("g") for entry in seen)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of `total` test items, the indices of those seen and near. `sampled`: some near ones may be missing."""
+
+    total: int
+    seen: list[int]
+    near: list[int]
+    sampled: bool
+
+
+def overlap(seen: Collection[str], texts: Iterable[str]) -> Overlap:
+    """Compare the questions of a test set with what `seen_hashes` remembers of a training set."""
+    known = frozenset(seen)
+    found: dict[str, list[int]] = {"seen": [], "near": [], "new": []}
+    total = 0
+    for index, text in enumerate(texts):
+        total += 1
+        found[relation(known, text)].append(index)
+    return Overlap(total, found["seen"], found["near"], len(known) - questions(known) >= KEPT)
+
+
+def relation(seen: frozenset[str], text: str) -> str:
+    """`seen`, `near` or `new`."""
+    if item_hash(text) in seen:
+        return "seen"
+    return "near" if seen and not seen.isdisjoint(gram_hashes(text)) else "new"
+
+
+def rows_texts(rows: Rows) -> list[str]:
+    """The questions of training rows."""
+    return [row_text(row, rows.format) for row in rows.rows]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -28,7 +28,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 
 
-# The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows or None).
+# The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows).
 TRAINING_SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "math_10k": (("math_10k.json",), "lmms-lab/Math10K"),
     "math_7k": (("math_7k.json", "math_7K.json"), None),

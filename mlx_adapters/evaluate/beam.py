@@ -37,7 +37,8 @@ class _Search:
     ) -> list[int]:
         """Take the best continuations (sum, beam, token), best first. Returns the beams that live on."""
         length = len(self.living[0][1]) + 1
-        parents, living = [], []
+        parents: list[int] = []
+        living: list[tuple[float, list[int]]] = []
         for rank, (score, beam, token) in enumerate(candidates):
             ids = [*self.living[beam][1], token]
             if token not in stop and length < max_tokens:

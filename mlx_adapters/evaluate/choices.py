@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mlx_adapters.data.overlap import ANSWER_FORM, ASK
+
 __all__ = ["KINDS", "WORDS", "Choices", "Kind", "parse"]
 
 Kind = Literal["number", "letter", "true/false", "solution", "answer", "ending", "option"]
@@ -20,8 +22,6 @@ WORDS: dict[str, tuple[str, ...]] = {
     "option": ("option1", "option2"),
 }
 
-_ASK = re.compile(r"Please (?:choose|answer) .*?(?:question|sentence): ", re.DOTALL)
-_FORM = re.compile(r"\s+Answer format: [\w/]+\s*$")
 _LETTERED = "Answer Choices:"
 
 
@@ -36,13 +36,13 @@ class Choices:
 def parse(instruction: str, kind: Kind) -> Choices | None:
     """The choices of an instruction; None when it offers none in a known form."""
     if kind == "true/false":
-        return Choices(_question(_FORM.sub("", instruction)), {label: label for label in WORDS[kind]})
+        return Choices(_question(ANSWER_FORM.sub("", instruction)), {label: label for label in WORDS[kind]})
     if kind == "letter":
         head, found, tail = instruction.partition(_LETTERED)
         texts = _split(" " + tail, {letter: f"({letter}) " for letter in "ABCDE"}) if found else {}
         question = head.strip()
     elif kind in WORDS:
-        text = _FORM.sub("", instruction)
+        text = ANSWER_FORM.sub("", instruction)
         marks = {label: f"{label.capitalize()}: " for label in WORDS[kind]}
         texts = _split(text, marks)
         start = re.search(rf"\s{next(iter(marks.values()))}", text)
@@ -65,4 +65,4 @@ def _split(text: str, marks: dict[str, str]) -> dict[str, str]:
 
 
 def _question(text: str) -> str:
-    return _ASK.sub("", text, count=1).strip()
+    return ASK.sub("", text, count=1).strip()

@@ -57,7 +57,8 @@ def _aqua(row: Row) -> tuple[str, str]:
 
 def _math_qa(row: Row) -> tuple[str, str]:
     """All options stand in one text: "a ) 38 , b ) 27.675 , c ) ...", or in a list's notation."""
-    text, starts = row["options"], []
+    text: str = row["options"]
+    starts: list[int] = []
     for letter in "abcde":
         found = re.compile(rf"(?:^|,|\[)[\s'\"]*({letter}) \)").search(text, starts[-1] if starts else 0)
         if found is None:

@@ -76,7 +76,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with, at least one of each row left over."""
     if not rows:
         return 0
-    first, last = min(rows), max(rows)  # all others lie between these two
+    first, last = min(map(list, rows)), max(map(list, rows))  # all others lie between these two
     limit = min(len(row) for row in rows) - 1
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 

@@ -2,43 +2,59 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 
-from mlx_adapters.data.overlap import item_hash, row_text
+from mlx_adapters.data.overlap import item_hash, relation, row_text
 from mlx_adapters.data.templates import prompt_for
 from mlx_adapters.data.tokens import prompt_ids
-from mlx_adapters.errors import DataError
+from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.answers import correct, extract
-from mlx_adapters.evaluate.decode import generate
+from mlx_adapters.evaluate.choices import Choices, parse
+from mlx_adapters.evaluate.decode import GREEDY, Decoding, generate
+from mlx_adapters.evaluate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.evaluate.tasks import Item, Task, find
 
-__all__ = ["Record", "Score", "evaluate", "summarise", "wilson"]
+__all__ = ["SCORED", "Record", "Score", "evaluate", "evaluate_likelihood", "summarise", "wilson"]
 
 Z95 = 1.959964
+SCORED = ("label", "text")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One answered item. `extracted`/`correct` are the strict reading, `paper_*` the paper's rule."""
+    """One answered item.
+
+    `extracted` and `correct` are the strict reading and `paper_*` the paper's rule; of a likelihood, they are
+    the likeliest choice, `norm_*` the likeliest per character, and `response` is empty. `item` is the hash of
+    the question; `seen` and `near` tell its relation to the adapter's training data.
+    """
 
     task: str
     index: int
+    item: str
     prompt: str
     response: str
     extracted: str | None
     label: str
     correct: bool
-    paper_extracted: str | None
-    paper_correct: bool
-    seen: bool
+    paper_extracted: str | None = None
+    paper_correct: bool | None = None
+    norm_extracted: str | None = None
+    norm_correct: bool | None = None
+    loglikelihoods: dict[str, float] | None = None
+    seen: bool = False
+    near: bool = False
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's result. `low` and `high` bound the accuracy (Wilson, 95 %); accuracies are shares of one."""
+    """A task's result. `low` and `high` bound the accuracy (Wilson, 95 %); accuracies are shares of one.
+
+    `paper_*` are None for likelihoods, `norm_*` for answers. `unseen` items are neither seen nor near.
+    """
 
     task: str
     correct: int
@@ -47,10 +63,14 @@ class Score:
     stderr: float
     low: float
     high: float
-    paper_correct: int
-    paper_accuracy: float
+    paper_correct: int | None
+    paper_accuracy: float | None
+    norm_correct: int | None
+    norm_accuracy: float | None
     seen_total: int
     seen_correct: int
+    near_total: int
+    near_correct: int
     unseen_total: int
     unseen_correct: int
     unanswered: int
@@ -66,35 +86,126 @@ def evaluate(
     batch_size: int = 16,
     max_tokens: int = 256,
     seen: frozenset[str] = frozenset(),
+    decoding: Decoding = GREEDY,
+    done: frozenset[int] = frozenset(),
 ) -> Iterator[Record]:
     """Yield a record for each item as its answer is done, not in the items' order.
 
-    `seen` holds `item_hash` of the training rows; items among them are marked.
+    `seen` holds what the adapter remembers of its training rows (`seen_hashes`); items among them are marked.
+    Items whose index is in `done` are left out.
     """
     if isinstance(task, str):
         task = find(task)
-    prompts = [
-        prompt_for(item.instruction, item.input, template=template, tokenizer=tokenizer, phase="eval")
-        for item in items
-    ]
-    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    for index, response in generate(model, tokenizer, ids, max_tokens=max_tokens, batch_size=batch_size):
+    left = [index for index in range(len(items)) if index not in done]
+    prompts = {index: _prompt(items[index], template, tokenizer) for index in left}
+    answers = generate(
+        model,
+        tokenizer,
+        [prompt_ids(prompts[index], tokenizer) for index in left],
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        decoding=decoding,
+        keys=left,
+    )
+    for place, response in answers:
+        index = left[place]
         item = items[index]
         strict = extract(response, task.kind, question=item.instruction)
         paper = extract(response, task.kind, how="paper")
-        row = {"instruction": item.instruction, "input": item.input}
-        yield Record(
-            task=task.name,
-            index=index,
-            prompt=prompts[index],
+        blank = _blank(task, index, item, prompts[index], seen)
+        yield replace(
+            blank,
             response=response,
             extracted=strict,
-            label=item.label,
             correct=correct(task.kind, strict, item.label),
             paper_extracted=paper,
             paper_correct=correct(task.kind, paper, item.label),
-            seen=item_hash(row_text(row, "instruction")) in seen,
         )
+
+
+def evaluate_likelihood(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Item],
+    task: Task | str,
+    *,
+    template: str,
+    scored: str = "label",
+    batch_size: int = 16,
+    seen: frozenset[str] = frozenset(),
+    done: frozenset[int] = frozenset(),
+) -> Iterator[Record]:
+    """Score the choices of each item by their likelihood; otherwise as `evaluate`.
+
+    `scored` is `label`: the prompt is the usual one and the choices are what the paper trains,
+    "the correct answer is answer1", or "The answer is (A)."; or `text`: lm-evaluation-harness' cloze, the
+    text of each choice after "Question: ...\\nAnswer:", whatever the template.
+    """
+    if isinstance(task, str):
+        task = find(task)
+    left = [index for index in range(len(items)) if index not in done]
+    choices = {index: _choices(task, items[index], index) for index in left}
+    prompts, encoded = [], []
+    for index in left:
+        if scored == "text":
+            prompt = f"Question: {choices[index].question}\nAnswer:"
+            cut = [choice_ids(prompt, f" {text}", tokenizer) for text in choices[index].texts.values()]
+            encoded.append((cut[0][0], [ids for _, ids in cut]))
+        else:
+            prompt = _prompt(items[index], template, tokenizer)
+            says = "The answer is ({})." if task.kind == "letter" else "the correct answer is {}"
+            ids = [
+                tokenizer.encode(says.format(label), add_special_tokens=False)
+                for label in choices[index].texts
+            ]
+            encoded.append((prompt_ids(prompt, tokenizer), ids))
+        prompts.append(prompt)
+    for place, scores in loglikelihoods(model, encoded, batch_size=batch_size):
+        index = left[place]
+        texts = choices[index].texts
+        labels = list(texts)
+        said = list(texts.values()) if scored == "text" else labels
+        likeliest, norm = (labels[i] for i in pick(scores, [max(len(text), 1) for text in said]))
+        yield replace(
+            _blank(task, index, items[index], prompts[place], seen),
+            extracted=likeliest,
+            correct=likeliest == items[index].label,
+            norm_extracted=norm,
+            norm_correct=norm == items[index].label,
+            loglikelihoods=dict(zip(labels, scores)),
+        )
+
+
+def _prompt(item: Item, template: str, tokenizer: Any) -> str:
+    return prompt_for(item.instruction, item.input, template=template, tokenizer=tokenizer, phase="eval")
+
+
+def _choices(task: Task, item: Item, index: int) -> Choices:
+    choices = parse(item.instruction, task.kind)
+    if choices is None:
+        if task.kind == "number":
+            raise ConfigError(f"{task.name}: its answers are numbers, so there are no choices to score")
+        raise DataError(
+            f"{task.name}: item {index}: its instruction lists no choices of the kind {task.kind}"
+        )
+    return choices
+
+
+def _blank(task: Task, index: int, item: Item, prompt: str, seen: frozenset[str]) -> Record:
+    text = row_text({"instruction": item.instruction, "input": item.input}, "instruction")
+    known = relation(seen, text)
+    return Record(
+        task=task.name,
+        index=index,
+        item=item_hash(text),
+        prompt=prompt,
+        response="",
+        extracted=None,
+        label=item.label,
+        correct=False,
+        seen=known == "seen",
+        near=known == "near",
+    )
 
 
 def summarise(records: Iterable[Record]) -> Score:
@@ -104,9 +215,10 @@ def summarise(records: Iterable[Record]) -> Score:
     if len(tasks) != 1:
         raise DataError(f"a score needs the records of one task, found {sorted(tasks) or 'none'}")
     total, right = len(rows), sum(row.correct for row in rows)
-    paper = sum(row.paper_correct for row in rows)
-    seen = [row for row in rows if row.seen]
-    seen_right = sum(row.correct for row in seen)
+    seen = [row.correct for row in rows if row.seen]
+    near = [row.correct for row in rows if row.near]
+    paper = _count([row.paper_correct for row in rows])
+    norm = _count([row.norm_correct for row in rows])
     accuracy = right / total
     low, high = wilson(right, total)
     return Score(
@@ -118,13 +230,21 @@ def summarise(records: Iterable[Record]) -> Score:
         low=low,
         high=high,
         paper_correct=paper,
-        paper_accuracy=paper / total,
+        paper_accuracy=None if paper is None else paper / total,
+        norm_correct=norm,
+        norm_accuracy=None if norm is None else norm / total,
         seen_total=len(seen),
-        seen_correct=seen_right,
-        unseen_total=total - len(seen),
-        unseen_correct=right - seen_right,
+        seen_correct=sum(seen),
+        near_total=len(near),
+        near_correct=sum(near),
+        unseen_total=total - len(seen) - len(near),
+        unseen_correct=right - sum(seen) - sum(near),
         unanswered=sum(row.extracted is None for row in rows),
     )
+
+
+def _count(verdicts: list[bool | None]) -> int | None:
+    return None if None in verdicts else sum(verdict is True for verdict in verdicts)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
