@@ -156,7 +156,8 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
     if "ours, 4-bit base" in chosen:
         convert(folder, scratch / "four", bits=4, group_size=64)
     speeds: dict[str, float] = {}
-    print(f"{options.rows} x {options.length} tokens, {os.cpu_count()} CPUs\n")
+    forced = "".join(f", {k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OPENBLAS_"))
+    print(f"{options.rows} x {options.length} tokens, {os.cpu_count()} CPUs{forced}\n")
     print(f"{'':18} {'tokens/s':>9} {'s/step':>8}   loss")
     for name in chosen:
         base = scratch / "four" if name == "ours, 4-bit base" else folder
