@@ -92,6 +92,8 @@ def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
         return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(
             y.dtype
         )
+    if "base_layer.lora_A.weight" in own or "lora_A.experts" in own:
+        raise ValueError(f"{path}: stacked experts need PEFT: PeftModel.from_pretrained(model, folder)")
     embeds = "lora_embedding_A" in own
     a, b = (own[f"lora_embedding_{n}"] if embeds else own[f"lora_{n}.weight"] for n in ("A", "B"))
     patterns = (config.get("alpha_pattern") or {}).items()

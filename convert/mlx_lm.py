@@ -8,6 +8,7 @@ layers can be told.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import mlx.core as mx
 
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.files import writing
-from mlx_adapters.convert.parts import assemble, need, take_apart
+from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods import dora, lora
+from mlx_adapters.methods.experts import PARTS, by_matrix
 from mlx_adapters.model import Loaded
 from mlx_adapters.models.config import OWN
 from mlx_adapters.models.sites import to_hf
@@ -41,16 +43,16 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     method = parts.meta.method
     need(method in METHODS, source, f"mlx-lm has LoRA and DoRA, not {method}")
     need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
-    strange = sorted({name for own in parts.arrays.values() for name in own} - _NAMES.keys())
+    layers = {path: (own, scale) for path, own, scale in _layers(parts)}
+    strange = sorted({name for own, _ in layers.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
-    ranks = {own["lora_a"].shape[-2] for own in parts.arrays.values()}
+    ranks = {own["lora_a"].shape[-2] for own, _ in layers.values()}
     need(len(ranks) == 1, source, f"mlx-lm has one rank for all layers, this adapter has {sorted(ranks)}")
-    at = getattr(parts.config, "at", lambda path: (0, parts.config.scale))  # patterns of LoRA, by layer
-    scales = {at(to_hf(path, parts.model_type))[1] for path in parts.arrays}
+    scales = {scale for _, scale in layers.values()}
     need(len(scales) == 1, source, "mlx-lm has one scale for all layers")
     tensors = {
-        f"{path}.{_NAMES[name]}": mx.contiguous(array.T) if array.ndim == 2 else array
-        for path, own in parts.arrays.items()
+        f"{path}.{_NAMES[name]}": mx.contiguous(array.T if array.ndim == 2 else array)
+        for path, (own, _) in layers.items()
         for name, array in own.items()
     }
     fields = {
@@ -60,13 +62,26 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
             "rank": ranks.pop(),
             "scale": scales.pop(),
             "dropout": parts.config.dropout,
-            "keys": sorted(parts.arrays),
+            "keys": sorted(layers),
         },
         "model": base or parts.meta.base.get("_name_or_path") or parts.meta.base.get("path", ""),
     }
     with writing(dst) as folder:
         (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         mx.save_safetensors(str(folder / _WEIGHTS), tensors)
+
+
+def _layers(parts: Parts) -> Iterator[tuple[str, dict[str, mx.array], float]]:
+    """(path, arrays, scale) of each layer; a mixture of experts is three of them."""
+    at = getattr(parts.config, "at", lambda name: (parts.config.rank, parts.config.scale))
+    for path, own in parts.arrays.items():
+        name = to_hf(path, parts.model_type)
+        if "gate_up_a" not in own:
+            yield path, own, at(name)[1]
+            continue
+        (rank, into), (_, out) = (at(f"{name}.{part}") for part in PARTS)
+        for matrix, arrays in by_matrix(own, own["gate_up_a"].shape[0] // rank).items():
+            yield f"{path}.{matrix}", arrays, out if matrix == "down_proj" else into
 
 
 def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:

@@ -84,8 +84,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     names = list(_tensors(source))
     if any(name.endswith(".experts") for name in names):
         raise AdapterError(
-            f"{source}: adapts stacked experts, which no PEFT release opens from this file. Write a "
-            "checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm"
+            f"{source}: adapts stacked experts matrix by matrix, which PEFT does not. Write a checkpoint "
+            "with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm"
         )
     with writing(dst) as folder:
         (folder / adapter.CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -51,6 +51,8 @@ def quiet_transformers() -> Iterator[None]:
             # PEFT says so of every LoRA on a tied embedding (merging it is refused here), and of every norm
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             warnings.filterwarnings("ignore", message="Unsupported layer type.*")
+            # it looks for the patterns of stacked experts, which it follows, among the modules only
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys.*")
             yield
     finally:
         if shown:

@@ -13,6 +13,7 @@ A folder without the last two (one that PEFT wrote) loads as well.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import lt
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,9 @@ def build(
         for attribute, tensor in layer.SHARED.items():
             if tensor not in shared:
                 raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
+            if any(map(lt, shared[tensor].shape, layer[attribute].shape)):
+                size = f"{list(shared[tensor].shape)} is smaller than {list(layer[attribute].shape)}"
+                raise AdapterError(f"{folder / WEIGHTS}: {tensor} {size}, which its layers need")
             layer[attribute] = shared[tensor]
     if grouped:
         raise AdapterError(

@@ -194,12 +194,16 @@ class Rows(nn.Module):
         self.branches = list(different.values())
         self.split = _Split(groups)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.shape[0] != self.split.count:
+    def __call__(self, *given: mx.array) -> mx.array:
+        """`given` is x, and for a mixture of experts also which of them each token goes to."""
+        if given[0].shape[0] != self.split.count:
             raise AdapterError(
-                f"the batch has {x.shape[0]} rows, but rows(...) named adapters for {self.split.count}"
+                f"the batch has {given[0].shape[0]} rows, but rows(...) named adapters for {self.split.count}"
             )
-        parts = [branch(x[index]) for branch, index in zip(self.branches, self.split.groups, strict=True)]
+        parts = [
+            branch(*(array[index] for array in given))
+            for branch, index in zip(self.branches, self.split.groups, strict=True)
+        ]
         return mx.concatenate(parts)[self.split.back]
 
 

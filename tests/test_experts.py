@@ -1,26 +1,36 @@
 """LoRA on the stacked experts of a mixture: algebra, training, saving, mlx-lm, and a fused checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from cases import Method
 from mlx.utils import tree_flatten, tree_unflatten
+from peft import LoraConfig, get_peft_model
 from test_fuse import in_torch
 from test_methods import IDS, attached, bound, logits
+from test_torch_training import CONFIG, examples, train_in_torch
 from tiny import make_tiny
+from transformers import AutoModelForCausalLM
 
-from mlx_adapters import adapter, model
-from mlx_adapters.convert import exchange
+from mlx_adapters import adapter, model, several
+from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
+from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
 METHOD = Method("lora", {"rank": 3, "alpha": 5.0, "targets": "attn+experts"})
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
@@ -32,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_fresh_is_the_base_and_merged_is_unmerged(folder: Path) -> None:
     fresh, _ = attached(folder, METHOD, trained=False)
-    assert len(adapter.layers(fresh.model)) == 2 * (4 + 3), "q, k, v, o and the three matrices of the experts"
+    assert len(adapter.layers(fresh.model)) == 2 * (4 + 1), "q, k, v, o and the experts"
     assert np.array_equal(logits(fresh), logits(model.load(folder)))
     loaded, _ = attached(folder, METHOD, trained=True)
     expected = logits(loaded)
@@ -67,9 +77,16 @@ def test_saved_and_loaded_and_through_mlx_lm(folder: Path, tmp_path: Path) -> No
     network.eval()
     np.testing.assert_allclose(np.array(network(IDS)), expected, atol=bound(expected))
     exchange.import_adapter(tmp_path / "theirs", tmp_path / "b", loaded=model.load(folder))
-    one, other = (adapter.read_tensors(tmp_path / name) for name in ("a", "b"))
-    assert one.keys() == other.keys()
-    assert all(mx.array_equal(one[name], other[name]) for name in one)
+    third = model.load(folder)
+    adapter.load(third, tmp_path / "b")
+    third.model.eval()
+    assert len(adapter.layers(third.model)) == 2 * (4 + 3), "mlx-lm's gate and up have each their own A"
+    np.testing.assert_allclose(logits(third), expected, atol=bound(expected))
+    with pytest.raises(AdapterError, match="matrix by matrix"):
+        exchange.export(tmp_path / "b", tmp_path / "p", format="peft", base="owner/base")
+    merged = [(path, layer.merge()) for path, layer in adapter.layers(third.model).items()]
+    third.model.update_modules(tree_unflatten(merged))
+    np.testing.assert_allclose(logits(third), expected, atol=bound(expected))
 
 
 def test_fused_for_transformers(folder: Path, tmp_path: Path) -> None:
@@ -92,11 +109,98 @@ def test_quantized_experts(bits: int, folder: Path, tmp_path: Path) -> None:
     assert done.error <= bound(expected)
 
 
-def test_peft_and_models_without_experts_are_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2"]
+)
+def test_pytorch_computes_the_same(arch: str, tmp_path: Path) -> None:
+    """Through PeftModel and through transformers alone; ranks and scales of their own for both stacks."""
+    # mlx-lm does not read norm_topk_prob of qwen2_moe, whose models have it off
+    more = {"norm_topk_prob": False} if arch == "qwen2_moe" else {}
+    convert(make_tiny(arch, tmp_path, **more), tmp_path / "mlx")
+    fields = {"rank": 3, "alpha": 5.0, "targets": "experts,o_proj", "dropout": 0.1}
+    patterns = {"rank_pattern": "gate_up_proj=2", "alpha_pattern": "down_proj=4"}
+    loaded, meta = attached(tmp_path / "mlx", Method("lora", fields | patterns), trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
+    verdict = peft.verify(tmp_path / "p", tmp_path / "mlx")
+    assert verdict.passed, verdict
+    assert verdict.auto_diff is not None
+    assert verdict.effect > 1e-2
+
+
+def test_experts_alone_and_in_one_layer(folder: Path, tmp_path: Path) -> None:
+    method = Method("lora", {"rank": 2, "targets": "experts", "layers": "last:1"})
+    loaded, meta = attached(folder, method, trained=True)
+    assert len(adapter.layers(loaded.model)) == 1
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
+    assert peft.verify(tmp_path / "p", folder).passed
+
+
+def test_an_adapter_of_peft_trains_on_here(folder: Path, tmp_path: Path) -> None:
+    """PEFT's folder gives the same logits, comes back bit for bit, and twenty steps agree in loss."""
+    loaded = model.load(folder)
+    base = write_transformers(loaded.model, loaded.config, tmp_path / "base")
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=stacks, task_type="CAUSAL_LM"
+    )
+    network = get_peft_model(opened(base), config)
+    torch.manual_seed(0)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
+    network.save_pretrained(tmp_path / "theirs")
+    meta = adapter.load(loaded, tmp_path / "theirs")
+    loaded.model.eval()
+    np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
+    adapter.save(tmp_path / "ours", loaded.model, meta=meta)
+    before, after = (adapter.read_tensors(tmp_path / name) for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    again = Run(loaded.model, examples(), config=CONFIG)
+    theirs = train_in_torch(network.train(), parameters, again)
+    ours = [step.loss for step in Run(loaded.model, examples(), config=CONFIG)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert len(ours) == 20
+
+
+def test_rows_and_recomputed_blocks(folder: Path, tmp_path: Path) -> None:
+    """A batch in which rows use different adapters; gradient checkpointing gives the same steps."""
     loaded, meta = attached(folder, METHOD, trained=True)
     adapter.save(tmp_path / "a", loaded.model, meta=meta)
-    with pytest.raises(AdapterError, match="stacked experts"):
-        exchange.export(tmp_path / "a", tmp_path / "p", format="peft", base="owner/base")
+    expected, plain = logits(loaded), model.load(folder)
+    base = logits(plain)
+    several.load_several(plain, {"a": tmp_path / "a"})
+    plain.model.eval()
+    with several.rows(plain.model, ["a", None]):
+        mixed = logits(plain)
+    np.testing.assert_allclose(mixed[0], expected[0], atol=bound(expected))
+    np.testing.assert_allclose(mixed[1], base[1], atol=bound(expected))
+    losses = []
+    for recompute in (False, True):
+        fresh, _ = attached(folder, METHOD, trained=False)
+        config = TrainConfig(steps=5, batch_size=2, lr=1e-2, warmup=0, gradient_checkpointing=recompute)
+        examples = [Example(row, 1) for row in IDS.tolist()]
+        losses.append([step.loss for step in Run(fresh.model, examples, config=config)])
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"targets": "experts", "pissa": True}, "pissa needs linear layers"),
+        ({"targets": "experts", "rank_pattern": "gate_proj=2"}, "matches no target"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], said: str, folder: Path) -> None:
+    with pytest.raises(AdaptersError, match=said):
+        attached(folder, Method("lora", fields), trained=False)
+
+
+def test_models_without_experts_are_refused(tmp_path: Path) -> None:
     convert(make_tiny("llama", tmp_path), tmp_path / "llama-mlx")
     with pytest.raises(ConfigError, match="no stacked experts"):
         attached(tmp_path / "llama-mlx", METHOD, trained=False)

@@ -88,7 +88,7 @@ def in_peft(folder: Path, saved: Path, method: Method) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "case", ["lora", "dora", "ia3", "vera", "prompt", "prefix", "series", "parallel", "seq_bn"]
+    "case", ["lora", "dora", "ia3", "vera", "ln_tuning", "prompt", "prefix", "series", "parallel", "seq_bn"]
 )
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox", "bloom"])
 def test_losses_agree(

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _OUTSIDE: dict[str, ModuleType] = {}
-_SHARED = {"base", "bottleneck", "modules"}
+_SHARED = {"base", "bottleneck", "experts", "modules", "patterns", "pissa"}
 """Files of the folder that are not methods but what several of them share."""
 
 

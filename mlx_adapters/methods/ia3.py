@@ -7,12 +7,14 @@ https://arxiv.org/abs/2205.05638
 l starts at one: a fresh adapter is the base.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
     AdapterLayer,
@@ -33,8 +35,16 @@ class Config:
     """Fields of `--method ia3`."""
 
     targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
-    feedforward: str = field("default", "names a,b of targets whose input is scaled; default: out of the MLP")
+    feedforward: str = field(
+        "default", "names a,b (or re:PATTERN) of targets whose input is scaled; default: out of the MLP"
+    )
     layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.feedforward.removeprefix("re:"))
+        except re.error as error:
+            raise ConfigError(f"ia3: feedforward={self.feedforward!r}: {error}") from None
 
 
 class Layer(AdapterLayer):
@@ -78,6 +88,8 @@ def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
     if config.feedforward == "default":
         return Layer(base, feedforward=site.role == "mlp" and site.side == "post")
     path = sites.to_hf(site.path, site.model_type)
+    if config.feedforward.startswith("re:"):
+        return Layer(base, feedforward=bool(re.fullmatch(config.feedforward[3:], path)))
     names = [name.strip() for name in config.feedforward.split(",") if name.strip()]
     return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
 
@@ -97,7 +109,10 @@ def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: st
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes."""
     chosen, scaled = fields.get("target_modules"), fields.get("feedforward_modules")
-    return Config(
-        targets=",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
-        feedforward=",".join(sorted(scaled)) if isinstance(scaled, list) else "default",
-    )
+    if isinstance(scaled, str):
+        feedforward = f"re:{scaled}"
+    else:
+        # an empty list is none at all, where our default would be those out of the MLP
+        feedforward = "default" if scaled is None else ",".join(sorted(scaled))
+    targets = ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default"
+    return Config(targets=targets, feedforward=feedforward)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
@@ -26,12 +25,14 @@ from mlx_adapters.methods.base import (
     AdapterLayer,
     Dropout,
     dims,
-    layer_range,
     linear_like,
     plain_weight,
     resolve_targets,
 )
-from mlx_adapters.methods.modules import EMBEDDINGS, EXPERTS, EmbeddingLayer, ExpertLayer, Saved
+from mlx_adapters.methods.experts import PARTS, ExpertLayer, Experts, expert_paths, is_block, is_stack
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
+from mlx_adapters.methods.patterns import as_text, matching, parse
+from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "LORA"
@@ -59,8 +60,8 @@ class Config:
         check(self.rank, self.alpha, self.dropout, "lora")
         if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
             raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
-        _pattern(self.alpha_pattern, "alpha_pattern")
-        if odd := [v for v in _pattern(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
+        parse(self.alpha_pattern, "alpha_pattern")
+        if odd := [v for v in parse(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
             raise ConfigError(f"lora: rank_pattern={self.rank_pattern!r}: rank {odd[0]} is no whole number")
 
     @property
@@ -70,33 +71,9 @@ class Config:
 
     def at(self, path: str) -> tuple[int, float]:
         """(rank, scale) of the layer at a Hugging Face path."""
-        rank = int(_matching(self.rank_pattern, "rank_pattern", path) or self.rank)
-        alpha = _matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
+        rank = int(matching(self.rank_pattern, "rank_pattern", path) or self.rank)
+        alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _pattern(text: str, name: str) -> dict[str, float]:
-    found = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, _, value = part.rpartition("=")
-        try:
-            found[key] = float(value)
-            re.compile(key)
-        except (ValueError, re.error):
-            key = ""
-        if not key or not 0 < found[key] < math.inf:
-            raise ConfigError(f"lora: {name}={text!r}: write it as NAME=NUMBER,NAME=NUMBER")
-    return found
-
-
-def _text(pattern: dict[str, float]) -> str:
-    """The inverse of `_pattern`, digit by digit."""
-    return ",".join(f"{key}={int(v) if v == int(v) else v!r}" for key, v in pattern.items())
-
-
-def _matching(text: str, name: str, path: str) -> float | None:
-    """PEFT's rule: a key is a pattern for the end of the path, and the first that fits counts."""
-    return next((v for k, v in _pattern(text, name).items() if re.match(rf"(.*\.)?({k})$", path)), None)
 
 
 def check(rank: int, alpha: float, dropout: float, method: str) -> None:
@@ -124,7 +101,7 @@ class Layer(AdapterLayer):
         self.dropout = Dropout(dropout)
         self.pissa = pissa
         if pissa:
-            self.lora_a, self.lora_b = _largest(plain_weight(base), rank, scale)
+            self.lora_a, self.lora_b = largest(plain_weight(base), rank, scale)
             # a leading underscore keeps them out of the parameters: they do not train
             self._start_a, self._start_b = mx.array(self.lora_a), mx.array(self.lora_b)
         else:
@@ -165,26 +142,7 @@ class Layer(AdapterLayer):
         return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a))
 
 
-def _largest(weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.array]:
-    """(A, B) with scale * B A the best approximation of `weight` of that rank, halved fairly between both.
-
-    By subspace iteration (Halko et al. 2011, https://arxiv.org/abs/0909.4061) in numpy: a full decomposition
-    takes minutes for a large matrix, and MLX has none on the GPU. Happens once, before training.
-    """
-    w = np.array(weight.astype(mx.float32))
-    wanted = min(rank, *w.shape)
-    width = min(2 * wanted + 8, *w.shape)
-    basis = np.random.default_rng(0).standard_normal((w.shape[1], width)).astype(np.float32)
-    for _ in range(6):
-        basis = np.linalg.qr(w.T @ np.linalg.qr(w @ basis)[0])[0]
-    u, sizes, v = np.linalg.svd(w @ basis, full_matrices=False)
-    root = np.sqrt(sizes[:wanted] / scale)
-    a, b = root[:, None] * (v @ basis.T)[:wanted], u[:, :wanted] * root
-    pad = rank - wanted
-    return mx.array(np.pad(a, ((0, pad), (0, 0)))), mx.array(np.pad(b, ((0, 0), (0, pad))))
-
-
-LAYERS = (Layer, ExpertLayer, EmbeddingLayer, Saved)
+LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, Saved)
 
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
@@ -193,16 +151,19 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
     whole = _whole(modules, config, model_type)
     if paths is None:
         paths = [*_targets(model, model_type, config), *whole]
-        _all_matched(config, [sites.to_hf(path, model_type) for path in paths])
+        _all_matched(config, [name for path in paths for name in _names(path, modules[path], model_type)])
     placed: dict[str, nn.Module] = {}
     for path in paths:
-        rank, scale = config.at(sites.to_hf(path, model_type))
+        (rank, scale), *others = map(config.at, _names(path, modules[path], model_type))
         if path in whole:
             _refuse_tied(model, path, isinstance(modules[path], EMBEDDINGS))
             placed[path] = Saved(modules[path], path)
         elif isinstance(modules[path], EMBEDDINGS):
             placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=_tied(model))
-        elif isinstance(modules[path], EXPERTS):
+        elif is_block(modules[path]):
+            gate_up, (down,) = (rank, scale), others
+            placed[path] = Experts(modules[path], gate_up=gate_up, down=down, dropout=config.dropout)
+        elif is_stack(modules[path]):
             placed[path] = ExpertLayer(modules[path], rank=rank, scale=scale, dropout=config.dropout)
         else:
             placed[path] = Layer(
@@ -211,12 +172,21 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
     return placed
 
 
+def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
+    """What PEFT calls what is adapted at `path`, where it looks it up in a pattern."""
+    name = sites.to_hf(path, model_type)
+    return [f"{name}.{part}" for part in PARTS] if is_block(module) else [name]
+
+
 def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
-    """Paths of the linear layers, and of the embedding where it is named."""
+    """Paths of the linear layers, and of the embedding and the stacked experts where they are named."""
     names = [name.strip() for name in re.split(r"[,+]", config.targets)]
     if "experts" in names:
+        if config.pissa:
+            raise UnsupportedError("lora: pissa needs linear layers: leave experts out of the targets")
         others = replace(config, targets=",".join(name for name in names if name != "experts"))
-        return [*(_targets(model, model_type, others) if others.targets else []), *_experts(model, config)]
+        linear = _targets(model, model_type, others) if others.targets else []
+        return linear + expert_paths(model, model_type, config.layers)
     embedding = ""
     if not config.targets.startswith("re:") and any(name in _EMBEDDING_NAMES for name in names):
         embedding = sites.embedding(model)
@@ -227,21 +197,12 @@ def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
     return [embedding, *linear] if embedding else linear
 
 
-def _experts(model: nn.Module, config: Config) -> list[str]:
-    stacked = [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]
-    keep = layer_range(config.layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
-    paths = [path for path in stacked if sites.layer_index(path) in keep]
-    if not paths:
-        raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {config.layers!r}")
-    return paths
-
-
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 def _all_matched(config: Config, paths: list[str]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
-        for key in _pattern(getattr(config, name), name):
+        for key in parse(getattr(config, name), name):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
                 raise ConfigError(f"lora: {name}: {key!r} matches no target")
 
@@ -277,7 +238,10 @@ def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
 
 def rates(config: Config) -> dict[str, float]:
     """How many times faster than the others an attribute learns."""
-    return {} if config.lora_plus == 1 else {"lora_b": config.lora_plus, "lora_embedding_a": config.lora_plus}
+    return {} if config.lora_plus == 1 else dict.fromkeys(_FAST, config.lora_plus)
+
+
+_FAST = ("lora_b", "gate_up_b", "lora_embedding_a")  # what starts at zero
 
 
 def as_saved(config: Config) -> Config:
@@ -287,7 +251,7 @@ def as_saved(config: Config) -> Config:
     factor = math.sqrt(2) if config.rslora else 2
 
     def times(text: str, name: str, by: float) -> str:
-        return _text({key: value * by for key, value in _pattern(text, name).items()})
+        return as_text({key: value * by for key, value in parse(text, name).items()})
 
     return replace(
         config,
@@ -308,12 +272,21 @@ def to_peft(config: Config) -> dict[str, Any]:
     """PEFT's fields for this configuration."""
     fields = peft_fields(config)
     if config.rank_pattern:
-        fields["rank_pattern"] = {k: int(v) for k, v in _pattern(config.rank_pattern, "rank_pattern").items()}
+        fields["rank_pattern"] = {k: int(v) for k, v in parse(config.rank_pattern, "rank_pattern").items()}
     if config.alpha_pattern:
-        fields["alpha_pattern"] = _pattern(config.alpha_pattern, "alpha_pattern")
+        fields["alpha_pattern"] = parse(config.alpha_pattern, "alpha_pattern")
     if config.modules_to_save:
         fields["modules_to_save"] = [name.strip() for name in config.modules_to_save.split(",")]
     return fields
+
+
+def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
+    """The stacked experts, which are parameters to PEFT; it has no dropout for them and refuses a field."""
+    found = [sites.to_hf(path, model_type) for path, layer in layers.items() if isinstance(layer, Experts)]
+    if not found:
+        return {}
+    parameters = [f"{name}.{part}" for name in found for part in PARTS]
+    return {"target_modules": [], "target_parameters": parameters, "lora_dropout": 0.0}
 
 
 def peft_fields(config: Any) -> dict[str, Any]:
@@ -348,9 +321,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    own: dict[str, Any] = {name: _text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    own: dict[str, Any] = {
+        name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
+    }
     own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
-    return Config(**read_peft({name: value for name, value in fields.items() if name not in own}), **own)
+    stacked = fields.get("target_parameters") or []
+    experts = bool(stacked) and all(re.search(rf"experts\.({'|'.join(PARTS)})$", name) for name in stacked)
+    read = {*own, "target_parameters"} if experts else own.keys()
+    shared = read_peft({name: value for name, value in fields.items() if name not in read})
+    if experts:
+        shared["targets"] = f"{shared['targets']},experts" if fields.get("target_modules") else "experts"
+    return Config(**shared, **own)
 
 
 def read_peft(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,57 +1,16 @@
-"""What LoRA can do besides linear layers: the token embedding, stacked experts, and modules trained whole."""
+"""What LoRA can do besides linear layers: an update of the token embedding, and modules trained whole."""
 
-import math
 from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
-from mlx_adapters.methods.base import LINEARS, AdapterLayer, Dropout, linear_like, plain_weight
+from mlx_adapters.methods.base import LINEARS, AdapterLayer, linear_like, plain_weight
 
-__all__ = ["EMBEDDINGS", "EXPERTS", "EmbeddingLayer", "ExpertLayer", "Saved"]
+__all__ = ["EMBEDDINGS", "EmbeddingLayer", "Saved"]
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
-
-
-class ExpertLayer(AdapterLayer):
-    """LoRA on stacked experts: `base(x, i) + scale * B_i A_i drop(x)` for the experts i each token goes to.
-
-    A [experts, rank, in] and B [experts, out, rank]. PEFT keeps experts in other ways in each of its and
-    transformers' releases, so these tensors have names of our own, and PEFT does not open them.
-    """
-
-    TENSORS: ClassVar[dict[str, str]] = {"lora_a": "lora_A.experts", "lora_b": "lora_B.experts"}
-
-    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = scale
-        self.dropout = Dropout(dropout)
-        bound = 1 / math.sqrt(base.input_dims)
-        self.lora_a = mx.random.uniform(-bound, bound, (base.num_experts, rank, base.input_dims))
-        self.lora_b = mx.zeros((base.num_experts, base.output_dims, rank))
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = self.base(x, indices, sorted_indices=sorted_indices)
-
-        def product(x: mx.array, matrices: mx.array) -> mx.array:
-            transposed = matrices.swapaxes(-1, -2)
-            return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
-
-        low = product(self.dropout(x).astype(mx.float32), self.lora_a) * self.scale
-        return y + product(low, self.lora_b).astype(y.dtype)
-
-    def merge(self) -> nn.Module:
-        """Stacked experts with the update in each, in float32."""
-        merged = SwitchLinear(1, 1, 1, bias=False)
-        weight = plain_weight(self.base).astype(mx.float32)
-        merged.weight = weight + self.scale * (self.lora_b @ self.lora_a)
-        if "bias" in self.base:
-            merged.bias = self.base.bias
-        return merged
 
 
 class EmbeddingLayer(AdapterLayer):

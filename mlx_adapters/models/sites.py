@@ -16,6 +16,7 @@ from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.discover import discover
 
 __all__ = [
+    "EXPERTS",
     "TABLE",
     "Site",
     "Sites",
@@ -210,6 +211,13 @@ TABLE: dict[str, Sites] = {
     ),
 }
 
+# model_type -> where mlx-lm keeps a block's stacked experts; transformers 5 has mlp.experts in all of these
+EXPERTS = {
+    "mixtral": "block_sparse_moe.switch_mlp",
+    "dots1": "mlp.experts",
+    **dict.fromkeys(("deepseek_v2", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"), "mlp.switch_mlp"),
+}
+
 _EMBEDDINGS = (
     *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings"),
     *("embeddings", "embedding", "embed"),
@@ -277,6 +285,8 @@ def layer_index(path: str) -> int | None:
 
 def to_hf(path: str, model_type: str) -> str:
     """A path of the MLX module tree as the Hugging Face checkpoint writes it."""
+    if (experts := EXPERTS.get(model_type)) and path.endswith("." + experts):
+        return path.removesuffix(experts) + "mlp.experts"
     row = TABLE.get(model_type)
     for mlx_name, hf_name in row.rename if row else ():
         if path.startswith(mlx_name):
@@ -286,6 +296,8 @@ def to_hf(path: str, model_type: str) -> str:
 
 def from_hf(path: str, model_type: str) -> str:
     """The inverse of `to_hf`."""
+    if (experts := EXPERTS.get(model_type)) and path.endswith(".mlp.experts"):
+        return path.removesuffix("mlp.experts") + experts
     row = TABLE.get(model_type)
     for mlx_name, hf_name in row.rename if row else ():
         if path.startswith(hf_name):

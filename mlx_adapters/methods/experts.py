@@ -1,0 +1,167 @@
+"""LoRA on a mixture of experts, whose matrices are stacked: each expert e has an update of its own.
+
+    y = (W[e] + scale * B[e] A[e]) x
+
+PEFT (`target_parameters`) knows two stacks in each block, and so does `Experts`: gate and up are one matrix
+there and share A. Where PyTorch's names of the experts are not known, and in what mlx-lm has trained, each of
+the three matrices has an `ExpertLayer`.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.methods.base import AdapterLayer, Dropout, layer_range, plain_weight
+from mlx_adapters.models import sites
+
+__all__ = ["PARTS", "ExpertLayer", "Experts", "by_matrix", "expert_paths", "is_block", "is_stack"]
+
+PARTS = ("gate_up_proj", "down_proj")
+"""PEFT's names of the two stacks; the first is the one that it wraps first."""
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether `module` is one stack of matrices. By name: importing mlx-lm takes seconds."""
+    return type(module).__name__ in ("SwitchLinear", "QuantizedSwitchLinear")
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether `module` is the whole mixture of a block."""
+    return type(module).__name__ == "SwitchGLU"
+
+
+def expert_paths(model: nn.Module, model_type: str, layers: str) -> list[str]:
+    """Where the experts of the chosen layers are adapted; ConfigError where there are none."""
+    wanted = is_block if model_type in sites.EXPERTS else is_stack
+    keep = layer_range(layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
+    found = [path for path, module in model.named_modules() if wanted(module)]
+    paths = [path for path in found if sites.layer_index(path) in keep]
+    if not paths:
+        raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {layers!r}")
+    return paths
+
+
+class Experts(AdapterLayer):
+    """The mixture of a block with updates, in PEFT's layout: A [experts * rank, in] expert by expert,
+    B [out, rank * experts] with the experts running fastest.
+
+    `gate_up` and `down` are (rank, scale) of the two stacks.
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "gate_up_a": "base_layer.lora_A.weight",
+        "gate_up_b": "base_layer.lora_B.weight",
+        "lora_a": "lora_A.weight",
+        "lora_b": "lora_B.weight",
+    }
+    TARGET: ClassVar[bool] = False
+
+    def __init__(
+        self, base: nn.Module, *, gate_up: tuple[int, float], down: tuple[int, float], dropout: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.scales = (gate_up[1], down[1])
+        self.dropout = Dropout(dropout)
+        into, out = base.gate_proj, base.down_proj
+        self.gate_up_a = _uniform((into.num_experts * gate_up[0], into.input_dims))
+        self.gate_up_b = mx.zeros((2 * into.output_dims, gate_up[0] * into.num_experts))
+        self.lora_a = _uniform((out.num_experts * down[0], out.input_dims))
+        self.lora_b = mx.zeros((out.output_dims, down[0] * out.num_experts))
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        # mlx-lm's own forward (it sorts the tokens by expert), on stacks that add their update
+        updated = {
+            name: _updated(self.base[name], a, scale * b, self.dropout)
+            for name, (a, b, scale) in self._updates().items()
+        }
+        mixture: Any = SimpleNamespace(**updated, activation=self.base.activation)
+        y: mx.array = type(self.base).__call__(mixture, x, indices)
+        return y
+
+    def _updates(self) -> dict[str, tuple[mx.array, mx.array, float]]:
+        """(A, B, scale) of each stack of the base."""
+        matrices = by_matrix(self.tensors(), self.base.gate_proj.num_experts)
+        scales = {"gate_proj": self.scales[0], "up_proj": self.scales[0], "down_proj": self.scales[1]}
+        return {name: (own["lora_a"], own["lora_b"], scales[name]) for name, own in matrices.items()}
+
+    def merge(self) -> nn.Module:
+        """The mixture with the updates in its matrices, in float32."""
+        merged = copy.copy(self.base)
+        for name, (a, b, scale) in self._updates().items():
+            merged[name] = _merged(self.base[name], scale * (b @ a))
+        return merged
+
+
+def by_matrix(arrays: dict[str, mx.array], experts: int) -> dict[str, dict[str, mx.array]]:
+    """The arrays of `Experts` as those of an `ExpertLayer` for each of gate, up and down."""
+
+    def apart(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
+
+    into_a, into_b = apart(arrays["gate_up_a"], arrays["gate_up_b"])
+    out_a, out_b = apart(arrays["lora_a"], arrays["lora_b"])
+    gate, up = mx.split(into_b, 2, axis=1)
+    return {
+        "gate_proj": {"lora_a": into_a, "lora_b": gate},
+        "up_proj": {"lora_a": into_a, "lora_b": up},
+        "down_proj": {"lora_a": out_a, "lora_b": out_b},
+    }
+
+
+class ExpertLayer(AdapterLayer):
+    """One stack of matrices with updates: A [experts, rank, in], B [experts, out, rank].
+
+    PEFT does not know these tensors, so their names are our own.
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {"lora_a": "lora_A.experts", "lora_b": "lora_B.experts"}
+
+    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        self.lora_a = _uniform((base.num_experts, rank, base.input_dims))
+        self.lora_b = mx.zeros((base.num_experts, base.output_dims, rank))
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        updated = _updated(self.base, self.lora_a, self.scale * self.lora_b, self.dropout)
+        return updated(x, indices, sorted_indices)
+
+    def merge(self) -> nn.Module:
+        """The stack with the update in each matrix, in float32."""
+        return _merged(self.base, self.scale * (self.lora_b @ self.lora_a))
+
+
+def _uniform(shape: tuple[int, ...]) -> mx.array:
+    bound = 1 / math.sqrt(shape[-1])
+    return mx.random.uniform(-bound, bound, shape)
+
+
+def _updated(base: nn.Module, a: mx.array, b: mx.array, dropout: Dropout) -> Callable[..., mx.array]:
+    def call(x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y: mx.array = base(x, indices, sorted_indices=sorted_indices)
+        update = dropout(x).astype(mx.float32)
+        for matrices in (a, b):
+            transposed = matrices.swapaxes(-1, -2)
+            update = mx.gather_mm(update, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
+        return y + update.astype(y.dtype)
+
+    return call
+
+
+def _merged(base: nn.Module, update: mx.array) -> nn.Module:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    merged: nn.Module = SwitchLinear(1, 1, 1, bias=False)
+    merged.weight = plain_weight(base).astype(mx.float32) + update
+    if "bias" in base:
+        merged.bias = base.bias
+    return merged
