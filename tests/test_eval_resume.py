@@ -1,0 +1,173 @@
+"""An interrupted evaluation goes on from its records and ends as an uninterrupted one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny
+from typer.testing import CliRunner, Result
+
+from mlx_adapters.cli.app import app
+from mlx_adapters.evaluate import score as scoring
+
+COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
+
+
+def cli(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    form = "\n\nAnswer1: apples Answer2: 7 more\n\nAnswer format: answer1/answer2"
+    for name, end, answer in (("SVAMP", "", "7"), ("boolq", "", "true"), ("ARC-Easy", form, "answer1")):
+        rows = [
+            {"instruction": f"tom has w{n} apples and {name}{end}", "input": "", "answer": answer}
+            for n in range(24)
+        ]
+        (folder / name).mkdir()
+        (folder / name / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def report(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Ctrl-C while item `count` is being answered."""
+    whole, left = scoring.generate, count
+
+    def generate(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        for one in whole(*arguments, **options):
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            yield one
+
+    monkeypatch.setattr(scoring, "generate", generate)
+
+
+def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
+    model: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["eval", model, "--task", "SVAMP,boolq", "--data-dir", sets, "--max-tokens", 6, "--batch-size", 4]
+    cli(*run, "--output", tmp_path / "whole.json")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 30)
+        said = cli(*run, "--output", tmp_path / "cut.json", code=130)
+    assert "6 of 24 items of boolq are in" in said.stderr
+    assert not (tmp_path / "cut.json").exists()
+    lines = (tmp_path / "cut.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 30
+    assert {json.loads(line)["task"] for line in lines[1:]} == {"SVAMP", "boolq"}
+
+    answered = 0
+    whole = scoring.generate
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal answered
+        for one in whole(*arguments, **options):
+            answered += 1
+            yield one
+
+    monkeypatch.setattr(scoring, "generate", counting)
+    said = cli(*run, "--output", tmp_path / "cut.json", "--resume")
+    assert answered == 48 - 30
+    assert "SVAMP: 24 of 24 items are done already" in said.stderr
+    assert report(tmp_path / "cut.json") == report(tmp_path / "whole.json")
+    assert not (tmp_path / "cut.jsonl").exists()
+
+
+@pytest.mark.parametrize("decoding", ["beam", "sample", "likelihood"])
+def test_other_decodings_go_on_too(model: Path, sets: Path, tmp_path: Path, decoding: str) -> None:
+    run = ["eval", model, "--task", "ARC-Easy", "--data-dir", sets, "--max-tokens", 4, "--decoding", decoding]
+    run += ["--temperature", 1.5, "--top-p", 1.0, "--choices", "text"]
+    cli(*run, "--output", tmp_path / "whole.json")
+    kept = report(tmp_path / "whole.json")
+    head = {key: value for key, value in kept.items() if key not in ("records", "scores")}
+    lines = [head, *kept["records"][3:17]]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli(*run, "--output", tmp_path / "cut.json", "--resume")
+    again = report(tmp_path / "cut.json")
+    if decoding == "likelihood":  # sums in another order
+        for one, other in zip(kept["records"], again["records"], strict=True):
+            assert one.pop("loglikelihoods") == pytest.approx(other.pop("loglikelihoods"), abs=1e-4)
+    assert again == kept
+
+
+def test_a_killed_process_leaves_records_to_go_on_from(model: Path, sets: Path, tmp_path: Path) -> None:
+    run = ["eval", str(model), "--task", "SVAMP", "--data-dir", str(sets), "--max-tokens", "200"]
+    run += ["--batch-size", "1", "--output", str(tmp_path / "r.json")]
+    process = subprocess.Popen([*COMMAND, *run], stderr=subprocess.DEVNULL)
+    file, deadline = tmp_path / "r.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and len(file.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = file.read_text()
+    file.write_text(kept + '{"task": "SVAMP", "ind')  # as if the last line had been cut short
+    cli(*run, "--resume")
+    records = report(tmp_path / "r.json")["records"]
+    assert [record["index"] for record in records] == list(range(24))
+    for line in kept.splitlines()[1:]:
+        assert json.loads(line) in records
+
+
+def test_an_interrupted_evaluation_can_be_compared(
+    model: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["eval", model, "--task", "SVAMP", "--data-dir", sets, "--max-tokens", 2]
+    interrupt_after(monkeypatch, 8)
+    cli(*run, "--output", tmp_path / "a.json", code=130)
+    said = cli("compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl").stdout
+    assert "on the same 8 items" in said
+
+
+def test_records_are_not_mixed_up(model: Path, sets: Path, tmp_path: Path) -> None:
+    run = ["eval", model, "--task", "SVAMP", "--data-dir", sets, "--max-tokens", 2, "--output"]
+    out = tmp_path / "r.json"
+    cli(*run, out)
+    assert "exists. Choose another --output" in cli(*run, out, code=2).output
+    assert "exists. Choose another --output" in cli(*run, out, "--resume", code=2).output
+
+    kept = report(out)
+    head = {key: value for key, value in kept.items() if key not in ("records", "scores")}
+    lines = [json.dumps(line) + "\n" for line in (head, *kept["records"][:5])]
+    out.unlink()
+    out.with_suffix(".jsonl").write_text("".join(lines))
+    assert "Go on with --resume" in cli(*run, out, code=2).output
+    said = cli(*run, out, "--resume", "--template", "plain", "--seed", 3, code=2).output
+    assert "was made with another seed 0, now 3; template 'alpaca', now 'plain'" in said
+
+    changed = json.loads(lines[2]) | {"item": "0" * 16}
+    out.with_suffix(".jsonl").write_text("".join([*lines[:2], json.dumps(changed) + "\n"]))
+    assert "item 1 of SVAMP is another question now" in cli(*run, out, "--resume", code=2).output
+    out.with_suffix(".jsonl").write_text("".join([*lines[:2], "{}\n"]))
+    assert "r.jsonl:3: is not a record" in cli(*run, out, "--resume", code=2).output
+    out.with_suffix(".jsonl").write_text("")  # killed before the first line
+    cli(*run, out, "--resume")
+    assert report(out) == kept
+
+
+def test_resume_needs_an_output(model: Path) -> None:
+    said = cli("eval", model, "--task", "wordproblems", "--resume", code=2).output
+    assert "give the same --output" in said
