@@ -98,6 +98,7 @@ def fuse(
             del loaded
             fused = _logits(_opened(place), prompts)
         else:
+            files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
             copy_tokenizer(loaded.path, place)
             sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
