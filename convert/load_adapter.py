@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 __all__ = ["load_adapter"]
 
@@ -64,9 +65,14 @@ def changes(model: Any, folder: Path) -> dict[nn.Module, tuple[str, Any]]:
     if kind not in ON_LAYERS:
         raise ValueError(f"{folder}: peft_type {kind!r} is unknown. Known: {', '.join(ON_LAYERS)}")
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith("base_model.vera_")}
+    own = grouped(tensors, modules)
+    for path in own if kind != "LN_TUNING" else ():
+        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)):
+            what = type(modules[path]).__name__
+            raise ValueError(f"{path}: is a {what}, no linear layer. PeftModel.from_pretrained may open it")
     return {
-        modules[path]: ON_LAYERS[kind](modules, path, {**own, **shared}, config)
-        for path, own in grouped(tensors, modules).items()
+        modules[path]: ON_LAYERS[kind](modules, path, {**tensors, **shared}, config)
+        for path, tensors in own.items()
     }
 
 
@@ -92,8 +98,6 @@ def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
         return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(
             y.dtype
         )
-    if "base_layer.lora_A.weight" in own or "lora_A.experts" in own:
-        raise ValueError(f"{path}: stacked experts need PEFT: PeftModel.from_pretrained(model, folder)")
     embeds = "lora_embedding_A" in own
     a, b = (own[f"lora_embedding_{n}"] if embeds else own[f"lora_{n}.weight"] for n in ("A", "B"))
     patterns = (config.get("alpha_pattern") or {}).items()
@@ -250,7 +254,7 @@ def fusion(model: Any, folder: Path, own: dict[str, Any]) -> dict[nn.Module, tup
 
 def rows(layer: Any) -> Any:
     """The weight [out, in]; GPT-2's Conv1D keeps it transposed."""
-    return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def on(x: Any, tensor: Any) -> Any:

@@ -218,6 +218,18 @@ def test_transformers_4_computes_the_same(case: str, arch: str, older: Any) -> N
         np.testing.assert_allclose(computed, expected, atol=bound(expected))
 
 
+@pytest.mark.parametrize(("arch", "targets"), [("qwen3_moe", "all-linear"), ("qwen3_moe", "experts")])
+def test_what_is_no_linear_layer_in_torch_is_named(arch: str, targets: str, tmp_path: Path) -> None:
+    """transformers keeps a router and the experts as modules of their own kinds."""
+    from transformers import AutoModelForCausalLM
+
+    source = make_tiny(arch, tmp_path)
+    loaded, meta = attached(source, Method("lora", {"rank": 2, "targets": targets}), trained=True)
+    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    with pytest.raises(ValueError, match="no linear layer"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(source), tmp_path / "a")
+
+
 def test_another_model_and_an_unknown_method_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], METHODS["lora"], trained=True)
     adapter.save(tmp_path, loaded.model, meta=meta)
