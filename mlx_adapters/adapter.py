@@ -139,8 +139,8 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": meta.base.get("_name_or_path") or meta.base.get("path", ""),
         "inference_mode": True,
-        **fields,
         **_target_modules(model, meta.base["model_type"]),
+        **fields,
     }
 
 

@@ -109,23 +109,47 @@ def test_quantized_experts(bits: int, folder: Path, tmp_path: Path) -> None:
     assert done.error <= bound(expected)
 
 
-@pytest.mark.parametrize(
-    "arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2"]
-)
-def test_pytorch_computes_the_same(arch: str, tmp_path: Path) -> None:
-    """Through PeftModel and through transformers alone; ranks and scales of their own for both stacks."""
-    # mlx-lm does not read norm_topk_prob of qwen2_moe, whose models have it off
-    more = {"norm_topk_prob": False} if arch == "qwen2_moe" else {}
-    convert(make_tiny(arch, tmp_path, **more), tmp_path / "mlx")
-    fields = {"rank": 3, "alpha": 5.0, "targets": "experts,o_proj", "dropout": 0.1}
-    patterns = {"rank_pattern": "gate_up_proj=2", "alpha_pattern": "down_proj=4"}
-    loaded, meta = attached(tmp_path / "mlx", Method("lora", fields | patterns), trained=True)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2")
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mixtures")
+    for arch in MIXTURES:
+        # mlx-lm does not read norm_topk_prob of qwen2_moe, whose models have it off
+        more = {"norm_topk_prob": False} if arch == "qwen2_moe" else {}
+        convert(make_tiny(arch, root, **more), root / f"mlx-{arch}")
+    return {arch: root / f"mlx-{arch}" for arch in MIXTURES}
+
+
+FIELDS = [
+    {"targets": "experts,o_proj", "rank_pattern": "gate_up_proj=2", "alpha_pattern": "down_proj=4"},
+    # the router, dense layers and shared experts, which PEFT would take for the experts by their names
+    {"targets": "all-linear", "dropout": 0.1},
+    {"targets": "all-linear,experts", "rslora": True},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: fields["targets"])
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_pytorch_computes_the_same(
+    arch: str, fields: dict[str, Any], mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    """Through PeftModel and through transformers alone."""
+    method = Method("lora", {"rank": 3, "alpha": 5.0, **fields})
+    loaded, meta = attached(mixtures[arch], method, trained=True)
     adapter.save(tmp_path / "a", loaded.model, meta=meta)
     peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
-    verdict = peft.verify(tmp_path / "p", tmp_path / "mlx")
+    verdict = peft.verify(tmp_path / "p", mixtures[arch])
     assert verdict.passed, verdict
     assert verdict.auto_diff is not None
     assert verdict.effect > 1e-2
+    for ours in ("mlx_adapters.json", "seen.txt"):  # as if PEFT had written it
+        (tmp_path / "p" / ours).unlink()
+    again = model.load(mixtures[arch])
+    adapter.load(again, tmp_path / "p")
+    again.model.eval()
+    assert np.array_equal(logits(again), logits(loaded))
 
 
 def test_experts_alone_and_in_one_layer(folder: Path, tmp_path: Path) -> None:

@@ -171,11 +171,11 @@ def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -
 
 # Every method ----------------------------------------------------------------------------------------------
 
-PROMPT = ("prompt", "ptuning", "prefix", "fusion")
+NOT_LINEAR = ("prompt", "ptuning", "prefix", "ln_tuning", "fusion")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gptj"])
-@pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.name not in PROMPT])
+@pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.name not in NOT_LINEAR])
 def test_equal_members_fuse_to_that_member(
     case: str, arch: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -209,11 +209,12 @@ def test_members_may_be_of_different_methods(
     assert np.array_equal(logits(again), expected)
 
 
-@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix"])
-def test_adapters_on_the_prompt_are_refused(
+@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "ln_tuning"])
+def test_adapters_on_no_linear_layer_are_refused(
     method: str, base: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    folder = make_adapter(base, tmp_path / "p", method, {"num_virtual_tokens": 2}, 1)
+    fields = {} if method == "ln_tuning" else {"num_virtual_tokens": 2}
+    folder = make_adapter(base, tmp_path / "p", method, fields, 1)
     with pytest.raises(UnsupportedError, match=f"{method} adapts no linear layer"):
         fused(base, [loras[0], folder])
 

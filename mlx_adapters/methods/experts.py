@@ -20,10 +20,22 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.methods.base import AdapterLayer, Dropout, layer_range, plain_weight
 from mlx_adapters.models import sites
 
-__all__ = ["PARTS", "ExpertLayer", "Experts", "by_matrix", "expert_paths", "is_block", "is_stack"]
+__all__ = [
+    "EXPERT_NAMES",
+    "PARTS",
+    "ExpertLayer",
+    "Experts",
+    "by_matrix",
+    "expert_paths",
+    "is_block",
+    "is_stack",
+]
 
 PARTS = ("gate_up_proj", "down_proj")
 """PEFT's names of the two stacks; the first is the one that it wraps first."""
+
+EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""In a mixture, PEFT reads these among `target_modules` as the experts' names of transformers 4."""
 
 
 def is_stack(module: nn.Module) -> bool:

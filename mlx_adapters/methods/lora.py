@@ -28,8 +28,17 @@ from mlx_adapters.methods.base import (
     linear_like,
     plain_weight,
     resolve_targets,
+    short_names,
 )
-from mlx_adapters.methods.experts import PARTS, ExpertLayer, Experts, expert_paths, is_block, is_stack
+from mlx_adapters.methods.experts import (
+    EXPERT_NAMES,
+    PARTS,
+    ExpertLayer,
+    Experts,
+    expert_paths,
+    is_block,
+    is_stack,
+)
 from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
 from mlx_adapters.methods.patterns import as_text, matching, parse
 from mlx_adapters.methods.pissa import largest
@@ -281,12 +290,21 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 
 def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """The stacked experts, which are parameters to PEFT; it has no dropout for them and refuses a field."""
-    found = [sites.to_hf(path, model_type) for path, layer in layers.items() if isinstance(layer, Experts)]
-    if not found:
+    """What of a mixture of experts PEFT must be told as parameters: the stacked experts, and linear layers
+    whose names it would take for theirs. It has no dropout on parameters and refuses a field."""
+    if not any(is_block(module) or is_stack(module) for module in model.modules()):
         return {}
-    parameters = [f"{name}.{part}" for name in found for part in PARTS]
-    return {"target_modules": [], "target_parameters": parameters, "lora_dropout": 0.0}
+    linear = {path for path, layer in layers.items() if layer.TARGET}
+    taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
+    whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
+    parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
+    # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
+    places = [sites.to_hf(path, model_type).replace(".block_sparse_moe.", ".mlp.") for path in sorted(taken)]
+    parameters += [f"{place}.weight" for place in places]
+    if not parameters:
+        return {}
+    names = short_names(linear - taken, model, model_type).values()
+    return {"target_modules": sorted(set(names)), "target_parameters": parameters, "lora_dropout": 0.0}
 
 
 def peft_fields(config: Any) -> dict[str, Any]:
@@ -325,8 +343,9 @@ def from_peft(fields: dict[str, Any]) -> Config:
         name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
     }
     own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
-    stacked = fields.get("target_parameters") or []
-    experts = bool(stacked) and all(re.search(rf"experts\.({'|'.join(PARTS)})$", name) for name in stacked)
+    told = fields.get("target_parameters") or []
+    kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
+    experts = bool(told) and all(re.search(rf"(^|\.){kinds}", name) for name in told)
     read = {*own, "target_parameters"} if experts else own.keys()
     shared = read_peft({name: value for name, value in fields.items() if name not in read})
     if experts:
