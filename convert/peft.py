@@ -19,6 +19,8 @@ from mlx_adapters import model as models
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.to_transformers import quiet_transformers, require_class, write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
+from mlx_adapters.methods.experts import EXPERT_NAMES
+from mlx_adapters.models.sites import EXPERTS
 from mlx_adapters.virtual import forward, start_cache, with_virtual
 
 __all__ = ["Exported", "Verdict", "export", "verify"]
@@ -87,6 +89,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
             f"{source}: adapts stacked experts matrix by matrix, which PEFT does not. Write a checkpoint "
             "with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm"
         )
+    _refuse_unreadable(source, meta, fields)
     with writing(dst) as folder:
         (folder / adapter.CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
@@ -98,6 +101,24 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
     size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file())
     return Exported(dst, len(names), size, fields["base_model_name_or_path"])
+
+
+def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, fields: dict[str, Any]) -> None:
+    """AdapterError for layers of a mixture of experts that PEFT opens for plain LoRA alone.
+
+    The router is no linear layer to transformers 5, and LoRA's names in `EXPERT_NAMES` are taken for the
+    experts (but for qwen2_moe), where PEFT has no DoRA.
+    """
+    model_type = meta.base.get("model_type")
+    if model_type not in EXPERTS or meta.method == "lora" or not methods.in_peft(meta.method):
+        return
+    closed = EXPERT_NAMES if meta.method == "dora" and model_type != "qwen2_moe" else ("gate",)
+    named = {name.rpartition(".")[2] for name in fields.get("target_modules") or []}
+    if found := sorted(named & {*closed}):
+        raise AdapterError(
+            f"{source}: PEFT opens no {meta.method} on {', '.join(found)} of a mixture of experts. Write a "
+            "checkpoint with mlx-adapters fuse, or train with targets attn"
+        )
 
 
 def verify(folder: Path, model: Path | str) -> Verdict:

@@ -22,7 +22,7 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError
+from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError, UnsupportedError
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
@@ -222,6 +222,33 @@ def test_rows_and_recomputed_blocks(folder: Path, tmp_path: Path) -> None:
 def test_refusals(fields: dict[str, Any], said: str, folder: Path) -> None:
     with pytest.raises(AdaptersError, match=said):
         attached(folder, Method("lora", fields), trained=False)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "series", "parallel"])
+def test_other_methods_say_who_adapts_experts(method: str, folder: Path) -> None:
+    with pytest.raises(UnsupportedError, match="only method lora adapts stacked experts"):
+        attached(folder, Method(method, {"targets": "attn,experts"}), trained=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "opens", "closed"),
+    [
+        ("glm4_moe", "dora", "attn", "mlp"),
+        ("qwen2_moe", "dora", "mlp", "all-linear"),
+        ("qwen2_moe", "ia3", "attn", "all-linear"),
+        ("qwen3_moe", "vera", "attn", "all-linear"),
+    ],
+)
+def test_what_peft_does_not_open_is_not_exported(
+    arch: str, method: str, opens: str, closed: str, mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    for targets in (opens, closed):
+        loaded, meta = attached(mixtures[arch], Method(method, {"targets": targets}), trained=True)
+        adapter.save(tmp_path / targets, loaded.model, meta=meta)
+    peft.export(tmp_path / opens, tmp_path / "p", base="owner/base")
+    assert peft.verify(tmp_path / "p", mixtures[arch]).passed
+    with pytest.raises(AdapterError, match=f"PEFT opens no {method} on"):
+        peft.export(tmp_path / closed, tmp_path / "q", base="owner/base")
 
 
 def test_models_without_experts_are_refused(tmp_path: Path) -> None:

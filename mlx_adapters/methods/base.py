@@ -211,6 +211,10 @@ def _by_targets(
     for part in re.split(r"[,+]", targets):
         names += roles.get(part.strip(), (part.strip(),))
     missing = [name for name in names if not any(table.matches(path, name) for path in linears)]
+    if "experts" in missing:
+        raise UnsupportedError(
+            "targets 'experts': only method lora adapts stacked experts. Use attn or names"
+        )
     if missing:
         known = sorted({path.rpartition(".")[2] for path in linears})
         raise ConfigError(
