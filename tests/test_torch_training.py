@@ -17,7 +17,7 @@ from tiny import make_tiny
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.convert import load_adapter, peft
 from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
@@ -83,7 +83,8 @@ def in_peft(folder: Path, saved: Path, method: Method) -> tuple[Any, list[Any]]:
             table = load_file(saved / "adapter_model.safetensors")["prompt_embeddings"]
             network.prompt_encoder["default"].embedding.weight.copy_(table)
     else:
-        network = PeftModel.from_pretrained(base(folder), saved, is_trainable=True)
+        with quiet_transformers():  # PEFT warns of every norm
+            network = PeftModel.from_pretrained(base(folder), saved, is_trainable=True)
     return network, [p for p in network.parameters() if p.requires_grad]
 
 
