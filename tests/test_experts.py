@@ -187,7 +187,7 @@ def test_an_adapter_of_peft_trains_on_here(folder: Path, tmp_path: Path) -> None
     again = Run(loaded.model, examples(), config=CONFIG)
     theirs = train_in_torch(network.train(), parameters, again)
     ours = [step.loss for step in Run(loaded.model, examples(), config=CONFIG)]
-    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert len(ours) == 20
 
 
