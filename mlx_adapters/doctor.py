@@ -71,7 +71,9 @@ def _forced() -> list[Finding]:
     kind = os.environ.get("OPENBLAS_CORETYPE")
     if not kind or backend.blas().name != "OpenBLAS":
         return []
-    remedy = "unset OPENBLAS_CORETYPE, unless it is set for a reason: OpenBLAS picks kernels for this processor"
+    remedy = (
+        "unset OPENBLAS_CORETYPE, unless it is set for a reason: OpenBLAS picks kernels for this processor"
+    )
     return [Finding("BLAS kernels", f"{kind}, forced by OPENBLAS_CORETYPE", False, remedy)]
 
 
