@@ -91,7 +91,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "phi": _BASE | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "glm": _BASE | {"head_dim": 8, "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}},
     "mixtral": _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen2_moe": _BASE | _EXPERTS | {"shared_expert_intermediate_size": 16},
+    # mlx-lm does not read norm_topk_prob here; the released models have it off
+    "qwen2_moe": _BASE | _EXPERTS | {"shared_expert_intermediate_size": 16, "norm_topk_prob": False},
     "qwen3_moe": _BASE | _EXPERTS | {"head_dim": 8},
     "olmoe": _BASE | _EXPERTS,
     "dots1": _BASE | _SHARED_EXPERTS | {"head_dim": 8},

@@ -59,6 +59,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "cohere": {"tie_word_embeddings": (None, True)},
     "stablelm": {"tie_word_embeddings": (None, False)},
     "olmo": {"clip_qkv": (None,)},
+    "qwen2_moe": {"norm_topk_prob": (None, False)},
     "chatglm": {
         "position_encoding_2d": (None, False),
         "original_rope": (None, True),
