@@ -20,7 +20,8 @@ def field(default: Any, help: str) -> Any:
 
 def parse_fields(config_class: type, settings: dict[str, Any], *, where: str) -> Any:
     """Build `config_class` from `{field: text or value}`; every mistake is reported in one ConfigError."""
-    hints = typing.get_type_hints(config_class)
+    annotated = typing.get_type_hints(config_class)
+    hints = {field.name: annotated[field.name] for field in dataclasses.fields(config_class)}
     problems, values = [], {}
     for name, raw in settings.items():
         if name not in hints:

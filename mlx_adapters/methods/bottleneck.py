@@ -9,27 +9,35 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unknown
-from mlx_adapters.fields import parse_fields
+from mlx_adapters.fields import field, parse_fields
 from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, resolve_targets
 from mlx_adapters.models import sites
 
 __all__ = [
     "ACTIVATIONS",
+    "ACTIVATION_HELP",
+    "FACTOR_HELP",
     "INITS",
+    "INIT_HELP",
+    "SCALING_HELP",
+    "BlockConfig",
     "BlockLayer",
     "Layer",
     "block_fields",
     "check",
     "config_of",
     "fields_of",
+    "on_linear",
     "place_blocks",
-    "read_block_fields",
+    "read_block",
     "read_fields",
 ]
 
@@ -64,32 +72,60 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def check(
-    method: str,
-    *,
-    size: int | None,
-    factor: float = 1.0,
-    non_linearity: str,
-    dropout: float,
-    scaling: float | str,
-    init: str,
-) -> None:
-    """Raise one ConfigError that lists every value a bottleneck cannot have."""
+FACTOR_HELP = "the model's width divided by the bottleneck's"
+ACTIVATION_HELP = "one of transformers' activation names: relu, swish, gelu ..."
+SCALING_HELP = "factor in front of the bottleneck, or learned"
+INIT_HELP = "mam_adapter: a fresh adapter is the base; bert: it is not"
+
+
+def check(method: str, config: Any) -> None:
+    """Raise one ConfigError that lists every value of `config` that a bottleneck cannot have."""
+    size, scaling = config.bottleneck_size, config.scaling
+    factor = getattr(config, "reduction_factor", 1.0)  # the block forms have it
     problems = []
     if size is not None and size < 1:
         problems.append(f"{method}: bottleneck_size={size} must be at least 1")
     if not 1 <= factor < math.inf:
         problems.append(f"{method}: reduction_factor={factor} must be a number of at least 1")
-    if non_linearity not in ACTIVATIONS:
-        problems.append(f"{method}: " + unknown("non_linearity", non_linearity, ACTIVATIONS))
-    if not 0 <= dropout < 1:
-        problems.append(f"{method}: dropout={dropout} must be at least 0 and below 1")
+    if config.non_linearity not in ACTIVATIONS:
+        problems.append(f"{method}: " + unknown("non_linearity", config.non_linearity, ACTIVATIONS))
+    if not 0 <= config.dropout < 1:
+        problems.append(f"{method}: dropout={config.dropout} must be at least 0 and below 1")
     if scaling != "learned" and (isinstance(scaling, str) or not math.isfinite(scaling)):
         problems.append(f"{method}: scaling={scaling!r} must be a finite number or 'learned'")
-    if init not in INITS:
-        problems.append(f"{method}: " + unknown("init", init, INITS))
+    if config.init not in INITS:
+        problems.append(f"{method}: " + unknown("init", config.init, INITS))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What the layers take from a configuration besides their size."""
+    return {name: getattr(config, name) for name in ("non_linearity", "scaling", "dropout", "init")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Fields of the block forms. A form's own file names it in `METHOD`, says in `KIND` what its BlockLayer
+    reads, and sets its defaults."""
+
+    METHOD = ""
+    KIND = ""
+
+    reduction_factor: float = field(16.0, FACTOR_HELP)
+    bottleneck_size: int | None = field(None, "width of the bottleneck; overrides the reduction factor")
+    non_linearity: str = field("relu", ACTIVATION_HELP)
+    scaling: float | str = field(1.0, SCALING_HELP)
+    dropout: float = field(0.0, "dropout on the bottleneck's output while training")
+    init: str = field("mam_adapter", INIT_HELP)
+    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+
+    def __post_init__(self) -> None:
+        check(self.METHOD, self)
+
+    def size(self, width: int) -> int:
+        """The bottleneck of a model of `width`."""
+        return self.bottleneck_size or max(1, int(width // self.reduction_factor))
 
 
 # ours -> LLM-Adapters' name of the field
@@ -100,7 +136,6 @@ _NAMES = {
     "scaling": "scaling",
     "init": "init_weights",
 }
-_BLOCK = ("reduction_factor", "bottleneck_size", "non_linearity", "scaling", "dropout", "init", "layers")
 
 
 def fields_of(config: Any) -> dict[str, Any]:
@@ -133,14 +168,15 @@ def config_of(config_class: type, values: dict[str, Any], method: str) -> Any:
         raise AdapterError(str(error)) from None
 
 
-def block_fields(config: Any) -> dict[str, Any]:
+def block_fields(config: BlockConfig) -> dict[str, Any]:
     """What our folder says of a block form."""
-    return {name: getattr(config, name) for name in _BLOCK}
+    return {"adapter": config.METHOD, **asdict(config)}
 
 
-def read_block_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `block_fields`."""
-    return {name: fields[name] for name in _BLOCK if name in fields}
+def read_block(config_class: type[BlockConfig], fields: dict[str, Any]) -> Any:
+    """The configuration that `block_fields` wrote; AdapterError for a value it cannot have."""
+    names = (one.name for one in dataclass_fields(config_class))
+    return config_of(config_class, {n: fields[n] for n in names if n in fields}, config_class.METHOD)
 
 
 def _start(shape: tuple[int, int], init: str, *, zero: bool) -> mx.array:
@@ -196,6 +232,11 @@ class Layer(AdapterLayer):
             return self.base(x + self._f(x).astype(x.dtype))
         y = self.base(x)
         return y + self._f(y if self.kind == "post" else x).astype(y.dtype)
+
+
+def on_linear(base: nn.Module, config: Any, kind: str) -> Layer:
+    """The layer of a series or parallel configuration that takes the place of `base`."""
+    return Layer(base, kind=kind, size=config.bottleneck_size, **_settings(config))
 
 
 class BlockLayer(AdapterLayer):
@@ -289,21 +330,14 @@ class _Slot:
 
 
 def place_blocks(
-    model: nn.Module,
-    model_type: str,
-    paths: list[str] | None,
-    *,
-    method: str,
-    kind: str,
-    layers: str,
-    size: Callable[[int], int],
-    **settings: Any,
+    model: nn.Module, model_type: str, config: BlockConfig, paths: list[str] | None
 ) -> dict[str, nn.Module]:
-    """BlockLayers behind the sublayers that `kind` has adapters on, and the recorders they read h from.
+    """BlockLayers behind the sublayers that the form has adapters on, and the recorders they read h from.
 
-    `double` stands behind attention and MLP, `seq` and `par` behind the MLP. `size(width)` is the bottleneck.
-    Raises UnsupportedError where the architecture has no place to read h.
+    `double` stands behind attention and MLP, `seq` and `par` behind the MLP. Raises UnsupportedError where
+    the architecture has no place to read h.
     """
+    method, kind = config.METHOD, config.KIND
     row = sites.sites(model_type, model)
     outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
     if not row.mlp_out:
@@ -313,7 +347,7 @@ def place_blocks(
         )
     if paths is None:
         names = [name for name in outs if name]
-        paths = resolve_targets(model, model_type, targets=",".join(names), layers=layers)
+        paths = resolve_targets(model, model_type, targets=",".join(names), layers=config.layers)
     modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
     recorders: dict[str, _Recorder] = {}
     for path in paths:
@@ -325,9 +359,9 @@ def place_blocks(
         placed[path] = BlockLayer(
             modules[path],
             kind=kind,
-            size=size(dims(modules[path])[1]),
+            size=config.size(dims(modules[path])[1]),
             residual=_sum(slots),
-            **settings,
+            **_settings(config),
         )
     return placed | recorders
 

@@ -11,72 +11,31 @@ before the sublayer's norm, `s` what the sublayer returns; the formula and its p
 from dataclasses import dataclass
 from typing import Any, cast
 
-import mlx.nn as nn
-
 from mlx_adapters.fields import field
 from mlx_adapters.methods import bottleneck
 
 PEFT_TYPE = "ADAPTERHUB"
 IN_PEFT = False
 Layer = bottleneck.BlockLayer
+place = bottleneck.place_blocks
+to_peft = bottleneck.block_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(bottleneck.BlockConfig):
     """Fields of `--method double_seq_bn`."""
 
-    reduction_factor: float = field(16.0, "the model's width divided by the bottleneck's")
-    bottleneck_size: int | None = field(None, "width of the bottleneck; overrides the reduction factor")
-    non_linearity: str = field("swish", "one of transformers' activation names: relu, swish, gelu ...")
-    scaling: float | str = field(1.0, "factor in front of the bottleneck, or learned")
-    dropout: float = field(0.0, "dropout on the bottleneck's output while training")
-    init: str = field("mam_adapter", "mam_adapter: a fresh adapter is the base; bert: it is not")
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+    METHOD = "double_seq_bn"
+    KIND = "double"
 
-    def __post_init__(self) -> None:
-        bottleneck.check(
-            "double_seq_bn",
-            size=self.bottleneck_size,
-            factor=self.reduction_factor,
-            non_linearity=self.non_linearity,
-            dropout=self.dropout,
-            scaling=self.scaling,
-            init=self.init,
-        )
-
-    def size(self, width: int) -> int:
-        """The bottleneck of a model of `width`."""
-        return self.bottleneck_size or max(1, int(width // self.reduction_factor))
-
-
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """What stands where: the adapter behind the sublayer's last linear layer."""
-    return bottleneck.place_blocks(
-        model,
-        model_type,
-        paths,
-        method="double_seq_bn",
-        kind="double",
-        layers=config.layers,
-        size=config.size,
-        non_linearity=config.non_linearity,
-        scaling=config.scaling,
-        dropout=config.dropout,
-        init=config.init,
-    )
+    non_linearity: str = field("swish", bottleneck.ACTIVATION_HELP)
 
 
 def claims(fields: dict[str, Any]) -> bool:
     """Whether the folder holds this form."""
-    return fields.get("adapter") == "double_seq_bn"
-
-
-def to_peft(config: Config) -> dict[str, Any]:
-    """What `adapter_config.json` says."""
-    return {"adapter": "double_seq_bn", **bottleneck.block_fields(config)}
+    return fields.get("adapter") == Config.METHOD
 
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration of a saved folder."""
-    values = bottleneck.read_block_fields(fields)
-    return cast(Config, bottleneck.config_of(Config, values, "double_seq_bn"))
+    return cast(Config, bottleneck.read_block(Config, fields))

@@ -34,21 +34,14 @@ class Config:
     non_linearity: str = field("tanh", "one of transformers' activation names: tanh, relu, gelu, silu ...")
     scaling: float | str = field(1.0, "factor s in front of the bottleneck, or learned")
     dropout: float = field(0.0, "dropout on the bottleneck's input while training")
-    init: str = field("mam_adapter", "mam_adapter: a fresh adapter is the base; bert: it is not")
+    init: str = field("mam_adapter", bottleneck.INIT_HELP)
     variant: str = field("H", "which targets by default: H, the MLP's linear layers; P, its last one")
     side: str = field("auto", "pre, post, or auto: by the layer's role")
     targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
     layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
 
     def __post_init__(self) -> None:
-        bottleneck.check(
-            "series",
-            size=self.bottleneck_size,
-            non_linearity=self.non_linearity,
-            dropout=self.dropout,
-            scaling=self.scaling,
-            init=self.init,
-        )
+        bottleneck.check("series", self)
         if self.variant not in VARIANTS:
             raise ConfigError("series: " + unknown("variant", self.variant, VARIANTS))
         if self.side not in SIDES:
@@ -63,15 +56,7 @@ def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
 
 def wrap(base: nn.Module, config: Config, site: Site) -> AdapterLayer:
     """The layer that takes the place of `base`."""
-    return Layer(
-        base,
-        kind=site.side if config.side == "auto" else config.side,
-        size=config.bottleneck_size,
-        non_linearity=config.non_linearity,
-        scaling=config.scaling,
-        dropout=config.dropout,
-        init=config.init,
-    )
+    return bottleneck.on_linear(base, config, site.side if config.side == "auto" else config.side)
 
 
 def claims(fields: dict[str, Any]) -> bool:
