@@ -20,6 +20,7 @@ __all__ = [
     "LINEARS",
     "AdapterLayer",
     "Dropout",
+    "OnEmbedding",
     "Site",
     "dims",
     "drawing_from",
@@ -80,6 +81,19 @@ class AdapterLayer(nn.Module):
     def start_cache(self, model: nn.Module, rows: int) -> list[Any] | None:
         """A cache for `rows` rows that starts full (prefix tuning); None for an empty one."""
         return None
+
+
+class OnEmbedding(AdapterLayer):
+    """A layer that stands where the token embedding stood: what a tied output head uses passes through."""
+
+    @property
+    def weight(self) -> mx.array:
+        """The base's: models with a tied head look it up here."""
+        return self.base.weight
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """A tied head is the base's: it has no update, and predicts no virtual tokens."""
+        return self.base.as_linear(x)
 
 
 class Dropout(nn.Module):

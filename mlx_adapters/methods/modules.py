@@ -6,14 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
-from mlx_adapters.methods.base import LINEARS, AdapterLayer, linear_like, plain_weight
+from mlx_adapters.methods.base import LINEARS, AdapterLayer, OnEmbedding, dims, linear_like, plain_weight
 
 __all__ = ["EMBEDDINGS", "EmbeddingLayer", "Saved"]
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
-class EmbeddingLayer(AdapterLayer):
+class EmbeddingLayer(OnEmbedding):
     """`E[ids] + scale * A^T[ids] B^T`: A [rank, words] starts at zero, B [width, rank] at random.
 
     A tied output head stays the base's, as in PEFT.
@@ -28,7 +28,7 @@ class EmbeddingLayer(AdapterLayer):
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
         super().__init__()
-        words, width = plain_weight(base).shape
+        width, words = dims(base)
         self.base = base
         self.scale = scale
         self.tied = tied
@@ -51,15 +51,6 @@ class EmbeddingLayer(AdapterLayer):
                 f"{list(own.shape)}: convert the base with that table (vocabulary) first"
             )
         return {name: array for name, array in arrays.items() if name != "table"}
-
-    @property
-    def weight(self) -> mx.array:
-        """The base's: models with a tied head look it up here."""
-        return self.base.weight
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """A tied head, which has no update."""
-        return self.base.as_linear(x)
 
     def merge(self) -> nn.Module:
         """A plain embedding with the update in it; ConfigError where the head shares its weight."""

@@ -43,11 +43,10 @@ class Config:
             raise ConfigError("prefix: " + unknown("init", self.init, INITS))
 
 
-class Layer(AdapterLayer):
-    """An attribute of the model; `table` is [n, layers * 2 * kv_heads * head_dim], keys before values."""
+class Layer(prompt.Table):
+    """An attribute of the model; the table is [n, layers * 2 * kv_heads * head_dim], keys before values."""
 
-    TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
-    ROOTED: ClassVar[bool] = True
+    ENCODER: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def __init__(self, table: mx.array | None, encoder: nn.Module | None, *, keys: "Keys") -> None:
         super().__init__()
@@ -56,33 +55,15 @@ class Layer(AdapterLayer):
         if encoder is not None:
             self.encoder = encoder
         self.keys = keys
-        self.slot = prompt.Slot()
 
-    def _table(self) -> mx.array:
-        if "table" in self:
-            return self.table
-        if self.training:
-            return self.encoder()
-        if self.slot.value is None:
-            self.slot.value = self.encoder()
-        return self.slot.value
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        self.slot.value = None  # what was computed may be of older parameters
-
-    def tensors(self) -> dict[str, mx.array]:
-        return {"table": self.table if "table" in self else self.encoder()}
-
-    def fill(self, arrays: dict[str, mx.array]) -> None:
-        self.pop("encoder", None)
-        self.table = arrays["table"]
+    def encoded(self) -> mx.array:
+        return self.encoder()
 
     def start_cache(self, model: nn.Module, rows: int) -> list[Any]:
         from mlx_lm.models.cache import KVCache
 
         layers, heads, width = self.keys.layers, self.keys.heads, self.keys.width
-        table = self._table().astype(self.keys.dtype)
+        table = self.now().astype(self.keys.dtype)
         count = table.shape[0]
         # [n, layers, 2, heads, width] -> [layers, 2, heads, n, width]
         states = table.reshape(count, layers, 2, heads, width).transpose(1, 2, 3, 0, 4)

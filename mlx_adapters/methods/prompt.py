@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer
+from mlx_adapters.methods.base import AdapterLayer, OnEmbedding, dims
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "PROMPT_TUNING"
@@ -45,33 +45,71 @@ class Config:
             raise ConfigError("prompt: init=text needs init_text, the text to start from")
 
 
-class Virtual(AdapterLayer):
-    """Stands where the token embedding stood: ids behind the vocabulary are rows of `table` [n, width]."""
+class Table(AdapterLayer):
+    """A layer whose saved form is one array: `table`, learned as it is, or what `encoded` makes of others
+    until a saved one takes their place.
+
+    `ENCODER` names the attributes that `encoded` reads.
+    """
 
     TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
     ROOTED: ClassVar[bool] = True
+    ENCODER: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, base: nn.Module, table: mx.array, *, divisor: float) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot = _Slot()
+
+    def encoded(self) -> mx.array:
+        """The table as the encoder has it now."""
+        raise NotImplementedError
+
+    def now(self) -> mx.array:
+        """The table; for evaluation an encoded one is computed once."""
+        if "table" in self:
+            return self.table
+        if self.training:
+            return self.encoded()
+        if self.slot.value is None:
+            self.slot.value = self.encoded()
+        return self.slot.value
+
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)
+        self.slot.value = None  # what was computed may be of older parameters
+
+    def tensors(self) -> dict[str, mx.array]:
+        return {"table": self.table if "table" in self else self.encoded()}
+
+    def fill(self, arrays: dict[str, mx.array]) -> None:
+        for name in self.ENCODER:
+            self.pop(name, None)
+        self.table = arrays["table"]
+
+
+class _Slot:
+    """Holds an array that follows from the parameters. A plain object: on the module it would be one."""
+
+    value: mx.array | None = None
+
+
+class Virtual(Table, OnEmbedding):
+    """Stands where the token embedding stood: ids behind the vocabulary are rows of the table [n, width]."""
+
+    def __init__(self, base: nn.Module, count: int, *, divisor: float, table: mx.array | None = None) -> None:
         super().__init__()
         self.base = base
-        self.table = table
+        self.count = count
         self.divisor = divisor
+        if table is not None:
+            self.table = table
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return embed(self.base, self.table / self.divisor, ids)
-
-    @property
-    def weight(self) -> mx.array:
-        """The base's: models with a tied head look it up here."""
-        return self.base.weight
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """A tied head predicts words, never virtual tokens."""
-        return self.base.as_linear(x)
+        return embed(self.base, self.now() / self.divisor, ids)
 
     def virtual_ids(self) -> list[int]:
         first = self.base.weight.shape[0]
-        return list(range(first, first + self.table.shape[0]))
+        return list(range(first, first + self.count))
 
 
 Layer = Virtual
@@ -98,17 +136,16 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
     path = sites.embedding(model, alone=True)
     base = dict(model.named_modules())[path]
     by = divisor(model, model_type, base)
-    return {path: Virtual(base, _start(base, config, by), divisor=by)}
+    return {path: Virtual(base, config.num_virtual_tokens, table=_start(base, config, by), divisor=by)}
 
 
 def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
     """What the model multiplies all embeddings with, where PyTorch multiplies only those of words."""
-    width: int = base(mx.array([0])).shape[-1]
-    return math.sqrt(width) if sites.sites(model_type, model).scaled_embedding else 1.0
+    return math.sqrt(dims(base)[0]) if sites.sites(model_type, model).scaled_embedding else 1.0
 
 
 def _start(base: nn.Module, config: Config, by: float) -> mx.array:
-    n, width = config.num_virtual_tokens, base(mx.array([0])).shape[-1]
+    n, width = config.num_virtual_tokens, dims(base)[0]
     if config.init == "random":
         return mx.random.normal((n, width))
     if config.init == "vocabulary":
@@ -158,9 +195,3 @@ def virtual_tokens(fields: dict[str, Any]) -> int:
     if not isinstance(number := fields.get("num_virtual_tokens"), int):
         raise ConfigError("num_virtual_tokens missing: not a PEFT configuration of a prompt method")
     return number
-
-
-class Slot:
-    """Holds an array that follows from the parameters, computed once for evaluation."""
-
-    value: mx.array | None = None

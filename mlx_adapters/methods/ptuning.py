@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
-from mlx_adapters.methods.base import AdapterLayer, Dropout
+from mlx_adapters.methods.base import AdapterLayer, Dropout, dims
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "P_TUNING"
@@ -78,66 +78,27 @@ class LSTM(nn.Module):
         return self.head[1](nn.relu(self.head[0](x)))
 
 
-class Layer(AdapterLayer):
+class Layer(prompt.Virtual):
     """Stands where the token embedding stood; ids behind the vocabulary are rows of encoder(seeds)."""
 
-    TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
-    ROOTED: ClassVar[bool] = True
+    ENCODER: ClassVar[tuple[str, ...]] = ("encoder", "seeds")
 
     def __init__(
         self, base: nn.Module, encoder: nn.Module, count: int, width: int, *, divisor: float
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, count, divisor=divisor)
         self.encoder = encoder
         self.seeds = mx.random.normal((count, width))
-        self.divisor = divisor
-        self.slot = prompt.Slot()
 
-    def _table(self) -> mx.array:
-        if "table" in self:
-            return self.table
-        if self.training:
-            return self.encoder(self.seeds)
-        if self.slot.value is None:
-            self.slot.value = self.encoder(self.seeds)
-        return self.slot.value
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        self.slot.value = None  # what was computed may be of older parameters
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        return prompt.embed(self.base, self._table() / self.divisor, ids)
-
-    @property
-    def weight(self) -> mx.array:
-        """The base's: models with a tied head look it up here."""
-        return self.base.weight
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """A tied head predicts words, never virtual tokens."""
-        return self.base.as_linear(x)
-
-    def tensors(self) -> dict[str, mx.array]:
-        return {"table": self.table if "table" in self else self.encoder(self.seeds)}
-
-    def fill(self, arrays: dict[str, mx.array]) -> None:
-        for name in ("encoder", "seeds"):
-            self.pop(name, None)
-        self.table = arrays["table"]
-
-    def virtual_ids(self) -> list[int]:
-        first = self.base.weight.shape[0]
-        count = (self.table if "table" in self else self.seeds).shape[0]
-        return list(range(first, first + count))
+    def encoded(self) -> mx.array:
+        return self.encoder(self.seeds)
 
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
     """The layer in the place of the token embedding."""
     path = sites.embedding(model, alone=True)
     base = dict(model.named_modules())[path]
-    width = base(mx.array([0])).shape[-1]
+    width = dims(base)[0]
     hidden = config.encoder_hidden_size or width
     encoder = (
         MLP(width, hidden)
