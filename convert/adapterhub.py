@@ -10,12 +10,13 @@ A series adapter on the MLP's last linear layer is their bottleneck after the ML
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
@@ -29,7 +30,7 @@ from mlx_adapters.models import sites
 __all__ = ["METHODS", "detect", "export", "import_adapter", "reduction_factor"]
 
 _CONFIG, _WEIGHTS, _BIN, _INTERFACE = (
-    "adapter_config.json",
+    adapter.CONFIG,
     "adapter.safetensors",
     "pytorch_adapter.bin",
     "adapter_interface.json",
@@ -101,8 +102,7 @@ _BLOOM = _Interface(
 )
 # None: the library knows the model by itself.
 _MODELS: dict[str, _Interface | None] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _Interface()),
-    "gemma": _Interface(),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _Interface()),
     "glm": _Interface(up="mlp.gate_up_proj"),
     "phi3": _Interface(fused="qkv_proj", up="mlp.gate_up_proj"),
     "phi": _Interface(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None),
@@ -120,14 +120,7 @@ _MODELS: dict[str, _Interface | None] = {
     "gpt2": None,
     "gptj": None,
     "bloom": _BLOOM,
-    "gpt_neox": _Interface(
-        embeddings="embed_in",
-        attention="attention",
-        fused="query_key_value",
-        out="dense",
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-    ),
+    "gpt_neox": replace(_BLOOM, embeddings="embed_in", layers="layers", attention="attention"),
     "opt": _Interface(
         embeddings="decoder.embed_tokens",
         layers="decoder.layers",
@@ -182,29 +175,29 @@ def reduction_factor(width: int, size: int) -> float:
 
 def _form(parts: Parts, source: Path) -> dict[str, Any]:
     config, method = parts.config, parts.meta.method
-    form = {
+    need(method in METHODS, source, f"AdapterHub has no counterpart of {method} that computes the same")
+    if method == "series":
+        row = sites.TABLE[parts.model_type]
+        last = all(sites.matches(path, row.mlp_out) for path in parts.arrays)
+        need(
+            last and config.side in ("auto", "post"),
+            source,
+            "AdapterHub can hold series adapters on the MLP's last linear layer only: use variant P",
+        )
+    return {
         "architecture": None,
         "mh_adapter": method == "double_seq_bn",
         "output_adapter": True,
-        "non_linearity": config.non_linearity if method in _FORMS or method == "series" else "",
+        "non_linearity": config.non_linearity,
         "original_ln_before": method == "seq_bn",
         "residual_before_ln": True,
         "is_parallel": method in ("par_bn", "scaled_par_bn"),
-        "scaling": getattr(config, "scaling", 1.0),
-        "dropout": getattr(config, "dropout", 0.0),
-        "init_weights": getattr(config, "init", "bert"),
+        "scaling": config.scaling,
+        "dropout": config.dropout,
+        "init_weights": config.init,
         "cross_adapter": False,
         **_FIXED,
     }
-    if method in _FORMS:
-        return form
-    need(method == "series", source, f"AdapterHub has no counterpart of {method} that computes the same")
-    row = sites.TABLE[parts.model_type]
-    only = all(sites.matches(path, row.mlp_out) for path in parts.arrays) and config.side in ("auto", "post")
-    need(
-        only, source, "AdapterHub can hold series adapters on the MLP's last linear layer only: use variant P"
-    )
-    return form
 
 
 def _their_tensors(parts: Parts) -> tuple[dict[str, mx.array], int, set[int]]:
@@ -286,13 +279,7 @@ def _our_config(
 
 
 def _read_form(source: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
-        form = fields["config"]
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{source / _CONFIG}: cannot be read as JSON ({error})") from None
-    except (KeyError, TypeError):
-        form = None
+    form = adapter.read_fields(source).get("config")
     if not isinstance(form, dict) or "output_adapter" not in form:
         raise AdapterError(
             f"{source / _CONFIG}: 'config' describes no bottleneck; only those of AdapterHub are read"
@@ -303,11 +290,6 @@ def _read_form(source: Path) -> dict[str, Any]:
 
 
 def _read_tensors(source: Path) -> dict[str, mx.array]:
-    file = source / _WEIGHTS
-    if not file.exists():
-        return read_bin(source / _BIN)
-    try:
-        tensors: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    except Exception as error:
-        raise AdapterError(f"{file}: cannot be read as safetensors ({error})") from None
-    return tensors
+    if (source / _WEIGHTS).exists():
+        return adapter.read_tensors(source, _WEIGHTS)
+    return read_bin(source / _BIN)

@@ -7,7 +7,6 @@ the fused model anew is possible, and then the report says what that changed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
+from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
 from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_mlx
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
     dequantized_weights,
-    quiet_transformers,
     write_transformers,
 )
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
@@ -80,13 +79,16 @@ def fuse(
     loaded = models.load(source, dtype="float32")
     unchecked = to == "transformers" and loaded.config["model_type"] not in CHECKED
     if unchecked or verify:
-        _require_torch(loaded.config["model_type"] if unchecked else None)
+        kind = loaded.config["model_type"]
+        require(
+            why=f"a {kind} checkpoint must be checked with transformers" if unchecked else "--verify asks it"
+        )
     loaded.model.eval()
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
-    plain = _logits(loaded.model, prompts)
+    plain = logits(loaded.model, prompts)
     meta = adapter.load(loaded, folder)
     loaded.model.eval()
-    apart = _logits(loaded.model, prompts)
+    apart = logits(loaded.model, prompts)
     layers = _merge(loaded.model, meta.method)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
     torch_diff = None
@@ -96,7 +98,7 @@ def fuse(
                 loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
             )
             del loaded
-            fused = _logits(_opened(place), prompts)
+            fused = logits(_opened(place), prompts)
         else:
             files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
@@ -105,11 +107,11 @@ def fuse(
             del loaded
             again = _opened(place)
             _must_read_back(again, sums, kept, model_type)
-            fused = _logits(again, prompts)
+            fused = logits(again, prompts)
             del again
             if unchecked or verify:
                 torch_diff = _torch_diff(place, prompts, fused, model_type)
-                if unchecked and torch_diff > _bound(fused):
+                if unchecked and torch_diff > bound(fused):
                     raise UnsupportedError(_unknown_names(model_type, f"logits differ by {torch_diff:.2g}"))
     difference = np.concatenate([(a - b).ravel() for a, b in zip(fused, apart, strict=True)])
     return Fused(
@@ -117,11 +119,11 @@ def fuse(
         bytes=sum(file.stat().st_size for file in dst.iterdir()),
         dtype=kept,
         layers=layers,
-        effect=_max_diff(apart, plain),
+        effect=max_diff(apart, plain),
         error=float(np.abs(difference).max()),
         error_rms=float(np.sqrt(np.square(difference).mean())),
         torch_diff=torch_diff,
-        bound=_bound(fused),
+        bound=bound(fused),
     )
 
 
@@ -172,18 +174,6 @@ def _opened(folder: Path) -> Any:
     return model
 
 
-def _logits(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
-    return [np.array(model(mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
-
-
-def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
-
-
-def _bound(logits: list[np.ndarray]) -> float:
-    return 1e-5 + 1e-5 * max(float(np.abs(array).max()) for array in logits)
-
-
 # Whether the checkpoint is the model -----------------------------------------------------------------------
 
 
@@ -220,7 +210,7 @@ def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray],
         if strange:
             raise UnsupportedError(_unknown_names(model_type, f"transformers finds {strange[0]}"))
         theirs = [network.eval()(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
-    return _max_diff(theirs, fused)
+    return max_diff(theirs, fused)
 
 
 _KEYS = ("missing_keys", "unexpected_keys")
@@ -231,16 +221,3 @@ def _unknown_names(model_type: str, why: str) -> str:
         f"how a {model_type} checkpoint is written for transformers is not known here ({why}). "
         "Fuse --to mlx, or hand on the adapter: mlx-adapters export"
     )
-
-
-def _require_torch(model_type: str | None) -> None:
-    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if absent:
-        why = (
-            f"a {model_type} checkpoint must be checked with transformers"
-            if model_type
-            else "--verify asks it"
-        )
-        raise UnsupportedError(
-            f"{why}, and {', '.join(absent)} is not installed. Install it: pip install torch transformers"
-        )

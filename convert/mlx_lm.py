@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
@@ -26,7 +27,7 @@ from mlx_adapters.models.sites import to_hf
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
+_CONFIG, _WEIGHTS = adapter.CONFIG, "adapters.safetensors"
 METHODS = ("lora", "dora")
 # ours -> theirs; the magnitude is a vector, the matrices are transposed
 _NAMES = {"lora_a": "lora_a", "lora_b": "lora_b", "magnitude": "m"}
@@ -86,7 +87,7 @@ def _layers(parts: Parts) -> Iterator[tuple[str, dict[str, mx.array], float]]:
 
 def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     """Write mlx-lm's LoRA or DoRA folder as ours. AdapterError for what is not a low-rank adapter."""
-    fields = _fields(source)
+    fields = adapter.read_fields(source)
     kind = fields.get("fine_tune_type", "lora")
     need(
         kind in ("lora", "dora"), source / _CONFIG, f"fine_tune_type {kind!r} is no adapter: only lora, dora"
@@ -96,7 +97,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
         raise AdapterError(f"{source / _CONFIG}: lora_parameters has no number for {' and '.join(absent)}")
     ours = {theirs: name for name, theirs in _NAMES.items()}
     arrays: dict[str, dict[str, mx.array]] = {}
-    for name, array in _tensors(source).items():
+    for name, array in adapter.read_tensors(source, _WEIGHTS).items():
         path, _, leaf = name.rpartition(".")
         need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
@@ -109,20 +110,3 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
         targets=",".join(sorted({path.rpartition(".")[2] for path in arrays})),
     )
     return assemble(loaded, kind, config, arrays, dst=dst, source=source)
-
-
-def _fields(source: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{source / _CONFIG}: cannot be read as JSON ({error})") from None
-    need(isinstance(fields, dict), source / _CONFIG, "is not a JSON object")
-    return dict(fields)
-
-
-def _tensors(source: Path) -> dict[str, mx.array]:
-    try:
-        tensors: dict[str, mx.array] = mx.load(str(source / _WEIGHTS))  # type: ignore[assignment]
-    except Exception as error:
-        raise AdapterError(f"{source / _WEIGHTS}: cannot be read as safetensors ({error})") from None
-    return tensors

@@ -16,12 +16,20 @@ import numpy as np
 
 from mlx_adapters import adapter, methods
 from mlx_adapters import model as models
+from mlx_adapters.convert.against_torch import (
+    bound,
+    logits,
+    max_diff,
+    quiet_transformers,
+    require,
+    require_class,
+)
 from mlx_adapters.convert.files import writing
-from mlx_adapters.convert.to_transformers import quiet_transformers, require_class, write_transformers
-from mlx_adapters.errors import AdapterError, UnsupportedError
+from mlx_adapters.convert.to_transformers import write_transformers
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.experts import EXPERT_NAMES
 from mlx_adapters.models.sites import EXPERTS
-from mlx_adapters.virtual import forward, start_cache, with_virtual
+from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["Exported", "Verdict", "export", "verify"]
 
@@ -83,7 +91,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
         raise AdapterError(
             f"{source}: does not name its base model. Say which one PyTorch shall load: --base OWNER/NAME"
         )
-    names = list(_tensors(source))
+    names = list(adapter.read_tensors(source))
     if any(name.endswith(".experts") for name in names):
         raise AdapterError(
             f"{source}: adapts stacked experts matrix by matrix, which PEFT does not. Write a checkpoint "
@@ -127,7 +135,7 @@ def verify(folder: Path, model: Path | str) -> Verdict:
     `model` is the MLX model folder the adapter was trained on. Needs torch, transformers and peft
     (UnsupportedError otherwise). The base is written in float32 to a temporary folder for PyTorch.
     """
-    _require_torch()
+    require("peft")
     require_class(models.read_config(models.locate(model))["model_type"])
     loaded = models.load(model, dtype="float32")
     loaded.model.eval()
@@ -135,11 +143,11 @@ def verify(folder: Path, model: Path | str) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
         base = write_transformers(loaded.model, loaded.config, Path(temporary) / "base")
         copy = _with_base(folder, Path(temporary) / "adapter", base)
-        plain = [_logits(loaded.model, ids) for ids in prompts]
+        plain = logits(loaded.model, prompts)
         meta = adapter.load(loaded, folder)
         auto = getattr(methods.get(meta.method), "AUTO_MODEL", True)
         loaded.model.eval()
-        ours = [_logits(loaded.model, ids) for ids in prompts]
+        ours = logits(loaded.model, prompts)
         greedy = [_greedy(loaded.model, ids) for ids in prompts]
         with quiet_transformers():
             return _compare(copy, base, prompts, plain, ours, greedy, auto_offered=auto)
@@ -173,10 +181,10 @@ def _compare(
         auto_model = opened(folder) if auto_offered else None
         auto = [auto_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts] if auto_model else None
     return Verdict(
-        peft_diff=_max_diff(ours, theirs),
-        auto_diff=None if auto is None else _max_diff(ours, auto),
-        bound=1e-5 + 1e-5 * max(float(np.abs(logits).max()) for logits in theirs),
-        effect=_max_diff(ours, plain),
+        peft_diff=max_diff(ours, theirs),
+        auto_diff=None if auto is None else max_diff(ours, auto),
+        bound=bound(theirs),
+        effect=max_diff(ours, plain),
         greedy_equal=tokens == greedy,
         tokens=sum(map(len, greedy)),
         missing=missing,
@@ -201,14 +209,6 @@ def _strict(peft_model: Any, tensors: dict[str, Any], base: Any) -> tuple[tuple[
         if name.replace(".base_layer", "").replace(".original_module", "") not in base_names
     }
     return tuple(sorted(added & set(keys.missing_keys or ()))), tuple(keys.unexpected_keys)
-
-
-def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
-
-
-def _logits(model: Any, ids: list[int]) -> np.ndarray:
-    return np.array(forward(model, mx.array([ids]))[0].astype(mx.float32))
 
 
 def _greedy(model: Any, ids: list[int]) -> list[int]:
@@ -244,28 +244,6 @@ def _with_base(folder: Path, copy: Path, base: Path) -> Path:
     (copy / adapter.CONFIG).write_text(json.dumps(fields), encoding="utf-8")
     shutil.copyfile(folder / adapter.WEIGHTS, copy / adapter.WEIGHTS)
     return copy
-
-
-def _tensors(source: Path) -> dict[str, mx.array]:
-    file = source / adapter.WEIGHTS
-    try:
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    except Exception as error:
-        raise AdapterError(
-            f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
-        ) from None
-    return arrays
-
-
-def _require_torch() -> None:
-    from importlib.util import find_spec
-
-    absent = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
-    if absent:
-        raise UnsupportedError(
-            f"--verify compares with PyTorch, and {', '.join(absent)} is not installed. "
-            "Install it: pip install torch==2.13.0 transformers peft"
-        )
 
 
 def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:

@@ -7,9 +7,7 @@ back here, and GPT-2's Conv1D weights transposed back.
 
 import json
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from mlx_adapters.model import DTYPES
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
 
-__all__ = ["CHECKED", "dequantized_weights", "quiet_transformers", "require_class", "write_transformers"]
+__all__ = ["CHECKED", "dequantized_weights", "write_transformers"]
 
 # The architectures whose checkpoints the tests compare: with the one transformers wrote, tensor by tensor, or
 # opened by transformers, with every name found and the same logits.
@@ -36,37 +34,6 @@ CHECKED = frozenset(
     )
 )
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and notes on its own future: the caller reports what it finds."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # PEFT says so of every LoRA on a tied embedding (merging it is refused here), and of every norm
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            warnings.filterwarnings("ignore", message="Unsupported layer type.*")
-            # it looks for the patterns of stacked experts, which it follows, among the modules only
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys.*")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def require_class(model_type: str) -> None:
-    """Raise UnsupportedError where transformers has no such models: then there is nothing to compare with."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"transformers has no {model_type} models of its own, so there is nothing to compare with"
-        )
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -7,12 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.convert.to_transformers import quiet_transformers, require_class, write_transformers
+from mlx_adapters.convert.against_torch import (
+    bound,
+    logits,
+    max_diff,
+    quiet_transformers,
+    require,
+    require_class,
+)
+from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import UnsupportedError
 
 __all__ = ["Verdict", "verify_model"]
@@ -50,42 +57,35 @@ def verify_model(src: Path | str, dst: Path) -> Verdict:
 
     UnsupportedError without torch and transformers.
     """
-    _require_torch()
+    require()
     loaded = models.load(dst, dtype="float32")
     loaded.model.eval()
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
-    ours = [np.array(loaded.model(mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
+    ours = logits(loaded.model, prompts)
     with quiet_transformers():
         source = _source_logits(src, prompts)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, source, strict=True))
     agreement = same / sum(map(len, prompts))
-    lossless = _max_diff(ours, source) <= _bound(source) or not _may_round(src, dst)
+    lossless = max_diff(ours, source) <= bound(source) or not _may_round(src, dst)
     theirs = source
     if not lossless:
         with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
             theirs = _logits(write_transformers(loaded.model, loaded.config, Path(temporary)), prompts)
     return Verdict(
-        max_diff=_max_diff(ours, theirs),
-        bound=_bound(theirs),
+        max_diff=max_diff(ours, theirs),
+        bound=bound(theirs),
         argmax_agreement=agreement,
         lossless=lossless,
     )
-
-
-def _max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
-
-
-def _bound(logits: list[np.ndarray]) -> float:
-    return 1e-5 + 1e-5 * max(float(np.abs(array).max()) for array in logits)
 
 
 def _source_logits(src: Path | str, prompts: list[list[int]]) -> list[np.ndarray]:
     path = Path(src)
     if path.suffix != ".gguf":
         folder = models.locate(src)
-        require_class(models.read_config(folder)["model_type"])
-        if models.read_config(folder).get("quantization"):
+        config = models.read_config(folder)
+        require_class(config["model_type"])
+        if config.get("quantization"):
             raise UnsupportedError(
                 f"--verify: {src} is quantized for MLX already, transformers cannot open it"
             )
@@ -120,12 +120,3 @@ def _may_round(src: Path | str, dst: Path) -> bool:
 def _float_types(folder: Path) -> set[str]:
     entries = [entry for file in files.weight_files(folder) for entry in files.header(file).values()]
     return {entry["dtype"] for entry in entries if "F" in entry["dtype"]}
-
-
-def _require_torch() -> None:
-    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if absent:
-        raise UnsupportedError(
-            f"--verify compares with PyTorch, and {', '.join(absent)} is not installed. "
-            "Install it: pip install torch==2.13.0 transformers"
-        )

@@ -76,7 +76,11 @@ def attach(
 
     Afterwards `model.trainable_parameters()` is exactly the adapter. Raises ConfigError when nothing matches.
     """
-    return _place(model, method, base["model_type"], config, paths)
+    _must_be_bare(model)
+    model.freeze()
+    placed = methods.place(method, model, base["model_type"], config, paths)
+    _install(model, placed)
+    return [path for path, module in placed.items() if isinstance(module, AdapterLayer)]
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -271,14 +275,6 @@ def build(
     return meta, placed
 
 
-def _place(model: nn.Module, method: str, model_type: str, config: Any, paths: list[str] | None) -> list[str]:
-    _must_be_bare(model)
-    model.freeze()
-    placed = methods.place(method, model, model_type, config, paths)
-    _install(model, placed)
-    return [path for path, module in placed.items() if isinstance(module, AdapterLayer)]
-
-
 def _must_be_bare(model: nn.Module) -> None:
     if layers(model):
         raise AdapterError("the model carries an adapter already: load the base again first")
@@ -363,11 +359,11 @@ def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
     return {"target_modules": sorted(set(names.values()))} if wrapped else {}
 
 
-def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """The tensors of an adapter folder, by their names in the file."""
-    file = folder / WEIGHTS
+def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, mx.array]:
+    """The tensors of an adapter folder, by their names in the safetensors file `name`."""
+    file = folder / name
     if not file.exists():
-        raise AdapterError(f"{folder}: has no {WEIGHTS}")
+        raise AdapterError(f"{folder}: has no {name}")
     try:
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         mx.eval(arrays)

@@ -118,7 +118,7 @@ def test_an_unchecked_architecture_is_checked_on_the_spot(
     done = fuse(folders["qwen2"], tmp_path / "a", tmp_path / "fused")
     assert done.torch_diff is not None
     assert 0 < done.torch_diff <= done.bound
-    monkeypatch.setattr("mlx_adapters.convert.fuse.find_spec", lambda name: None)
+    monkeypatch.setattr("mlx_adapters.convert.against_torch.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"qwen2 checkpoint must be checked .* not installed"):
         fuse(folders["qwen2"], tmp_path / "a", tmp_path / "again")
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.combine import combine
 from mlx_adapters.convert import exchange, peft
+from mlx_adapters.convert.against_torch import quiet_transformers
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.load_adapter import load_adapter
-from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
+from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.train.config import TrainConfig

@@ -16,8 +16,9 @@ from tiny import make_tiny
 
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.convert import load_adapter, peft
+from mlx_adapters.convert.against_torch import quiet_transformers
 from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import quiet_transformers, write_transformers
+from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
