@@ -12,7 +12,7 @@ from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def command(
@@ -87,8 +87,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text.lower())
-    unit = found and found.group(2)
-    if not found or (unit and unit.rstrip("b") + "b" not in _UNITS):
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if not found:
         raise ConfigError(f"--memory {text!r}: write it like 16GB")
-    return int(float(found.group(1)) * _UNITS[f"{unit.rstrip('b')}b" if unit and unit != "b" else ""])
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.evaluate.prefill import Prefix, prefill, reorder, shared_prefix, splits
+from mlx_adapters.evaluate.prefill import Prefix, logprobs, prefill, reorder, shared_prefix, splits
 from mlx_adapters.virtual import forward, with_virtual
 
 __all__ = ["beam_search"]
@@ -131,10 +131,8 @@ def _candidates(
     logits: mx.array, searches: list[_Search], stop: frozenset[int]
 ) -> list[list[tuple[float, int, int]]]:
     """For each prompt its best continuations (sum of log-probabilities, beam, token), best first."""
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     sums = mx.array([score for search in searches for score, _ in search.living])
-    totals = logprobs + sums[:, None]
+    totals = logprobs(logits) + sums[:, None]
     # the best of all beams are among the best of each: one small table for the host instead of the vocabulary
     keep = min(max(2, 1 + len(stop)) * searches[0].beams, totals.shape[-1])
     tokens = mx.argpartition(-totals, keep - 1, axis=-1)[:, :keep]

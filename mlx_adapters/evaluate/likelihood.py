@@ -13,7 +13,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_adapters.errors import DataError
-from mlx_adapters.evaluate.prefill import Prefix, prefill, reorder, right_padded, shared_prefix, splits
+from mlx_adapters.evaluate.prefill import (
+    Prefix,
+    logprobs,
+    prefill,
+    reorder,
+    right_padded,
+    shared_prefix,
+    splits,
+)
 from mlx_adapters.virtual import forward, with_virtual
 
 __all__ = ["choice_ids", "loglikelihoods", "pick"]
@@ -96,7 +104,7 @@ def _cached(
     logits, cache = prefill(model, [prompt for prompt, _ in items], prefix)
     owners = [index for index, (_, choices) in enumerate(items) for _ in choices]
     texts = [list(choice) for _, choices in items for choice in choices]
-    first = _logprobs(logits)[mx.array(owners), mx.array([text[0] for text in texts])]
+    first = logprobs(logits)[mx.array(owners), mx.array([text[0] for text in texts])]
     scores = np.array(first)
     longest = max(len(text) for text in texts) - 1
     if longest:
@@ -122,11 +130,5 @@ def _gathered(logits: mx.array, targets: Sequence[Sequence[int]]) -> np.ndarray[
     """Sum of the log-probabilities of each row's targets, which may be fewer than its positions."""
     ids, padding = right_padded(targets)
     real = mx.arange(ids.shape[1]) < ids.shape[1] - mx.array(padding)[:, None]
-    logprobs = _logprobs(logits[:, : ids.shape[1]])
-    taken = mx.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0]
+    taken = mx.take_along_axis(logprobs(logits[:, : ids.shape[1]]), ids[..., None], axis=-1)[..., 0]
     return np.array(mx.where(real, taken, 0.0).sum(axis=-1))
-
-
-def _logprobs(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

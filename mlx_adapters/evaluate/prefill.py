@@ -10,7 +10,16 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["Prefix", "common_prefix", "prefill", "reorder", "right_padded", "shared_prefix", "splits"]
+__all__ = [
+    "Prefix",
+    "common_prefix",
+    "logprobs",
+    "prefill",
+    "reorder",
+    "right_padded",
+    "shared_prefix",
+    "splits",
+]
 
 _WORTH = 8  # a shorter prefix saves less than copying its cache costs
 
@@ -109,6 +118,12 @@ def prefill(
         mx.eval([cache.state for cache in batch])
     last = mx.array([[row[-1]] for row in rows])
     return model(last, cache=batch)[:, -1], batch
+
+
+def logprobs(logits: mx.array) -> mx.array:
+    """Logits [.., vocabulary] as log-probabilities in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def reorder(cache: list[Any], sources: mx.array) -> None:

@@ -21,6 +21,7 @@ Optional, each in the method's file:
 
 import importlib
 import pkgutil
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -47,10 +48,14 @@ _SHARED = {"base", "bottleneck", "experts", "modules", "patterns", "pissa"}
 """Files of the folder that are not methods but what several of them share."""
 
 
+@cache
+def _inside() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(__path__)) - _SHARED
+
+
 def names() -> list[str]:
     """The known methods, sorted."""
-    inside = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
-    return sorted(inside | set(_OUTSIDE))
+    return sorted(_inside() | _OUTSIDE.keys())
 
 
 def register(name: str, module: ModuleType) -> None:

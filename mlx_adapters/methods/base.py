@@ -26,6 +26,7 @@ __all__ = [
     "drawing_from",
     "layer_range",
     "linear_like",
+    "peft_targets",
     "plain_weight",
     "resolve_targets",
     "short_names",
@@ -179,6 +180,13 @@ def short_names(paths: set[str], model: nn.Module, model_type: str) -> dict[str,
     if meant <= paths:
         return short
     return {path: table.to_hf(path, model_type) for path in paths}
+
+
+def peft_targets(fields: dict[str, Any], otherwise: str = "default") -> str:
+    """The `target_modules` of a PEFT configuration as our `targets`; a pattern is not taken, since a file's
+    tensors say which layers there are."""
+    chosen = fields.get("target_modules")
+    return ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else otherwise
 
 
 def resolve_targets(

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unknown
 from mlx_adapters.fields import field, parse_fields
-from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, resolve_targets
+from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, peft_targets, resolve_targets
 from mlx_adapters.models import sites
 
 __all__ = [
@@ -154,10 +154,7 @@ def read_fields(fields: dict[str, Any]) -> dict[str, Any]:
     if "bottleneck_size" not in fields:
         raise AdapterError("bottleneck_size missing: not a BOTTLENECK configuration of LLM-Adapters")
     values = {ours: fields[theirs] for ours, theirs in _NAMES.items() if theirs in fields}
-    chosen = fields.get("target_modules")
-    return values | {
-        "targets": ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default"
-    }
+    return values | {"targets": peft_targets(fields)}
 
 
 def config_of(config_class: type, values: dict[str, Any], method: str) -> Any:

@@ -50,7 +50,7 @@ class Config:
     @property
     def scale(self) -> float:
         """The factor in front of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return lora.scale_of(self.alpha, self.rank, self.rslora)
 
 
 class Layer(AdapterLayer):

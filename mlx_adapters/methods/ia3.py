@@ -21,6 +21,7 @@ from mlx_adapters.methods.base import (
     Site,
     dims,
     linear_like,
+    peft_targets,
     plain_weight,
     resolve_targets,
     short_names,
@@ -108,11 +109,10 @@ def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: st
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes."""
-    chosen, scaled = fields.get("target_modules"), fields.get("feedforward_modules")
+    scaled = fields.get("feedforward_modules")
     if isinstance(scaled, str):
         feedforward = f"re:{scaled}"
     else:
         # an empty list is none at all, where our default would be those out of the MLP
         feedforward = "default" if scaled is None else ",".join(sorted(scaled))
-    targets = ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default"
-    return Config(targets=targets, feedforward=feedforward)
+    return Config(targets=peft_targets(fields), feedforward=feedforward)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer
+from mlx_adapters.methods.base import AdapterLayer, peft_targets
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "LN_TUNING"
@@ -78,5 +78,4 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes."""
-    chosen = fields.get("target_modules")
-    return Config(targets=",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "all")
+    return Config(targets=peft_targets(fields, otherwise="all"))

@@ -26,6 +26,7 @@ from mlx_adapters.methods.base import (
     Dropout,
     dims,
     linear_like,
+    peft_targets,
     plain_weight,
     resolve_targets,
     short_names,
@@ -40,7 +41,7 @@ from mlx_adapters.methods.experts import (
     is_stack,
 )
 from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
-from mlx_adapters.methods.patterns import as_text, matching, parse
+from mlx_adapters.methods.patterns import as_text, fits, matching, parse
 from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
 
@@ -76,13 +77,18 @@ class Config:
     @property
     def scale(self) -> float:
         """The factor in front of B A where no pattern says otherwise."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scale_of(self.alpha, self.rank, self.rslora)
 
     def at(self, path: str) -> tuple[int, float]:
         """(rank, scale) of the layer at a Hugging Face path."""
         rank = int(matching(self.rank_pattern, "rank_pattern", path) or self.rank)
         alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+        return rank, scale_of(alpha, rank, self.rslora)
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def check(rank: int, alpha: float, dropout: float, method: str) -> None:
@@ -212,7 +218,7 @@ _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 def _all_matched(config: Config, paths: list[str]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for key in parse(getattr(config, name), name):
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
+            if not any(fits(key, path) for path in paths):
                 raise ConfigError(f"lora: {name}: {key!r} matches no target")
 
 
@@ -372,11 +378,10 @@ def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in ("r", "lora_alpha") if name not in fields]
     if missing:
         raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")
-    chosen = fields.get("target_modules")
     return {
         "rank": fields["r"],
         "alpha": float(fields["lora_alpha"]),
         "dropout": float(fields.get("lora_dropout") or 0.0),
         "rslora": bool(fields.get("use_rslora", False)),
-        "targets": ",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
+        "targets": peft_targets(fields),
     }

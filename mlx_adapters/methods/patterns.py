@@ -5,7 +5,7 @@ import re
 
 from mlx_adapters.errors import ConfigError
 
-__all__ = ["as_text", "matching", "parse"]
+__all__ = ["as_text", "fits", "matching", "parse"]
 
 
 def parse(text: str, name: str) -> dict[str, float]:
@@ -28,6 +28,11 @@ def as_text(pattern: dict[str, float]) -> str:
     return ",".join(f"{key}={int(v) if v == int(v) else v!r}" for key, v in pattern.items())
 
 
+def fits(key: str, path: str) -> bool:
+    """PEFT's rule: a key is a pattern for the end of the path."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
 def matching(text: str, name: str, path: str) -> float | None:
-    """PEFT's rule: a key is a pattern for the end of the path, and the first that fits counts."""
-    return next((v for k, v in parse(text, name).items() if re.match(rf"(.*\.)?({k})$", path)), None)
+    """The number of the first key that fits the path."""
+    return next((value for key, value in parse(text, name).items() if fits(key, path)), None)

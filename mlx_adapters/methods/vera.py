@@ -21,6 +21,7 @@ from mlx_adapters.methods.base import (
     Dropout,
     dims,
     linear_like,
+    peft_targets,
     plain_weight,
     resolve_targets,
 )
@@ -127,11 +128,10 @@ def from_peft(fields: dict[str, Any]) -> Config:
         raise AdapterError(f"bias={fields['bias']!r} is not supported: train with bias none")
     if "r" not in fields:
         raise AdapterError("r missing: not a PEFT VeRA configuration")
-    chosen = fields.get("target_modules")
     return Config(
         rank=fields["r"],
         d_initial=fields.get("d_initial", 0.1),
         dropout=float(fields.get("vera_dropout") or 0.0),
         projection_seed=fields.get("projection_prng_key") or 0,
-        targets=",".join(sorted(chosen)) if isinstance(chosen, list) and chosen else "default",
+        targets=peft_targets(fields),
     )

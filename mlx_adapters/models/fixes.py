@@ -12,12 +12,12 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["ACTIVATIONS", "OWN_BIASES", "OWN_PARTIAL", "activation", "corrected"]
+__all__ = ["OWN_BIASES", "OWN_PARTIAL", "activation", "corrected"]
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
 
-ACTIVATIONS: dict[str, tuple[str, Activation]] = {
+_ACTIVATIONS: dict[str, tuple[str, Activation]] = {
     "silu": ("silu", nn.silu),
     "swish": ("silu", nn.silu),
     "gelu": ("gelu", nn.gelu),
@@ -126,11 +126,7 @@ def _activate(layer: Any, config: Config) -> None:
     name = config.get(field) or default
     if kind == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"  # transformers reads the first Gemma configs so: a known mistake in them
-    if name not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"config.json: field {field!r} is {name!r}, which is not implemented in MLX here"
-        )
-    family, function = ACTIVATIONS[name]
+    family, function = _activation(field, name)
     if family == computed:
         return
     mlp = getattr(layer, "mlp", None)
@@ -146,11 +142,15 @@ def _activate(layer: Any, config: Config) -> None:
 
 def activation(config_field: str, name: str) -> Activation:
     """The function of an activation's name in a config; UnsupportedError names the field."""
-    if name not in ACTIVATIONS:
+    return _activation(config_field, name)[1]
+
+
+def _activation(config_field: str, name: str) -> tuple[str, Activation]:
+    if name not in _ACTIVATIONS:
         raise UnsupportedError(
             f"config.json: field {config_field!r} is {name!r}, which is not implemented in MLX here"
         )
-    return ACTIVATIONS[name][1]
+    return _ACTIVATIONS[name]
 
 
 def _gated(base: type, function: Activation) -> type:

@@ -92,6 +92,19 @@ _LLAMA = Sites(
     pre_mlp="post_attention_layernorm",
 )
 
+_BLOOM = Sites(
+    attn=("query_key_value", "self_attention.dense"),
+    mlp=("dense_h_to_4h", "dense_4h_to_h"),
+    lora=("query_key_value",),
+    parallel=("query_key_value",),
+    ia3=("query_key_value", "dense_4h_to_h"),
+    attn_out="self_attention.dense",
+    mlp_out="dense_4h_to_h",
+    pre_attn="input_layernorm",
+    pre_mlp="post_attention_layernorm",
+    rename=(("model.", "transformer."),),
+)
+
 TABLE: dict[str, Sites] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
@@ -146,34 +159,17 @@ TABLE: dict[str, Sites] = {
         pre_attn="ln_1",  # one norm serves both sublayers
         rename=(("model.", "transformer."),),
     ),
-    "gpt_neox": Sites(
+    "gpt_neox": replace(
+        _BLOOM,
         attn=("query_key_value", "attention.dense"),
-        mlp=("dense_h_to_4h", "dense_4h_to_h"),
-        lora=("query_key_value",),
-        parallel=("query_key_value",),
-        ia3=("query_key_value", "dense_4h_to_h"),
         attn_out="attention.dense",
-        mlp_out="dense_4h_to_h",
-        pre_attn="input_layernorm",
-        pre_mlp="post_attention_layernorm",
         rename=(
             ("model.h.", "gpt_neox.layers."),
             ("model.embed_out", "embed_out"),
             ("model.", "gpt_neox."),
         ),
     ),
-    "bloom": Sites(
-        attn=("query_key_value", "self_attention.dense"),
-        mlp=("dense_h_to_4h", "dense_4h_to_h"),
-        lora=("query_key_value",),
-        parallel=("query_key_value",),
-        ia3=("query_key_value", "dense_4h_to_h"),
-        attn_out="self_attention.dense",
-        mlp_out="dense_4h_to_h",
-        pre_attn="input_layernorm",
-        pre_mlp="post_attention_layernorm",
-        rename=(("model.", "transformer."),),
-    ),
+    **dict.fromkeys(("bloom", "chatglm"), _BLOOM),
     "opt": Sites(
         attn=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlp=("fc1", "fc2"),
@@ -195,18 +191,6 @@ TABLE: dict[str, Sites] = {
         mlp_out="mlp.c_proj",
         pre_attn="ln_1",
         pre_mlp="ln_2",
-        rename=(("model.", "transformer."),),
-    ),
-    "chatglm": Sites(
-        attn=("query_key_value", "self_attention.dense"),
-        mlp=("dense_h_to_4h", "dense_4h_to_h"),
-        lora=("query_key_value",),
-        parallel=("query_key_value",),
-        ia3=("query_key_value", "dense_4h_to_h"),
-        attn_out="self_attention.dense",
-        mlp_out="dense_4h_to_h",
-        pre_attn="input_layernorm",
-        pre_mlp="post_attention_layernorm",
         rename=(("model.", "transformer."),),
     ),
 }
