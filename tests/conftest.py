@@ -1,9 +1,41 @@
 """Import mlx_adapters before any test imports mlx: the fast BLAS must be loaded first."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mlx_adapters.cli.app.main
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import mlx_adapters  # noqa: F401
+
+
+class Models(dict[str, Path]):
+    """{architecture: its tiny model, converted}, each made when first asked for; in `torch` below
+    it lies what transformers opens."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, arch: str) -> Path:
+        from tiny import make_tiny
+
+        from mlx_adapters import model
+        from mlx_adapters.convert.checkpoint import convert
+        from mlx_adapters.convert.to_transformers import write_transformers
+
+        folder = self.root / f"mlx-{arch}"
+        convert(make_tiny(arch, self.root), folder)
+        loaded = model.load(folder)
+        write_transformers(loaded.model, loaded.config, folder / "torch")
+        self[arch] = folder
+        return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The tiny models, made once for all tests: a test must not write to them."""
+    return Models(tmp_path_factory.mktemp("models"))

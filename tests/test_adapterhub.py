@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from cases import METHODS
 from test_methods import IDS, attached, bound, logits
-from tiny import make_tiny
 
 from mlx_adapters import adapter, model
 from mlx_adapters.convert import adapterhub
-from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.evaluate.decode import generate_ids
 
@@ -36,19 +33,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "scaled_par_bn": ("scaled_par_bn", {"reduction_factor": 32 / 5 * (1 - 1e-9)}),
     "double_seq_bn-learned": ("double_seq_bn", {"scaling": "learned", "dropout": 0.1, "leave_out": [1]}),
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of each architecture, converted; what transformers opens lies in `torch` below it."""
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHS:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-        loaded = model.load(made[arch])
-        write_transformers(loaded.model, loaded.config, made[arch] / "torch")
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -10,33 +10,17 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
-from cases import ARCHITECTURES, METHODS, pairs
-from mlx_lm.models import llama
+from cases import METHODS, pairs
 from reference.bottleneck import attach
 from test_methods import IDS, attached, bound, logits
-from tiny import make_tiny
+from tiny import random_llama
 
 from mlx_adapters import adapter, methods, model
-from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods import bottleneck
 
 FAMILY = ("series", "parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn")
 TORCH_IDS = torch.tensor(IDS.tolist())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of each architecture, converted; what transformers opens lies in `torch` below it."""
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHITECTURES:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-        loaded = model.load(made[arch])
-        write_transformers(loaded.model, loaded.config, made[arch] / "torch")
-    return made
 
 
 def in_torch(folder: Path) -> Any:
@@ -335,16 +319,7 @@ def test_two_adapters_of_a_block_read_one_stream() -> None:
 
 def _bare_llama() -> nn.Module:
     mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        num_attention_heads=4,
-        rms_norm_eps=1e-5,
-        vocab_size=32,
-    )
-    return llama.Model(args)
+    return random_llama(hidden_size=64, intermediate_size=128, vocab_size=32)
 
 
 def _wide_llama(method: str, **fields: Any) -> nn.Module:

@@ -7,13 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import make_tiny
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, model
 from mlx_adapters.cli.app import app
 from mlx_adapters.combine import HOWS, _largest, _Noise, combine
-from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, ConfigError, OutputError
 from mlx_adapters.methods import lora
@@ -27,14 +25,6 @@ LORAS: dict[str, dict[str, Any]] = {
     "small": {"rank": 2, "alpha": 3.0, "targets": "attn"},
     "rs": {"rank": 4, "alpha": 5.0, "rslora": True, "targets": "q_proj"},
 }
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gpt2"):
-        convert(make_tiny(arch, root), root / f"mlx-{arch}")
-    return {arch: root / f"mlx-{arch}" for arch in ("llama", "gpt2")}
 
 
 def make_lora(base: Path, folder: Path, fields: dict[str, Any], seed: int, **about: Any) -> Path:
@@ -52,17 +42,17 @@ def make_lora(base: Path, folder: Path, fields: dict[str, Any], seed: int, **abo
 
 
 @pytest.fixture(scope="module")
-def loras(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def loras(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("loras")
     return {
-        name: make_lora(bases["llama"], root / name, fields, seed, seen=[f"{seed:016x}"], template="alpaca")
+        name: make_lora(folders["llama"], root / name, fields, seed, seen=[f"{seed:016x}"], template="alpaca")
         for seed, (name, fields) in enumerate(LORAS.items())
     }
 
 
 @pytest.fixture(scope="module")
-def torch_base(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loaded = model.load(bases["llama"])
+def torch_base(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = model.load(folders["llama"])
     return write_transformers(loaded.model, loaded.config, tmp_path_factory.mktemp("torch") / "base")
 
 
@@ -125,15 +115,17 @@ def shared_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("shared_masks")
 @pytest.mark.parametrize("how", HOWS)
 def test_every_way_is_pefts(
-    how: str, bases: dict[str, Path], loras: dict[str, Path], torch_base: Path, tmp_path: Path
+    how: str, folders: dict[str, Path], loras: dict[str, Path], torch_base: Path, tmp_path: Path
 ) -> None:
-    folders, weights = [loras[name] for name in ("a", "b", "c")], [0.7, 0.9, -0.4]
+    members, weights = [loras[name] for name in ("a", "b", "c")], [0.7, 0.9, -0.4]
     settings: dict[str, Any] = {} if how in ("linear", "cat", "svd") else {"density": 0.4}
-    theirs = by_peft(torch_base, folders, weights, combination_type=how, **settings)
-    done = combine(folders, weights, tmp_path / "m", how=how, **settings)
+    theirs = by_peft(torch_base, members, weights, combination_type=how, **settings)
+    done = combine(members, weights, tmp_path / "m", how=how, **settings)
     expected = torch_logits(theirs)
-    np.testing.assert_allclose(our_logits(bases["llama"], done.path), expected, atol=bound(expected), rtol=0)
-    assert np.abs(expected - our_logits(bases["llama"])).max() > 1e-2
+    np.testing.assert_allclose(
+        our_logits(folders["llama"], done.path), expected, atol=bound(expected), rtol=0
+    )
+    assert np.abs(expected - our_logits(folders["llama"])).max() > 1e-2
     theirs.save_pretrained(tmp_path / "p", selected_adapters=["merged"])
     peft_tensors = written(tmp_path / "p" / "merged")
     ours = written(done.path)
@@ -152,21 +144,23 @@ def test_every_way_is_pefts(
 def test_different_ranks(
     how: str,
     rank: int | None,
-    bases: dict[str, Path],
+    folders: dict[str, Path],
     loras: dict[str, Path],
     torch_base: Path,
     tmp_path: Path,
 ) -> None:
-    folders, weights = [loras["a"], loras["small"]], [1.0, 0.5]
-    theirs = by_peft(torch_base, folders, weights, combination_type=how, svd_rank=rank)
-    done = combine(folders, weights, tmp_path / "m", how=how, rank=rank)
+    members, weights = [loras["a"], loras["small"]], [1.0, 0.5]
+    theirs = by_peft(torch_base, members, weights, combination_type=how, svd_rank=rank)
+    done = combine(members, weights, tmp_path / "m", how=how, rank=rank)
     assert done.rank == (6 if how == "cat" else rank or 4)
     expected = torch_logits(theirs)
-    np.testing.assert_allclose(our_logits(bases["llama"], done.path), expected, atol=bound(expected), rtol=0)
+    np.testing.assert_allclose(
+        our_logits(folders["llama"], done.path), expected, atol=bound(expected), rtol=0
+    )
 
 
 def test_pytorch_opens_the_result(
-    loras: dict[str, Path], torch_base: Path, bases: dict[str, Path], tmp_path: Path
+    loras: dict[str, Path], torch_base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -174,7 +168,9 @@ def test_pytorch_opens_the_result(
     done = combine([loras["a"], loras["b"]], [0.5, 0.5], tmp_path / "m", how="cat")
     opened = AutoModelForCausalLM.from_pretrained(torch_base, attn_implementation="eager")
     expected = torch_logits(PeftModel.from_pretrained(opened, done.path).eval())
-    np.testing.assert_allclose(our_logits(bases["llama"], done.path), expected, atol=bound(expected), rtol=0)
+    np.testing.assert_allclose(
+        our_logits(folders["llama"], done.path), expected, atol=bound(expected), rtol=0
+    )
 
 
 def test_rslora_has_its_scale(loras: dict[str, Path], tmp_path: Path) -> None:
@@ -189,17 +185,17 @@ def test_rslora_has_its_scale(loras: dict[str, Path], tmp_path: Path) -> None:
             np.testing.assert_allclose(after[b] @ after[name], expected, atol=1e-6)
 
 
-def test_conv1d_keeps_its_flag(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_conv1d_keeps_its_flag(folders: dict[str, Path], tmp_path: Path) -> None:
     """GPT-2's layers are transposed in PyTorch: it must be told, or the adapter does not fit."""
-    folders = [make_lora(bases["gpt2"], tmp_path / str(i), {"rank": 2}, i) for i in range(2)]
-    loaded = model.load(bases["gpt2"])
+    members = [make_lora(folders["gpt2"], tmp_path / str(i), {"rank": 2}, i) for i in range(2)]
+    loaded = model.load(folders["gpt2"])
     base = write_transformers(loaded.model, loaded.config, tmp_path / "base")
     for how in ("linear", "svd"):
-        theirs = by_peft(base, folders, [0.6, 0.4], combination_type=how)
-        done = combine(folders, [0.6, 0.4], tmp_path / how, how=how)
+        theirs = by_peft(base, members, [0.6, 0.4], combination_type=how)
+        done = combine(members, [0.6, 0.4], tmp_path / how, how=how)
         expected = torch_logits(theirs)
         np.testing.assert_allclose(
-            our_logits(bases["gpt2"], done.path), expected, atol=bound(expected), rtol=0
+            our_logits(folders["gpt2"], done.path), expected, atol=bound(expected), rtol=0
         )
         assert json.loads((done.path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
@@ -275,15 +271,15 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "m").exists()
 
 
-def test_adapters_that_do_not_fit(bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
-    foreign = make_lora(bases["gpt2"], tmp_path / "foreign", {"rank": 4}, 1)
+def test_adapters_that_do_not_fit(folders: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
+    foreign = make_lora(folders["gpt2"], tmp_path / "foreign", {"rank": 4}, 1)
     with pytest.raises(AdapterError, match="model_type gpt2"):
         combine([loras["a"], foreign], [1.0, 1.0], tmp_path / "m")
     with pytest.raises(OutputError, match="exists already"):
         combine([loras["a"]], [1.0], foreign)
     with pytest.raises(AdapterError, match="not an adapter folder"):
         combine([tmp_path / "nothing"], [1.0], tmp_path / "m")
-    broken = make_lora(bases["llama"], tmp_path / "broken", {"rank": 4}, 1)
+    broken = make_lora(folders["llama"], tmp_path / "broken", {"rank": 4}, 1)
     config = json.loads((broken / "mlx_adapters.json").read_text())
     config["config"]["rank"] = 5
     (broken / "mlx_adapters.json").write_text(json.dumps(config))

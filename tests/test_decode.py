@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from tiny import random_llama
 
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.beam import beam_search
@@ -39,20 +40,7 @@ def tiny(kind: str = "llama") -> nn.Module:
             )
         )
     else:
-        from mlx_lm.models import llama
-
-        model = llama.Model(
-            llama.ModelArgs(
-                model_type="llama",
-                hidden_size=32,
-                num_hidden_layers=2,
-                intermediate_size=64,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                rms_norm_eps=1e-5,
-                vocab_size=VOCABULARY,
-            )
-        )
+        model = random_llama(vocab_size=VOCABULARY, tie_word_embeddings=True)
     # Larger weights: clear winners, and answers that depend on the whole prompt.
     model.update(nn.utils.tree_map(lambda x: x * 3 if x.ndim == 2 else x, model.parameters()))
     mx.eval(model.parameters())

@@ -14,31 +14,16 @@ import pytest
 import torch
 from cases import METHODS, Method
 from test_methods import IDS, attached, bound, logits
-from tiny import make_tiny
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.cli.app import app
 from mlx_adapters.convert import exchange
-from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, CheckpointError, ConfigError
 
 ARCHS = ("llama", "qwen2", "gemma2", "phi3", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHS:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-        loaded = model.load(made[arch])
-        write_transformers(loaded.model, loaded.config, root / f"mlx-{arch}" / "torch")
-    return made
 
 
 def saved(folder: Path, method: Method, dst: Path) -> np.ndarray:
@@ -216,7 +201,7 @@ def test_what_mlx_lm_adapts_and_we_do_not_is_named(
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    base = folders.get(arch) or make_tiny(arch, tmp_path)
+    base = folders[arch]
     network = model.load(base).model
     network.freeze()
     settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": [key]}

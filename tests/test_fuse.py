@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cases import ARCHITECTURES, METHODS, Method, pairs
+from cases import METHODS, Method, pairs
 from mlx.utils import tree_flatten
 from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny, make_tokenizer
@@ -23,16 +23,6 @@ from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.to_transformers import CHECKED, write_transformers
 from mlx_adapters.errors import ConfigError, OutputError, UnsupportedError
 from mlx_adapters.models.samples import sample, sample_config
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHITECTURES:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-    return made
 
 
 def saved(folder: Path, case: str, dst: Path) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cases import METHODS
 from mlx.utils import tree_flatten
-from tiny import make_tiny
 from trained import make_adapter
 from typer.testing import CliRunner
 
@@ -19,7 +18,6 @@ from mlx_adapters import adapter, methods, model, several
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.cli.app import app
 from mlx_adapters.combine import combine
-from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods import fusion
@@ -32,16 +30,8 @@ IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gptj"):
-        convert(make_tiny(arch, root), root / f"mlx-{arch}")
-    return {arch: root / f"mlx-{arch}" for arch in ("llama", "gptj")}
-
-
-@pytest.fixture(scope="module")
-def base(bases: dict[str, Path]) -> Path:
-    return bases["llama"]
+def base(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +167,17 @@ NOT_LINEAR = ("prompt", "ptuning", "prefix", "ln_tuning", "fusion")
 @pytest.mark.parametrize("arch", ["llama", "gptj"])
 @pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.name not in NOT_LINEAR])
 def test_equal_members_fuse_to_that_member(
-    case: str, arch: str, bases: dict[str, Path], tmp_path: Path
+    case: str, arch: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Whatever query and key are, the shares of equal outputs sum to one: any method, without a formula."""
     method = METHODS[case]
-    one = make_adapter(bases[arch], tmp_path / "one", method.name, method.fields, 1)
+    one = make_adapter(folders[arch], tmp_path / "one", method.name, method.fields, 1)
     other = Path(shutil.copytree(one, tmp_path / "other"))
-    loaded, _ = fused(bases[arch], [one, other], value=False)
+    loaded, _ = fused(folders[arch], [one, other], value=False)
     scatter(loaded)
-    expected = with_adapter(bases[arch], one)
+    expected = with_adapter(folders[arch], one)
     np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
-    assert np.abs(expected - with_adapter(bases[arch], None)).max() > 1e-2
+    assert np.abs(expected - with_adapter(folders[arch], None)).max() > 1e-2
 
 
 @pytest.mark.parametrize("other", ["dora", "ia3", "vera", "series", "parallel", "seq_bn"])
@@ -220,13 +210,13 @@ def test_adapters_on_no_linear_layer_are_refused(
 
 
 def test_a_layer_read_by_one_and_adapted_by_another_is_refused(
-    bases: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """GPT-J's seq_bn reads what attention returned: with a LoRA there, which of the two would it be?"""
-    lora = make_adapter(bases["gptj"], tmp_path / "lora", "lora", {"rank": 2, "targets": "out_proj"}, 1)
-    block = make_adapter(bases["gptj"], tmp_path / "block", "seq_bn", {"reduction_factor": 4}, 1)
+    lora = make_adapter(folders["gptj"], tmp_path / "lora", "lora", {"rank": 2, "targets": "out_proj"}, 1)
+    block = make_adapter(folders["gptj"], tmp_path / "block", "seq_bn", {"reduction_factor": 4}, 1)
     with pytest.raises(UnsupportedError, match="do not go together"):
-        fused(bases["gptj"], [lora, block])
+        fused(folders["gptj"], [lora, block])
 
 
 # Training and folders --------------------------------------------------------------------------------------

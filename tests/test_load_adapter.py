@@ -19,27 +19,12 @@ from tiny import make_tiny
 
 from mlx_adapters import adapter, model
 from mlx_adapters.convert import peft
-from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.load_adapter import load_adapter
-from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.evaluate.decode import generate_ids
 from mlx_adapters.virtual import forward
 
 TORCH_IDS = torch.tensor(IDS.tolist())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of each architecture, converted; what transformers opens lies beside it."""
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHITECTURES:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-        loaded = model.load(made[arch])
-        write_transformers(loaded.model, loaded.config, root / f"mlx-{arch}" / "torch")
-    return made
 
 
 def base(folder: Path) -> Any:

@@ -7,7 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import gemma2, gpt2, llama
+from mlx_lm.models import gemma2, gpt2
+from tiny import random_llama
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.data.batches import Batch, pad
@@ -22,18 +23,7 @@ VOCAB = 48
 def make(*, tied: bool = False, layers: int = 2) -> Any:
     """A random llama with LoRA whose update is not zero."""
     mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=layers,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCAB,
-        tie_word_embeddings=tied,
-    )
-    model = llama.Model(args)
+    model = random_llama(num_hidden_layers=layers, tie_word_embeddings=tied)
     adapter.attach(model, "lora", methods.make_config("lora", {"rank": 4}), base={"model_type": "llama"})
     for layer in adapter.layers(model).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.3

@@ -11,7 +11,6 @@ import pytest
 from cases import ARCHITECTURES, METHODS, Method, pairs, refusals
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
-from tiny import make_tiny
 
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.adapter import AdapterMeta
@@ -22,17 +21,6 @@ from mlx_adapters.methods.base import linear_like, plain_weight, resolve_targets
 from mlx_adapters.virtual import forward, start_cache, virtual_ids
 
 IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of each architecture, converted."""
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ARCHITECTURES:
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-    return made
 
 
 def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.Loaded, AdapterMeta]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import METHODS
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import llama
+from tiny import random_llama
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.data.batches import pad
@@ -21,18 +21,7 @@ from mlx_adapters.train.recompute import recompute_blocks
 
 def attached(case: str) -> Any:
     mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=3,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        vocab_size=48,
-        tie_word_embeddings=False,
-    )
-    model = llama.Model(args)
+    model = random_llama(num_hidden_layers=3)
     fields = dict(METHODS[case].fields)
     config = methods.make_config(METHODS[case].name, fields)
     adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})

@@ -11,7 +11,6 @@ import pytest
 from cases import METHODS
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
-from tiny import make_tiny
 from trained import make_adapter
 
 from mlx_adapters import adapter, methods, model
@@ -30,19 +29,11 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny llama, also in 4 bits, and the tiny gpt2 and gptj."""
-    root = tmp_path_factory.mktemp("models")
-    convert(make_tiny("llama", root), root / "mlx-llama")
-    convert(make_tiny("gpt2", root), root / "mlx-gpt2")
-    convert(make_tiny("gptj", root), root / "mlx-gptj")
-    convert(str(root / "mlx-llama"), root / "4bit", bits=4, group_size=32)
-    return {
-        "llama": root / "mlx-llama",
-        "gpt2": root / "mlx-gpt2",
-        "gptj": root / "mlx-gptj",
-        "llama-4bit": root / "4bit",
-    }
+    packed = tmp_path_factory.mktemp("packed") / "4bit"
+    convert(str(folders["llama"]), packed, bits=4, group_size=32)
+    return {arch: folders[arch] for arch in ("llama", "gpt2", "gptj")} | {"llama-4bit": packed}
 
 
 @pytest.fixture(scope="module")

@@ -12,30 +12,15 @@ import pytest
 import torch
 from cases import METHODS, Method
 from test_methods import IDS, attached, bound, logits
-from tiny import make_tiny
 
 from mlx_adapters import adapter, methods, model
 from mlx_adapters.convert import load_adapter, peft
 from mlx_adapters.convert.against_torch import quiet_transformers
-from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
 CONFIG = TrainConfig(steps=20, batch_size=4, lr=5e-3, warmup=0, schedule="constant", weight_decay=0.01)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for arch in ("llama", "gpt_neox", "bloom"):
-        made[arch] = root / f"mlx-{arch}"
-        convert(make_tiny(arch, root), made[arch])
-        loaded = model.load(made[arch])
-        write_transformers(loaded.model, loaded.config, made[arch] / "torch")
-    return made
 
 
 def examples() -> list[Example]:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from tiny import random_llama
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.data.tokens import Example
@@ -23,18 +23,7 @@ from mlx_adapters.train.loop import Run, total_steps, validate
 def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """A random two-layer llama with LoRA on it."""
     mx.random.seed(seed)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        vocab_size=48,
-        tie_word_embeddings=False,
-    )
-    model = llama.Model(args)
+    model = random_llama()
     config = methods.make_config("lora", {"rank": 4, "dropout": dropout})
     adapter.attach(model, "lora", config, base={"model_type": "llama"})
     mx.eval(model.parameters())

@@ -159,6 +159,24 @@ def make_tiny(arch: str, folder: Path, *, seed: int = 0, dtype: str = "float32",
     return target
 
 
+def random_llama(**fields: Any) -> Any:
+    """A random llama in memory, drawn from MLX's global state; `fields` override its arguments."""
+    from mlx_lm.models import llama
+
+    usual: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 48,
+        "tie_word_embeddings": False,
+    }
+    return llama.Model(llama.ModelArgs(**(usual | fields)))
+
+
 def make_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of `VOCAB` entries with <pad>, <s>, </s> and <unk> as 0 to 3."""
     from tokenizers import Tokenizer, models, pre_tokenizers
