@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.score import Score
     from mlx_adapters.model import Loaded
 
-__all__ = ["command"]
+__all__ = ["command", "source_of"]
 
 _TRAIN_ROWS, _TEST_ROWS, _TEST_SEED = 2000, 100, 1
 # The answers are one short line of working; the base model rambles, and gets room to reach its answer.
@@ -32,7 +32,7 @@ def command(
     started = time.perf_counter()
     if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
         raise OutputError(f"{dir}: is not empty. Remove it, or choose another folder with --dir")
-    source, base_id = _source(model)
+    source, base_id = source_of(model)
     converted, loaded = _convert(source, dir / "model")
     say(f"\n2. Measure the base on {_TEST_ROWS} generated word problems")
     before = _measure(loaded, seed, frozenset())
@@ -63,7 +63,7 @@ Next:
     mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""
 
 
-def _source(model: str | None) -> tuple[str, str]:
+def source_of(model: str | None) -> tuple[str, str]:
     """(what to convert, the hub id PyTorch users know the base by)."""
     if model is not None:
         return model, model

@@ -99,7 +99,7 @@ def convert(
         _save(folder, model, config, source)
     return Converted(
         path=dst,
-        bytes=sum(file.stat().st_size for file in dst.iterdir()),
+        bytes=files.folder_bytes(dst),
         bits_per_weight=per_weight,
         parameters=parameters,
         seconds=time.perf_counter() - start,

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
-from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.model import Loaded
@@ -41,7 +41,7 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     if format == "peft":
         return peft.export(source, dst, base=base).bytes
     _OTHERS[format].export(source, dst, base=base)
-    return sum(file.stat().st_size for file in dst.iterdir())
+    return folder_bytes(dst)
 
 
 def detect(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_adapters.errors import CheckpointError, OutputError
 
-__all__ = ["INDEX", "header", "require_space", "shards_of", "weight_files", "writing"]
+__all__ = ["INDEX", "folder_bytes", "header", "require_space", "shards_of", "weight_files", "writing"]
 
 INDEX = "model.safetensors.index.json"
 _WIDTHS = {
@@ -57,6 +57,11 @@ def writing(dst: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder and below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def require_space(dst: Path, needed: int) -> None:

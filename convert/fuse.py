@@ -116,7 +116,7 @@ def fuse(
     difference = np.concatenate([(a - b).ravel() for a, b in zip(fused, apart, strict=True)])
     return Fused(
         path=dst,
-        bytes=sum(file.stat().st_size for file in dst.iterdir()),
+        bytes=files.folder_bytes(dst),
         dtype=kept,
         layers=layers,
         effect=max_diff(apart, plain),

@@ -24,7 +24,7 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
-from mlx_adapters.convert.files import writing
+from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.experts import EXPERT_NAMES
@@ -107,7 +107,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
             shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
         (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
-    size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file())
+    size = folder_bytes(dst)
     return Exported(dst, len(names), size, fields["base_model_name_or_path"])
 
 

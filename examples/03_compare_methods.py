@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_adapters import adapter, model
 from mlx_adapters.cli.eval import run_task
-from mlx_adapters.cli.quickstart import _source
+from mlx_adapters.cli.quickstart import source_of
 from mlx_adapters.cli.screen import duration, table
 from mlx_adapters.cli.train import describe, run
 from mlx_adapters.convert.checkpoint import convert
@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.dir
     if not (folder / "model").exists():
-        convert(_source(None)[0], folder / "model")
+        convert(source_of(None)[0], folder / "model")
     results = {"base": done(folder, "base", options.steps, lambda: base(folder))}
     for method in options.method or SETTINGS:
         results[method] = done(

@@ -52,7 +52,7 @@ CONFIG, WEIGHTS, META, SEEN = (
     "mlx_adapters.json",
     "seen.txt",
 )
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _install(model: nn.Module, placed: dict[str, nn.Module]) -> None:
 
 
 def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
-    return suffix if layer.ROOTED else f"{_PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
+    return suffix if layer.ROOTED else f"{PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
 def fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Path, base: str) -> None:
@@ -336,7 +336,7 @@ def by_layer(
         known = next(iter(classes[0].TENSORS.values()))
         raise AdapterError(
             f"{folder / WEIGHTS}: {what}. Expected names like "
-            f"{known if classes[0].ROOTED else f'{_PREFIX}...{known}'}"
+            f"{known if classes[0].ROOTED else f'{PREFIX}...{known}'}"
         )
     return grouped, shared
 
@@ -348,8 +348,8 @@ def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, 
         for attribute, suffix in [*layer.TENSORS.items(), *layer.ALIASES.items()]:
             if layer.ROOTED and key == suffix:
                 return "", attribute
-            if not layer.ROOTED and key.startswith(_PREFIX) and key.endswith("." + suffix):
-                fits.append((key[len(_PREFIX) : -len(suffix) - 1], attribute))
+            if not layer.ROOTED and key.startswith(PREFIX) and key.endswith("." + suffix):
+                fits.append((key[len(PREFIX) : -len(suffix) - 1], attribute))
     return min(fits, key=lambda fit: len(fit[0]), default=None)
 
 

@@ -44,7 +44,6 @@ _RECIPES: dict[str, tuple[str, bool]] = {
 HOWS = ("linear", "cat", "svd", *(how for how in _RECIPES if how != "linear")) + tuple(
     f"{how}_svd" for how in _RECIPES if how != "linear"
 )
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ def combine(
                 if path in member.factors
             ]
             a, b = _merged(parts, how, rank, density, noise)
-            arrays[f"{_PREFIX}{path}.lora_A.weight"], arrays[f"{_PREFIX}{path}.lora_B.weight"] = a, b
+            arrays[f"{adapter.PREFIX}{path}.lora_A.weight"] = a
+            arrays[f"{adapter.PREFIX}{path}.lora_B.weight"] = b
         mx.eval(arrays)
     _write(dst, arrays, paths, members, list(weights), how, rank)
     return Combined(dst, len(paths), rank)
@@ -144,8 +144,8 @@ def _member(folder: Path) -> _Member:
     config = lora.Config(**meta.config)
     found: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(folder).items():
-        path, dot, factor = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if not dot or factor not in ("A.weight", "B.weight") or not name.startswith(_PREFIX):
+        path, dot, factor = name.removeprefix(adapter.PREFIX).rpartition(".lora_")
+        if not dot or factor not in ("A.weight", "B.weight") or not name.startswith(adapter.PREFIX):
             raise AdapterError(f"{folder / adapter.WEIGHTS}: {name} is not a LoRA factor of a linear layer")
         found.setdefault(path, {})[factor] = array.astype(mx.float32)
     factors = {}

