@@ -43,7 +43,7 @@ def load_adapter(model: Any, folder: Any) -> Any:
         if kind == "input":
             layer.register_forward_pre_hook(lambda m, given, f=change: (f(given[0]), *given[1:]))
         else:
-            layer.register_forward_hook(lambda m, given, y, f=change: f(given[0], y))
+            layer.register_forward_hook(lambda m, given, y, f=change: f(given[0] if given else None, y))
     return model
 
 
@@ -66,7 +66,7 @@ def changes(model: Any, folder: Path) -> dict[nn.Module, tuple[str, Any]]:
         raise ValueError(f"{folder}: peft_type {kind!r} is unknown. Known: {', '.join(ON_LAYERS)}")
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith("base_model.vera_")}
     own = grouped(tensors, modules)
-    for path in own if kind != "LN_TUNING" else ():
+    for path in own if kind not in ("LN_TUNING", "LOREFT") else ():
         if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)):
             what = type(modules[path]).__name__
             raise ValueError(f"{path}: is a {what}, no linear layer. PeftModel.from_pretrained may open it")
@@ -155,6 +155,20 @@ def norm(modules: Any, path: str, own: Any, config: Any) -> Any:
     return "output", lambda x, y: y
 
 
+def loreft(modules: Any, path: str, own: Any, config: Any) -> Any:
+    """h + R^T (W h + b - R h); R is Q of a QR decomposition whose diagonal is positive."""
+    q, r = torch.linalg.qr(own["rotate_layer.weight"].T)
+    rotate = (q * r.diagonal().sign()).T
+    source, bias = own["learned_source.weight"] - rotate, own["learned_source.bias"]
+
+    def change(x: Any, y: Any) -> Any:
+        h = y[0] if isinstance(y, tuple) else y
+        edited = h + (functional.linear(h.float(), on(h, source), on(h, bias)) @ on(h, rotate)).to(h.dtype)
+        return (edited, *y[1:]) if isinstance(y, tuple) else edited
+
+    return "output", change
+
+
 def small(own: Any, config: Any) -> Any:
     """f(x) = s up(act(down(x))), with the biases it has."""
     own = {name.replace("adapter_down.0", "adapter_down"): tensor for name, tensor in own.items()}
@@ -223,7 +237,7 @@ def watch(modules: Any, path: str, seen: dict[str, Any]) -> None:
 
 
 ON_LAYERS = {"LORA": lora, "IA3": ia3, "VERA": vera, "LN_TUNING": norm, "BOTTLENECK": bottleneck}
-ON_LAYERS |= {"ADAPTERHUB": block}
+ON_LAYERS |= {"ADAPTERHUB": block, "LOREFT": loreft}
 
 
 def fusion(model: Any, folder: Path, own: dict[str, Any]) -> dict[nn.Module, tuple[str, Any]]:

@@ -149,7 +149,8 @@ def rows(model: nn.Module, which: Sequence[str | Sequence[str] | None]) -> Itera
     """Inside, the rows of a batch use different adapters: `which` says for each row what `activate` takes.
 
     Every batch must have `len(which)` rows. Nothing trains. Adapters on the prompt change the number of
-    tokens and the cache of a whole batch: UnsupportedError where rows differ and one of them has such.
+    tokens and the cache of a whole batch, those on whole blocks share its cache: UnsupportedError where rows
+    differ and one of them has such.
     """
     held = _held(model)
     if held.mixing:
@@ -158,7 +159,13 @@ def rows(model: nn.Module, which: Sequence[str | Sequence[str] | None]) -> Itera
     if not choices:
         raise AdapterError("rows(...) is empty: name an adapter or None for each row of the batch")
     before, trains = held.active, held.trains
-    if len(set(choices)) > 1 and (found := _on_prompt(held, {n for choice in choices for n in choice})):
+    mixed = {name for choice in choices for name in choice} if len(set(choices)) > 1 else set()
+    if found := [name for name in held.metas if name in mixed and not _rowwise(held, name)]:
+        raise UnsupportedError(
+            f"adapter {found[0]!r} ({held.metas[found[0]].method}) stands on whole blocks, which run once "
+            "for all rows of a batch. Run its rows in a batch of their own"
+        )
+    if found := _on_prompt(held, mixed):
         raise UnsupportedError(
             f"adapter {found[0]!r} ({held.metas[found[0]].method}) puts virtual tokens before the text: in a "
             "batch every row would have to have them. Run its rows in a batch of their own"
@@ -237,6 +244,11 @@ def _choice(held: _Several, which: str | Sequence[str] | None) -> Choice:
             "a stack can have one of that kind"
         )
     return choice
+
+
+def _rowwise(held: _Several, name: str) -> bool:
+    layers = (module for module in held.placed[name].values() if isinstance(module, AdapterLayer))
+    return all(layer.ROWWISE for layer in layers)
 
 
 def _on_prompt(held: _Several, among: set[str] | Choice) -> list[str]:

@@ -92,6 +92,8 @@ METHODS = {
         identity=False,
         mergeable=False,
     ),
+    "loreft": Method("loreft", {"rank": 3}, identity=False, mergeable=False),
+    "loreft-last-layer": Method("loreft", {"rank": 1, "layers": "last:1"}, identity=False, mergeable=False),
     "ptuning": Method("ptuning", {"num_virtual_tokens": 4}, identity=False, mergeable=False),
     "ptuning-lstm": Method(
         "ptuning",

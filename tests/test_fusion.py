@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -
 
 # Every method ----------------------------------------------------------------------------------------------
 
-NOT_LINEAR = ("prompt", "ptuning", "prefix", "ln_tuning", "fusion")
+NOT_LINEAR = ("prompt", "ptuning", "prefix", "ln_tuning", "loreft", "fusion")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gptj"])
@@ -199,11 +199,11 @@ def test_members_may_be_of_different_methods(
     assert np.array_equal(logits(again), expected)
 
 
-@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "ln_tuning"])
+@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "ln_tuning", "loreft"])
 def test_adapters_on_no_linear_layer_are_refused(
     method: str, base: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    fields = {} if method == "ln_tuning" else {"num_virtual_tokens": 2}
+    fields = {} if method in ("ln_tuning", "loreft") else {"num_virtual_tokens": 2}
     folder = make_adapter(base, tmp_path / "p", method, fields, 1)
     with pytest.raises(UnsupportedError, match=f"{method} adapts no linear layer"):
         fused(base, [loras[0], folder])

@@ -50,7 +50,7 @@ def test_same_logits(case: str, arch: str, folders: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "case", ["lora", "dora", "series", "seq_bn", "prompt", "ptuning", "prefix", "fusion"]
+    "case", ["lora", "dora", "series", "seq_bn", "loreft", "prompt", "ptuning", "prefix", "fusion"]
 )
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])
 def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: P
         assert made[0].tolist() == row + ours[index]
 
 
-@pytest.mark.parametrize("case", ["lora", "seq_bn", "prompt", "prefix"])
+@pytest.mark.parametrize("case", ["lora", "seq_bn", "loreft", "prompt", "prefix"])
 def test_a_padded_batch(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Rows padded on the left give the tokens they give alone."""
     loaded, meta = attached(folders["llama"], METHODS[case], trained=True)

@@ -54,6 +54,8 @@ class AdapterLayer(nn.Module):
     """Whether its layer stands among PEFT's `target_modules`."""
     READS_WEIGHT: ClassVar[bool] = False
     """What it computes follows from the weight of `base`, which must then be no other adapter's layer."""
+    ROWWISE: ClassVar[bool] = True
+    """Whether some rows of a batch can go through it and others not; a whole block has the batch's cache."""
     base: nn.Module
 
     def tensors(self) -> dict[str, mx.array]:
