@@ -114,7 +114,7 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
         width = _width(path, row, modules)
         if width is None:
             raise UnsupportedError(
-                f"loreft: no linear layer of a {model_type} model's {path} leads out of it as far as is known, "
+                f"loreft: no linear layer is known to lead out of {path} of a {model_type} model, "
                 "so the hidden state's size is not either. Use lora or series"
             )
         if config.rank > width:
