@@ -40,6 +40,8 @@ VARIANTS = [
     ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     ("mistral", {"sliding_window": 16}),
     ("gemma2", {"sliding_window": 16}),
+    ("gemma3_text", {"num_hidden_layers": 6}),
+    ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 16}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     ("qwen2", {"tie_word_embeddings": True}),

@@ -101,6 +101,8 @@ def _gpt2_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def _correct(model: Any, config: Config, windowed: list[bool]) -> None:
     kind = config["model_type"]
+    if kind == "gemma3_text":
+        model.model.__class__ = _exactly_scaled(type(model.model))
     for index, layer in enumerate(model.layers):
         if kind in _WIDTHS:
             _resize(layer.mlp, config, _UNGATED[kind], *_WIDTHS[kind])
@@ -187,6 +189,19 @@ def _scale(attention: Any, config: Config, index: int) -> None:
 def _rotate_part(attention: Any, config: Config) -> None:
     dims = int(attention.head_dim * config["partial_rotary_factor"])
     attention.rope = nn.RoPE(dims, traditional=True, base=config.get("rope_theta", 10000))
+
+
+def _exactly_scaled(base: type) -> type:
+    """Gemma 3's blocks with embeddings times sqrt(width) in the precision of the computation, as transformers
+    has it. mlx-lm rounds that root to bfloat16 always: for Gemma 3 270M 25.25 instead of 25.298."""
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> mx.array:
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        root = self.args.hidden_size**0.5
+        rounded = mx.array(root, mx.bfloat16).astype(h.dtype)
+        return base.__call__(self, inputs, cache, h * (mx.array(root).astype(h.dtype) / rounded))
+
+    return type(base.__name__, (base,), {"__call__": call})
 
 
 def _without_bias(parent: Any, name: str) -> None:
