@@ -59,6 +59,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 def _adapter(folder: Path) -> dict[str, Any]:
     from mlx_adapters import adapter
+    from mlx_adapters.data.overlap import questions
 
     meta = adapter.read_meta(folder)
     return {
@@ -70,7 +71,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "template": meta.template or None,
         "loss on": meta.loss_on or None,
         "training": meta.training or None,
-        "seen": f"{len(meta.seen)} training questions" if meta.seen else None,
+        "seen": f"{questions(meta.seen)} training questions" if meta.seen else None,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
         **_weights(folder, adapter.WEIGHTS),
     }

@@ -261,3 +261,16 @@ def test_methods_shows_the_fields_of_one() -> None:
     assert (
         "Unknown method 'lroa'. Did you mean 'lora'?" in CliRunner().invoke(app, ["methods", "lroa"]).stderr
     )
+
+
+def test_training_on_what_has_no_gradient_is_one_line() -> None:
+    """The model file's own error, told as what it means for a run."""
+    from mlx_adapters.data.tokens import Example
+    from mlx_adapters.train.config import TrainConfig
+    from mlx_adapters.train.loop import Run
+
+    (name,) = _UNDIFFERENTIABLE
+    network = support.attached(name, "lora")
+    run = Run(network, [Example([1, 2, 3, 4, 5], 1)], config=TrainConfig(steps=1, batch_size=1))
+    with pytest.raises(UnsupportedError, match=f"mlx-lm's {name} model cannot be differentiated"):
+        next(iter(run))

@@ -109,11 +109,13 @@ def test_the_command_counts_files_and_sets(tmp_path: Path) -> None:
 
 def test_an_adapter_is_compared_by_what_it_remembers(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path)
-    data = rows(tmp_path / "train.json", ["tom has 3 apples", "tom buys 4 more"])
+    story = "tom has 3 apples and buys 4 more from the market on the hill today"
+    data = rows(tmp_path / "train.json", ["tom has 3 apples", "tom buys 4 more", f"{story} how many now"])
     cli("train", model, "--data", data, "--output", tmp_path / "a", "--steps", 1, "--set", "rank=2")
-    test = rows(tmp_path / "test.json", ["Tom has 3 apples?", "how many ?"])
+    test = rows(tmp_path / "test.json", ["Tom has 3 apples?", "how many ?", f"{story} how many were bought"])
     (found,) = json.loads(cli("data", "overlap", tmp_path / "a", test, "--json").stdout)
-    assert (found["seen"], found["total"]) == ([0], 2)
+    assert (found["seen"], found["near"], found["total"]) == ([0], [2], 3)
+    assert "3 training questions" in cli("info", tmp_path / "a").output
     (tmp_path / "a" / "seen.txt").unlink()
     said = cli("data", "overlap", tmp_path / "a", test, code=2)
     assert "does not remember what it was trained on" in said.output
@@ -138,6 +140,7 @@ def test_eval_reports_the_leak_of_an_adapter_trained_on_it(tmp_path: Path) -> No
     run = ["eval", model, "--adapter", tmp_path / "a", "--task", "SVAMP", "--data-dir", DATA / "test"]
     (score,) = json.loads(cli(*run, "--max-tokens", 1, "--batch-size", 64, "--json").stdout)["scores"]
     assert (score["seen_total"], score["total"]) == (800, 1000)
+    assert score["near_total"] > 50, "SVAMP asks several questions about one story"
     assert score["seen_total"] + score["near_total"] + score["unseen_total"] == 1000
 
 

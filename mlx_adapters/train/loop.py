@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch, batches
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import TrainingError
+from mlx_adapters.errors import TrainingError, UnsupportedError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
@@ -222,7 +222,7 @@ class Run:
         loss: mx.array | float = 0.0
         grads: Any = None
         for batch in window:
-            value, grad = value_and_grad(targets(batch))
+            value, grad = self._differentiated(value_and_grad, batch)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             loss = loss + value
             mx.eval(loss, grads)
@@ -242,6 +242,17 @@ class Run:
             self._scale_update(before)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         return mean, norm_value, float(self.optimizer.learning_rate)
+
+    def _differentiated(self, value_and_grad: Any, batch: Batch) -> tuple[mx.array, Any]:
+        try:
+            return value_and_grad(targets(batch))
+        except ValueError as error:
+            if "VJP" not in str(error):
+                raise
+            name = type(self.model).__module__.rpartition(".")[2]
+            raise UnsupportedError(
+                f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
+            ) from None
 
     def _scale_update(self, before: dict[str, mx.array]) -> None:
         """A step is proportional to its rate: a multiple of the step is that of a multiple of the rate."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.overlap import item_hash, row_text, rows_texts
+from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
 from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
@@ -125,7 +125,7 @@ def prepare(
         warn(f"{output}: has no checkpoint yet, starting from the beginning")
     if resume:
         _forget_after(output / METRICS, run.step)
-    seen = set(map(item_hash, rows_texts(kept)))
+    seen = set(seen_hashes(rows_texts(kept)))
     meta = AdapterMeta(
         method=method,
         config=asdict(method_config),
