@@ -1,0 +1,218 @@
+"""Train and measure one cell of a study, going on from what its folder already holds.
+
+    cells/ID/settings.json   what the cell is made from
+    cells/ID/adapter/        the adapter with its checkpoints and losses
+    cells/ID/trained.json    the training is done
+    cells/ID/eval.jsonl      the answers so far, then eval.json
+    cells/ID/cell.json       the result, or the error: written last
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import OutputError, writing_to
+from mlx_adapters.study.grid import GENERATED, Cell, Study
+
+__all__ = ["BASE", "cell_folder", "finished", "locked", "parameters", "run_cell", "write_json"]
+
+BASE = "base"
+Train = Callable[[Any], float]
+Answer = Callable[..., Any]
+
+
+def cell_folder(output: Path, name: str) -> Path:
+    """Where a cell keeps what it makes."""
+    return output / "cells" / name
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `file` whole or not at all."""
+    with writing_to(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name("." + file.name)
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+
+def finished(output: Path, name: str) -> dict[str, Any] | None:
+    """The result of a cell, or its error; None while it is not done."""
+    file = cell_folder(output, name) / "cell.json"
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second study out of `folder`; the lock goes when the process ends, however it ends."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("w")
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another study is running there. Wait for it, or choose another --output"
+            ) from None
+        yield
+    finally:
+        handle.close()
+
+
+def run_cell(
+    study: Study, cell: Cell | None, output: Path, *, train: Train, answer: Answer, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Do what is left of a cell (None: the base model) and return its result.
+
+    `train(session)` runs a prepared session and returns its seconds; `answer(loaded, items, task, ...)` is
+    `cli.eval.run_task`. Raises OutputError when the folder was made with other settings.
+    """
+    name = cell.id if cell else BASE
+    folder = cell_folder(output, name)
+    _same_settings(folder, {"study": study.common(), "cell": asdict(cell) if cell else None})
+    trained = _trained(study, cell, folder, train, warn) if cell else {}
+    scores, seconds = _measured(study, folder, answer, adapter=cell is not None)
+    result = {
+        "id": name,
+        "status": "done",
+        "method": cell.method if cell else BASE,
+        "placement": cell.placement if cell else "",
+        "size": cell.size if cell else "",
+        "lr": cell.train.lr if cell else None,
+        "seed": cell.train.seed if cell else None,
+        **trained,
+        "scores": scores,
+        "eval_seconds": seconds,
+    }
+    write_json(folder / "cell.json", result)
+    return result
+
+
+def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not file.exists():
+        write_json(file, settings)
+        return
+    before = json.loads(file.read_text())
+    if before == settings:
+        return
+    changed = [
+        f"{key} was {(before.get(part) or {}).get(key)!r}, now {value!r}"
+        for part, values in settings.items()
+        for key, value in (values or {}).items()
+        if (before.get(part) or {}).get(key) != value
+    ]
+    raise OutputError(f"{folder}: made with other settings ({'; '.join(changed)}). Use another --output")
+
+
+def _trained(
+    study: Study, cell: Cell, folder: Path, train: Train, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    from mlx_adapters import model
+    from mlx_adapters.data import wordproblems
+    from mlx_adapters.data.sources import Rows, load_rows
+    from mlx_adapters.train.session import excluded_hashes, prepare
+
+    file, adapter = folder / "trained.json", folder / "adapter"
+    if file.exists():
+        done: dict[str, Any] = json.loads(file.read_text())
+        return done
+    settings = study.settings
+    if settings.data == GENERATED:
+        rows = Rows(wordproblems.generate(settings.rows), "instruction", "generated word problems")
+    else:
+        rows = load_rows(settings.data)
+    excluded = [Path(part.strip()) for part in (settings.exclude or "").split(",") if part.strip()]
+    session = prepare(
+        model.load(study.model),
+        rows,
+        method=cell.method,
+        fields=cell.fields,
+        config=cell.train,
+        output=adapter,
+        exclude=excluded_hashes(excluded),
+        resume=adapter.exists(),
+        warn=warn,
+    )
+    seconds = train(session)
+    facts = {
+        "trainable": session.trainable,
+        "parameters": session.parameters,
+        "steps": session.run.step,
+        "rows": len(session.run.examples),
+        "excluded": session.excluded,
+        "truncated": session.encoded.truncated,
+        "train_seconds": seconds,
+    }
+    write_json(file, facts)
+    return facts
+
+
+def _measured(
+    study: Study, folder: Path, answer: Answer, *, adapter: bool
+) -> tuple[list[dict[str, Any]], float]:
+    from mlx_adapters import adapter as adapters
+    from mlx_adapters import model
+    from mlx_adapters.evaluate import tasks
+    from mlx_adapters.evaluate.decode import Decoding
+    from mlx_adapters.evaluate.records import RecordFile
+
+    settings, file = study.settings, folder / "eval.json"
+    if file.exists():  # killed between the answers and the result
+        report = json.loads(file.read_text())
+        return report["scores"], report["seconds"]
+    sets = tasks.load(
+        settings.tasks,
+        data_dir=Path(settings.data_dir) if settings.data_dir else None,
+        limit=settings.limit,
+        seed=settings.test_seed,
+    )
+    loaded = model.load(study.model, answering=True)
+    meta = adapters.load(loaded, folder / "adapter") if adapter else None
+    template = (meta.template if meta else "") or study.cells[0].train.template or "alpaca"
+    records = RecordFile(file, {"study": study.common(), "template": template}, resume=True)
+    started, scores, answers = time.perf_counter(), [], []
+    try:
+        for task, items in sets:
+            kept, score, _ = answer(
+                loaded,
+                items,
+                task,
+                file=records,
+                template=template,
+                batch_size=settings.batch_size,
+                max_tokens=settings.max_tokens or task.max_tokens,
+                seen=frozenset(meta.seen) if meta else frozenset(),
+                decoding=Decoding(kind=settings.decoding),
+            )
+            scores.append(asdict(score))
+            answers += [asdict(record) for record in kept]
+        seconds = time.perf_counter() - started
+        records.finish({"template": template, "scores": scores, "seconds": seconds, "records": answers})
+    finally:
+        records.close()
+    return scores, seconds
+
+
+def parameters(study: Study) -> dict[str, int]:
+    """{cell: trainable parameters}, from the model's configuration alone: no weight is read."""
+    from mlx_adapters import adapter, methods, model
+    from mlx_adapters.models import config as model_config
+
+    config = (
+        model_config.normalise(study.config) if study.config else model.read_config(model.locate(study.model))
+    )
+    network, arguments = model_config.classes(config)
+    found = {}
+    for cell in study.cells:
+        empty = network(arguments.from_dict(config))  # its arrays are never computed
+        adapter.attach(empty, cell.method, methods.make_config(cell.method, cell.fields), base=config)
+        found[cell.id] = adapter.count(empty)[0]
+    return found
