@@ -27,6 +27,7 @@ from mlx_adapters.cli import (
     models,
     plan,
     quickstart,
+    study,
     train,
 )
 from mlx_adapters.errors import AdaptersError
@@ -70,6 +71,7 @@ app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("compare")(compare.command)
+app.command("study")(study.command)
 app.command("export")(export.command)
 app.command("import")(import_adapter.command)
 app.command("fuse")(fuse.command)

@@ -1,10 +1,10 @@
 """Train and measure one cell of a study, going on from what its folder already holds.
 
-    cells/ID/settings.json   what the cell is made from
-    cells/ID/adapter/        the adapter with its checkpoints and losses
-    cells/ID/trained.json    the training is done
-    cells/ID/eval.jsonl      the answers so far, then eval.json
-    cells/ID/cell.json       the result, or the error: written last
+cells/ID/settings.json   what the cell is made from
+cells/ID/adapter/        the adapter with its checkpoints and losses
+cells/ID/trained.json    the training is done
+cells/ID/eval.jsonl      the answers so far, then eval.json
+cells/ID/cell.json       the result, or the error: written last
 """
 
 import fcntl
@@ -66,7 +66,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def run_cell(
-    study: Study, cell: Cell | None, output: Path, *, train: Train, answer: Answer, warn: Callable[[str], None]
+    study: Study,
+    cell: Cell | None,
+    output: Path,
+    *,
+    train: Train,
+    answer: Answer,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Do what is left of a cell (None: the base model) and return its result.
 

@@ -155,19 +155,19 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
             made = asdict(methods.make_config(method, chosen))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        config = _checked(TrainConfig, run | {"seed": seed} | ({"lr": rate} if rate is not None else {}), where)
+        config = _checked(
+            TrainConfig, run | {"seed": seed} | ({"lr": rate} if rate is not None else {}), where
+        )
         text = f"{size[0]} {size[1]}" if size else ""
         parts = [method, str(place), f"{size[0]}{size[1]}" if size else ""]
         parts += [f"lr{config.lr:g}" if len(rates) > 1 else "", f"seed{seed}" if len(seeds) > 1 else ""]
         name = "-".join("".join(c if c.isalnum() or c in "_.+" else "_" for c in p) for p in parts if p)
-        cells.append(
-            Cell(id=name, method=method, placement=str(place), size=text, fields=made, train=config)
-        )
+        cells.append(Cell(id=name, method=method, placement=str(place), size=text, fields=made, train=config))
     return cells
 
 
 def _budgeted(cell: Cell, max_steps: int | None) -> Cell:
-    """At most `max_steps` optimizer steps; a run of epochs is cut when its length is known, in `run_cell`."""
+    """At most `max_steps` optimizer steps; a run counted in epochs gets just as many."""
     if max_steps is None or (cell.train.steps or max_steps + 1) <= max_steps:
         return cell
     return replace(cell, train=replace(cell.train, steps=max_steps, warmup=min(cell.train.warmup, max_steps)))

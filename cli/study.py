@@ -1,0 +1,196 @@
+"""`mlx-adapters study STUDY.yaml`."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_adapters.cli.screen import duration, say, size, table
+from mlx_adapters.errors import AdaptersError, ConfigError, unknown
+
+if TYPE_CHECKING:
+    from mlx_adapters.study.grid import Cell, Study
+
+__all__ = ["command"]
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="the study's YAML file, see examples/study-cpu.yaml")],
+    output: Annotated[Path | None, typer.Option(help="folder [default: the file's name]")] = None,
+    model: Annotated[str | None, typer.Option(help="another model than the file's")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="at most N training steps a cell")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="N items of each test set")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="cells at once, as far as memory allows")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the cells and stop")] = False,
+    cell: Annotated[str | None, typer.Option(help="only this cell, and no report")] = None,
+) -> None:
+    """Train and measure a grid of adapters; tables, plots and a report. Run it again to go on."""
+    from mlx_adapters.study import cells, grid
+
+    study = grid.read(file, model=model, max_steps=max_steps, limit=limit)
+    folder = output or Path(file.stem)
+    if dry_run:
+        _print_cells(study)
+        return
+    if cell is not None:
+        known: dict[str, Cell | None] = {one.id: one for one in study.cells} | {cells.BASE: None}
+        if cell not in known:
+            raise ConfigError("--cell: " + unknown("cell", cell, known))
+        with cells.locked(cells.cell_folder(folder, cell)):
+            _attempt(study, known[cell], folder)
+        return
+    with cells.locked(folder):
+        _run(study, folder, jobs)
+        _finish(study, folder)
+
+
+def _print_cells(study: "Study") -> None:
+    from mlx_adapters.study.cells import parameters
+
+    counts = parameters(study)
+    rows = [
+        [
+            one.id,
+            f"{counts[one.id]:,}",
+            f"{one.train.lr:g}",
+            f"{one.train.steps} steps" if one.train.steps else f"{one.train.epochs} epochs",
+            str(one.train.batch_size * one.train.accumulation),
+            str(one.train.seed),
+        ]
+        for one in study.cells
+    ]
+    table(["cell", "trainable", "lr", "budget", "batch", "seed"], rows)
+    settings = study.settings
+    items = f"at most {settings.limit} items each" if settings.limit else "all items"
+    typer.echo(
+        f"{len(rows)} cells on {study.model}: trained on {settings.data}, tested on {settings.tasks}, {items}"
+    )
+
+
+def _run(study: "Study", folder: Path, jobs: int) -> None:
+    from mlx_adapters.study import cells
+
+    wanted: list[Cell | None] = [None] if study.settings.base else []
+    wanted += study.cells
+    left = []
+    for one in wanted:
+        before = cells.finished(folder, one.id if one else cells.BASE)
+        if before is None or before["status"] != "done":
+            left.append(one)
+    say(f"{study.settings.name}: {len(wanted)} cells, {len(wanted) - len(left)} done before")
+    if jobs > 1 and left:
+        jobs = min(jobs, _fitting(study))
+    if jobs > 1:
+        _at_once(left, folder, jobs)
+        return
+    for number, one in enumerate(left, start=1):
+        say(f"\n[{number}/{len(left)}] {one.id if one else cells.BASE}")
+        _attempt(study, one, folder)
+
+
+def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> None:
+    """Run a cell; what goes wrong in it is written down and stops no other."""
+    from mlx_adapters.cli.eval import run_task
+    from mlx_adapters.cli.train import run
+    from mlx_adapters.errors import OutputError
+    from mlx_adapters.study import cells
+
+    name = cell.id if cell else cells.BASE
+    try:
+        result = cells.run_cell(study, cell, folder, train=run, answer=run_task, warn=say)
+    except OutputError:
+        raise  # a full disk, or a folder of another study: the next cell would meet it too
+    except (AdaptersError, RuntimeError, ValueError, MemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        say(f"FAILED {name}: {text}")
+        cells.write_json(
+            cells.cell_folder(folder, name) / "cell.json",
+            {"id": name, "status": "failed", "error": text, "method": cell.method if cell else "base"},
+        )
+        return
+    say(", ".join(f"{score['task']} {score['accuracy']:.1%}" for score in result["scores"]))
+
+
+def _fitting(study: "Study") -> int:
+    """How many of the largest cell fit into the free memory."""
+    from mlx_adapters import backend
+    from mlx_adapters.study.cells import parameters
+    from mlx_adapters.train import plan
+
+    counts = parameters(study)
+    largest = max(study.cells, key=lambda one: counts[one.id])
+    predicted = plan.predict(study.model, method=largest.method, fields=largest.fields, config=largest.train)
+    each = predicted.peak + plan.overhead([predicted])
+    fitting = max(1, backend.free_memory() // each)
+    say(f"the largest cell takes {size(each)}: {fitting} fit into the free memory")
+    return fitting
+
+
+def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
+    """Each cell in a process of its own, `jobs` at a time; what they say goes to `log.txt` of the cell."""
+    from mlx_adapters.study import cells
+
+    names = [one.id if one else cells.BASE for one in left]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
+    try:
+        while names or running:
+            while names and len(running) < jobs:
+                name = names.pop(0)
+                place = cells.cell_folder(folder, name)
+                place.mkdir(parents=True, exist_ok=True)
+                with (place / "log.txt").open("ab") as log:
+                    running[name] = subprocess.Popen([*own, "--cell", name], stdout=log, stderr=log)
+                say(f"{name}: started")
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    _settled(folder, name, process.returncode)
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        say("stopping: the cells save what they have")
+        for process in running.values():
+            process.wait()  # Ctrl-C reached them too
+        raise
+
+
+def _settled(folder: Path, name: str, code: int) -> None:
+    from mlx_adapters.study import cells
+
+    result = cells.finished(folder, name)
+    log = cells.cell_folder(folder, name) / "log.txt"
+    if result is None or (code != 0 and result["status"] == "done"):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        error = f"the process ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
+        result = {"id": name, "status": "failed", "error": error, "method": name.partition("-")[0]}
+        cells.write_json(cells.cell_folder(folder, name) / "cell.json", result)
+    say(f"{name}: {result['status']}" + (f" ({result['error']})" if "error" in result else ""))
+
+
+def _arguments() -> list[str]:
+    """This call's arguments without those that a single cell must not get."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if skip:
+            skip = False
+        elif argument in ("--output", "--jobs"):
+            skip = True
+        elif not argument.startswith(("--output=", "--jobs=")):
+            kept.append(argument)
+    return kept
+
+
+def _finish(study: "Study", folder: Path) -> None:
+    from mlx_adapters.study import report
+
+    results = report.write(study, folder)
+    failed = [row["id"] for row in results if row["status"] == "failed"]
+    table(report.columns(results), report.cells_of(results))
+    seconds = sum(row.get("train_seconds", 0.0) + row.get("eval_seconds", 0.0) for row in results)
+    typer.echo(f"{folder / 'report.html'}: {len(results) - len(failed)} cells, {duration(seconds)} of work")
+    if failed:
+        say(f"failed: {', '.join(failed)}. Run the study again to try them again")
+        raise typer.Exit(1)
