@@ -145,7 +145,9 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
     sizes = _mapping(entry.get("size", {}), f"{where}: key 'size'")
     if len(sizes) > 1:
         raise ConfigError(f"{where}: key 'size' must name one field of {method}, found {', '.join(sizes)}")
-    values = [(name, value) for name, given in sizes.items() for value in _values(given, f"{where}: {name}")]
+    values: list[tuple[str, Any] | None] = [
+        (name, value) for name, given in sizes.items() for value in _values(given, f"{where}: {name}")
+    ]
     run = train | _mapping(entry.get("train", {}), f"{where}: key 'train'")
     rates = _values(entry["lr"], f"{where}: key 'lr'") if "lr" in entry else [run.get("lr")]
     cells = []

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 def write(study: Study, folder: Path) -> list[Result]:
-    """Write `results.json`, `.csv`, `.md`, the plots and `report.html` from what is done; return the results."""
+    """Write `results.json`, `.csv`, `.md`, plots and `report.html` from what is done; return the results."""
     names = ([BASE] if study.settings.base else []) + [cell.id for cell in study.cells]
     results = [row for name in names if (row := finished(folder, name)) is not None]
     for row in results:
@@ -101,6 +101,7 @@ def _facts(study: Study, results: Sequence[Result]) -> list[tuple[str, str]]:
     """What was measured, and how."""
     settings, done = study.settings, [row for row in results if row["status"] == "done"]
     steps = sorted({row["steps"] for row in done if "steps" in row})
+    totals = sorted({score["total"] for row in done for score in row["scores"]})
     rows = sorted({row["rows"] for row in done if "rows" in row})
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
     seconds = [sum(row.get(key, 0.0) for row in done) / 60 for key in ("train_seconds", "eval_seconds")]
@@ -110,7 +111,7 @@ def _facts(study: Study, results: Sequence[Result]) -> list[tuple[str, str]]:
         ("Training", f"{_numbers(steps)} steps; one run per cell and seed"),
         (
             "Tests",
-            f"{settings.tasks}; {_numbers(sorted({s['total'] for r in done for s in r['scores']}))} items each",
+            f"{settings.tasks}; {_numbers(totals)} items each",
         ),
         ("Overlap of training and test", _overlap(done)),
         (
@@ -175,7 +176,8 @@ def _page(
     errors = "".join(f"<li><b>{e(row['id'])}</b>: {e(row['error'])}</li>" for row in failed)
     about = "".join(f"<dt>{e(key)}</dt><dd>{e(value)}</dd>" for key, value in facts)
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{_STYLE}</style></head><body><main>
 <h1>{title}</h1>{_best(results)}
 <h2>Accuracy</h2>{_table(heads, rows)}
@@ -228,9 +230,12 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--paper:#fff;--line:#d8dee6;--soft:#5b6776;--band:#f4f6f9}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--paper:#14181e;--line:#333c48;--soft:#9aa6b4;--band:#1b2129}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:72rem;margin:auto;padding:1.5rem 1rem 4rem}h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e4e8ee;--paper:#14181e;--line:#333c48;--soft:#9aa6b4;--band:#1b2129}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+main{max-width:72rem;margin:auto;padding:1.5rem 1rem 4rem}h1{font-size:1.6rem}
+h2{font-size:1.2rem;margin-top:2.2rem}
 .lead{font-size:1.05rem}.note,figcaption{color:var(--soft);font-size:.88rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
