@@ -181,7 +181,8 @@ def _page(
 <title>{title}</title><style>{_STYLE}</style></head><body><main>
 <h1>{title}</h1>{_best(results)}
 <h2>Accuracy</h2>{_table(heads, rows)}
-<p class="note">Percent, with 95 % intervals. Cells whose intervals overlap are not told apart.
+<p class="note">Percent, with 95 % intervals. Two cells compare by <code>mlx-adapters compare</code> on their
+cells/ID/eval.json.
 Click a head to sort.</p>
 {"<h2>Failed cells</h2><ul>" + errors + "</ul>" if failed else ""}
 <h2>Seen in training and not</h2>{_seen_table(results)}
