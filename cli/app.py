@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_adapters.cli import (
+    chat,
     combine,
     compare,
     convert,
@@ -76,6 +77,7 @@ app.command("export")(export.command)
 app.command("import")(import_adapter.command)
 app.command("fuse")(fuse.command)
 app.command("generate")(generate.command)
+app.command("chat")(chat.command)
 app.command("combine")(combine.command)
 app.add_typer(data.app, name="data")
 app.command("info")(info.command)

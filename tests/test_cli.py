@@ -24,6 +24,7 @@ COMMANDS = (
     "study",
     "export",
     "generate",
+    "chat",
     "plan",
     "import",
     "fuse",

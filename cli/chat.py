@@ -1,0 +1,236 @@
+"""`mlx-adapters chat MODEL`: talk to a model and its adapters in the terminal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_adapters.cli.screen import say
+from mlx_adapters.errors import AdaptersError, ConfigError
+
+if TYPE_CHECKING:
+    from mlx_adapters.adapter import AdapterMeta
+    from mlx_adapters.model import Loaded
+
+__all__ = ["command"]
+
+_HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
+/compare        the next message answered by the base and by each adapter
+/reset          forget the conversation
+/save FILE      write the conversation as JSON
+/help           this; Ctrl-C stops an answer, Ctrl-D ends"""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="adapter folder; may be repeated")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="default: the adapter's, else chat if there is one, else alpaca")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="of a temperature above 0")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+) -> None:
+    """Chat in the terminal; adapters are switched in place. Type /help there."""
+    import mlx.core as mx
+
+    from mlx_adapters import model as models
+    from mlx_adapters.data.templates import TEMPLATES
+    from mlx_adapters.errors import unknown
+    from mlx_adapters.several import load_several
+
+    if template is not None and template not in TEMPLATES:
+        raise ConfigError(unknown("template", template, TEMPLATES))
+    folders: dict[str, Path] = {}
+    for folder in adapter or []:
+        if folder.name in folders:
+            raise ConfigError(f"two adapters are named {folder.name}: rename a folder")
+        folders[folder.name] = folder
+    loaded = models.load(model, answering=True)
+    metas = load_several(loaded, folders) if folders else {}
+    loaded.model.eval()
+    mx.random.seed(seed)
+    _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p))
+
+
+class _Chat:
+    """A conversation, and the cache of what the model has read of it."""
+
+    def __init__(
+        self,
+        loaded: "Loaded",
+        metas: "dict[str, AdapterMeta]",
+        template: str | None,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        from mlx_lm.sample_utils import make_sampler
+
+        self.loaded, self.metas, self.template, self.max_tokens = loaded, metas, template, max_tokens
+        self.sampler = make_sampler(temp=temperature, top_p=top_p)
+        self.turns: list[dict[str, str]] = []
+        self.forget()
+        if metas:
+            self.use(next(iter(metas)))
+
+    def forget(self) -> None:
+        """Drop the cache: another adapter would have filled it otherwise."""
+        self.cache: list[Any] | None = None
+        self.read: list[int] = []
+        self._front = 0
+
+    @property
+    def name(self) -> str:
+        from mlx_adapters.several import active
+
+        return (active(self.loaded.model) or ("base",))[0]
+
+    def use(self, name: str | None) -> None:
+        from mlx_adapters.several import activate
+
+        if self.metas:
+            activate(self.loaded.model, name)
+        elif name is not None:
+            raise ConfigError(f"no adapter {name!r}: start with --adapter FOLDER")
+        self.forget()
+
+    def answer(self, show: Callable[[str], None]) -> str:
+        """Answer the last turn, shown piece by piece; what Ctrl-C leaves is the answer."""
+        from mlx_lm.generate import stream_generate
+
+        text, ids = "", self._ids()
+        fresh = self._continue(ids)
+        self.read = ids
+        try:
+            for piece in stream_generate(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                fresh,
+                max_tokens=self.max_tokens,
+                sampler=self.sampler,
+                prompt_cache=self.cache,
+            ):
+                text += piece.text
+                show(piece.text)
+        except KeyboardInterrupt:
+            self.forget()  # how far the cache got is not known
+        return text
+
+    def _continue(self, ids: list[int]) -> list[int]:
+        """The tokens the model has not read yet, with the cache cut back to what it shares with `ids`."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        from mlx_adapters.virtual import start_cache, virtual_ids, with_virtual
+
+        model = self.loaded.model
+        same = 0
+        while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
+            same += 1
+        if self.cache is not None and same and can_trim_prompt_cache(self.cache):
+            front = self._front + len(virtual_ids(model))
+            trim_prompt_cache(self.cache, self.cache[0].offset - front - same)
+            if self.cache[0].offset == front + same:
+                return ids[same:]
+        self.cache = start_cache(model) or make_prompt_cache(model)
+        self._front = int(self.cache[0].offset) if hasattr(self.cache[0], "offset") else 0
+        return with_virtual(model, ids)
+
+    def _ids(self) -> list[int]:
+        from mlx_adapters.data.templates import prompt_for
+        from mlx_adapters.data.tokens import prompt_ids
+
+        tokenizer = self.loaded.tokenizer
+        meta = self.metas.get(self.name)
+        fallback = "chat" if tokenizer.has_chat_template else "alpaca"
+        template = self.template or (meta.template if meta else "") or fallback
+        if template == "chat":
+            text = tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
+        else:  # these templates know single questions; the turns before stand in front
+            text = ""
+            for turn in self.turns:
+                if turn["role"] == "user":
+                    text += prompt_for(turn["content"], template=template, tokenizer=tokenizer, phase="eval")
+                else:
+                    text += turn["content"] + "\n\n"
+        return prompt_ids(text, tokenizer)
+
+
+def _loop(chat: _Chat) -> None:
+    import sys
+
+    compare = False
+    if sys.stdin.isatty():
+        say(f"{chat.loaded.path.name}, {chat.name}. /help lists the commands, Ctrl-D ends")
+    while True:
+        try:
+            line = input(f"{chat.name}> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("")
+            continue
+        if not line:
+            continue
+        if line == "/compare":
+            compare = True
+            say("the next message is answered by all")
+        elif line.startswith("/"):
+            _order(chat, line)
+        elif compare:
+            compare = False
+            _compare(chat, line)
+        else:
+            _say(chat, line)
+
+
+def _say(chat: _Chat, line: str) -> None:
+    chat.turns.append({"role": "user", "content": line})
+    try:
+        text = chat.answer(lambda piece: typer.echo(piece, nl=False))
+    except AdaptersError as error:
+        chat.turns.pop()
+        say(f"error: {error}")
+        return
+    typer.echo()
+    chat.turns.append({"role": "assistant", "content": text})
+
+
+def _compare(chat: _Chat, line: str) -> None:
+    """The base and every adapter on the same conversation, which stays as it was."""
+    before, turns = chat.name, list(chat.turns)
+    for name in [None, *chat.metas]:
+        chat.use(name)
+        chat.turns = list(turns)
+        typer.echo(f"[{name or 'base'}]")
+        _say(chat, line)
+    chat.turns = turns
+    chat.use(None if before == "base" else before)
+
+
+def _order(chat: _Chat, line: str) -> None:
+    import json
+
+    word, _, rest = line.partition(" ")
+    rest = rest.strip()
+    try:
+        if word == "/help":
+            typer.echo(_HELP)
+        elif word == "/adapter" and rest:
+            chat.use(None if rest == "off" else rest)
+            say(f"now: {chat.name}")
+        elif word == "/adapter":
+            say(f"adapters: {', '.join(chat.metas) or 'none'}; now: {chat.name}")
+        elif word == "/reset":
+            chat.turns = []
+            chat.forget()
+            say("forgotten")
+        elif word == "/save" and rest:
+            Path(rest).write_text(json.dumps(chat.turns, indent=1) + "\n", encoding="utf-8")
+            say(f"{rest}: {len(chat.turns)} turns")
+        else:
+            say(f"unknown command {word}: /help lists them")
+    except (AdaptersError, OSError) as error:
+        say(f"error: {error}")
