@@ -159,8 +159,11 @@ class _Chat:
 
 
 def _loop(chat: _Chat) -> None:
+    import signal
     import sys
 
+    # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     compare = False
     if sys.stdin.isatty():
         say(f"{chat.loaded.path.name}, {chat.name}. /help lists the commands, Ctrl-D ends")
