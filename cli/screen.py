@@ -8,15 +8,25 @@ from typing import Any
 
 import typer
 
-__all__ = ["Lines", "duration", "lines", "say", "size", "table", "track"]
+__all__ = ["Lines", "be_quiet", "duration", "lines", "say", "size", "table", "track"]
 
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
 
 
+_quiet = False
+
+
+def be_quiet() -> None:
+    """Say nothing from now on: of the processes of a distributed run one speaks."""
+    global _quiet
+    _quiet = True
+
+
 def say(text: str) -> None:
     """A line about the work, on stderr: stdout is for results."""
-    typer.echo(text, err=True)
+    if not _quiet:
+        typer.echo(text, err=True)
 
 
 def size(count: float) -> str:
@@ -77,7 +87,7 @@ class _Bar(Lines):
 @contextmanager
 def lines(title: str, total: int) -> Iterator[Lines]:
     """A live bar with the time left on a terminal, a plain line now and then elsewhere."""
-    if not sys.stderr.isatty():
+    if _quiet or not sys.stderr.isatty():
         yield _Log(title, total)
         return
     from rich.console import Console

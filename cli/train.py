@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
-from mlx_adapters.cli.screen import duration, lines, say, size
+from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.train.config import TrainConfig
 
@@ -37,6 +37,7 @@ def command(
         list[Path] | None, typer.Option(help="leave out rows that stand in this test file")
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
+    log: Annotated[list[str] | None, typer.Option(help="also to tensorboard, wandb or trackio")] = None,
     dtype: Annotated[str | None, typer.Option(help="compute in float32, float16 or bfloat16")] = None,
     **given: Any,
 ) -> None:
@@ -57,22 +58,30 @@ def command(
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
-    _train(chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype)
+    _train(
+        chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
+    )
 
 
 def run(session: "Session") -> float:
     """Train a prepared session with progress on screen; Ctrl-C saves and exits 130. Returns seconds."""
     started = time.perf_counter()
-    with _interruptible() as interrupted, lines("train", session.run.total) as display:
+    with _interruptible(session.run.stop), lines("train", session.run.total) as display:
         for step in session:
             display.update(step.step, _text(step))
             if step.validation_loss is not None:
                 say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
-            if interrupted and step.step < step.total:
+            if step.skipped:
+                say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
+            if step.stopped == "interrupted":
                 session.save()
                 say(f"interrupted at step {step.step}: saved in {session.output}. Go on with --resume")
                 raise typer.Exit(130)
-    session.finish()
+            if step.stopped:
+                say(f"stopped at step {step.step}: {step.stopped}")
+    taken = session.finish()
+    if taken != session.run.step:
+        say(f"the adapter is that of step {taken}, validation loss {session.run.progress.best_loss:.4f}")
     return time.perf_counter() - started
 
 
@@ -102,14 +111,20 @@ def _train(
     start: Path | None,
     resume: bool,
     dtype: str | None,
+    log: list[str],
 ) -> None:
     from mlx_adapters import methods, model
     from mlx_adapters.data.sources import load_rows
     from mlx_adapters.train import session as sessions
+    from mlx_adapters.train.distributed import processes
 
     methods.make_config(chosen["method"], fields)  # a typing error is told before the model loads
     output = Path(chosen["output"])
-    sessions.check_output(output, resume)
+    together = processes()
+    if together.writes:
+        sessions.check_output(output, resume)
+    else:
+        be_quiet()  # the first process speaks for all
     rows = load_rows(chosen["data"])
     hashes = sessions.excluded_hashes(exclude)
     say(f"{rows.origin}: {len(rows.rows)} rows of the form {rows.format}")
@@ -124,12 +139,16 @@ def _train(
         exclude=hashes,
         start=start,
         resume=resume,
+        log=log,
+        processes=together,
         warn=say,
     )
     describe(session)
     if resume:
         say(f"resuming after step {session.run.step}")
     seconds = run(session)
+    if not together.writes:
+        return
     typer.echo(f"{output}: trained {session.run.step} steps in {duration(seconds)}. Next:")
     typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
     typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
@@ -157,7 +176,7 @@ def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C ends the run after the current step, when model and optimizer agree; a second ends it now."""
     pressed: list[int] = []
 
@@ -165,10 +184,11 @@ def _interruptible() -> Iterator[list[int]]:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
+        stop()
         say("stopping after this step ...")
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield pressed
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

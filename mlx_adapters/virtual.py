@@ -32,17 +32,23 @@ def start_cache(model: nn.Module, rows: int = 1) -> list[Any] | None:
     return caches[0] if caches else None
 
 
-def forward(model: nn.Module, ids: mx.array, *, backbone: Callable[..., mx.array] | None = None) -> mx.array:
+def forward(
+    model: nn.Module,
+    ids: mx.array,
+    *,
+    backbone: Callable[..., mx.array] | None = None,
+    cache: list[Any] | None = None,
+) -> mx.array:
     """`model(ids)` for whole texts `ids` [rows, time] with the adapter's virtual tokens in front.
 
     The result [rows, time, ...] is the text's: positions of virtual tokens are cut off. `backbone` is called
-    in the model's place, to get hidden states.
+    in the model's place, to get hidden states; `cache` stands in for the adapter's.
     """
     call = backbone or model
     front = virtual_ids(model)
     if front:
         ids = mx.concatenate([mx.broadcast_to(mx.array(front), (ids.shape[0], len(front))), ids], axis=1)
-    cache = start_cache(model, ids.shape[0])
+    cache = cache or start_cache(model, ids.shape[0])
     out: mx.array = call(ids) if cache is None else call(ids, cache=cache)
     return out[:, len(front) :]
 

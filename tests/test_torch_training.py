@@ -20,7 +20,9 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-CONFIG = TrainConfig(steps=20, batch_size=4, lr=5e-3, warmup=0, schedule="constant", weight_decay=0.01)
+CONFIG = TrainConfig(
+    steps=20, batch_size=4, lr=5e-3, warmup=0, schedule="constant", weight_decay=0.01, no_decay=None
+)
 
 
 def examples() -> list[Example]:

@@ -75,7 +75,7 @@ def test_accumulation_weighs_tokens_and_keeps_the_partial_window() -> None:
 def test_last_partial_window_of_an_epoch_is_a_step() -> None:
     fields = config(steps=None, epochs=2, batch_size=4, accumulation=2)
     steps = list(Run(tiny(), examples(10), config=fields))
-    assert len(steps) == total_steps(10, fields) == 4
+    assert len(steps) == total_steps(examples(10), fields) == 4
     assert sum(s.tokens for s in steps[:2]) == sum(len(e.ids) for e in examples(10))
     assert steps[-1].epoch == 2
 

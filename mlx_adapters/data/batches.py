@@ -1,4 +1,7 @@
-"""Examples to padded arrays: similar lengths together, nothing dropped, the same order for the same seed."""
+"""Examples to padded arrays: similar lengths together, nothing dropped, the same order for the same seed.
+
+Packed, a row holds several examples one after the other; attention keeps them apart (see train/packing.py).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ import numpy as np
 
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["Batch", "batches", "pad"]
+__all__ = ["Batch", "batch", "batches", "groups", "pad"]
 
 # Lengths are sorted within a window of this many batches: enough to save the padding, little enough that
 # an epoch stays well mixed.
@@ -18,13 +21,16 @@ _WINDOW = 32
 class Batch:
     """`ids` int32 [rows, time], right-padded; `mask` float32 of the same shape is 1 at supervised targets.
 
-    `tokens` counts the ids that are not padding, `targets` the supervised ones.
+    `tokens` counts the ids that are not padding, `targets` the supervised ones: where processes share a
+    batch, those of all of them. `starts` int32 [rows, time], of a packed batch, is where the example of each
+    token begins in its row.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     tokens: int
     targets: int
+    starts: np.ndarray | None = None
 
 
 def batches(
@@ -36,31 +42,109 @@ def batches(
     epoch: int = 0,
     shuffle: bool = True,
     multiple: int = 8,
+    pack: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """All examples once, in batches of `batch_size` (the last may be smaller).
+    """All examples once, in batches of `batch_size` rows (the last may be smaller): see `groups`, `batch`."""
+    found = groups(examples, batch_size=batch_size, seed=seed, epoch=epoch, shuffle=shuffle, pack=pack)
+    packed = pack is not None
+    return [
+        batch(examples, group, pad_id=pad_id, multiple=multiple, packed=packed, share=share)
+        for group in found
+    ]
 
-    Deterministic in (seed, epoch). The model reads `ids[:, :-1]`; that length is a multiple of `multiple`.
+
+def groups(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+    pack: int | None = None,
+) -> list[list[list[int]]]:
+    """The batches of an epoch as rows of indices, deterministic in (seed, epoch).
+
+    A row is one example; with `pack`, as many as fit into so many tokens.
     """
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(examples)) if shuffle else np.arange(len(examples))
+    order = (rng.permutation(len(examples)) if shuffle else np.arange(len(examples))).tolist()
+    rows = _packed(examples, order, pack) if pack else [[i] for i in order]
     window = batch_size * _WINDOW
-    groups = []
-    for first in range(0, len(order), window):
-        chunk = sorted(order[first : first + window], key=lambda i: len(examples[i].ids))
-        groups += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    if shuffle:
-        groups = [groups[i] for i in rng.permutation(len(groups))]
-    return [pad([examples[i] for i in group], pad_id=pad_id, multiple=multiple) for group in groups]
+    found = []
+    for first in range(0, len(rows), window):
+        chunk = sorted(rows[first : first + window], key=lambda row: sum(len(examples[i].ids) for i in row))
+        found += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    return [found[i] for i in rng.permutation(len(found))] if shuffle else found
+
+
+def batch(
+    examples: Sequence[Example],
+    group: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    multiple: int = 8,
+    packed: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Batch:
+    """The arrays of one group. The model reads `ids[:, :-1]`; that length is a multiple of `multiple`.
+
+    With `share` (rank, processes) a process gets its rows of it. Their number may be none: then a row
+    whose targets count nothing, for all processes have to add up their gradients.
+    """
+    rank, processes = share
+    rows = [[examples[i] for i in row] for row in group]
+    own = rows[rank::processes]
+    made = _pad(own or rows[:1], pad_id=pad_id, multiple=multiple, packed=packed)
+    every = [example for row in rows for example in row]
+    return Batch(
+        made.ids,
+        made.mask if own else np.zeros_like(made.mask),
+        sum(len(example.ids) for example in every),
+        sum(max(0, len(example.ids) - example.start) for example in every),
+        made.starts,
+    )
 
 
 def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 8) -> Batch:
-    """One batch of the given examples."""
-    longest = max(len(example.ids) for example in examples)
+    """One batch of the given examples, one a row."""
+    return _pad([[example] for example in examples], pad_id=pad_id, multiple=multiple, packed=False)
+
+
+def _packed(examples: Sequence[Example], order: list[int], length: int) -> list[list[int]]:
+    """The examples in `order` as rows of at most `length` tokens: each joins the first row with room left.
+
+    Only the last rows are looked at, so that an epoch keeps its order roughly and packing stays linear.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        size = len(examples[index].ids)
+        near = range(max(0, len(rows) - _WINDOW), len(rows))
+        place = next((row for row in near if room[row] >= size), None)
+        if place is None:
+            rows.append([index])
+            room.append(length - size)
+        else:
+            rows[place].append(index)
+            room[place] -= size
+    return rows
+
+
+def _pad(rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int, packed: bool) -> Batch:
+    longest = max(sum(len(example.ids) for example in row) for row in rows)
     length = 1 + -(-(longest - 1) // multiple) * multiple
-    ids = np.full((len(examples), length), pad_id, dtype=np.int32)
-    mask = np.zeros((len(examples), length), dtype=np.float32)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = example.ids
-        mask[row, example.start : len(example.ids)] = 1
-    tokens = sum(len(example.ids) for example in examples)
-    return Batch(ids, mask, tokens, int(mask.sum()))
+    ids = np.full((len(rows), length), pad_id, dtype=np.int32)
+    mask = np.zeros((len(rows), length), dtype=np.float32)
+    starts = np.zeros((len(rows), length), dtype=np.int32)
+    for number, row in enumerate(rows):
+        begin = 0
+        for example in row:
+            end = begin + len(example.ids)
+            ids[number, begin:end] = example.ids
+            mask[number, begin + example.start : end] = 1
+            starts[number, begin:end] = begin
+            begin = end
+        starts[number, begin:] = begin  # the padding is an example of its own
+    tokens = sum(len(example.ids) for row in rows for example in row)
+    return Batch(ids, mask, tokens, int(mask.sum()), starts if packed else None)

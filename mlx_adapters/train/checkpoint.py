@@ -2,7 +2,8 @@
 
     checkpoints/step-000100/
         state.safetensors   adapter.* and optimizer.* arrays
-        state.json          step, and the settings the run must share
+        state.json          step, the settings the run must share, its progress
+    checkpoints/best-000080/     the same, of the best validation
 
 A checkpoint is written beside, synced and renamed: it is there whole or not at all. The data order follows
 from (seed, epoch) and the noise of dropout from (seed, step): the step alone says where the run stands.
@@ -22,29 +23,42 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.errors import TrainingError, writing_to
 
-__all__ = ["latest", "restore", "save"]
+__all__ = ["latest", "load_adapter", "restore", "save"]
 
 _ARRAYS, _FACTS = "state.safetensors", "state.json"
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, *, step: int, settings: dict[str, Any], keep: int
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    settings: dict[str, Any],
+    progress: dict[str, Any],
+    keep: int,
+    best: bool = False,
 ) -> Path:
-    """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
+    """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`.
+
+    With `best` it is that of the best validation so far, of which one is kept beside the others.
+    """
     arrays = {f"adapter.{name}": array for name, array in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)}
-    target = folder / f"step-{step:06d}"
-    temporary = folder / f".step-{step:06d}"
+    kind = "best" if best else "step"
+    target = folder / f"{kind}-{step:06d}"
+    temporary = folder / f".{kind}-{step:06d}"
+    facts = {"step": step, "settings": settings, "progress": progress}
     shutil.rmtree(temporary, ignore_errors=True)
     with writing_to(target):
         temporary.mkdir(parents=True)
         mx.save_safetensors(str(temporary / _ARRAYS), arrays)
-        (temporary / _FACTS).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+        (temporary / _FACTS).write_text(json.dumps(facts, indent=2))
         _sync(temporary / _ARRAYS, temporary / _FACTS, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _sync(folder)
-    for old in _all(folder)[:-keep]:
+    for old in _all(folder, kind)[: -1 if best else -keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -62,8 +76,8 @@ def restore(
     *,
     settings: dict[str, Any],
     warn: Callable[[str], None] = lambda message: None,
-) -> int:
-    """Load the newest checkpoint that can be read, and return its step.
+) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint that can be read, and return its step and the run's progress.
 
     Raises TrainingError when there is none, or when it was made with other settings or another adapter.
     """
@@ -77,8 +91,20 @@ def restore(
             continue
         _same(facts["settings"], settings, checkpoint)
         _apply(arrays, model, optimizer, checkpoint)
-        return int(facts["step"])
+        return int(facts["step"]), facts["progress"]
     raise TrainingError(f"{folder}: has no readable checkpoint to resume from. Start without --resume")
+
+
+def load_adapter(folder: Path, model: nn.Module, *, step: int) -> None:
+    """Give `model` the adapter of the best validation, which was at `step`."""
+    file = folder / f"best-{step:06d}" / _ARRAYS
+    try:
+        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+        mx.eval(arrays)
+    except Exception as error:
+        raise TrainingError(f"{file}: the best adapter cannot be read ({error})") from None
+    found = [(k.removeprefix("adapter."), v) for k, v in arrays.items() if k.startswith("adapter.")]
+    model.update(tree_unflatten(found))
 
 
 def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
@@ -112,5 +138,5 @@ def _sync(*places: Path) -> None:
             os.close(handle)
 
 
-def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+def _all(folder: Path, kind: str = "step") -> list[Path]:
+    return sorted(folder.glob(f"{kind}-*")) if folder.is_dir() else []

@@ -7,9 +7,11 @@ from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 
-__all__ = ["SCHEDULES", "TrainConfig"]
+__all__ = ["BAD_STEP", "OPTIMIZER_NAMES", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZER_NAMES = ("adamw", "adam", "lion", "adafactor", "muon", "sgd")
+BAD_STEP = ("stop", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +22,28 @@ class TrainConfig:
     steps: int | None = field(None, "optimizer steps; overrides epochs")
     batch_size: int = field(8, "rows per forward pass")
     accumulation: int = field(1, "forward passes per optimizer step")
+    packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(False, "compute each block again instead of keeping it: less memory")
-    lr: float = field(3e-4, "peak learning rate of AdamW")
+    optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
+    optimizer_args: str | None = field(None, "its other arguments: momentum=0.9, betas=0.9:0.95 say")
+    lr: float = field(3e-4, "peak learning rate")
+    rates: str | None = field(None, "factors on the rate, by an array's name or path: lora_b=16,*.0.*=0.5")
     warmup: int = field(10, "steps of linear warm-up")
     schedule: str = field("linear", "after the warm-up: linear or cosine to zero, or constant")
-    weight_decay: float = field(0.0, "AdamW's decoupled weight decay")
+    weight_decay: float = field(0.0, "weight decay")
+    no_decay: str | None = field("*bias,*norm*", "arrays without weight decay, by name or path")
     clip: float = field(1.0, "largest norm of the gradient; 0 for no limit")
+    on_bad_step: str = field("stop", "a step whose loss is no number, or a spike: stop, or skip it")
+    spike: float = field(0.0, "a loss this many times the mean of the last 20 is bad too; 0 for never")
+    neftune: float = field(0.0, "NEFTune's alpha: noise on the embeddings while training")
     seed: int = field(0, "seed of initialisation, data order and dropout")
     cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
     template: str | None = field(None, "alpaca, llm-adapters, chat or plain; by default what suits the data")
     loss_on: str = field("completion", "completion, or all: the prompt too, as in the paper")
     validation: int = field(0, "rows held out to measure the loss on")
     validate_every: int = field(50, "steps between two validations")
+    patience: int | None = field(None, "stop after so many validations without a better loss; implies best")
+    best: bool = field(False, "finish with the adapter of the best validation, not the last")
     save_every: int = field(50, "steps between two checkpoints")
     keep: int = field(2, "checkpoints kept")
     limit: int | None = field(None, "use only the first N rows")
@@ -44,11 +56,19 @@ class TrainConfig:
         ]
         problems += [
             f"{name}={getattr(self, name)} must be a finite number, 0 or more"
-            for name in ("lr", "weight_decay", "clip")
+            for name in ("lr", "weight_decay", "clip", "spike", "neftune")
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
         ]
         if self.schedule not in SCHEDULES:
             problems.append(unknown("schedule", self.schedule, SCHEDULES))
+        if self.optimizer not in OPTIMIZER_NAMES:
+            problems.append(unknown("optimizer", self.optimizer, OPTIMIZER_NAMES))
+        if self.on_bad_step not in BAD_STEP:
+            problems.append(unknown("value of on-bad-step", self.on_bad_step, BAD_STEP))
+        if 0 < self.spike <= 1:
+            problems.append(f"spike={self.spike} must be above 1, or 0")
+        if (self.patience or self.best) and not self.validation:
+            problems.append("patience and best need rows to measure on: give validation too")
         if self.loss_on not in LOSS_ON:
             problems.append(unknown("value of loss-on", self.loss_on, LOSS_ON))
         if problems:
@@ -65,6 +85,7 @@ _LEAST = {
     "cutoff": 2,
     "validation": 0,
     "validate_every": 1,
+    "patience": 1,
     "save_every": 1,
     "keep": 1,
     "limit": 1,

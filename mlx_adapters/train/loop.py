@@ -4,7 +4,8 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,35 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters import backend
-from mlx_adapters.data.batches import Batch, batches
+from mlx_adapters.data.batches import Batch, batch, batches, groups
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError, UnsupportedError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
+from mlx_adapters.train.noise import add_noise
+from mlx_adapters.train.optimizers import learning_rate, make_optimizer
+from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 
-__all__ = ["Run", "Step", "learning_rate", "total_steps", "validate"]
+__all__ = ["Progress", "Run", "Step", "total_steps", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
-    "epochs",
-    "steps",
-    "batch_size",
-    "accumulation",
-    "lr",
-    "warmup",
-    "schedule",
-    "weight_decay",
-    "clip",
-    "seed",
+    *("epochs", "steps", "accumulation", "packing", "seed"),
+    *("optimizer", "optimizer_args", "lr", "rates", "warmup", "schedule", "weight_decay", "no_decay"),
+    *("clip", "on_bad_step", "spike", "neftune"),
 )
+_RECENT = 20  # steps whose mean a spike is measured against
+_PATIENCE = 10  # bad steps one after the other that end a run in any case
 
 
 @dataclass(frozen=True)
 class Step:
     """One optimizer step. `loss` is the mean over its supervised tokens; `tokens` counts what is not
-    padding, `tokens_per_second` from them; `memory` is the peak so far in bytes."""
+    padding, `tokens_per_second` from them; `memory` is the peak so far in bytes. A `skipped` step had a bad
+    loss and changed nothing. After a `last` one nothing comes, for a reason if it is not the end."""
 
     step: int
     total: int
@@ -55,37 +56,61 @@ class Step:
     tokens_per_second: float
     memory: int
     validation_loss: float | None = None
+    skipped: bool = False
+    stopped: str | None = None
 
 
-def total_steps(examples: int, config: TrainConfig) -> int:
+@dataclass
+class Progress:
+    """What a run remembers besides arrays: the best validation and how many were worse since, the losses of
+    the last steps, and how many bad ones came in a row."""
+
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    recent: list[float] = field(default_factory=list)
+    bad: int = 0
+
+    def measured(self, step: int, loss: float) -> bool:
+        """Note a validation; True where it is the best so far."""
+        if self.best_loss is not None and not loss < self.best_loss:
+            self.worse += 1
+            return False
+        self.best_loss, self.best_step, self.worse = loss, step, 0
+        return True
+
+
+def total_steps(examples: Sequence[Example], config: TrainConfig, processes: int = 1) -> int:
     """How many optimizer steps the run has."""
-    micro = math.ceil(examples / config.batch_size)
-    return config.steps or config.epochs * math.ceil(micro / config.accumulation)
+    if config.steps:
+        return config.steps
+    rows = config.batch_size * processes
+    if not config.packing:  # every epoch has as many
+        return config.epochs * math.ceil(math.ceil(len(examples) / rows) / config.accumulation)
+    lengths = [len(_groups(examples, config, processes, epoch)) for epoch in range(config.epochs)]
+    return sum(math.ceil(length / config.accumulation) for length in lengths)
 
 
-def learning_rate(config: TrainConfig, total: int) -> Callable[[mx.array], mx.array] | float:
-    """The rate by step, as transformers' schedules give it: a warm-up starts at 0, a decay ends at 0."""
-    warmup = min(config.warmup, total)
-    rest = max(1, total - warmup)
-    after = {
-        "linear": lambda: optim.linear_schedule(config.lr, 0.0, rest),
-        "cosine": lambda: optim.cosine_decay(config.lr, rest),
-        "constant": lambda: lambda step: mx.array(config.lr),
-    }[config.schedule]()
-    if not warmup:
-        return after
-    return optim.join_schedules([optim.linear_schedule(0.0, config.lr, warmup), after], [warmup])
-
-
-def validate(model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
+def validate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    processes: Processes | None = None,
+) -> float:
     """Mean loss per supervised token over all `examples`, without dropout."""
+    processes = processes or Processes()
     was_training = model.training
     model.eval()
     head = split_head(model)
     total, count = 0.0, 0
-    for batch in batches(examples, batch_size=batch_size, pad_id=pad_id, shuffle=False):
-        total += float(loss_sum(model, targets(batch), head=head, gradient=False))
-        count += batch.targets
+    share = (processes.rank, processes.size)
+    rows = batch_size * processes.size
+    for given in batches(examples, batch_size=rows, pad_id=pad_id, shuffle=False, share=share):
+        value = loss_sum(model, targets(given), head=head, gradient=False)
+        total += float(processes.sums([value], {})[0][0])
+        count += given.targets
     model.train(was_training)
     return total / max(1, count)
 
@@ -96,7 +121,8 @@ class Run:
     `model` has frozen base weights; what `trainable_parameters()` returns is trained. With a `folder`,
     checkpoints go to `folder/checkpoints` every `config.save_every` steps, and `save()` writes one now.
     `identity` is what else a resumed run must share: the method and its fields, say. `rates` are factors on
-    the learning rate of the trained arrays whose last name is the key.
+    the learning rate of the trained arrays whose last name is the key. `processes` share every batch: each
+    computes `config.batch_size` rows of it.
     """
 
     def __init__(
@@ -110,32 +136,131 @@ class Run:
         folder: Path | None = None,
         identity: dict[str, Any] | None = None,
         rates: dict[str, float] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / "checkpoints" if folder else None
-        self.rates = rates or {}
-        self.total = total_steps(len(examples), config)
+        self.processes = processes or Processes()
+        self.total = total_steps(examples, config, self.processes.size)
+        model.eval()
+        self._packing = Packing(model) if config.packing else None
+        if config.neftune:
+            add_noise(model, config.neftune)
         if config.gradient_checkpointing:
             recompute_blocks(model)
-        self.optimizer = optim.AdamW(
-            learning_rate=learning_rate(config, self.total),
-            weight_decay=config.weight_decay,
-            bias_correction=True,  # MLX's default is off; torch and the paper have it
-        )
-        self.optimizer.init(model.trainable_parameters())
+        self.optimizer = make_optimizer(config, self.total, model.trainable_parameters(), rates)
         self.step = 0
+        self.progress = Progress()
+        self._rate = learning_rate(config, self.total)
         self._head: Head | None = None
+        self._stop = self._stopping = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        return fixed | {"examples": len(self.examples), "data": _digest(self.examples), **self.identity}
+        if self.config.packing:
+            fixed["cutoff"] = self.config.cutoff
+        rows = self.config.batch_size * self.processes.size
+        data = {"examples": len(self.examples), "data": _digest(self.examples)}
+        return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step; None without a folder."""
+        return self._save()
+
+    def use_best(self) -> int:
+        """Take the arrays of the best validation; returns its step. Without one nothing changes."""
+        if self.folder is None or self.progress.best_loss is None:
+            return self.step
+        checkpoint.load_adapter(self.folder, self.model, step=self.progress.best_step)
+        return self.progress.best_step
+
+    def stop(self) -> None:
+        """End after the current step, in every process."""
+        self._stop = True
+
+    def can_resume(self) -> bool:
+        """Whether there is something to resume from, for the first process: all of them must ask."""
+        found = self.folder is not None and checkpoint.latest(self.folder) is not None
+        return bool(self.processes.from_first(mx.array([float(found)])).item())
+
+    def resume(self, warn: Callable[[str], None] = lambda message: None) -> int:
+        """Go on from the newest checkpoint; returns its step. Raises TrainingError when there is none."""
         if self.folder is None:
+            raise TrainingError("a run without a folder has nothing to resume from")
+        if self.processes.writes:  # the other machines may not have the folder
+            self.step, progress = checkpoint.restore(
+                self.folder, self.model, self.optimizer, settings=self.settings, warn=warn
+            )
+            self.progress = Progress(**progress)
+        self._share()
+        return self.step
+
+    def __iter__(self) -> Iterator[Step]:
+        """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
+        self.processes.agree(repr(self.settings), "settings or data")
+        self.model.eval()  # with dropout on, the probe would find no head that agrees
+        self._head = split_head(self.model)
+        self.model.train()
+        for epoch, window in self._windows():
+            if self._out_of_patience:
+                break
+            yield self._step(epoch, window)
+        self.model.eval()
+
+    def _step(self, epoch: float, window: list[Batch]) -> Step:
+        started = time.perf_counter()
+        loss, norm, rate, good = self._update(window)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.tokens for batch in window)
+        last = self.step == self.total
+        validation = None
+        if self.validation and (last or self.step % self.config.validate_every == 0):
+            validation = self._measure()
+        if last or self._out_of_patience or self.step % self.config.save_every == 0:
+            self._save()
+        reason = None
+        if not last and self._out_of_patience:
+            reason = f"no better validation than step {self.progress.best_step}'s"
+        elif not last and (self._stopping or (self._stop and self.processes.size == 1)):
+            reason = "interrupted"
+        return Step(
+            step=self.step,
+            total=self.total,
+            epoch=epoch,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            memory=backend.peak_memory(),
+            validation_loss=validation,
+            skipped=not good,
+            stopped=reason,
+        )
+
+    def _measure(self) -> float:
+        loss = validate(
+            self.model,
+            self.validation,
+            batch_size=self.config.batch_size,
+            pad_id=self.pad_id,
+            processes=self.processes,
+        )
+        if self.progress.measured(self.step, loss):
+            self._save(best=True)
+        return loss
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.progress.worse >= self.config.patience
+
+    def _save(self, *, best: bool = False) -> Path | None:
+        if self.folder is None or not self.processes.writes:
             return None
         return checkpoint.save(
             self.folder,
@@ -143,109 +268,122 @@ class Run:
             self.optimizer,
             step=self.step,
             settings=self.settings,
+            progress=asdict(self.progress),
             keep=self.config.keep,
+            best=best,
         )
 
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
-        return self.folder is not None and checkpoint.latest(self.folder) is not None
-
-    def resume(self, warn: Callable[[str], None] = lambda message: None) -> int:
-        """Go on from the newest checkpoint; returns its step. Raises TrainingError when there is none."""
-        if self.folder is None:
-            raise TrainingError("a run without a folder has nothing to resume from")
-        self.step = checkpoint.restore(
-            self.folder, self.model, self.optimizer, settings=self.settings, warn=warn
+    def _share(self) -> None:
+        """The state of the first process becomes everyone's."""
+        state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        best = self.progress.best_loss
+        recent = self.progress.recent[-_RECENT:]
+        numbers = [self.step, best is not None, best or 0.0, self.progress.best_step, self.progress.worse]
+        numbers += [self.progress.bad, len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
+        shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
+        if self.processes.size == 1:
+            return
+        self.model.update(shared["adapter"])
+        self.optimizer.state = shared["optimizer"]
+        # rounded to float32 in every process: all must decide alike
+        step, known, best, best_step, worse, bad, length, *losses = shared["numbers"].tolist()
+        self.step = int(step)
+        self.progress = Progress(
+            best if known else None, int(best_step), int(worse), losses[: int(length)], int(bad)
         )
-        return self.step
-
-    def __iter__(self) -> Iterator[Step]:
-        """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
-        self.model.eval()  # with dropout on, the probe would find no head that agrees
-        self._head = split_head(self.model)
-        self.model.train()
-        for epoch, window in self._windows():
-            started = time.perf_counter()
-            loss, norm, rate = self._update(window)
-            self.step += 1
-            seconds = time.perf_counter() - started
-            tokens = sum(batch.tokens for batch in window)
-            last = self.step == self.total
-            validation = None
-            if self.validation and (last or self.step % self.config.validate_every == 0):
-                validation = validate(
-                    self.model, self.validation, batch_size=self.config.batch_size, pad_id=self.pad_id
-                )
-            if last or self.step % self.config.save_every == 0:
-                self.save()
-            yield Step(
-                step=self.step,
-                total=self.total,
-                epoch=epoch,
-                loss=loss,
-                lr=rate,
-                grad_norm=norm,
-                tokens=tokens,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                memory=backend.peak_memory(),
-                validation_loss=validation,
-            )
-        self.model.eval()
 
     def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
-        position, epoch = 0, 0
+        position, epoch, size = 0, 0, self.config.accumulation
+        share = (self.processes.rank, self.processes.size)
         while position < self.total:
-            order = batches(
-                self.examples,
-                batch_size=self.config.batch_size,
-                pad_id=self.pad_id,
-                seed=self.config.seed,
-                epoch=epoch,
-            )
-            size = self.config.accumulation
+            order = _groups(self.examples, self.config, self.processes.size, epoch)
             for first in range(0, len(order), size):
                 position += 1
                 if position > self.total:
                     return
-                if position > self.step:
-                    yield epoch + min(1.0, (first + size) / len(order)), order[first : first + size]
+                if position <= self.step:
+                    continue
+                window = [
+                    batch(self.examples, group, pad_id=self.pad_id, packed=self.config.packing, share=share)
+                    for group in order[first : first + size]
+                ]
+                yield epoch + min(1.0, (first + size) / len(order)), window
             epoch += 1
 
-    def _update(self, window: list[Batch]) -> tuple[float, float, float]:
+    def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:
+        """(loss, norm of the gradient, rate, whether the step was taken); the device is asked once."""
         # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
-        mx.random.seed(self.config.seed * 1_000_003 + self.step)
+        mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
         value_and_grad = nn.value_and_grad(self.model, self._loss)
         count = max(1, sum(batch.targets for batch in window))
-        loss: mx.array | float = 0.0
-        grads: Any = None
-        for batch in window:
-            value, grad = self._differentiated(value_and_grad, batch)
+        loss, grads = mx.array(0.0), None
+        for given in window:
+            value, grad = self._differentiated(value_and_grad, given)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             loss = loss + value
-            mx.eval(loss, grads)
+            if len(window) > 1:
+                mx.eval(loss, grads)  # else the activations of all of them are alive together
+        mx.async_eval(loss, grads)  # apart from the update: its order of evaluation needs more memory
+        (loss, stops), grads = self.processes.sums([loss, mx.array(float(self._stop))], grads)
         # The mean over the whole step's targets: a batch with few of them does not weigh more per token.
-        grads = tree_map(lambda g: g / count, grads)
-        limit = self.config.clip or math.inf
-        grads, norm = optim.clip_grad_norm(grads, limit)
-        mean, norm_value = float(loss) / count, float(norm)
-        if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise TrainingError(
-                f"step {self.step + 1}: the loss is {mean}, its gradient's norm {norm_value}. The checkpoint "
-                "before is kept: lower --lr, or look for odd rows in the data"
-            )
-        before = dict(tree_flatten(self.model.trainable_parameters())) if self.rates else {}
-        self.optimizer.update(self.model, grads)
-        if self.rates:
-            self._scale_update(before)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return mean, norm_value, float(self.optimizer.learning_rate)
+        mean = loss / count
+        grads, norm = optim.clip_grad_norm(tree_map(lambda g: g / count, grads), self.config.clip or math.inf)
+        good = mx.isfinite(mean) & mx.isfinite(norm) & (mean <= self._most())
+        rate = self._rate(mx.array(self.step))
+        self._apply(grads, good)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state, mean, norm, good, rate, stops)
+        if self.processes.size > 1:  # a signal reaches them at different steps: all have to have heard of it
+            self._stopping = float(stops) > 0
+        self._judge(float(mean), float(norm), bool(good))
+        return float(mean), float(norm), float(rate), bool(good)
 
-    def _differentiated(self, value_and_grad: Any, batch: Batch) -> tuple[mx.array, Any]:
+    def _apply(self, grads: Any, good: mx.array) -> None:
+        """One step of the optimizer; where the step is bad, everything but its count stays."""
+        weights, state = self._flat()
+        self.optimizer.update(self.model, grads)
+        new_weights, new_state = self._flat()
+
+        def chosen(path: str, new: mx.array, old: mx.array | None) -> mx.array:
+            counts = path.rpartition(".")[2] in ("step", "learning_rate")
+            return new if counts or old is None else mx.where(good, new, old)
+
+        self.model.update(tree_unflatten([(k, chosen("", v, weights[k])) for k, v in new_weights.items()]))
+        self.optimizer.state = tree_unflatten([(k, chosen(k, v, state.get(k))) for k, v in new_state.items()])
+
+    def _flat(self) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """Trained arrays and the optimizer's state by path."""
+        return dict(tree_flatten(self.model.trainable_parameters())), dict(tree_flatten(self.optimizer.state))
+
+    def _most(self) -> float:
+        """The largest loss that is no spike."""
+        recent = self.progress.recent
+        if not self.config.spike or len(recent) < _RECENT:
+            return math.inf
+        return self.config.spike * sum(recent) / len(recent)
+
+    def _judge(self, loss: float, norm: float, good: bool) -> None:
+        """Note the outcome of a step; TrainingError where it has to end the run."""
+        if good:
+            self.progress.recent = [*self.progress.recent, loss][-_RECENT:]
+            self.progress.bad = 0
+            return
+        self.progress.bad += 1
+        if self.config.on_bad_step == "skip" and self.progress.bad < _PATIENCE:
+            return
+        often = f" ({self.progress.bad} bad steps in a row)" if self.progress.bad > 1 else ""
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}{often}. The checkpoint "
+            "before is kept: lower --lr, look for odd rows in the data, or go on with --on-bad-step skip"
+        )
+
+    def _differentiated(self, value_and_grad: Any, given: Batch) -> tuple[mx.array, Any]:
+        reading: AbstractContextManager[None] = nullcontext()
+        if self._packing and given.starts is not None:
+            reading = self._packing.reading(given.starts[:, :-1])
         try:
-            return value_and_grad(targets(batch))
+            with reading:
+                return value_and_grad(targets(given))
         except ValueError as error:
             if "VJP" not in str(error):
                 raise
@@ -254,17 +392,21 @@ class Run:
                 f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
             ) from None
 
-    def _scale_update(self, before: dict[str, mx.array]) -> None:
-        """A step is proportional to its rate: a multiple of the step is that of a multiple of the rate."""
-        moved = [
-            (name, before[name] + self.rates[last] * (array - before[name]))
-            for name, array in tree_flatten(self.model.trainable_parameters())
-            if (last := name.rpartition(".")[2]) in self.rates
-        ]
-        self.model.update(tree_unflatten(moved), strict=False)
+    def _loss(self, given: Any) -> mx.array:
+        caches = self._packing.caches() if self._packing else None
+        return loss_sum(self.model, given, head=self._head, cache=caches)
 
-    def _loss(self, batch: Any) -> mx.array:
-        return loss_sum(self.model, batch, head=self._head)
+
+def _groups(
+    examples: Sequence[Example], config: TrainConfig, processes: int, epoch: int
+) -> list[list[list[int]]]:
+    return groups(
+        examples,
+        batch_size=config.batch_size * processes,
+        seed=config.seed,
+        epoch=epoch,
+        pack=config.cutoff if config.packing else None,
+    )
 
 
 def _digest(examples: Sequence[Example]) -> str:

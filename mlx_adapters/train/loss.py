@@ -108,16 +108,23 @@ def split_head(model: nn.Module) -> Head | None:
     return None
 
 
-def loss_sum(model: nn.Module, batch: Targets, *, head: Head | None, gradient: bool = True) -> mx.array:
+def loss_sum(
+    model: nn.Module,
+    batch: Targets,
+    *,
+    head: Head | None,
+    gradient: bool = True,
+    cache: list[Any] | None = None,
+) -> mx.array:
     """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none.
 
-    Without `gradient` the value alone is computed, in less time.
+    Without `gradient` the value alone is computed, in less time. `cache` is what the model is called with.
     """
     inputs = batch.ids[:, :-1]
     if head is None:
-        logits = forward(model, inputs)
+        logits = forward(model, inputs, cache=cache)
         return _cross_entropy(logits.reshape(-1, logits.shape[-1])[batch.positions], batch)
-    hidden = forward(model, inputs, backbone=head.backbone)
+    hidden = forward(model, inputs, backbone=head.backbone, cache=cache)
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     if not head.frozen:
         return _cross_entropy(head.project(hidden), batch)

@@ -25,6 +25,8 @@ from mlx_adapters.errors import DataError, OutputError
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.loggers import Logger, open_loggers
 from mlx_adapters.train.loop import Run, Step
 
 __all__ = ["Session", "check_output", "excluded_hashes", "prepare"]
@@ -45,25 +47,38 @@ class Session:
     excluded: int
     trainable: int
     parameters: int
+    loggers: list[Logger]
 
     def __iter__(self) -> Iterator[Step]:
-        for step in self.run:
-            metrics.append(self.output / METRICS, step)
-            yield step
+        try:
+            for step in self.run:
+                for logger in self.loggers:
+                    logger.log(step)
+                yield step
+        finally:
+            for logger in self.loggers:
+                logger.close()
 
     def save(self) -> None:
         """Save what there is now: the adapter, and a checkpoint to resume from."""
         self.run.save()
-        self._save_adapter()
+        self._save_adapter(self.run.step)
 
-    def finish(self) -> None:
-        """Save the adapter and draw the losses."""
-        self._save_adapter()
+    def finish(self) -> int:
+        """Save the adapter, of the best step if configured so, and draw the losses; returns its step."""
+        config = self.run.config
+        if not self.run.processes.writes:
+            return self.run.step
+        step = self.run.use_best() if config.best or config.patience else self.run.step
+        self._save_adapter(step)
         rows = metrics.read(self.output / METRICS)
         metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+        return step
 
-    def _save_adapter(self) -> None:
-        training = {**self.meta.training, "steps_done": self.run.step}
+    def _save_adapter(self, step: int) -> None:
+        if not self.run.processes.writes:
+            return
+        training = {**self.meta.training, "steps_done": step}
         adapter.save(self.output, self.loaded.model, meta=replace(self.meta, training=training))
 
 
@@ -78,15 +93,20 @@ def prepare(
     exclude: frozenset[str] = frozenset(),
     start: Path | None = None,
     resume: bool = False,
+    log: Sequence[str] = (),
+    processes: Processes | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Session:
     """Encode the rows, attach the adapter, and set up the run (or go on with the one in `output`).
 
     `fields` are the method's settings, texts or values. `start` is an adapter folder to go on from, ours or
     PEFT's: its method and settings count then. Rows whose question's hash is in `exclude` are left out.
-    Raises OutputError when `output` holds something and `resume` is not set.
+    `log` names further loggers besides the JSON lines. Of several `processes` the first one writes. Raises
+    OutputError when `output` holds something and `resume` is not set.
     """
-    check_output(output, resume)
+    processes = processes or Processes()
+    if processes.writes:
+        check_output(output, resume)
     kept, excluded = _select(rows, config, exclude)
     earlier = adapter.read_meta(start) if start else None
     template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
@@ -103,7 +123,8 @@ def prepare(
         paths = adapter.attach(loaded.model, method, method_config, base=base)
     mx.eval(loaded.model.parameters())
     trainable, parameters = adapter.count(loaded.model)
-    output.mkdir(parents=True, exist_ok=True)
+    if processes.writes:
+        output.mkdir(parents=True, exist_ok=True)
     run = Run(
         loaded.model,
         training,
@@ -111,6 +132,7 @@ def prepare(
         config=config,
         pad_id=_pad_id(loaded.tokenizer),
         folder=output,
+        processes=processes,
         rates=methods.get(method).rates(method_config) if hasattr(methods.get(method), "rates") else None,
         identity={
             "method": method,
@@ -119,12 +141,8 @@ def prepare(
             "loss_on": config.loss_on,
         },
     )
-    if resume and run.has_checkpoint:
-        run.resume(warn)
-    elif resume:
-        warn(f"{output}: has no checkpoint yet, starting from the beginning")
     if resume:
-        _forget_after(output / METRICS, run.step)
+        _resume(run, output, warn)
     seen = set(seen_hashes(rows_texts(kept)))
     meta = AdapterMeta(
         method=method,
@@ -145,7 +163,17 @@ def prepare(
         excluded=excluded,
         trainable=trainable,
         parameters=parameters,
+        loggers=open_loggers(log, output, meta.training) if processes.writes else [],
     )
+
+
+def _resume(run: Run, output: Path, warn: Callable[[str], None]) -> None:
+    if run.can_resume():
+        run.resume(warn)
+    else:
+        warn(f"{output}: has no checkpoint yet, starting from the beginning")
+    if run.processes.writes:
+        _forget_after(output / METRICS, run.step)
 
 
 def _method_config(method: str, fields: dict[str, Any], loaded: Loaded) -> Any:

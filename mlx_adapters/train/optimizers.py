@@ -1,0 +1,147 @@
+"""Optimizers of mlx.optimizers by name, their schedule, and the groups of arrays with rates of their own."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.train.config import TrainConfig
+
+__all__ = ["OPTIMIZERS", "learning_rate", "make_optimizer"]
+
+# name: (class, the arguments that differ from the class's defaults)
+OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (optim.AdamW, {"bias_correction": True}),  # MLX's default is off; torch and the paper have it
+    "adam": (optim.Adam, {"bias_correction": True}),
+    "lion": (optim.Lion, {}),
+    # the given rate counts, as in transformers' trainer, not one relative to the size of the weights
+    "adafactor": (optim.Adafactor, {"relative_step": False, "scale_parameter": False}),
+    "muon": (optim.Muon, {}),
+    "sgd": (optim.SGD, {}),
+}
+_CHOSEN_ELSEWHERE = {"learning_rate", "weight_decay"}
+
+
+def learning_rate(config: TrainConfig, total: int, factor: float = 1.0) -> Callable[[mx.array], mx.array]:
+    """`factor` times the rate by step, as transformers' schedules give it: a warm-up starts at 0, a decay
+    ends at 0."""
+    warmup = min(config.warmup, total)
+    rest = max(1, total - warmup)
+    peak = config.lr * factor
+    after = {
+        "linear": lambda: optim.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optim.cosine_decay(peak, rest),
+        "constant": lambda: lambda step: mx.array(peak),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    return optim.join_schedules([optim.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(
+    config: TrainConfig, total: int, parameters: Any, rates: Mapping[str, float] | None = None
+) -> optim.Optimizer:
+    """The optimizer of a run of `total` steps over the tree `parameters`, with its state.
+
+    `rates` are the method's own factors on the rate by an array's last name; those of `config.rates` come
+    before them. Arrays of the same factor and the same share in the weight decay form a group. Raises
+    ConfigError for an unknown argument, or a pattern that no array has.
+    """
+    paths = [path for path, _ in tree_flatten(parameters)]
+    wanted = _factors(config.rates)
+    excluded = _patterns(config.no_decay)
+    for pattern in wanted:
+        if not any(_matches(path, pattern) for path in paths):
+            raise ConfigError(f"rates: no trained array matches {pattern!r}. There are {_last_names(paths)}")
+
+    def group(path: str, array: mx.array) -> tuple[float, bool, bool]:
+        """(factor on the rate, whether it decays, whether it is a matrix)."""
+        own = (rates or {}).get(path.rpartition(".")[2], 1.0)
+        factor = next((by for pattern, by in wanted.items() if _matches(path, pattern)), own)
+        decays = config.weight_decay > 0 and not any(_matches(path, pattern) for pattern in excluded)
+        return factor, decays, config.optimizer != "muon" or array.ndim > 1
+
+    groups = list(dict.fromkeys(group(path, array) for path, array in tree_flatten(parameters)))
+    members = [_build(config, total, *key) for key in groups]
+    filters = [lambda path, array, key=key: group(path, array) == key for key in groups[:-1]]
+    optimizer = members[0] if len(members) == 1 else optim.MultiOptimizer(members, filters)
+    optimizer.init(parameters)
+    return optimizer
+
+
+def _build(config: TrainConfig, total: int, factor: float, decays: bool, matrix: bool) -> optim.Optimizer:
+    # Muon orthogonalises matrices; its authors give vectors to AdamW
+    name = config.optimizer if matrix else "adamw"
+    kind, given = OPTIMIZERS[name]
+    decay = config.weight_decay if decays else 0.0
+    if "weight_decay" in inspect.signature(kind).parameters:
+        given = given | {"weight_decay": decay}
+    elif config.weight_decay:
+        raise ConfigError(f"weight_decay={config.weight_decay}: {name} has none. Use adamw")
+    arguments = _arguments(config.optimizer_args, kind) if name == config.optimizer else {}
+    return kind(learning_rate=learning_rate(config, total, factor), **(given | arguments))
+
+
+def _arguments(text: str | None, kind: type) -> dict[str, Any]:
+    """`momentum=0.9,betas=0.9:0.95` as keyword arguments of `kind`."""
+    known = [name for name in inspect.signature(kind).parameters if name not in _CHOSEN_ELSEWHERE]
+    found: dict[str, Any] = {}
+    for name, value in _pairs(text, "optimizer_args"):
+        if name not in known:
+            raise ConfigError("optimizer_args: " + unknown("argument", name, known))
+        try:
+            found[name] = _value(value)
+        except ValueError:
+            raise ConfigError(
+                f"optimizer_args: {name}={value} is no number, true, false or list like 0.9:0.95"
+            ) from None
+    return found
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    if ":" in text:
+        return [float(part) for part in text.split(":")]
+    return int(text) if text.isdigit() else float(text)
+
+
+def _factors(text: str | None) -> dict[str, float]:
+    factors = {}
+    for pattern, value in _pairs(text, "rates"):
+        try:
+            factors[pattern] = float(value)
+        except ValueError:
+            factors[pattern] = math.nan
+        if not (math.isfinite(factors[pattern]) and factors[pattern] >= 0):
+            raise ConfigError(f"rates: {pattern}={value} must be a finite number, 0 or more")
+    return factors
+
+
+def _pairs(text: str | None, where: str) -> list[tuple[str, str]]:
+    pairs = []
+    for part in _patterns(text):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{where}: {part!r} must be written as name=value")
+        pairs.append((name.strip(), value.strip()))
+    return pairs
+
+
+def _patterns(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether the pattern is the array's last name, or fits its whole path."""
+    return path.rpartition(".")[2] == pattern or fnmatchcase(path, pattern)
+
+
+def _last_names(paths: list[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
