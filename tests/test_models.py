@@ -327,3 +327,16 @@ def test_what_cannot_be_built_is_refused_by_name(
     network, args = model_config.classes(config)
     with pytest.raises(UnsupportedError, match=said):
         network(args.from_dict(config))
+
+
+def test_gemma2_reads_a_ragged_batch_as_its_rows(folders: dict[str, Path]) -> None:
+    """As many rows as kv heads: mlx-lm gives the mask of row n to kv head n of all rows."""
+    loaded = model.load(folders["gemma2"])
+    heads = loaded.model.args.num_key_value_heads
+    assert heads < loaded.model.args.num_attention_heads
+    prompts = [[1, *range(5, 5 + 4 * n)] for n in range(1, heads + 1)]
+
+    def answers(rows: list[list[int]]) -> dict[int, list[int]]:
+        return dict(generate_ids(loaded.model, rows, stop=frozenset(), max_tokens=8, batch_size=heads))
+
+    assert answers(prompts) == {n: answers([prompt])[0] for n, prompt in enumerate(prompts)}

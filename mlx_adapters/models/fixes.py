@@ -112,6 +112,8 @@ def _correct(model: Any, config: Config, windowed: list[bool]) -> None:
             _rotate_part(layer.self_attn, config)
         if kind == "gpt2":
             _scale(layer.attn, config, index)
+        if kind == "gemma2" and layer.self_attn.repeats > 1:
+            layer.self_attn.__class__ = _masked_by_row(type(layer.self_attn))
         if kind == "gpt_neox" and config.get("attention_bias") is False:
             for name in ("query_key_value", "dense"):
                 _without_bias(layer.attention, name)
@@ -184,6 +186,18 @@ def _scale(attention: Any, config: Config, index: int) -> None:
         attention.scale = 1.0
     if config.get("scale_attn_by_inverse_layer_idx"):
         attention.scale /= index + 1
+
+
+def _masked_by_row(base: type) -> type:
+    """Gemma 2's attention with masks [rows, 1, time, keys]. Its scores are [rows, kv heads, queries of each,
+    time, keys]: mlx-lm's would apply the mask of row n to kv head n of every row."""
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if isinstance(mask, mx.array) and mask.ndim == 4:
+            mask = mask[:, :, None]
+        return base.__call__(self, x, mask, cache)
+
+    return type(base.__name__, (base,), {"__call__": call})
 
 
 def _rotate_part(attention: Any, config: Config) -> None:

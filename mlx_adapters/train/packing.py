@@ -59,11 +59,14 @@ class Packing:
         return [_Apart(same[:, None])] * len(self.model.layers)
 
     def _try(self) -> None:
-        lengths = (3, 4)
-        ids = mx.array([[1, 2, 3, 4, 3, 2, 1]])
-        starts = mx.array([[0] * lengths[0] + [lengths[0]] * lengths[1]])
-        wanted = [self.model(part) for part in mx.split(ids, [lengths[0]], axis=1)]
-        expected = mx.concatenate(wanted, axis=1)
+        rows = ((3, 4), (5, 2))  # two, with other starts: a mask can be right for one and wrong for more
+        ids = mx.array([[1, 2, 3, 4, 3, 2, 1], [4, 3, 2, 1, 1, 2, 3]])
+        starts = mx.array([[0] * first + [first] * second for first, second in rows])
+        parts = [
+            [self.model(part) for part in mx.split(ids[number : number + 1], [first], axis=1)]
+            for number, (first, _) in enumerate(rows)
+        ]
+        expected = mx.concatenate([mx.concatenate(row, axis=1) for row in parts])
         try:
             with self.reading(starts):
                 found = self.model(ids, cache=self.caches())

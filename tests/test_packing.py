@@ -1,0 +1,148 @@
+"""Packing, bucketing, accumulation: how a fixed set of items is laid out never changes its loss or gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from cases import ARCHITECTURES, METHODS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from test_methods import attached
+from test_train import config, examples, tiny
+
+from mlx_adapters.data.batches import Batch, batches
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.train.loop import Run, total_steps
+from mlx_adapters.train.packing import Packing
+
+BOUND = 1e-6
+
+
+def of_batches(run: Run, given: list[Batch]) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients summed over the batches, without dropout."""
+    run.model.eval()
+    run._head = None
+    value_and_grad = nn.value_and_grad(run.model, run._loss)
+    total, sums = 0.0, {}
+    for batch in given:
+        loss, grads = run._differentiated(value_and_grad, batch)
+        total += float(loss)
+        for path, array in tree_flatten(grads):
+            sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
+    return total, sums
+
+
+def same(left: tuple[float, dict[str, np.ndarray]], right: tuple[float, dict[str, np.ndarray]]) -> None:
+    """The losses within 1e-6, the gradients within 1e-6 of their length, as one vector of all arrays."""
+    assert left[0] == pytest.approx(right[0], rel=BOUND)
+    assert left[1].keys() == right[1].keys()
+    assert all(np.abs(gradient).max() > 0 for gradient in left[1].values())
+    length = np.sqrt(sum(np.square(gradient).sum() for gradient in left[1].values()))
+    apart = np.sqrt(sum(np.square(right[1][path] - gradient).sum() for path, gradient in left[1].items()))
+    assert apart <= BOUND * length, apart / length
+
+
+def rows(count: int = 9) -> list[Example]:
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(5, 25, count)
+    return [Example(list(map(int, rng.integers(4, 64, n))), int(n) // 3) for n in lengths]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_equals_apart(arch: str, folders: dict[str, Path]) -> None:
+    items = rows()
+    loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
+    apart = of_batches(
+        Run(loaded.model, items, config=config()), batches(items, batch_size=1, pad_id=0, multiple=1)
+    )
+    packed = Run(loaded.model, items, config=config(packing=True, cutoff=64))
+    given = batches(items, batch_size=2, pad_id=0, pack=64)
+    assert sum(len(batch.ids) for batch in given) < len(items) / 2
+    same(apart, of_batches(packed, given))
+
+
+@pytest.mark.parametrize("case", ["dora", "series", "seq_bn", "loreft", "ia3"])
+def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[str, Path]) -> None:
+    items = rows()
+    loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
+    apart = of_batches(Run(loaded.model, items, config=config()), batches(items, batch_size=1, pad_id=0))
+    again = config(packing=True, cutoff=64, gradient_checkpointing=True)
+    loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
+    same(apart, of_batches(Run(loaded.model, items, config=again), batches(items, batch_size=2, pad_id=0, pack=64)))
+
+
+@pytest.mark.parametrize("case", ["prefix", "prompt"])
+def test_virtual_tokens_are_refused(case: str, folders: dict[str, Path]) -> None:
+    loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
+    with pytest.raises(UnsupportedError, match="virtual tokens"):
+        Packing(loaded.model)
+
+
+def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the masks do not reach (a convolution, a state) shows when it is tried."""
+    model = tiny()
+    real = type(model.model).__call__
+
+    def mixing(self: Any, *args: Any, **named: Any) -> mx.array:
+        hidden: mx.array = real(self, *args, **named)
+        return hidden + mx.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+    monkeypatch.setattr(type(model.model), "__call__", mixing)
+    with pytest.raises(UnsupportedError, match="llama cannot keep examples of one row apart.*differ"):
+        Packing(model)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    lengths=st.lists(st.integers(3, 30), min_size=1, max_size=12),
+    size=st.integers(1, 6),
+    multiple=st.sampled_from([1, 8, 16]),
+    epoch=st.integers(0, 3),
+)
+def test_bucketing_never_changes_the_gradient(lengths: list[int], size: int, multiple: int, epoch: int) -> None:
+    rng = np.random.default_rng(sum(lengths))
+    items = [Example(list(map(int, rng.integers(3, 48, n))), max(1, n // 2)) for n in lengths]
+    run = Run(tiny(), items, config=config())
+    for path, array in tree_flatten(run.model.trainable_parameters()):
+        run.model.load_weights([(path, array + 0.1)], strict=False)
+    one_by_one = of_batches(run, batches(items, batch_size=1, pad_id=0, shuffle=False, multiple=1))
+    same(one_by_one, of_batches(run, batches(items, batch_size=size, pad_id=0, epoch=epoch, multiple=multiple)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60),
+    size=st.integers(1, 5),
+    pack=st.integers(40, 90),
+    processes=st.integers(1, 4),
+)
+def test_nothing_is_lost_or_repeated(lengths: list[int], size: int, pack: int, processes: int) -> None:
+    """Whatever the layout, every token is read once; the processes' shares make up the batch."""
+    items = [Example(list(range(100 * i + 5, 100 * i + 5 + n)), 1) for i, n in enumerate(lengths)]
+    wanted = sorted(token for item in items for token in item.ids)
+    for length in (None, pack):
+        found: list[int] = []
+        supervised = 0
+        for rank in range(processes):
+            for batch in batches(items, batch_size=size, pad_id=0, pack=length, share=(rank, processes)):
+                assert batch.ids.shape[1] <= 8 + (length or 40)
+                if batch.mask.any():
+                    found += batch.ids[batch.ids > 0].tolist()
+                supervised += int(batch.mask.sum())
+        assert sorted(found) == wanted
+        assert supervised == sum(len(item.ids) - 1 for item in items)
+
+
+def test_a_packed_run_trains_and_counts_its_steps() -> None:
+    items = examples(40)
+    settings = config(packing=True, cutoff=64, batch_size=2, steps=None, epochs=3)
+    steps = list(Run(tiny(), items, config=settings))
+    assert len(steps) == total_steps(items, settings)
+    assert len(steps) < 3 * 40 / 2 / 3
+    assert sum(step.tokens for step in steps) == 3 * sum(len(item.ids) for item in items)
+    assert steps[-1].loss < steps[0].loss
