@@ -73,7 +73,10 @@ def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[s
     apart = of_batches(Run(loaded.model, items, config=config()), batches(items, batch_size=1, pad_id=0))
     again = config(packing=True, cutoff=64, gradient_checkpointing=True)
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
-    same(apart, of_batches(Run(loaded.model, items, config=again), batches(items, batch_size=2, pad_id=0, pack=64)))
+    same(
+        apart,
+        of_batches(Run(loaded.model, items, config=again), batches(items, batch_size=2, pad_id=0, pack=64)),
+    )
 
 
 @pytest.mark.parametrize("case", ["prefix", "prompt"])
@@ -104,14 +107,18 @@ def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatc
     multiple=st.sampled_from([1, 8, 16]),
     epoch=st.integers(0, 3),
 )
-def test_bucketing_never_changes_the_gradient(lengths: list[int], size: int, multiple: int, epoch: int) -> None:
+def test_bucketing_never_changes_the_gradient(
+    lengths: list[int], size: int, multiple: int, epoch: int
+) -> None:
     rng = np.random.default_rng(sum(lengths))
     items = [Example(list(map(int, rng.integers(3, 48, n))), max(1, n // 2)) for n in lengths]
     run = Run(tiny(), items, config=config())
     for path, array in tree_flatten(run.model.trainable_parameters()):
         run.model.load_weights([(path, array + 0.1)], strict=False)
     one_by_one = of_batches(run, batches(items, batch_size=1, pad_id=0, shuffle=False, multiple=1))
-    same(one_by_one, of_batches(run, batches(items, batch_size=size, pad_id=0, epoch=epoch, multiple=multiple)))
+    same(
+        one_by_one, of_batches(run, batches(items, batch_size=size, pad_id=0, epoch=epoch, multiple=multiple))
+    )
 
 
 @settings(deadline=None, max_examples=40)

@@ -160,7 +160,9 @@ def test_a_run_with_noise_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def rows_file(folder: Path, count: int = 20) -> Path:
     file = folder / "data.jsonl"
-    rows = [{"prompt": f"tom has {n % 10} apples", "completion": f"the answer is {n % 7}"} for n in range(count)]
+    rows = [
+        {"prompt": f"tom has {n % 10} apples", "completion": f"the answer is {n % 7}"} for n in range(count)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

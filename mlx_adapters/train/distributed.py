@@ -50,7 +50,9 @@ class Processes:
         """The tree as the first process has it; the others give arrays of the same shapes."""
         if self.size == 1:
             return tree
-        leaves = tree_flatten(tree)
+        leaves = sorted(
+            tree_flatten(tree), key=lambda leaf: leaf[0]
+        )  # a restored tree has another order than a new one
         sent = [(name, self._sum(a if self.writes else mx.zeros_like(a))) for name, a in leaves]
         mx.eval([array for _, array in sent])
         return tree_unflatten(sent)
