@@ -1,4 +1,4 @@
-"""Packing, bucketing, accumulation: how a fixed set of items is laid out never changes its loss or gradient."""
+"""Packing and bucketing: how a fixed set of items is laid out never changes its loss or gradient."""
 
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatc
         return hidden + mx.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     monkeypatch.setattr(type(model.model), "__call__", mixing)
-    with pytest.raises(UnsupportedError, match="llama cannot keep examples of one row apart.*differ"):
+    with pytest.raises(UnsupportedError, match=r"llama cannot keep examples of one row apart.*differ"):
         Packing(model)
 
 

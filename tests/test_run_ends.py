@@ -113,7 +113,7 @@ def test_a_spike_is_a_bad_step_after_twenty_good_ones() -> None:
     assert [step.step for step in run if step.skipped] == [25]
     stopping = Run(tiny(), examples(), config=config(steps=30, spike=3.0))
     spoil(stopping, 25, 50.0)
-    with pytest.raises(TrainingError, match="step 25: the loss is .*on-bad-step skip"):
+    with pytest.raises(TrainingError, match=r"step 25: the loss is .*on-bad-step skip"):
         list(stopping)
     unaware = Run(tiny(), examples(), config=config(steps=30))
     spoil(unaware, 25, 50.0)
@@ -226,7 +226,7 @@ def test_trackers_get_every_step(
 def test_an_unknown_logger_and_a_missing_package_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="logger 'wandbb'.*wandb"):
+    with pytest.raises(ConfigError, match=r"logger 'wandbb'.*wandb"):
         open_loggers(["wandbb"], tmp_path, {})
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UnsupportedError, match=r"pip install .mlx-adapters\[trackio\]"):

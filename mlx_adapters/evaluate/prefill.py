@@ -27,8 +27,8 @@ _WORTH = 8  # a shorter prefix saves less than copying its cache costs
 def splits(model: nn.Module) -> bool:
     """Whether rows of different lengths can share a cache.
 
-    Some state-space layers' caches have no batched form, and mlx-lm's code for a few models (phi3small) does not
-    take a mask for each row. Tried; MLX is lazy, so only shapes are computed.
+    Some state-space layers' caches have no batched form, and mlx-lm's code for a few models does not take a
+    mask for each row (phi3small). Tried; MLX is lazy, so only shapes are computed.
     """
     count = 13  # no model has 13 heads, which a mask of 13 rows could be mistaken for
     rows = [make_prompt_cache(model) for _ in range(count)]
