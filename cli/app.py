@@ -28,6 +28,7 @@ from mlx_adapters.cli import (
     models,
     plan,
     quickstart,
+    serve,
     study,
     train,
 )
@@ -78,6 +79,7 @@ app.command("import")(import_adapter.command)
 app.command("fuse")(fuse.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("combine")(combine.command)
 app.add_typer(data.app, name="data")
 app.command("info")(info.command)

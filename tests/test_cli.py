@@ -25,6 +25,7 @@ COMMANDS = (
     "export",
     "generate",
     "chat",
+    "serve",
     "plan",
     "import",
     "fuse",

@@ -1,0 +1,68 @@
+"""`mlx-adapters serve MODEL --adapter NAME=DIR`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_adapters.cli.screen import say
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER, or a folder that gives its name; may be repeated")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; there is no password")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer a request may ask for")] = 2048,
+    parallel: Annotated[int, typer.Option(min=1, help="answers written at once; the others wait")] = 8,
+) -> None:
+    """Serve the base and its adapters by OpenAI's API; a request's `model` names which of them answers."""
+    import signal
+    import threading
+
+    from mlx_adapters import model as models
+    from mlx_adapters.serve import Engine, Server
+    from mlx_adapters.several import load_several
+
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    folders = _folders(adapter or [], name)
+    loaded = models.load(model, answering=True)
+    metas = load_several(loaded, folders) if folders else {}
+    engine = Engine(loaded, metas, name=name, parallel=parallel)
+    try:
+        server = Server(engine, host, port, max_tokens=max_tokens)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: engine.stop())
+    # the arrays are this thread's: it answers, and HTTP goes to others
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shown = f"[{host}]" if ":" in host else host
+    say(f"http://{shown}:{server.server_port}/v1 serves {', '.join(engine.models)}; Ctrl-C stops")
+    try:
+        engine.run()
+    finally:
+        server.shutdown()
+        server.drain(1.0)
+        server.server_close()
+    say("stopped")
+
+
+def _folders(adapters: list[str], base: str) -> dict[str, Path]:
+    """{name: folder} of the options."""
+    folders: dict[str, Path] = {}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not name or not folder:
+            raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
+        if name in folders or name == base:
+            raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
+        folders[name] = Path(folder)
+    return folders
