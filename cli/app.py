@@ -27,6 +27,7 @@ from mlx_adapters.cli import (
     methods,
     models,
     plan,
+    push,
     quickstart,
     serve,
     study,
@@ -75,6 +76,7 @@ app.command("eval")(eval.command)
 app.command("compare")(compare.command)
 app.command("study")(study.command)
 app.command("export")(export.command)
+app.command("push")(push.command)
 app.command("import")(import_adapter.command)
 app.command("fuse")(fuse.command)
 app.command("generate")(generate.command)

@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "push",
     "plan",
     "import",
     "fuse",

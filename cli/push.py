@@ -1,0 +1,43 @@
+"""`mlx-adapters push ADAPTER OWNER/NAME`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["command"]
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there")],
+    base: Annotated[str | None, typer.Option(help="hub id of the base [default: the one it names]")] = None,
+    eval: Annotated[
+        list[Path] | None, typer.Option(help="report of eval --output, for the card; may be repeated")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="a new repository is private")] = False,
+    dry_run: Annotated[bool, typer.Option(help="write the folder to --output, upload nothing")] = False,
+    output: Annotated[Path | None, typer.Option(help="new folder for --dry-run")] = None,
+) -> None:
+    """Upload the adapter as a PEFT folder with a card: method, data, scores, hashes, how to load it.
+
+    The token is that of `hf auth login` or HF_TOKEN.
+    """
+    import tempfile
+
+    from mlx_adapters.cli.screen import size
+    from mlx_adapters.convert import publish
+
+    if dry_run != (output is not None):
+        raise ConfigError("--dry-run and --output FOLDER go together: the folder is written, nothing is sent")
+    with tempfile.TemporaryDirectory(prefix="mlx-adapters-push-") as temporary:
+        folder = output or Path(temporary) / "adapter"
+        prepared = publish.prepare(adapter, folder, repo, base=base, reports=eval or ())
+        for name, count, digest in prepared.files:
+            typer.echo(f"{name}  {size(count)}  sha256 {digest}")
+        if dry_run:
+            typer.echo(f"{folder}: would go to {repo}; nothing was sent")
+            return
+        typer.echo(publish.upload(prepared, repo, private=private))
