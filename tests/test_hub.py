@@ -1,0 +1,230 @@
+"""A hub that is down, slow, cuts files short or refuses: a local server that speaks its download protocol.
+
+Every failure ends in one line that names the repository, with exit code 2; what works gives the same bytes. The
+client reads its environment once, so each command is a process of its own.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny
+
+REPO = "owner/tiny"
+WEIGHTS = "model.safetensors"
+COMMITS = {"main": "1" * 40, "v1": "2" * 40}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Serves `folder`. `api` and `files` are the statuses of the two parts; the rest provokes the faults."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    api = 200
+    files = 200
+    cut = 0  # how many of the coming downloads of the weights end half way
+    wait = 0.0  # seconds before every answer
+    got: list[tuple[str, str, str | None]]
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self._file(send=False)
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/api/"):
+            return self._file(send=True)
+        kind = type(self)
+        kind.got.append(("API", self.path, None))
+        time.sleep(self.wait)
+        names = [file.name for file in self.folder.iterdir() if file.is_file()]
+        revision = self.path.partition("/revision/")[2].partition("?")[0] or "main"
+        tree = self.path.partition("/tree/")[2].partition("?")[0]
+        commit = COMMITS.get(revision) or (revision if revision in COMMITS.values() else None)
+        if self.api != 200:
+            return self._json(self.api, {"error": "no"})
+        if tree:
+            sizes = [(name, (self.folder / name).stat().st_size) for name in names]
+            rows = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes]
+            return self._json(200, rows)
+        if commit is None:
+            return self._json(404, {"error": "no"}, **{"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name} for name in names]
+        return self._json(200, {"id": REPO, "sha": commit, "siblings": siblings})
+
+    def _file(self, *, send: bool) -> None:
+        kind = type(self)
+        _, _, rest = self.path.partition("/resolve/")
+        commit, _, name = rest.partition("/")
+        kind.got.append((self.command, self.path, self.headers.get("Range")))
+        time.sleep(self.wait)
+        if self.files != 200:
+            return self._json(self.files, {"error": "no"})
+        whole = (self.folder / name).read_bytes()
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        body = whole[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if not send:
+            return
+        if name == WEIGHTS and kind.cut:
+            kind.cut -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+        else:
+            self.wfile.write(body)
+
+    def _json(self, status: int, value: Any, **headers: str) -> None:
+        body = b"" if self.command == "HEAD" else json.dumps(value).encode()
+        self.send_response(status)
+        for key, text in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, text)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Hub:
+    """The server, and commands that use it with a cache of their own."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.kind = type("Kind", (_Hub,), {"folder": folder, "got": []})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.kind)
+        self.server.daemon_threads = True
+        self.root = root
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def convert(self, name: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+        base = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(self.root / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_ETAG_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_TOKEN": "hf_mustNotShow0123456789",
+        }
+        command = [sys.executable, "-m", "mlx_adapters.cli.app", "convert", REPO, str(self.root / name)]
+        done = subprocess.run(
+            [*command, *options],
+            env={**os.environ, **base, **env},
+            capture_output=True,
+            text=True,
+            timeout=110,
+        )
+        assert "hf_mustNotShow" not in done.stdout + done.stderr
+        return done
+
+    def fails(self, *options: str, **env: str) -> str:
+        """The one line of a failing download."""
+        done = self.convert("out", *options, **env)
+        assert done.returncode == 2, done.stderr
+        assert not (self.root / "out").exists()
+        # before it the client may draw its bar and tell of retries
+        lines = done.stderr.rstrip().splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
+        assert "Traceback" not in done.stderr
+        assert lines[-1].startswith(f"error: {REPO}: ")
+        return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path) -> Iterator[Hub]:
+    running = Hub(folder, tmp_path)
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+def same(one: Path, other: Path) -> bool:
+    return (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+
+
+def test_a_download_then_offline_from_the_cache(hub: Hub) -> None:
+    done = hub.convert("first")
+    assert done.returncode == 0, done.stderr
+    before = len(hub.kind.got)
+    done = hub.convert("second", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.kind.got) == before, "offline asks nobody"
+    assert same(hub.root / "first", hub.root / "second")
+
+
+def test_offline_without_a_cache(hub: Hub) -> None:
+    assert "hub did not give it" in hub.fails(HF_HUB_OFFLINE="1")
+    assert hub.kind.got == []
+
+
+def test_a_hub_that_is_down(hub: Hub) -> None:
+    assert "hub did not give it" in hub.fails(HF_ENDPOINT="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 500])
+def test_a_hub_that_refuses(hub: Hub, status: int) -> None:
+    hub.kind.api = status
+    assert "hub did not give it" in hub.fails()
+
+
+@pytest.mark.parametrize("status", [403, pytest.param(500, marks=pytest.mark.slow)])  # the client retries
+def test_files_that_are_refused(hub: Hub, status: int) -> None:
+    hub.kind.files = status
+    assert "hub did not give it" in hub.fails()
+
+
+@pytest.mark.slow
+def test_a_slow_hub(hub: Hub) -> None:
+    hub.kind.wait = 3
+    assert "hub did not give it" in hub.fails()
+
+
+def test_a_file_that_is_always_cut_short(hub: Hub) -> None:
+    hub.kind.cut = 1000
+    hub.fails()
+
+
+def test_half_a_download_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
+    """The client keeps what came in steps of 10 MB, so the file has to be larger than two of them."""
+    big = make_tiny("llama", tmp_path / "big", intermediate_size=60_000)
+    size = (big / WEIGHTS).stat().st_size
+    assert size > 25_000_000
+    hub.kind.folder, hub.kind.cut = big, 1
+    done = hub.convert("out")
+    assert done.returncode == 0, done.stderr
+    spans = [span for method, path, span in hub.kind.got if method == "GET" and WEIGHTS in path]
+    starts = [int((span or "bytes=0-")[6:].split("-")[0]) for span in spans]
+    assert starts[0] == 0
+    assert any(0 < start <= size // 2 for start in starts), starts
+    done = hub.convert("whole", HF_HOME=str(hub.root / "other"))
+    assert same(hub.root / "out", hub.root / "whole")
+
+
+def test_a_pinned_revision_is_the_one_asked_for(hub: Hub) -> None:
+    done = hub.convert("out", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    loaded = [path for method, path, _ in hub.kind.got if method == "GET"]
+    assert loaded
+    assert all(f"/resolve/{COMMITS['v1']}/" in path for path in loaded)
+
+
+def test_a_revision_that_is_not_there(hub: Hub) -> None:
+    assert "hub did not give it" in hub.fails("--revision", "v9")
