@@ -1,7 +1,7 @@
 """A hub that is down, slow, cuts files short or refuses: a local server that speaks its download protocol.
 
-Every failure ends in one line that names the repository, with exit code 2; what works gives the same bytes. The
-client reads its environment once, so each command is a process of its own.
+Every failure ends in one line that names the repository, with exit code 2; what works gives the same bytes.
+The client reads its environment once, so each command is a process of its own.
 """
 
 import hashlib
