@@ -1,17 +1,19 @@
-"""Training throughput: ours, ours on a 4-bit base, torch + PEFT, and mlx-lm as it comes.
+"""Training throughput and memory: ours, ours on a 4-bit base, torch + PEFT, and mlx-lm as it comes.
 
-    python examples/benchmarks/training.py [--model FOLDER] [--rows 8] [--length 128] [--steps 6]
+    python examples/benchmarks/training.py [--data FILE] [--model FOLDER] [--steps 12]
 
-SmolLM2-135M in float32, LoRA rank 8 on all linear layers, AdamW, loss on every token, the same token ids for
-all. Each contender runs alone in its own process; the median step counts, the first two are warm-up (stock
-mlx-lm takes minutes a step and is given one). Run it on an idle machine: contenders that share cores with
-anything else lose far more than their share.
+SmolLM2-135M in float32, LoRA rank 8 on all linear layers, AdamW. The rows are those of --data as they come
+(by default generated word problems), 8 to a batch, similar lengths together; every contender gets the same
+batches and the same supervised tokens, with the loss on completions and on all tokens. Each runs alone in its
+own process. The first two steps are warm-up (stock mlx-lm takes minutes a step and is given one in all), the
+speed is the others' tokens without padding by their seconds, memory the peak of the process. Run it on an idle
+machine: contenders that share cores with anything else lose far more than their share.
 """
 
 import argparse
 import json
 import os
-import statistics
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,17 +23,36 @@ from typing import Any
 
 import numpy as np
 
-RANK, ALPHA, LR, WARM_UP = 8, 16.0, 1e-4, 2
+RANK, ALPHA, LR, WARM_UP, ROWS = 8, 16.0, 1e-4, 2, 8
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "train" / "math_data.json"
+
+Batches = list[dict[str, Any]]  # {"ids": rows without padding, "starts": where each one's targets begin}
 
 
-def ids(rows: int, length: int) -> list[list[int]]:
-    """One batch; a model reads `length` tokens of each row and predicts as many."""
-    return np.random.default_rng(0).integers(5, 49000, (rows, length + 1)).tolist()  # type: ignore[no-any-return]
+def make_batches(model: Path, data: Path | None, steps: int, loss_on: str) -> Batches:
+    """The first `steps` batches that `mlx-adapters train` would make of the data."""
+    from mlx_adapters import model as models
+    from mlx_adapters.data.batches import groups
+    from mlx_adapters.data.sources import Rows, load_rows
+    from mlx_adapters.data.tokens import encode
+    from mlx_adapters.data.wordproblems import generate
+
+    tokenizer = models.load(model, lazy=True).tokenizer
+    rows = load_rows(str(data)) if data else Rows(generate(400), "instruction", "word problems")
+    examples = encode(rows, tokenizer, template="alpaca", cutoff=512, loss_on=loss_on).examples
+    chosen = groups(examples, batch_size=ROWS)[:steps]
+    return [
+        {
+            "ids": [examples[i].ids for row in group for i in row],
+            "starts": [examples[i].start for row in group for i in row],
+        }
+        for group in chosen
+    ]
 
 
-def ours(folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
-    """Through the public API, the way `mlx-adapters train` goes."""
+def ours(folder: Path, given: Batches) -> dict[str, Any]:
+    """Through the public API, the way `mlx-adapters train` goes, on batches that are given."""
     from mlx_adapters import adapter, methods, model
     from mlx_adapters.data.tokens import Example
     from mlx_adapters.train.config import TrainConfig
@@ -40,33 +61,35 @@ def ours(folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
     loaded = model.load(folder)
     config = methods.make_config("lora", {"rank": RANK, "alpha": ALPHA, "targets": "all-linear"})
     adapter.attach(loaded.model, "lora", config, base=model.describe(loaded))
-    examples = [Example(row, 1) for row in ids(rows, length)]
-    settings = TrainConfig(steps=steps, batch_size=rows, lr=LR, warmup=0, schedule="constant")
-    done = list(Run(loaded.model, examples, config=settings))
-    return {"seconds": [step.seconds for step in done], "losses": [step.loss for step in done]}
+    settings = TrainConfig(epochs=1, batch_size=ROWS, lr=LR, warmup=0, schedule="constant")
+    seconds, losses = [], []
+    run = None
+    for batch in given:
+        examples = [Example(ids, start) for ids, start in zip(batch["ids"], batch["starts"], strict=True)]
+        fresh = Run(loaded.model, examples, config=settings)
+        if run is not None:  # the same run goes on: a batch of its own each step only fixes their order
+            fresh.optimizer = run.optimizer
+        run = fresh
+        (step,) = run
+        seconds.append(step.seconds)
+        losses.append(step.loss)
+    return {"seconds": seconds, "losses": losses}
 
 
-def mlx_lm(folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
+def mlx_lm(folder: Path, given: Batches) -> dict[str, Any]:
     """mlx-lm's trainer with its own loss; mlx_adapters is not imported, so the BLAS is the wheel's."""
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx_lm import load
     from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    class Rows:
-        data = ids(rows, length)
-
-        def __len__(self) -> int:
-            return len(self.data)
-
-        def __getitem__(self, index: int) -> list[int]:
-            return self.data[index]
-
-        def process(self, row: list[int]) -> tuple[list[int], int]:
-            return row, 0
+    def iterate(**_: Any) -> Any:
+        for batch in given:
+            ids, mask = padded(batch)
+            lengths = [(start, len(row)) for row, start in zip(batch["ids"], batch["starts"], strict=True)]
+            yield mx.array(ids), mx.array(lengths)
 
     class Record(TrainingCallback):  # type: ignore[misc]
         seconds: list[float] = []
@@ -85,43 +108,57 @@ def mlx_lm(folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
     record = Record()
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArgs(
-            batch_size=rows,
-            iters=steps,
-            max_seq_length=length + 1,  # else it pads to 160 and counts one padding token per row
+            batch_size=ROWS,
+            iters=len(given),
             steps_per_report=1,
             steps_per_eval=10**6,
             adapter_file=str(Path(scratch) / "adapters.safetensors"),
         )
         optimizer = optim.AdamW(learning_rate=LR, weight_decay=0.0, bias_correction=True)
-        train(network, optimizer, CacheDataset(Rows()), args=args, training_callback=record)
+        train(network, optimizer, [0], args=args, training_callback=record, iterate_batches=iterate)
     return {"seconds": record.seconds, "losses": record.losses}
 
 
-def torch_peft(folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
-    """transformers + PEFT, eager, float32 on the CPU."""
+def torch_peft(folder: Path, given: Batches) -> dict[str, Any]:
+    """transformers + PEFT in float32 on the CPU, the loss by the model's `labels`, as their users train."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(LINEARS), task_type="CAUSAL_LM")
     network = get_peft_model(base, config).train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
-    batch = torch.tensor(ids(rows, length))
     seconds, losses = [], []
-    for _ in range(steps):
+    for batch in given:
         started = time.perf_counter()
-        # the model reads `length` tokens, as the others do, so the labels come shifted
-        logits = network(input_ids=batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        numbers, mask = padded(batch)
+        ids, supervised = torch.tensor(numbers), torch.tensor(mask, dtype=torch.bool)
+        lengths = torch.tensor([len(row) for row in batch["ids"]])
+        attention = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        labels = torch.where(supervised, ids, -100)
+        loss = network(input_ids=ids, attention_mask=attention, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
         losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
     return {"seconds": seconds, "losses": losses}
+
+
+def padded(batch: dict[str, Any]) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and the mask of targets, padded to the length that ours pads to."""
+    longest = max(map(len, batch["ids"]))
+    length = 1 + -(-(longest - 1) // 8) * 8
+    ids = np.zeros((len(batch["ids"]), length), int)
+    mask = np.zeros_like(ids, float)
+    for number, (row, start) in enumerate(zip(batch["ids"], batch["starts"], strict=True)):
+        ids[number, : len(row)] = row
+        mask[number, start : len(row)] = 1
+    return ids.tolist(), mask.tolist()
 
 
 CONTENDERS = {"ours": ours, "ours, 4-bit base": ours, "torch + PEFT": torch_peft, "mlx-lm": mlx_lm}
@@ -131,15 +168,17 @@ def main() -> None:
     """Run every contender and print the table, or one of them and print its JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="float32 folder; by default the embedded model")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--mlx-lm-steps", type=int, default=1)
+    parser.add_argument("--data", type=Path, default=SHARED if SHARED.exists() else None)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--only", choices=CONTENDERS, action="append", help="may be repeated")
+    parser.add_argument("--loss-on", choices=("completion", "all"), action="append")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--batches", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        outcome = CONTENDERS[options.worker](options.model, options.rows, options.length, options.steps)
+        outcome = CONTENDERS[options.worker](options.model, json.loads(options.batches.read_text()))
+        unit = 1 if sys.platform == "darwin" else 1024
+        outcome["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         print(json.dumps(outcome))
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,52 +186,68 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, scratch: Path) -> None:
-    """Prepare both bases, run the contenders one after the other, print tokens a second and ratios."""
+    """Prepare both bases, run the contenders one after the other, print the table and the ratios."""
     from mlx_adapters.convert.checkpoint import convert
 
     chosen = options.only or list(CONTENDERS)
     folder = options.model or embedded(scratch)
     if "ours, 4-bit base" in chosen:
         convert(folder, scratch / "four", bits=4, group_size=64)
-    speeds: dict[str, float] = {}
     forced = "".join(f", {k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OPENBLAS_"))
-    print(f"{options.rows} x {options.length} tokens, {os.cpu_count()} CPUs{forced}\n")
-    print(f"{'':18} {'tokens/s':>9} {'s/step':>8}   loss")
-    for name in chosen:
-        base = scratch / "four" if name == "ours, 4-bit base" else folder
-        steps = options.mlx_lm_steps if name == "mlx-lm" else options.steps
-        done = run(name, base, options.rows, options.length, steps)
-        counted = done["seconds"][WARM_UP:] or done["seconds"]
-        median = statistics.median(counted)
-        speeds[name] = options.rows * options.length / median
-        print(
-            f"{name:18} {speeds[name]:9.1f} {median:8.2f}   "
-            f"{done['losses'][0]:.4f} -> {done['losses'][-1]:.4f}",
-            flush=True,
-        )
-    ratios(speeds)
+    print(f"{options.data or 'generated word problems'}, {os.cpu_count()} CPUs{forced}\n")
+    print(f"{'loss on':11} {'':17} {'tokens/s':>9} {'s/step':>7} {'peak GB':>8}   loss")
+    results: dict[tuple[str, str], tuple[float, int]] = {}
+    for loss_on in options.loss_on or ("completion", "all"):
+        given = make_batches(folder, options.data, options.steps, loss_on)
+        for name in chosen:
+            if name == "mlx-lm" and loss_on == "all":
+                continue  # its loss is computed the same way, and a step takes minutes
+            base = scratch / "four" if name == "ours, 4-bit base" else folder
+            results[name, loss_on] = measured(name, loss_on, base, given[:1] if name == "mlx-lm" else given)
+    ratios(results)
 
 
-def ratios(speeds: dict[str, float]) -> None:
-    """What the project promises, next to what was measured."""
-    for name, other, promise in (
-        ("ours", "mlx-lm", 20),
-        ("ours", "torch + PEFT", 0.8),
-        ("ours, 4-bit base", "ours", 0.7),
-    ):
-        if name in speeds and other in speeds:
-            print(f"\n{name} / {other}: {speeds[name] / speeds[other]:.2f} (at least {promise})", end="")
-    print()
-
-
-def run(name: str, folder: Path, rows: int, length: int, steps: int) -> dict[str, Any]:
-    """One contender in its own process; the last line of its output is its JSON."""
-    command = [sys.executable, __file__, "--worker", name, "--model", str(folder)]
-    command += ["--rows", str(rows), "--length", str(length), "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[float, int]:
+    """(tokens a second, peak bytes) of one contender in its own process; prints its row."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "batches.json"
+        file.write_text(json.dumps(given))
+        command = [sys.executable, __file__, "--worker", name, "--model", str(folder), "--batches", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    outcome = json.loads(done.stdout.strip().splitlines()[-1])
+    first = WARM_UP if len(given) > WARM_UP else 0
+    tokens = sum(len(row) for batch in given[first:] for row in batch["ids"])
+    seconds = sum(outcome["seconds"][first:])
+    losses, steps = outcome["losses"], len(given) - first
+    print(
+        f"{loss_on:11} {name:17} {tokens / seconds:9.1f} {seconds / steps:7.2f} "
+        f"{outcome['memory'] / 1e9:8.2f}   {losses[0]:.4f} -> {losses[-1]:.4f}",
+        flush=True,
+    )
+    return tokens / seconds, outcome["memory"]
+
+
+def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
+    """What the project promises, next to what was measured."""
+    speed = [
+        (("ours", "completion"), ("torch + PEFT", "completion"), 1.3),
+        (("ours", "all"), ("torch + PEFT", "all"), 1.0),
+        (("ours", "completion"), ("mlx-lm", "completion"), 25),
+        (("ours, 4-bit base", "completion"), ("ours", "completion"), 0.8),
+    ]
+    memory = [
+        (("ours", "completion"), ("torch + PEFT", "completion"), 0.5),
+        (("ours, 4-bit base", "completion"), ("torch + PEFT", "completion"), 0.35),
+    ]
+    print()
+    for index, word, rows in ((0, "speed", speed), (1, "memory", memory)):
+        for left, right, promise in rows:
+            if left in results and right in results:
+                ratio = results[left][index] / results[right][index]
+                bound = f"{'at least' if word == 'speed' else 'at most'} {promise}"
+                print(f"{word}, {left[0]} / {right[0]} (loss on {left[1]}): {ratio:.2f} ({bound})")
 
 
 def embedded(scratch: Path) -> Path:
