@@ -37,12 +37,17 @@ def command(
         list[Path] | None, typer.Option(help="leave out rows that stand in this test file")
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="processes of this machine that share every batch: faster on a CPU")
+    ] = 1,
     log: Annotated[list[str] | None, typer.Option(help="also to tensorboard, wandb or trackio")] = None,
     dtype: Annotated[str | None, typer.Option(help="compute in float32, float16 or bfloat16")] = None,
     **given: Any,
 ) -> None:
     """Train an adapter on a frozen base model."""
     import dataclasses
+
+    from mlx_adapters.cli.processes import launched, supervise
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
     training = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -58,6 +63,10 @@ def command(
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
+    if processes > 1:
+        run_config = _shared(run_config, processes)
+        if not launched():
+            raise typer.Exit(supervise(processes))
     _train(
         chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
     )
@@ -152,6 +161,15 @@ def _train(
     typer.echo(f"{output}: trained {session.run.step} steps in {duration(seconds)}. Next:")
     typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
     typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
+
+
+def _shared(config: TrainConfig, processes: int) -> TrainConfig:
+    """The settings of one of the processes: its part of every batch."""
+    import dataclasses
+
+    if config.batch_size % processes:
+        raise ConfigError(f"batch_size={config.batch_size} must be a multiple of processes={processes}")
+    return dataclasses.replace(config, batch_size=config.batch_size // processes)
 
 
 def _text(step: "Step") -> str:

@@ -187,3 +187,36 @@ def test_a_dead_process_ends_the_run_with_a_message_and_the_rest_resumes(
     _, said = again.communicate(timeout=30)
     assert f"resuming after step {newest}" in said
     assert again.returncode == 130, said
+
+
+def test_processes_of_one_machine_by_an_option(
+    setting: tuple[Path, Path], alone: Path, tmp_path: Path
+) -> None:
+    """`--processes` shares the batch that was asked for; a refusal and a death have their exit codes."""
+    output = tmp_path / "adapter"
+    done = run(1, setting, output, "--batch-size", "6", *EPOCHS, "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained") == 1
+    compare(alone, output)
+    again = run(1, setting, output, "--batch-size", "6", *EPOCHS, "--processes", "2")
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
+    odd = run(1, setting, tmp_path / "odd", "--batch-size", "5", "--processes", "2")
+    assert odd.returncode == 2
+    assert "batch_size=5 must be a multiple of processes=2" in odd.stderr
+    assert not (tmp_path / "odd").exists()
+
+
+def test_interrupting_the_processes_saves_once(setting: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    more = ("--batch-size", "4", "--steps", "100000", "--save-every", "5", "--processes", "2")
+    process = subprocess.Popen(command(1, setting, output, *more), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(output.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.count("interrupted at step") == 1
+    assert (output / "adapter_model.safetensors").exists()

@@ -14,6 +14,7 @@ from cases import METHODS, Method
 from test_methods import IDS, attached, bound, logits
 
 from mlx_adapters import adapter, methods, model
+from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert import load_adapter, peft
 from mlx_adapters.convert.against_torch import quiet_transformers
 from mlx_adapters.data.tokens import Example
@@ -39,23 +40,35 @@ def base(folder: Path) -> Any:
     )
 
 
-def train_in_torch(network: Any, parameters: list[Any], run: Run) -> list[float]:
+def train_in_torch(
+    network: Any, parameters: list[Any], run: Run, settings: TrainConfig = CONFIG
+) -> list[float]:
     """The steps that `run` would take, with torch's AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=CONFIG.lr, weight_decay=CONFIG.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses = []
     for _, window in run._windows():
-        (batch,) = window
-        ids, mask = torch.tensor(batch.ids).long(), torch.tensor(batch.mask)
+        ids, mask = together(window)
         scores = network(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
         scores = scores[:, -(ids.shape[1] - 1) :]
         each = torch.nn.functional.cross_entropy(scores.transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (each * mask[:, 1:]).sum() / mask[:, 1:].sum()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CONFIG.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def together(window: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of a batch as one, padded to the longest."""
+    time = max(part.ids.shape[1] for part in window)
+
+    def joined(arrays: list[np.ndarray]) -> torch.Tensor:
+        wide = [np.pad(array, ((0, 0), (0, time - array.shape[1]))) for array in arrays]
+        return torch.tensor(np.concatenate(wide))
+
+    return joined([part.ids for part in window]).long(), joined([part.mask for part in window])
 
 
 def in_peft(folder: Path, saved: Path, method: Method) -> tuple[Any, list[Any]]:
@@ -143,3 +156,42 @@ def test_an_adapter_of_peft_trains_on_here_and_goes_back(folders: dict[str, Path
         adapter.read_tensors(tmp_path / "ours")[next(iter(adapter.read_tensors(tmp_path / "ours")))],
         adapter.read_tensors(tmp_path / "back")[next(iter(adapter.read_tensors(tmp_path / "back")))],
     )
+
+
+SMOL = Path(__file__).parents[2] / "smol-hf"
+MATH = Path(__file__).parents[2] / "shared" / "data" / "train" / "math_data.json"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOL.exists(), reason=f"SmolLM2-135M is not in {SMOL}")
+@pytest.mark.skipif(not MATH.exists(), reason=f"no {MATH}")
+def test_fifty_steps_of_a_real_model_on_real_data(tmp_path: Path) -> None:
+    """LoRA on all linear layers of SmolLM2-135M, math_data, the same batches: every loss within 1e-3."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from mlx_adapters.data.sources import load_rows
+    from mlx_adapters.data.tokens import encode
+
+    settings = TrainConfig(steps=50, batch_size=2, lr=3e-4, warmup=0, schedule="constant", no_decay=None)
+    chosen = methods.make_config("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
+
+    def prepared() -> tuple[model.Loaded, Run]:
+        loaded = model.load(SMOL)
+        items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
+        mx.random.seed(0)
+        adapter.attach(loaded.model, "lora", chosen, base=model.describe(loaded))
+        return loaded, Run(loaded.model, items, config=settings)
+
+    loaded, run = prepared()
+    meta = AdapterMeta(method="lora", config=vars(chosen), base=model.describe(loaded))
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    losses = [step.loss for step in run]
+    network = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.float32)
+    network = PeftModel.from_pretrained(network, tmp_path, is_trainable=True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    theirs = train_in_torch(network, parameters, prepared()[1], settings)
+    apart = np.abs(np.subtract(losses, theirs))
+    print(f"largest difference of 50 losses: {apart.max():.1e}; {losses[0]:.4f} -> {losses[-1]:.4f}")
+    assert len(losses) == 50
+    np.testing.assert_allclose(losses, theirs, atol=1e-3)

@@ -4,10 +4,10 @@
 
 SmolLM2-135M in float32, LoRA rank 8 on all linear layers, AdamW. The rows are those of --data as they come
 (by default generated word problems), 8 to a batch, similar lengths together; every contender gets the same
-batches and the same supervised tokens, with the loss on completions and on all tokens. Each runs alone in its
-own process. The first two steps are warm-up (stock mlx-lm takes minutes a step and is given one in all), the
-speed is the others' tokens without padding by their seconds, memory the peak of the process. Run it on an idle
-machine: contenders that share cores with anything else lose far more than their share.
+batches and the same supervised tokens, with the loss on completions and on all tokens. Each runs alone. The
+first two steps are warm-up (stock mlx-lm takes minutes a step and is given one in all), the speed is the
+tokens without padding of the others by their seconds, memory the peak of the processes. Run it on an idle machine:
+contenders that share cores with anything else lose far more than their share.
 """
 
 import argparse
@@ -56,24 +56,29 @@ def ours(folder: Path, given: Batches) -> dict[str, Any]:
     from mlx_adapters import adapter, methods, model
     from mlx_adapters.data.tokens import Example
     from mlx_adapters.train.config import TrainConfig
+    from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.loop import Run
 
+    import mlx.core as mx  # isort: skip  (after mlx_adapters, which loads a fast BLAS)
+
+    together = processes()
     loaded = model.load(folder)
     config = methods.make_config("lora", {"rank": RANK, "alpha": ALPHA, "targets": "all-linear"})
     adapter.attach(loaded.model, "lora", config, base=model.describe(loaded))
-    settings = TrainConfig(epochs=1, batch_size=ROWS, lr=LR, warmup=0, schedule="constant")
+    settings = TrainConfig(epochs=1, batch_size=ROWS // together.size, lr=LR, warmup=0, schedule="constant")
     seconds, losses = [], []
     run = None
     for batch in given:
         examples = [Example(ids, start) for ids, start in zip(batch["ids"], batch["starts"], strict=True)]
-        fresh = Run(loaded.model, examples, config=settings)
+        fresh = Run(loaded.model, examples, config=settings, processes=together)
         if run is not None:  # the same run goes on: a batch of its own each step only fixes their order
             fresh.optimizer = run.optimizer
         run = fresh
         (step,) = run
         seconds.append(step.seconds)
         losses.append(step.loss)
-    return {"seconds": seconds, "losses": losses}
+    total = float(together.sums([mx.array(float(peak()))], {})[0][0])
+    return {"seconds": seconds, "losses": losses, "memory": total} if together.writes else {}
 
 
 def mlx_lm(folder: Path, given: Batches) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def mlx_lm(folder: Path, given: Batches) -> dict[str, Any]:
 
     def iterate(**_: Any) -> Any:
         for batch in given:
-            ids, mask = padded(batch)
+            ids, _ = padded(batch)
             lengths = [(start, len(row)) for row, start in zip(batch["ids"], batch["starts"], strict=True)]
             yield mx.array(ids), mx.array(lengths)
 
@@ -161,7 +166,18 @@ def padded(batch: dict[str, Any]) -> tuple[list[list[int]], list[list[float]]]:
     return ids.tolist(), mask.tolist()
 
 
-CONTENDERS = {"ours": ours, "ours, 4-bit base": ours, "torch + PEFT": torch_peft, "mlx-lm": mlx_lm}
+def peak() -> int:
+    """Bytes: the largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+CONTENDERS = {
+    "ours": ours,
+    "ours, 2 processes": ours,
+    "ours, 4-bit base": ours,
+    "torch + PEFT": torch_peft,
+    "mlx-lm": mlx_lm,
+}
 
 
 def main() -> None:
@@ -177,9 +193,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         outcome = CONTENDERS[options.worker](options.model, json.loads(options.batches.read_text()))
-        unit = 1 if sys.platform == "darwin" else 1024
-        outcome["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(json.dumps(outcome))
+        if outcome:
+            print(json.dumps({"memory": peak()} | outcome), flush=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
         report(options, Path(scratch))
@@ -213,10 +228,15 @@ def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[flo
         file = Path(scratch) / "batches.json"
         file.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--worker", name, "--model", str(folder), "--batches", str(file)]
+        if name == "ours, 2 processes":  # as `train --processes 2` starts them
+            launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+            threads = f"OPENBLAS_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}"
+            command = [*launch, "--env", threads, "--", *command]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    outcome = json.loads(done.stdout.strip().splitlines()[-1])
+    outcome = json.loads(found[-1])
     first = WARM_UP if len(given) > WARM_UP else 0
     tokens = sum(len(row) for batch in given[first:] for row in batch["ids"])
     seconds = sum(outcome["seconds"][first:])
@@ -233,11 +253,14 @@ def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
     """What the project promises, next to what was measured."""
     speed = [
         (("ours", "completion"), ("torch + PEFT", "completion"), 1.3),
+        (("ours, 2 processes", "completion"), ("torch + PEFT", "completion"), 1.3),
+        (("ours, 2 processes", "all"), ("torch + PEFT", "all"), 1.0),
         (("ours", "all"), ("torch + PEFT", "all"), 1.0),
         (("ours", "completion"), ("mlx-lm", "completion"), 25),
         (("ours, 4-bit base", "completion"), ("ours", "completion"), 0.8),
     ]
     memory = [
+        (("ours, 2 processes", "completion"), ("torch + PEFT", "completion"), 0.5),
         (("ours", "completion"), ("torch + PEFT", "completion"), 0.5),
         (("ours, 4-bit base", "completion"), ("torch + PEFT", "completion"), 0.35),
     ]

@@ -35,8 +35,9 @@ _FIXED = (
     *("optimizer", "optimizer_args", "lr", "rates", "warmup", "schedule", "weight_decay", "no_decay"),
     *("clip", "on_bad_step", "spike", "neftune"),
 )
-# Tokens of a forward pass on a CPU: from about this many on, a matrix product is at its full speed.
-_CPU_TOKENS = 512
+# Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
+# is written out for every pass.
+_CPU_TOKENS = 1024
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
 
@@ -321,7 +322,7 @@ class Run:
         if not backend.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        rows = max(1, _CPU_TOKENS // longest) * self.processes.size
+        rows = max(self.processes.size, _CPU_TOKENS // longest)
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:
