@@ -1,7 +1,7 @@
 """Faults that were proven in other MLX trainers (peers.md, sections 3 to 5), each as a test of ours.
 
-Those that need more room have it elsewhere: gradients under checkpointing in test_recompute.py, partial windows
-and token weights in test_train.py, resuming in test_checkpoint.py, PEFT round trips in test_exchange.py.
+Those that need more room have it elsewhere: gradients under checkpointing in test_recompute.py, partial
+windows and token weights in test_train.py, resuming in test_checkpoint.py, PEFT in test_exchange.py.
 """
 
 import ast
