@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -28,8 +27,8 @@ def launched() -> bool:
     return "MLX_RANK" in os.environ
 
 
-def supervise(count: int) -> int:
-    """Start this very command `count` times, wait, and return its exit code.
+def supervise(command: list[str], count: int) -> int:
+    """Start the command `count` times, wait, and return its exit code.
 
     Signals are passed on to all of them; where one fails the others are ended.
     """
@@ -40,7 +39,7 @@ def supervise(count: int) -> int:
         shared = {"OPENBLAS_NUM_THREADS": threads, "VECLIB_MAXIMUM_THREADS": threads} | os.environ
         children = [
             subprocess.Popen(
-                [sys.executable, "-m", "mlx_adapters.cli.app", *sys.argv[1:]],
+                command,
                 env=shared | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches them through this process alone, once

@@ -1,6 +1,7 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def command(
     if processes > 1:
         run_config = _shared(run_config, processes)
         if not launched():
-            raise typer.Exit(supervise(processes))
+            again = [sys.executable, "-m", "mlx_adapters.cli.app", *sys.argv[1:]]
+            raise typer.Exit(supervise(again, processes))
     _train(
         chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
     )

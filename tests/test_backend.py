@@ -173,3 +173,16 @@ def test_start_costs_little() -> None:
     code = "import json, time; s = time.perf_counter(); import mlx_adapters; print(time.perf_counter() - s)"
     run(code)
     assert min(run(code) for _ in range(3)) < 0.3
+
+
+def test_metal_gets_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine here has Metal: what would be called, with what it would answer."""
+    import mlx.core as mx
+
+    limits: dict[str, int] = {}
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: limits.update(wired=size))
+    monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.update(cache=size))
+    backend.prepare_memory()
+    assert limits == {"wired": 12_000, "cache": 3_000}

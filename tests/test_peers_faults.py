@@ -163,12 +163,13 @@ def test_the_cache_is_not_cleared_in_the_loop() -> None:
         assert "clear_cache" not in file.read_text(), file.name
 
 
-def test_memory_does_not_grow_and_is_told() -> None:
+@pytest.mark.parametrize("steps", [120, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_and_is_told(steps: int) -> None:
     network = tiny()
     held = []
-    for step in Run(network, examples(), config=config(steps=120)):
+    for step in Run(network, examples(), config=config(steps=steps)):
         assert step.memory > 0
-        if step.step % 20 == 0:
+        if step.step % (steps // 6) == 0:
             mx.synchronize()
             held.append(mx.get_active_memory())
     assert max(held[1:]) <= held[1] * 1.01 + 4096, held

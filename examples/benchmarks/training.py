@@ -229,9 +229,8 @@ def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[flo
         file.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--worker", name, "--model", str(folder), "--batches", str(file)]
         if name == "ours, 2 processes":  # as `train --processes 2` starts them
-            launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
-            threads = f"OPENBLAS_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}"
-            command = [*launch, "--env", threads, "--", *command]
+            start = "import sys; from mlx_adapters.cli.processes import supervise as s; s(sys.argv[1:], 2)"
+            command = [sys.executable, "-c", start, *command]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:

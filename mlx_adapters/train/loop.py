@@ -207,7 +207,7 @@ class Run:
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
         self.model.train()
-        backend.keep_freed_memory()
+        backend.prepare_memory()
         for epoch, window in self._windows():
             if self._out_of_patience:
                 break
