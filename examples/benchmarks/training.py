@@ -64,6 +64,7 @@ def ours(folder: Path, given: Batches) -> dict[str, Any]:
     together = processes()
     loaded = model.load(folder)
     config = methods.make_config("lora", {"rank": RANK, "alpha": ALPHA, "targets": "all-linear"})
+    mx.random.seed(0)
     adapter.attach(loaded.model, "lora", config, base=model.describe(loaded))
     settings = TrainConfig(epochs=1, batch_size=ROWS // together.size, lr=LR, warmup=0, schedule="constant")
     seconds, losses = [], []

@@ -204,6 +204,7 @@ class Run:
     def __iter__(self) -> Iterator[Step]:
         """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
         self.processes.agree(repr(self.settings), "settings or data")
+        self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
         self.model.train()
@@ -279,14 +280,14 @@ class Run:
 
     def _share(self) -> None:
         """The state of the first process becomes everyone's."""
+        if self.processes.size == 1:
+            return
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
         best = self.progress.best_loss
         recent = self.progress.recent[-_RECENT:]
         numbers = [self.step, best is not None, best or 0.0, self.progress.best_step, self.progress.worse]
         numbers += [self.progress.bad, len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
-        if self.processes.size == 1:
-            return
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
         # rounded to float32 in every process: all must decide alike
