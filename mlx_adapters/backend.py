@@ -225,17 +225,19 @@ def free_memory() -> int:
 
 
 def speed_up(model: "nn.Module") -> None:
-    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM.
+    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, and SwiGLU and attention
+    take a faster exponential.
 
     MLX's quantized product does not use BLAS: it is up to fifty times slower there. Metal keeps the native
-    kernel. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.
+    kernels. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.
     """
     if not on_cpu():
         return
     import mlx.nn as nn
 
-    from mlx_adapters import quantized
+    from mlx_adapters import exponential, quantized
 
+    exponential.rebind(model)
     for module in model.modules():
         if type(module) is nn.QuantizedLinear:
             module.__class__ = quantized.QuantizedLinear

@@ -36,8 +36,8 @@ _FIXED = (
     *("clip", "on_bad_step", "spike", "neftune"),
 )
 # Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
-# is written out for every pass.
-_CPU_TOKENS = 1024
+# is written out for every pass, and products of few rows are slower.
+_CPU_TOKENS = 640
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
 
@@ -323,7 +323,8 @@ class Run:
         if not backend.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        rows = max(self.processes.size, _CPU_TOKENS // longest)
+        most = max(self.processes.size, _CPU_TOKENS // longest)
+        rows = math.ceil(len(group) / math.ceil(len(group) / most))  # parts of one size: 4 and 4, not 7 and 1
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:

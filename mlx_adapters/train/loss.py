@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.exponential import softmax
 from mlx_adapters.quantized import dequantize
 from mlx_adapters.virtual import forward
 
@@ -34,8 +35,9 @@ _TWISTS = (
     "output_multiplier",
 )
 _MULTIPLE = 64
-# Targets a chunk: with 49k words its logits take 50 MB, and its products still run at full speed.
-_CHUNK = 256
+# Targets a chunk: with 49k words its logits take 25 MB, which malloc keeps for the next chunk (above 32 MB glibc
+# gives them back, and the page faults cost more than larger products gain).
+_CHUNK = 128
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -166,7 +168,7 @@ def _chunked(
             done = total = total + ((mx.logsumexp(logits, axis=-1) - chosen) * weight).sum()
             continue
         # One exponential a logit: the largest probability is never tiny, so it gives the normaliser back.
-        p = mx.softmax(logits, axis=-1, precise=True)
+        p = softmax(logits) if backend.on_cpu() else mx.softmax(logits, axis=-1, precise=True)
         normaliser = logits.max(axis=-1) - mx.log(p.max(axis=-1))
         total = total + ((normaliser - chosen) * weight).sum()
         done = (head.times(p) - head.rows(wanted)) * weight[:, None]

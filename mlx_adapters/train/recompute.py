@@ -4,16 +4,21 @@ it computed. Chen et al. 2016, https://arxiv.org/abs/1604.06174
 Between the blocks one hidden state per token and layer stays alive, and inside one block at a time all its
 activations: memory is exchanged for about a third more computation.
 
-`mx.checkpoint` differentiates only what is passed to it, and computes the block a second time as a new trace.
+The block is differentiated only with respect to what is passed to it, and computed a second time as a new trace.
 Three things follow that are easy to get silently wrong: the adapter's arrays go in as arguments, the keys and
 values of a prefix do too (in a closure their gradient would be exactly zero), and the block draws its dropout
 from a key that is an argument (else the second trace would draw another mask).
+
+Not by `mx.checkpoint`: it lets the second computation start as soon as the first is done. Blocks with custom
+gradients of their own were then all computed again at once, and twice the memory was alive.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import drawing_from
@@ -60,8 +65,34 @@ def _recomputing(base: type) -> type:
 
         own = self.trainable_parameters()
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        result = mx.checkpoint(block)(own, arrays, start, key)
+        result = _checkpoint(block)(own, arrays, start, key)
         self.update(own)  # the trace left its own placeholders behind
         return result
 
     return type(base.__name__, (base,), {"__call__": call, "_recomputes": True})
+
+
+def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of trees of arrays, computed again for its gradient once the gradient of its result is there."""
+
+    def call(*given: Any) -> Any:
+        named = tree_flatten(given)
+        names = [name for name, _ in named]
+        kept: list[str] = []  # names of the results; a single array has the name ""
+
+        def flat(*arrays: mx.array) -> list[mx.array]:
+            results = tree_flatten(function(*tree_unflatten(list(zip(names, arrays, strict=True)))))
+            kept[:] = [name for name, _ in results]
+            return [array for _, array in results]
+
+        again = mx.custom_function(flat)
+
+        @again.vjp
+        def pull(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            waiting = mx.depends(list(primals), list(cotangents))
+            return mx.vjp(flat, waiting, list(cotangents))[1]
+
+        results = again(*[array for _, array in named])
+        return tree_unflatten(list(zip(kept, results, strict=True)))  # type: ignore[call-overload]
+
+    return call
