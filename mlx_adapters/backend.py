@@ -225,8 +225,8 @@ def free_memory() -> int:
 
 
 def speed_up(model: "nn.Module") -> None:
-    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, and SwiGLU and attention
-    take a faster exponential.
+    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, and SwiGLU and
+    attention take a faster exponential.
 
     MLX's quantized product does not use BLAS: it is up to fifty times slower there. Metal keeps the native
     kernels. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.
