@@ -1,12 +1,12 @@
 """A faster exponential for the CPU, and what is made of it: softmax, SwiGLU, attention.
 
-MLX's exponential is scalar code on x86 and took a quarter of a training step. This one is Cephes' (Moshier): a
-few products and sums, which MLX computes in vectors, and in one pass where a C++ compiler is there for
-`mx.compile` (without one it falls back by itself).
+MLX's exponential is scalar code on x86 and took a quarter of a training step. This one is Cephes' (Moshier):
+a few products and sums, which MLX computes in vectors, and in one pass where nothing is differentiated and a
+C++ compiler is there for `mx.compile` (it falls back by itself).
 
     e^x = 2^k e^r,  k = round(x / ln 2),  |r| <= ln 2 / 2
 
-SwiGLU and attention also have a gradient of their own that computes again what is cheap instead of keeping it:
+SwiGLU and attention have gradients of their own that compute again what is cheap instead of keeping it:
 
     swiglu(g, u) = g s u,  s = 1 / (1 + e^-g);   dg = dy u (s + g s (1 - s)),  du = dy g s
     o = E v / z,  E = exp(q k^T - max), z = row sums of E;   with c = do / z:
@@ -34,7 +34,8 @@ _ROUND = 12582912.0  # 1.5 * 2^23: a float32 that is added to it is rounded to a
 _LN2 = (0.693359375, -2.12194440e-4)  # ln 2 in two parts, the first one exact
 _SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 _HIDDEN = -3.0e38  # a score that no real one reaches
-# Scores of a call (16 MB). Not compiled, the exponential has five arrays of their size alive; MLX's softmax has one.
+# Scores of a call (16 MB). Not compiled, the exponential has five arrays of their size alive, MLX's softmax
+# one.
 _MOST_SCORES = 1 << 22
 
 
@@ -81,7 +82,8 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 
 @_gated.vjp
 def _gated_vjp(primals: Any, cotangent: mx.array, output: Any) -> tuple[mx.array, mx.array]:
-    return _swiglu_slopes(*primals, cotangent)
+    gate, up = primals
+    return _swiglu_slopes(gate, up, cotangent)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -111,7 +113,7 @@ def attention(
     given = _spread(mask, time, keys.shape[2], groups)
     extra = [] if given is None else [given]
     output = _attend((queries * scale).reshape(*grouped, width), keys[:, :, None], values[:, :, None], *extra)
-    return output.reshape(rows, heads, time, values.shape[-1])  # type: ignore[attr-defined]
+    return output.reshape(rows, heads, time, values.shape[-1])
 
 
 def _spread(mask: Any, time: int, length: int, groups: int) -> mx.array | None:
@@ -174,11 +176,12 @@ def rebind(model: nn.Module) -> None:
     mlx-lm's modules stay as they are, and so do arrays, names and `isinstance`.
     """
     for module in model.modules():
-        module.__class__ = _rebound(type(module))
+        kind: Any = type(module)
+        module.__class__ = _rebound(kind)
 
 
 @cache
-def _rebound(kind: type) -> type:
+def _rebound(kind: Any) -> Any:
     """`kind`, or a subclass of it that calls the functions of this module."""
     call = kind.__call__
     if not isinstance(call, FunctionType):

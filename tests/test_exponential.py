@@ -1,4 +1,4 @@
-"""The CPU's own exponential, SwiGLU and attention against MLX's, in value and gradient, and who calls them."""
+"""The CPU's own exponential, SwiGLU and attention against MLX's, in value and gradient; who calls them."""
 
 import math
 from typing import Any

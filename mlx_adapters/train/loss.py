@@ -35,8 +35,8 @@ _TWISTS = (
     "output_multiplier",
 )
 _MULTIPLE = 64
-# Targets a chunk: with 49k words its logits take 25 MB, which malloc keeps for the next chunk (above 32 MB glibc
-# gives them back, and the page faults cost more than larger products gain).
+# Targets a chunk: with 49k words its logits take 25 MB, which malloc keeps for the next chunk (above 32 MB
+# glibc gives them back, and the page faults cost more than larger products gain).
 _CHUNK = 128
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
