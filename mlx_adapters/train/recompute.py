@@ -4,7 +4,7 @@ it computed. Chen et al. 2016, https://arxiv.org/abs/1604.06174
 Between the blocks one hidden state per token and layer stays alive, and inside one block at a time all its
 activations: memory is exchanged for about a third more computation.
 
-A block is differentiated only with respect to what is passed to it, and its second computation is a new trace.
+A block is differentiated only with respect to what is passed to it; its second computation is a new trace.
 Three things follow that are easy to get silently wrong: the adapter's arrays go in as arguments, the keys and
 values of a prefix do too (in a closure their gradient would be exactly zero), and the block draws its dropout
 from a key that is an argument (else the second trace would draw another mask).
