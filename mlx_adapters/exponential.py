@@ -1,4 +1,4 @@
-"""A faster exponential for the CPU, and what is made of it: softmax, SwiGLU, attention.
+"""A faster exponential for the CPU, and what is made of it: SwiGLU and attention.
 
 MLX's exponential is scalar code on x86 and took a quarter of a training step. This one is Cephes' (Moshier):
 a few products and sums, which MLX computes in vectors, and in one pass where nothing is differentiated and a
@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
-__all__ = ["attention", "exp", "rebind", "softmax", "swiglu"]
+__all__ = ["attention", "exp", "rebind", "swiglu"]
 
 # At and below the lower bound 2^k is 0: what a mask has hidden gets no weight at all. Above the upper one the
 # result would not be finite.
@@ -55,12 +55,6 @@ def exp(x: mx.array) -> mx.array:
 @mx.compile
 def _shifted_exp(x: mx.array, most: mx.array) -> mx.array:
     return exp(x - most)
-
-
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis of a float32 array."""
-    powers = _shifted_exp(x, x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 @mx.compile

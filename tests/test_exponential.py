@@ -6,12 +6,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlx_lm.models import activations, base, llama
 
 from mlx_adapters import backend
-from mlx_adapters.exponential import attention, exp, rebind, softmax, swiglu
+from mlx_adapters.exponential import attention, exp, rebind, swiglu
 
 pytestmark = pytest.mark.skipif(not backend.on_cpu(), reason="only a CPU computes with these")
 
@@ -29,12 +27,6 @@ def test_the_exponential_at_its_ends(compiled: bool) -> None:
     assert found[:5] == [1, 1, 0, 0, 0], "what a mask hides has no weight at all"
     assert found[5] == found[6] == pytest.approx(math.exp(88), rel=1e-6)
     assert math.isnan(found[7]), "a loss that is no number must not be hidden"
-
-
-@given(st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=1, max_size=9))
-def test_softmax(values: list[float]) -> None:
-    found, expected = softmax(mx.array(values)), mx.softmax(mx.array(values))
-    assert mx.abs(found - expected).max().item() < 1e-6
 
 
 def slopes(function: Any, *given: mx.array) -> list[mx.array]:

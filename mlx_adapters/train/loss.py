@@ -20,7 +20,6 @@ import numpy as np
 
 from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.exponential import softmax
 from mlx_adapters.quantized import dequantize
 from mlx_adapters.virtual import forward
 
@@ -168,7 +167,7 @@ def _chunked(
             done = total = total + ((mx.logsumexp(logits, axis=-1) - chosen) * weight).sum()
             continue
         # One exponential a logit: the largest probability is never tiny, so it gives the normaliser back.
-        p = softmax(logits) if backend.on_cpu() else mx.softmax(logits, axis=-1, precise=True)
+        p = mx.softmax(logits, axis=-1, precise=True)
         normaliser = logits.max(axis=-1) - mx.log(p.max(axis=-1))
         total = total + ((normaliser - chosen) * weight).sum()
         done = (head.times(p) - head.rows(wanted)) * weight[:, None]
