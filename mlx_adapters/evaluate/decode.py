@@ -86,8 +86,10 @@ def generate_ids(
     batch_size: int,
     decoding: Decoding = GREEDY,
     keys: Sequence[int] | None = None,
+    until: Callable[[int, list[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """`generate` in token ids; the stop token is left out."""
+    """`generate` in token ids; the stop token is left out. An answer also ends, with that token, where
+    `until(index of the prompt, its tokens)` says so; beam search does not ask."""
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -112,7 +114,9 @@ def generate_ids(
         rows = [with_virtual(model, prompts[index]) for index in order]
         samplers = [_sampler(decoding, keys[index] if keys else index) for index in order]
         run = _batched if batch_size > 1 and splits(model) else _one_by_one
-        for position, ids in run(model, rows, samplers, stop=stop, max_tokens=max_tokens, width=batch_size):
+        ended = (lambda position, ids: until(order[position], ids)) if until else None
+        limits: dict[str, Any] = {"stop": stop, "ended": ended, "max_tokens": max_tokens}
+        for position, ids in run(model, rows, samplers, width=batch_size, **limits):
             yield order[position], ids
     finally:
         model.train(training)
@@ -124,6 +128,7 @@ def _batched(
     samplers: list[Sampler],
     *,
     stop: frozenset[int],
+    ended: Callable[[int, list[int]], bool] | None,
     max_tokens: int,
     width: int,
 ) -> Iterator[tuple[int, list[int]]]:
@@ -145,7 +150,10 @@ def _batched(
                 position = first[response.uid]
                 if response.finish_reason != "stop":
                     answers[position].append(response.token)
-                if response.finish_reason is not None:
+                cut = response.finish_reason is None and ended and ended(position, answers[position])
+                if cut:
+                    generator.remove([response.uid])
+                if cut or response.finish_reason is not None:
                     left -= 1
                     yield position, answers[position]
     finally:
@@ -168,6 +176,7 @@ def _one_by_one(
     samplers: list[Sampler],
     *,
     stop: frozenset[int],
+    ended: Callable[[int, list[int]], bool] | None,
     max_tokens: int,
     width: int,
 ) -> Iterator[tuple[int, list[int]]]:
@@ -180,6 +189,8 @@ def _one_by_one(
             if int(token) in stop:
                 break
             answer.append(int(token))
+            if ended and ended(position, answer):
+                break
         yield position, answer
 
 

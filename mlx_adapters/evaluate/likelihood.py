@@ -24,7 +24,9 @@ from mlx_adapters.evaluate.prefill import (
 )
 from mlx_adapters.virtual import forward, with_virtual
 
-__all__ = ["choice_ids", "loglikelihoods", "pick"]
+__all__ = ["choice_ids", "loglikelihoods", "pick", "scored"]
+
+Scores = list[tuple[float, bool]]  # of each choice: its log p, and whether greedy decoding would write it
 
 _TOKENS = 1024  # of choices at a time: their logits over a vocabulary of 49k take 200 MB
 
@@ -61,6 +63,17 @@ def loglikelihoods(
 
     `batch_size` prompts go together. Raises DataError for a prompt or a choice without tokens.
     """
+    for index, scores in scored(model, items, batch_size=batch_size):
+        yield index, [score for score, _ in scores]
+
+
+def scored(
+    model: nn.Module,
+    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, Scores]]:
+    """`loglikelihoods`, and for each choice whether greedy decoding would write it."""
     for index, (prompt, choices) in enumerate(items):
         if not prompt or not choices or not all(choices):
             raise DataError(f"item {index}: the prompt and each of its choices must have a token")
@@ -100,35 +113,43 @@ def _groups(order: list[int], tokens: list[int], batch_size: int) -> Iterator[li
 
 def _cached(
     model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]], prefix: Prefix | None
-) -> list[list[float]]:
+) -> list[Scores]:
     logits, cache = prefill(model, [prompt for prompt, _ in items], prefix)
     owners = [index for index, (_, choices) in enumerate(items) for _ in choices]
     texts = [list(choice) for _, choices in items for choice in choices]
-    first = logprobs(logits)[mx.array(owners), mx.array([text[0] for text in texts])]
-    scores = np.array(first)
+    start, likely = mx.array([text[0] for text in texts]), mx.argmax(logits, axis=-1)[mx.array(owners)]
+    scores = np.array(logprobs(logits)[mx.array(owners), start])
+    greedy = np.array(likely == start)
     longest = max(len(text) for text in texts) - 1
     if longest:
         reorder(cache, mx.array(owners))
         ids, padding = right_padded([text[:-1] for text in texts])
         for layer in cache:
             layer.prepare(lengths=[len(text) - 1 for text in texts], right_padding=padding)
-        scores = scores + _gathered(model(ids, cache=cache), [text[1:] for text in texts])
-    each = iter(scores.tolist())
+        rest, same = _gathered(model(ids, cache=cache), [text[1:] for text in texts])
+        scores, greedy = scores + rest, greedy & same
+    each = zip(scores.tolist(), greedy.tolist())
     return [[next(each) for _ in choices] for _, choices in items]
 
 
 def _uncached(
     model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]
-) -> list[list[float]]:
+) -> list[Scores]:
     ((prompt, choices),) = items
     ids, _ = right_padded([[*prompt, *choice][:-1] for choice in choices])
     logits = forward(model, ids)[:, len(prompt) - 1 :]
-    return [_gathered(logits, choices).tolist()]
+    sums, greedy = _gathered(logits, choices)
+    return [list(zip(sums.tolist(), greedy.tolist()))]
 
 
-def _gathered(logits: mx.array, targets: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """Sum of the log-probabilities of each row's targets, which may be fewer than its positions."""
+def _gathered(
+    logits: mx.array, targets: Sequence[Sequence[int]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(sum of the log-probabilities, whether all were the likeliest) of each row's targets, which may be
+    fewer than its positions."""
     ids, padding = right_padded(targets)
     real = mx.arange(ids.shape[1]) < ids.shape[1] - mx.array(padding)[:, None]
-    taken = mx.take_along_axis(logprobs(logits[:, : ids.shape[1]]), ids[..., None], axis=-1)[..., 0]
-    return np.array(mx.where(real, taken, 0.0).sum(axis=-1))
+    logits = logits[:, : ids.shape[1]]
+    taken = mx.take_along_axis(logprobs(logits), ids[..., None], axis=-1)[..., 0]
+    greedy = (mx.argmax(logits, axis=-1) == ids) | ~real
+    return np.array(mx.where(real, taken, 0.0).sum(axis=-1)), np.array(greedy.all(axis=-1))

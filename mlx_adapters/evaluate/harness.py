@@ -1,0 +1,191 @@
+"""Our model and adapter as a model of EleutherAI's lm-evaluation-harness (`lm_eval`, the extra `lm-eval`).
+
+https://github.com/EleutherAI/lm-evaluation-harness. Its tasks ask for the log-likelihood of texts or for
+answers; both go through this package's batched decoding, whatever the method of the adapter.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.evaluate.decode import Decoding, generate_ids
+from mlx_adapters.evaluate.likelihood import scored
+from mlx_adapters.model import Loaded
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise UnsupportedError(
+        'lm-evaluation-harness is not installed: pip install "mlx-adapters[lm-eval]"'
+    ) from None
+
+__all__ = ["HarnessModel", "run_tasks"]
+
+_LONGEST = 2048  # tokens, where the model's configuration names no limit: lm_eval's own default
+_ANSWER = 256  # tokens of an answer, where the task does not say
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together."""
+
+    def __init__(self, loaded: Loaded, *, batch_size: int = 16) -> None:
+        super().__init__()
+        self.loaded, self.batch_size = loaded, batch_size
+        self.tokenizer = loaded.tokenizer
+        self.max_length = int(loaded.config.get("max_position_embeddings") or _LONGEST)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.loaded.path.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; a beginning-of-text token that already stands there is not added again."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the model's own template writes it."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """(log p, greedy) of each (texts, context ids, continuation ids); a context is read once."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, (_texts, context, continuation) in enumerate(requests):
+            kept = self.max_length - len(continuation) + 1
+            places.setdefault(tuple(context[max(0, len(context) - kept) :]), []).append(place)
+        items = [(context, [requests[p][2] for p in asked]) for context, asked in places.items()]
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        asked = list(places.values())
+        for index, scores in scored(self.loaded.model, items, batch_size=self.batch_size):
+            for place, score in zip(asked[index], scores, strict=True):
+                answers[place] = score
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, in windows of the model's length that share no token."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            cut = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, cut):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        sums = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += score
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """An answer to each (context, settings), up to the first of its stop texts."""
+        answers = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            alike.setdefault(repr(sorted(request.args[1].items())), []).append(place)
+        for asked in alike.values():
+            contexts = [requests[place].args[0] for place in asked]
+            for place, text in zip(asked, self._answers(contexts, requests[asked[0]].args[1]), strict=True):
+                answers[place] = text
+        return answers
+
+    def _answers(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        given = normalize_gen_kwargs(dict(settings), _ANSWER)
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stops = handle_stop_sequences(given.get("until"), eos=eos)
+        limit = int(given["max_gen_toks"])
+        room = self.max_length - limit
+        if room < 1:
+            raise ConfigError(f"max_gen_toks {limit} leaves no room for a prompt in {self.max_length} tokens")
+        prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        tail = max(map(len, stops)) + 4  # a stop text has at most as many tokens as letters
+
+        def until(_: int, ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids[-tail:])
+            return any(stop in text for stop in stops)
+
+        answers = dict(
+            generate_ids(
+                self.loaded.model,
+                prompts,
+                stop=frozenset(int(token) for token in self.tokenizer.eos_token_ids),
+                max_tokens=limit,
+                batch_size=self.batch_size,
+                decoding=_decoding(given),
+                until=until,
+            )
+        )
+        texts = (self.tokenizer.decode(answers[i], skip_special_tokens=True) for i in range(len(prompts)))
+        return [postprocess_generated_text(generation=text, stop=stops) for text in texts]
+
+
+def _decoding(given: dict[str, Any]) -> Decoding:
+    """A task's settings; sampling without a limit draws from the whole vocabulary."""
+    if not given.get("do_sample") or not given.get("temperature"):
+        return Decoding()
+    return Decoding(
+        kind="sample",
+        temperature=float(given["temperature"]),
+        top_p=float(given.get("top_p", 1.0)),
+        top_k=int(given.get("top_k") or 1 << 30),
+    )
+
+
+def run_tasks(
+    loaded: Loaded,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 16,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    include_path: Path | None = None,
+) -> dict[str, Any]:
+    """lm_eval's results of the tasks by its own `simple_evaluate`; `include_path` holds YAML tasks of yours.
+
+    Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own, "
+            "--include-path adds a folder of YAML files"
+        )
+    found: dict[str, Any] = simple_evaluate(
+        model=HarnessModel(loaded, batch_size=batch_size),
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat_template,
+        task_manager=manager,
+        bootstrap_iters=0,
+    )
+    return found
