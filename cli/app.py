@@ -66,6 +66,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would swallow what stands in brackets: [default: lora]
     help="Train adapters for language models on Apple MLX or a plain CPU; hand them to PyTorch unchanged.",
 )
 app.command("quickstart")(quickstart.command)
@@ -98,7 +99,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch's OpenMP threads spin while they wait and starve MLX's: --verify was ten times slower on two cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(prog_name="mlx-adapters")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
 
 
 @app.callback()

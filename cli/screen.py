@@ -47,14 +47,17 @@ def duration(seconds: float) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout."""
+    """A table on stdout, each cell as it is: `[cpu]` is text here, not Rich's markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(*columns, box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        drawn.add_column(Text(column))
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 160).print(drawn)
 
 
@@ -94,10 +97,10 @@ def lines(title: str, total: int) -> Iterator[Lines]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
