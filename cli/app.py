@@ -6,11 +6,12 @@ Nothing heavy is imported here: `mlx-adapters --help` must answer at once.
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mlx_adapters import __version__
 from mlx_adapters.cli import (
     chat,
     combine,
@@ -62,6 +63,12 @@ def _fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlx-adapters {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
@@ -69,6 +76,16 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup would swallow what stands in brackets: [default: lora]
     help="Train adapters for language models on Apple MLX or a plain CPU; hand them to PyTorch unchanged.",
 )
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 app.command("quickstart")(quickstart.command)
 app.command("convert")(convert.command)
 app.command("plan")(plan.command)

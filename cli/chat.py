@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli import complete
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import AdaptersError, ConfigError
 
@@ -26,7 +27,11 @@ def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     adapter: Annotated[list[Path] | None, typer.Option(help="adapter folder; may be repeated")] = None,
     template: Annotated[
-        str | None, typer.Option(help="default: the adapter's, else chat if there is one, else alpaca")
+        str | None,
+        typer.Option(
+            help="default: the adapter's, else chat if there is one, else alpaca",
+            autocompletion=complete.templates,
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,

@@ -5,11 +5,14 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
 
+@reporting("path", "how", "weights", "layers", "rank")
 def command(
     adapters: Annotated[list[Path], typer.Argument(help="LoRA adapter folders of one base")],
     dst: Annotated[Path, typer.Argument(help="new adapter folder to write")],
@@ -18,18 +21,29 @@ def command(
     ] = None,
     how: Annotated[
         str,
-        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune (also *_svd)"),
+        typer.Option(
+            help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune (also *_svd)",
+            autocompletion=complete.among(complete.HOWS),
+        ),
     ] = "linear",
     rank: Annotated[int | None, typer.Option(help="rank of the result, for svd")] = None,
     density: Annotated[float, typer.Option(help="share of entries that ties, dare and prune keep")] = 0.5,
     seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
 ) -> None:
-    """Merge LoRA adapters, weighted, into one, as PEFT's add_weighted_adapter does."""
+    """Merge LoRA adapters, weighted, into one.
+
+    It computes what PEFT's add_weighted_adapter does.
+    """
     numbers = _numbers(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
     from mlx_adapters.combine import combine
 
     done = combine(adapters, numbers, dst, how=how, rank=rank, density=density, seed=seed)
-    typer.echo(f"{done.path}: {how} of {len(adapters)} adapters, {done.layers} layers, rank {done.rank}")
+    report(
+        {"path": done.path, "how": how, "weights": numbers, "layers": done.layers, "rank": done.rank},
+        lambda: typer.echo(
+            f"{done.path}: {how} of {len(adapters)} adapters, {done.layers} layers, rank {done.rank}"
+        ),
+    )
 
 
 def _numbers(text: str) -> list[float]:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 from mlx_adapters.errors import DataError
 
@@ -22,34 +24,41 @@ def _group() -> None:
 
 
 @app.command("overlap")
+@reporting("test", "total", "seen", "near", "sampled", each=True)
 def overlap_command(
     train: Annotated[str, typer.Argument(help="training data as in `train --data`, or an adapter folder")],
-    test: Annotated[str, typer.Argument(help="test files or sets, joined by commas, as in `eval --task`")],
+    test: Annotated[
+        str,
+        typer.Argument(
+            help="test files or sets, joined by commas, as in `eval --task`", autocompletion=complete.tasks
+        ),
+    ],
     data_dir: Annotated[
         Path | None, typer.Option(help="folder with NAME/test.json; default: the hub")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="print N of the items found")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Count test items whose question stands in the training data, or shares 13 words in a row with it."""
-    import json
     from dataclasses import asdict
 
     from mlx_adapters.data.overlap import overlap
 
     known = _known(train)
     found = [(name, texts, overlap(known, texts)) for name, texts in _tests(test, data_dir)]
-    if json_:
-        typer.echo(json.dumps([{"test": name, **asdict(one)} for name, _, one in found], indent=1))
-        return
-    columns = ["test", "items", "seen", "near (13 words in a row)", "new"]
-    table(columns, [_row(name, one) for name, _, one in found])
-    for name, texts, one in found:
-        for kind, indices in (("seen", one.seen), ("near", one.near)):
-            for index in indices[:show]:
-                typer.echo(f"{name} item {index}, {kind}: {' '.join(texts[index].split())[:200]}")
-    if any(one.sampled for _, _, one in found):
-        typer.echo("The training set is large: its 13-word hashes are a sample, near items may be missing.")
+
+    def words() -> None:
+        columns = ["test", "items", "seen", "near (13 words in a row)", "new"]
+        table(columns, [_row(name, one) for name, _, one in found])
+        for name, texts, one in found:
+            for kind, indices in (("seen", one.seen), ("near", one.near)):
+                for index in indices[:show]:
+                    typer.echo(f"{name} item {index}, {kind}: {' '.join(texts[index].split())[:200]}")
+        if any(one.sampled for _, _, one in found):
+            typer.echo(
+                "The training set is large: its 13-word hashes are a sample, near items may be missing."
+            )
+
+    report([{"test": name, **asdict(one)} for name, _, one in found], words)
 
 
 def _known(train: str) -> list[str]:

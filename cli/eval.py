@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import DECODINGS
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError, unknown
 
@@ -20,16 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["columns", "command", "run_task", "score_row"]
 
-DECODINGS = ("greedy", "beam", "sample", "likelihood")
+_KEYS = ("model", "adapter", "adapter_sha256", "template", "decoding", "settings", "data", "tasks", "limit")
 
 
+@reporting(*_KEYS, "seed", "scores")
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     task: Annotated[
         str,
         typer.Option(
             help="test sets, joined by commas: names (gsm8k, boolq, ...), groups (math, math-2023, "
-            "commonsense, all), or .json and .jsonl files of your own"
+            "commonsense, all), or .json and .jsonl files of your own",
+            autocompletion=complete.tasks,
         ),
     ],
     adapter: Annotated[
@@ -47,16 +52,26 @@ def command(
     ] = None,
     decoding: Annotated[
         str,
-        typer.Option(help="greedy; beam (4 beams, the paper's numbers); sample; likelihood of the choices"),
+        typer.Option(
+            help="greedy; beam (4 beams, the paper's numbers); sample; likelihood of the choices",
+            autocompletion=complete.among(DECODINGS),
+        ),
     ] = "greedy",
     beams: Annotated[int, typer.Option("--num-beams", min=1, help="of --decoding beam")] = 4,
     temperature: Annotated[float, typer.Option(help="of --decoding sample")] = 0.1,
     top_p: Annotated[float, typer.Option(help="of --decoding sample")] = 0.75,
     top_k: Annotated[int, typer.Option(help="of --decoding sample")] = 40,
     choices: Annotated[
-        str, typer.Option(help="likelihood of: label (the paper's answer) or text (lm-eval's cloze)")
+        str,
+        typer.Option(
+            help="likelihood of: label (the paper's answer) or text (lm-eval's cloze)",
+            autocompletion=complete.among(complete.SCORED),
+        ),
     ] = "label",
-    template: Annotated[str | None, typer.Option(help="default: the adapter's, else alpaca")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="default: the adapter's, else alpaca", autocompletion=complete.templates),
+    ] = None,
     force_template: Annotated[bool, typer.Option(help="allow another template than the adapter's")] = False,
     prompt: Annotated[
         str | None, typer.Option(help="question of an own file from its fields: '{text} Options: {options}'")
@@ -65,11 +80,8 @@ def command(
     seed: Annotated[int, typer.Option(help="draws the items of --limit, and samples")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file with a record of every item")] = None,
     resume: Annotated[bool, typer.Option(help="go on with the interrupted records of --output")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
-    """Measure accuracy on the paper's test sets or your own: batched, with the answers kept."""
-    import json
-
+    """Measure accuracy on the paper's test sets or your own."""
     from mlx_adapters.evaluate import tasks
 
     if resume and output is None:
@@ -104,13 +116,10 @@ def command(
         say(f"{row.name}: {rate:.2f} items/s")
         records += kept
         scores.append(score)
-    report = settings | {"scores": [asdict(score) for score in scores]}
+    result = settings | {"scores": [asdict(score) for score in scores]}
     if file is not None:
-        file.finish(report | {"records": [asdict(record) for record in records]})
-    if json_:
-        typer.echo(json.dumps(report, indent=1))
-    else:
-        table(columns(decoding), [score_row(score) for score in scores])
+        file.finish(result | {"records": [asdict(record) for record in records]})
+    report(result, lambda: table(columns(decoding), [score_row(score) for score in scores]))
 
 
 def run_task(

@@ -1,10 +1,13 @@
 """`mlx-adapters export ADAPTER DST`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, size
 from mlx_adapters.errors import ConfigError
 
@@ -14,17 +17,26 @@ if TYPE_CHECKING:
 __all__ = ["command", "verdict_text"]
 
 
+@reporting("path", "format", "tensors", "bytes", "base", "verify")
 def command(
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
     dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    format: Annotated[str, typer.Option(help="peft, adapterhub, llm-adapters or mlx-lm")] = "peft",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft, adapterhub, llm-adapters or mlx-lm", autocompletion=complete.among(complete.FORMATS)
+        ),
+    ] = "peft",
     base: Annotated[str | None, typer.Option(help="hub id PyTorch users load the base from")] = None,
     verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
     model: Annotated[
         Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")
     ] = None,
 ) -> None:
-    """Write the adapter for another library, by default PEFT: a folder that PyTorch opens as it is."""
+    """Write the adapter for another library, by default PEFT.
+
+    PyTorch opens the folder as it is.
+    """
     from mlx_adapters import adapter as adapters
     from mlx_adapters import methods
     from mlx_adapters.convert import exchange, peft
@@ -34,7 +46,11 @@ def command(
         if verify:
             raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
         written = exchange.export(adapter, dst, format=format, base=base)
-        typer.echo(f"{dst}: {format}, {size(written)}")
+        none = {"tensors": None, "base": base, "verify": None}
+        report(
+            {"path": dst, "format": format, "bytes": written} | none,
+            lambda: typer.echo(f"{dst}: {format}, {size(written)}"),
+        )
         return
     if verify and not methods.in_peft(meta.method):
         raise ConfigError(f"--verify opens the folder with PEFT, which has no {meta.method}: leave it out")
@@ -44,18 +60,26 @@ def command(
             f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
         )
     done = peft.export(adapter, dst, base=base)
-    typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
-    if not methods.in_peft(meta.method):
-        others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
-        typer.echo(
-            f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the folder{others}"
-        )
+    verdict = None
     if verify:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)
-        typer.echo(verdict_text(verdict))
-        if not verdict.passed:
-            raise typer.Exit(1)
+
+    def words() -> None:
+        typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
+        if not methods.in_peft(meta.method):
+            others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
+            typer.echo(
+                f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the "
+                f"folder{others}"
+            )
+        if verdict:
+            typer.echo(verdict_text(verdict))
+
+    checked = verdict and asdict(verdict) | {"passed": verdict.passed}
+    report(asdict(done) | {"format": format, "verify": checked}, words)
+    if verdict and not verdict.passed:
+        raise typer.Exit(1)
 
 
 def verdict_text(verdict: "Verdict") -> str:

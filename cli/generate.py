@@ -5,17 +5,23 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.report import live, report, reporting
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
 
+@reporting("text", "template", "prompt_tokens", "tokens", "finish_reason")
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     prompt: Annotated[str, typer.Option(help="the instruction")],
     adapter: Annotated[Path | None, typer.Option(help="adapter folder")] = None,
     template: Annotated[
-        str | None, typer.Option(help="default: the adapter's, else chat if there is one")
+        str | None,
+        typer.Option(
+            help="default: the adapter's, else chat if there is one", autocompletion=complete.templates
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
@@ -42,7 +48,8 @@ def command(
     if not ids:
         raise ConfigError("--prompt is empty: give the instruction to answer")
     mx.random.seed(seed)
-    for piece in stream_generate(
+    text, last = "", None
+    for last in stream_generate(
         loaded.model,
         loaded.tokenizer,
         with_virtual(loaded.model, ids),
@@ -50,5 +57,13 @@ def command(
         sampler=make_sampler(temp=temperature),
         prompt_cache=start_cache(loaded.model),
     ):
-        typer.echo(piece.text, nl=False)
-    typer.echo()
+        text += last.text
+        live(last.text)
+    result = {
+        "text": text,
+        "template": name,
+        "prompt_tokens": len(ids),
+        "tokens": last.generation_tokens if last else 0,
+        "finish_reason": last.finish_reason if last else None,
+    }
+    report(result, typer.echo)

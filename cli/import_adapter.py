@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
 
+@reporting("path", "method", "format")
 def command(
     src: Annotated[Path, typer.Argument(help="adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
     dst: Annotated[Path, typer.Argument(help="new folder to write")],
@@ -17,7 +19,10 @@ def command(
         str | None, typer.Option(help="model folder or hub id it is for [default: the one it names]")
     ] = None,
 ) -> None:
-    """Write another library's adapter as ours; the format is told by the files."""
+    """Write another library's adapter as ours.
+
+    The files tell the format: PEFT's, AdapterHub's, mlx-lm's or LLM-Adapters'.
+    """
     from mlx_adapters import model as models
     from mlx_adapters.convert import exchange
     from mlx_adapters.train.session import check_output
@@ -28,4 +33,7 @@ def command(
     if model is None:
         raise ConfigError(f"{src}: names no base model. Say which one it is for: --model MODEL")
     meta = exchange.import_adapter(src, dst, loaded=models.load(model))
-    typer.echo(f"{dst}: {meta.method}, from a folder of {found}")
+    report(
+        {"path": dst, "method": meta.method, "format": found},
+        lambda: typer.echo(f"{dst}: {meta.method}, from a folder of {found}"),
+    )

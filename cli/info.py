@@ -1,13 +1,14 @@
 """`mlx-adapters info FOLDER`: read from the small files and the weight files' headers."""
 
-import json as json_format
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import size
 from mlx_adapters.errors import CheckpointError
 
@@ -16,20 +17,32 @@ __all__ = ["command"]
 _WIDE = 90  # longer mappings are printed one entry a line
 
 
-def command(
-    folder: Annotated[Path, typer.Argument(help="model folder or adapter folder")],
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Say what is in a model folder or an adapter folder. No weights are loaded."""
+_FILES = ("files", "tensors", "stored_values")
+_OF_MODELS = ("architecture", "source", "layers", "hidden_size", "vocabulary", "quantization", "targets")
+_OF_ADAPTERS = ("method", "fields", "base", "template", "loss_on", "training", "seen", "checkpoints")
+
+
+@reporting("kind", "folder", *_OF_MODELS, *_OF_ADAPTERS, *_FILES)
+def command(folder: Annotated[Path, typer.Argument(help="model folder or adapter folder")]) -> None:
+    """Say what is in a folder of a model or an adapter.
+
+    No weights are loaded.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a model folder or an adapter folder")
     found = _adapter(folder) if (folder / "adapter_config.json").exists() else _model(folder)
-    if json:
-        typer.echo(json_format.dumps(found, indent=2))
-        return
+    report(found, lambda: _print(found))
+
+
+def _print(found: dict[str, Any]) -> None:
+    amounts: dict[str, Callable[[int], str]] = {"files": size, "stored_values": "{:,}".format}
     for key, value in found.items():
+        if key in amounts and value:
+            value = {name: amounts[key](count) for name, count in value.items()}
+        elif key == "seen" and value is not None:
+            value = f"{value} training questions"
         lines = _lines(value)
-        typer.echo(f"{key:<14} {lines[0]}")
+        typer.echo(f"{key.replace('_', ' '):<14} {lines[0]}")
         for line in lines[1:]:
             typer.echo(f"{'':<14} {line}")
 
@@ -49,9 +62,9 @@ def _model(folder: Path) -> dict[str, Any]:
         "architecture": config["model_type"],
         "source": config.get("_name_or_path"),
         "layers": config.get("num_hidden_layers"),
-        "hidden size": config.get("hidden_size"),
+        "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
-        "quantization": (plain | ({"modules of their own": mixed} if mixed else {})) or None,
+        "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
         **_weights(folder, "model*.safetensors"),
         "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
     }
@@ -69,9 +82,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "fields": meta.config,
         "base": meta.base or None,
         "template": meta.template or None,
-        "loss on": meta.loss_on or None,
+        "loss_on": meta.loss_on or None,
         "training": meta.training or None,
-        "seen": f"{questions(meta.seen)} training questions" if meta.seen else None,
+        "seen": questions(meta.seen) if meta.seen else None,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
         **_weights(folder, adapter.WEIGHTS),
     }
@@ -91,9 +104,9 @@ def _weights(folder: Path, pattern: str) -> dict[str, Any]:
     for entry in entries:
         types[entry["dtype"]] += math.prod(entry["shape"])
     return {
-        "files": {file.name: size(file.stat().st_size) for file in found} or None,
+        "files": {file.name: file.stat().st_size for file in found} or None,
         "tensors": len(entries),
-        "stored values": {kind: f"{amount:,}" for kind, amount in types.most_common()} or None,
+        "stored_values": dict(types.most_common()) or None,
     }
 
 

@@ -1,44 +1,31 @@
 """`mlx-adapters methods [NAME]`."""
 
-import json
 import re
 from typing import Annotated, Any
 
 import typer
 
+from mlx_adapters.cli import complete
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
 __all__ = ["command"]
 
 
+_KEYS = ("method", "what", "authors", "paper", "stands_on", "mergeable", "in_peft", "fields", "doc")
+
+
+@reporting(*_KEYS, each=True)
 def command(
-    name: Annotated[str | None, typer.Argument(help="show the fields of this method")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="show the fields of this method", autocompletion=complete.methods)
+    ] = None,
 ) -> None:
-    """List the adapter methods, or the fields of one, as --method and --set take them."""
+    """List the adapter methods, or the fields of one for --set."""
     from mlx_adapters import methods
 
     found = [_about(method) for method in ([name] if name else methods.names())]
-    if as_json:
-        typer.echo(json.dumps(found[0] if name else found, indent=2))
-    elif name:
-        _show(found[0])
-    else:
-        table(
-            ["method", "what it is", "stands on", "mergeable", "in PEFT", "paper"],
-            [
-                [
-                    about["method"],
-                    about["what"],
-                    about["stands_on"],
-                    _yes(about["mergeable"]),
-                    _yes(about["in_peft"]),
-                    f"{about['authors']}\n{about['paper']}",
-                ]
-                for about in found
-            ],
-        )
-        typer.echo("Fields of one: mlx-adapters methods NAME. Where each works: mlx-adapters models")
+    report(found, lambda: _show(found[0]) if name else _list(found))
 
 
 def _about(name: str) -> dict[str, Any]:
@@ -71,6 +58,24 @@ def _header(doc: str) -> dict[str, str]:
         r"(?P<what>.+?)\. (?P<authors>[^.]+?(?: et al\.)? \d{4}).*?(?P<paper>https://[^\s,;]+)", first
     )
     return parts.groupdict() if parts else {"what": first, "authors": "", "paper": ""}
+
+
+def _list(found: list[dict[str, Any]]) -> None:
+    table(
+        ["method", "what it is", "stands on", "mergeable", "in PEFT", "paper"],
+        [
+            [
+                about["method"],
+                about["what"],
+                about["stands_on"],
+                _yes(about["mergeable"]),
+                _yes(about["in_peft"]),
+                f"{about['authors']}\n{about['paper']}",
+            ]
+            for about in found
+        ],
+    )
+    typer.echo("Fields of one: mlx-adapters methods NAME. Where each works: mlx-adapters models")
 
 
 def _show(about: dict[str, Any]) -> None:

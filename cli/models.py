@@ -1,23 +1,23 @@
 """`mlx-adapters models [NAME ...]`."""
 
-import json
 import shutil
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table, track
 
 __all__ = ["command"]
 
 
+@reporting("architecture", "in_table", "methods", "targets", each=True)
 def command(
     names: Annotated[
         list[str] | None, typer.Argument(help="architectures (model_type in config.json)")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="every model file of mlx-lm and ours")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show which methods work on which architectures. Each is tried, on a tiny random model."""
     from mlx_adapters.models import samples, sites
@@ -27,11 +27,12 @@ def command(
         samples.known(name)
     tried = track("models", map(_try, chosen), len(chosen), lambda result: str(result["architecture"]))
     results = list(tried)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    _support(results)
-    _targets(results)
+
+    def words() -> None:
+        _support(results)
+        _targets(results)
+
+    report(results, words)
 
 
 def _try(name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["fields_as_options", "merged", "read_yaml", "settings"]
@@ -25,7 +26,11 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
         for field in dataclasses.fields(config_class):
             default = "" if field.default is None else f" [default: {field.default}]"
             kind = _plain(hints[field.name])
-            option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"] + default)
+            option = typer.Option(
+                f"--{field.name.replace('_', '-')}",
+                help=field.metadata["help"] + default,
+                autocompletion=FIELDS.get(field.name),
+            )
             parameters.append(
                 inspect.Parameter(
                     field.name,

@@ -1,12 +1,13 @@
 """`mlx-adapters plan MODEL`."""
 
-import json
 import re
 from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import settings
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, size, table, track
 from mlx_adapters.errors import ConfigError
 
@@ -15,17 +16,21 @@ __all__ = ["command"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
+@reporting("memory", "process", "plans")
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
-    method: Annotated[str, typer.Option(help="see `mlx-adapters methods`")] = "lora",
+    method: Annotated[
+        str, typer.Option(help="see `mlx-adapters methods`", autocompletion=complete.methods)
+    ] = "lora",
     set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="longest row, as `train --cutoff`")] = 256,
     batch_sizes: Annotated[str, typer.Option(help="batch sizes to try")] = "1,2,4,8",
-    loss_on: Annotated[str, typer.Option(help="completion or all, as `train --loss-on`")] = "completion",
+    loss_on: Annotated[
+        str, typer.Option(help="completion or all, as `train --loss-on`", autocompletion=complete.loss_on)
+    ] = "completion",
     memory: Annotated[str | None, typer.Option(help="of the machine, 16GB say [default: this one]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Predict how much memory training takes, and which settings fit a machine."""
+    """Predict the memory of training, and which settings fit."""
     import dataclasses
 
     from mlx_adapters import backend
@@ -47,33 +52,34 @@ def command(
         for again, batch in track("plan", tried, len(tried), lambda setting: f"batch size {setting[1]}")
     ]
     process = plan.overhead(plans)
-    if as_json:
-        rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]
-        typer.echo(json.dumps({"memory": limit, "process": process, "plans": rows}, indent=2))
-        return
-    table(
-        [
-            "batch size",
-            "gradient checkpointing",
-            "arrays at the peak",
-            "with the process",
-            f"fits {size(limit)}",
-        ],
-        [
+    rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]
+
+    def words() -> None:
+        table(
             [
-                str(p.batch_size),
-                "yes" if p.gradient_checkpointing else "no",
-                size(p.peak),
-                size(p.peak + process),
-                "yes" if p.peak + process <= limit else "NO",
-            ]
-            for p in plans
-        ],
-    )
-    typer.echo(
-        f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, {size(plans[0].adapter)} "
-        "for the adapter with gradient and optimizer, the rest activations"
-    )
+                "batch size",
+                "gradient checkpointing",
+                "arrays at the peak",
+                "with the process",
+                f"fits {size(limit)}",
+            ],
+            [
+                [
+                    str(p.batch_size),
+                    "yes" if p.gradient_checkpointing else "no",
+                    size(p.peak),
+                    size(p.peak + process),
+                    "yes" if p.peak + process <= limit else "NO",
+                ]
+                for p in plans
+            ],
+        )
+        typer.echo(
+            f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, "
+            f"{size(plans[0].adapter)} for the adapter with gradient and optimizer, the rest activations"
+        )
+
+    report({"memory": limit, "process": process, "plans": rows}, words)
 
 
 def _numbers(text: str) -> list[int]:

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
 
+@reporting("repo", "url", "sent", "path", "files")
 def command(
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there")],
@@ -21,7 +23,9 @@ def command(
     dry_run: Annotated[bool, typer.Option(help="write the folder to --output, upload nothing")] = False,
     output: Annotated[Path | None, typer.Option(help="new folder for --dry-run")] = None,
 ) -> None:
-    """Upload the adapter as a PEFT folder with a card: method, data, scores, hashes, how to load it.
+    """Upload the adapter to the hub as a PEFT folder with a card.
+
+    The card says method, data, scores, hashes, and how to load it.
 
     The token is that of `hf auth login` or HF_TOKEN.
     """
@@ -35,9 +39,12 @@ def command(
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-push-") as temporary:
         folder = output or Path(temporary) / "adapter"
         prepared = publish.prepare(adapter, folder, repo, base=base, reports=eval or ())
+        url = None if dry_run else publish.upload(prepared, repo, private=private)
+
+    def words() -> None:
         for name, count, digest in prepared.files:
             typer.echo(f"{name}  {size(count)}  sha256 {digest}")
-        if dry_run:
-            typer.echo(f"{folder}: would go to {repo}; nothing was sent")
-            return
-        typer.echo(publish.upload(prepared, repo, private=private))
+        typer.echo(url or f"{folder}: would go to {repo}; nothing was sent")
+
+    files = [{"name": name, "bytes": count, "sha256": digest} for name, count, digest in prepared.files]
+    report({"repo": repo, "url": url, "sent": not dry_run, "path": output, "files": files}, words)

@@ -1,16 +1,20 @@
 """`mlx-adapters quickstart`: the whole job once, on data and a model that need no network."""
 
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
 from mlx_adapters.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from mlx_adapters.convert.checkpoint import Converted
+    from mlx_adapters.convert.peft import Verdict
     from mlx_adapters.evaluate.score import Score
     from mlx_adapters.model import Loaded
 
@@ -22,13 +26,27 @@ _MAX_TOKENS = 64
 _METHOD = {"rank": "8", "alpha": "16", "targets": "all-linear"}
 
 
+_KEYS = (
+    "folder",
+    "parameters",
+    "bits_per_weight",
+    "bytes",
+    "trainable",
+    "base",
+    "adapted",
+    "gain",
+    "seconds",
+)
+
+
+@reporting(*_KEYS, "verify")
 def command(
     dir: Annotated[Path, typer.Option(help="new folder for everything it writes")] = Path("quickstart"),
     model: Annotated[str | None, typer.Option(help="hub id or folder instead of the embedded model")] = None,
     steps: Annotated[int, typer.Option(min=1, help="training steps of 8 rows")] = 55,
     seed: Annotated[int, typer.Option(help="seed of data, initialisation and order")] = 0,
 ) -> None:
-    """Convert a small model, measure it, train LoRA, measure again, export to PEFT, verify."""
+    """The whole job once: convert, measure, train, measure, export."""
     started = time.perf_counter()
     if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
         raise OutputError(f"{dir}: is not empty. Remove it, or choose another folder with --dir")
@@ -43,15 +61,32 @@ def command(
     say("\n5. Export to PEFT" + (" and verify in PyTorch" if _has_torch() else ""))
     verdict = _export(dir, base_id)
     say("")
-    table(
-        ["model", "correct", "accuracy", "95 % interval"],
-        [_row("base", before), _row(f"base + LoRA ({session.trainable:,} parameters)", after)],
-    )
-    gain = 100 * (after.accuracy - before.accuracy)
-    typer.echo(
-        f"Gain: {gain:+.1f} points in {duration(time.perf_counter() - started)}, {converted}. {verdict}"
-    )
-    typer.echo(_NEXT.format(dir=dir))
+    gain, seconds = 100 * (after.accuracy - before.accuracy), time.perf_counter() - started
+
+    def words() -> None:
+        table(
+            ["model", "correct", "accuracy", "95 % interval"],
+            [_row("base", before), _row(f"base + LoRA ({session.trainable:,} parameters)", after)],
+        )
+        verified = "Not verified in PyTorch, which is not installed."
+        if verdict:
+            verified = f"Verified in PyTorch: {'passed' if verdict.passed else 'FAILED'}."
+        typer.echo(f"Gain: {gain:+.1f} points in {duration(seconds)}, {_size(converted)}. {verified}")
+        typer.echo(_NEXT.format(dir=dir))
+
+    result = {
+        "folder": dir,
+        "parameters": converted.parameters,
+        "bits_per_weight": converted.bits_per_weight,
+        "bytes": converted.bytes,
+        "trainable": session.trainable,
+        "base": before,
+        "adapted": after,
+        "gain": gain,
+        "seconds": seconds,
+        "verify": verdict and asdict(verdict) | {"passed": verdict.passed},
+    }
+    report(result, words)
 
 
 _NEXT = """
@@ -78,15 +113,18 @@ def source_of(model: str | None) -> tuple[str, str]:
     return str(file), "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def _convert(source: str, folder: Path) -> "tuple[str, Loaded]":
+def _convert(source: str, folder: Path) -> "tuple[Converted, Loaded]":
     from mlx_adapters import model as models
     from mlx_adapters.convert.checkpoint import convert
 
     say(f"1. Convert {Path(source).name} to MLX")
     done = convert(source, folder)
-    text = f"{done.parameters / 1e6:.0f} M parameters at {done.bits_per_weight:.2f} bits, {size(done.bytes)}"
-    say(f"   {text}, {duration(done.seconds)}")
-    return text, models.load(folder, answering=True)
+    say(f"   {_size(done)}, {duration(done.seconds)}")
+    return done, models.load(folder, answering=True)
+
+
+def _size(done: "Converted") -> str:
+    return f"{done.parameters / 1e6:.0f} M parameters at {done.bits_per_weight:.2f} bits, {size(done.bytes)}"
 
 
 def _measure(loaded: "Loaded", seed: int, seen: frozenset[str]) -> "Score":
@@ -127,17 +165,17 @@ def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
     return session
 
 
-def _export(folder: Path, base_id: str) -> str:
+def _export(folder: Path, base_id: str) -> "Verdict | None":
     from mlx_adapters.cli.export import verdict_text
     from mlx_adapters.convert import peft
 
     done = peft.export(folder / "adapter", folder / "peft", base=base_id)
     say(f"   {done.path}: {done.tensors} tensors, {size(done.bytes)}")
     if not _has_torch():
-        return "Not verified in PyTorch, which is not installed."
+        return None
     verdict = peft.verify(folder / "peft", folder / "model")
     say("   " + verdict_text(verdict))
-    return f"Verified in PyTorch: {'passed' if verdict.passed else 'FAILED'}."
+    return verdict
 
 
 def _has_torch() -> bool:

@@ -21,7 +21,10 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer a request may ask for")] = 2048,
     parallel: Annotated[int, typer.Option(min=1, help="answers written at once; the others wait")] = 8,
 ) -> None:
-    """Serve the base and its adapters by OpenAI's API; a request's `model` names which of them answers."""
+    """Serve the base and its adapters by OpenAI's API.
+
+    A request's `model` names which of them answers.
+    """
     import signal
     import threading
 

@@ -4,10 +4,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
 from mlx_adapters.errors import AdaptersError, ConfigError, unknown
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@reporting("report", "cells", "failed", "seconds")
 def command(
     file: Annotated[Path, typer.Argument(help="the study's YAML file, see examples/study-cpu.yaml")],
     output: Annotated[Path | None, typer.Option(help="folder [default: the file's name]")] = None,
@@ -27,7 +29,10 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the cells and stop")] = False,
     cell: Annotated[str | None, typer.Option(help="only this cell, and no report")] = None,
 ) -> None:
-    """Train and measure a grid of adapters; tables, plots and a report. Run it again to go on."""
+    """Train and measure a grid of adapters, with a report.
+
+    Run it again to go on.
+    """
     from mlx_adapters.study import cells, grid
 
     study = grid.read(file, model=model, max_steps=max_steps, limit=limit)
@@ -40,7 +45,11 @@ def command(
         if cell not in known:
             raise ConfigError("--cell: " + unknown("cell", cell, known))
         with cells.locked(cells.cell_folder(folder, cell)):
-            _attempt(study, known[cell], folder)
+            result = _attempt(study, known[cell], folder)
+        failed = [cell] if result["status"] == "failed" else []
+        report(
+            {"report": None, "cells": [result], "failed": failed, "seconds": _seconds([result])}, lambda: None
+        )
         return
     with cells.locked(folder):
         _run(study, folder, jobs)
@@ -51,23 +60,40 @@ def _print_cells(study: "Study") -> None:
     from mlx_adapters.study.cells import parameters
 
     counts = parameters(study)
-    rows = [
-        [
-            one.id,
-            f"{counts[one.id]:,}",
-            f"{one.train.lr:g}",
-            f"{one.train.steps} steps" if one.train.steps else f"{one.train.epochs} epochs",
-            str(one.train.batch_size * one.train.accumulation),
-            str(one.train.seed),
-        ]
+    planned: list[dict[str, Any]] = [
+        {
+            "id": one.id,
+            "trainable": counts[one.id],
+            "lr": one.train.lr,
+            "steps": one.train.steps,
+            "epochs": None if one.train.steps else one.train.epochs,
+            "batch": one.train.batch_size * one.train.accumulation,
+            "seed": one.train.seed,
+        }
         for one in study.cells
     ]
-    table(["cell", "trainable", "lr", "budget", "batch", "seed"], rows)
-    settings = study.settings
-    items = f"at most {settings.limit} items each" if settings.limit else "all items"
-    typer.echo(
-        f"{len(rows)} cells on {study.model}: trained on {settings.data}, tested on {settings.tasks}, {items}"
-    )
+
+    def words() -> None:
+        rows = [
+            [
+                row["id"],
+                f"{row['trainable']:,}",
+                f"{row['lr']:g}",
+                f"{row['steps']} steps" if row["steps"] else f"{row['epochs']} epochs",
+                str(row["batch"]),
+                str(row["seed"]),
+            ]
+            for row in planned
+        ]
+        table(["cell", "trainable", "lr", "budget", "batch", "seed"], rows)
+        settings = study.settings
+        items = f"at most {settings.limit} items each" if settings.limit else "all items"
+        typer.echo(
+            f"{len(rows)} cells on {study.model}: trained on {settings.data}, "
+            f"tested on {settings.tasks}, {items}"
+        )
+
+    report({"report": None, "cells": planned, "failed": [], "seconds": 0.0}, words)
 
 
 def _run(study: "Study", folder: Path, jobs: int) -> None:
@@ -91,8 +117,8 @@ def _run(study: "Study", folder: Path, jobs: int) -> None:
         _attempt(study, one, folder)
 
 
-def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> None:
-    """Run a cell; what goes wrong in it is written down and stops no other."""
+def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any]:
+    """Run a cell and return its record; what goes wrong in it is written down and stops no other."""
     from mlx_adapters.cli.eval import run_task
     from mlx_adapters.cli.train import run
     from mlx_adapters.errors import OutputError
@@ -106,12 +132,12 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> None:
     except (AdaptersError, RuntimeError, ValueError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         say(f"FAILED {name}: {text}")
-        cells.write_json(
-            cells.cell_folder(folder, name) / "cell.json",
-            {"id": name, "status": "failed", "error": text, "method": cell.method if cell else "base"},
-        )
-        return
+        method = cell.method if cell else "base"
+        result = {"id": name, "status": "failed", "error": text, "method": method}
+        cells.write_json(cells.cell_folder(folder, name) / "cell.json", result)
+        return result
     say(", ".join(f"{score['task']} {score['accuracy']:.1%}" for score in result["scores"]))
+    return result
 
 
 def _fitting(study: "Study") -> int:
@@ -184,13 +210,21 @@ def _arguments() -> list[str]:
 
 
 def _finish(study: "Study", folder: Path) -> None:
-    from mlx_adapters.study import report
+    from mlx_adapters.study import report as page
 
-    results = report.write(study, folder)
+    results = page.write(study, folder)
     failed = [row["id"] for row in results if row["status"] == "failed"]
-    table(report.columns(results), report.cells_of(results))
-    seconds = sum(row.get("train_seconds", 0.0) + row.get("eval_seconds", 0.0) for row in results)
-    typer.echo(f"{folder / 'report.html'}: {len(results) - len(failed)} cells, {duration(seconds)} of work")
+    seconds, file = _seconds(results), folder / "report.html"
+
+    def words() -> None:
+        table(page.columns(results), page.cells_of(results))
+        typer.echo(f"{file}: {len(results) - len(failed)} cells, {duration(seconds)} of work")
+
+    report({"report": file, "cells": results, "failed": failed, "seconds": seconds}, words)
     if failed:
         say(f"failed: {', '.join(failed)}. Run the study again to try them again")
         raise typer.Exit(1)
+
+
+def _seconds(results: list[dict[str, Any]]) -> float:
+    return sum(row.get("train_seconds", 0.0) + row.get("eval_seconds", 0.0) for row in results)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
+from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.train.config import TrainConfig
@@ -22,12 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["command", "run"]
 
 
+_KEYS = ("output", "method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
+
+
+@reporting(*_KEYS, "validation_loss")
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, typer.Argument(help="model folder or hub id")] = None,
     data: Annotated[str | None, typer.Option(help=".json or .jsonl file, folder, or hub id")] = None,
     output: Annotated[Path | None, typer.Option(help="new folder for the adapter")] = None,
-    method: Annotated[str | None, typer.Option(help="see `mlx-adapters methods` [default: lora]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="see `mlx-adapters methods` [default: lora]", autocompletion=complete.methods),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
     adapter: Annotated[Path | None, typer.Option(help="go on from this adapter, of ours or PEFT's")] = None,
     targets: Annotated[str | None, typer.Option(help="short for --set targets=...")] = None,
@@ -41,8 +50,18 @@ def command(
     processes: Annotated[
         int, typer.Option(min=1, help="processes of this machine that share every batch: faster on a CPU")
     ] = 1,
-    log: Annotated[list[str] | None, typer.Option(help="also to tensorboard, wandb or trackio")] = None,
-    dtype: Annotated[str | None, typer.Option(help="compute in float32, float16 or bfloat16")] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="also to tensorboard, wandb or trackio", autocompletion=complete.among(complete.LOGGERS)
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="compute in float32, float16 or bfloat16", autocompletion=complete.among(complete.DTYPES)
+        ),
+    ] = None,
     **given: Any,
 ) -> None:
     """Train an adapter on a frozen base model."""
@@ -160,9 +179,37 @@ def _train(
     seconds = run(session)
     if not together.writes:
         return
-    typer.echo(f"{output}: trained {session.run.step} steps in {duration(seconds)}. Next:")
-    typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
-    typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
+    result = _result(session, seconds)
+
+    def words() -> None:
+        done = f"trained {result['steps']} steps in {duration(seconds)}"
+        typer.echo(f"{output}: {done}, loss {result['loss']:.4f} at step {result['step']}. Next:")
+        typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
+        typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
+
+    report(result, words)
+
+
+def _result(session: "Session", seconds: float) -> dict[str, Any]:
+    """The run in numbers; `loss` and `validation_loss` are those of the step whose adapter is kept."""
+    from mlx_adapters import adapter
+    from mlx_adapters.train import metrics
+    from mlx_adapters.train.session import METRICS
+
+    step = adapter.read_meta(session.output).training["steps_done"]
+    row = next(row for row in metrics.read(session.output / METRICS) if row["step"] == step)
+    return {
+        "output": session.output,
+        "method": session.meta.method,
+        "trainable": session.trainable,
+        "parameters": session.parameters,
+        "rows": len(session.run.examples),
+        "steps": session.run.step,
+        "step": step,
+        "seconds": seconds,
+        "loss": row["loss"],
+        "validation_loss": row.get("validation_loss"),
+    }
 
 
 def _shared(config: TrainConfig, processes: int) -> TrainConfig:

@@ -288,7 +288,7 @@ def test_info_on_an_adapter(adapter: Path) -> None:
     found = json.loads(cli("info", adapter, "--json").stdout)
     assert (found["kind"], found["method"], found["fields"]["rank"]) == ("adapter", "lora", 8)
     assert found["tensors"] == 2 * 7 * 2
-    assert found["seen"] == "12 training questions"
+    assert found["seen"] == 12
     assert found["checkpoints"] == ["step-000050", "step-000060"]
     assert "template       alpaca" in cli("info", adapter).stdout
 

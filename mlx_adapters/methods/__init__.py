@@ -23,13 +23,15 @@ import importlib
 import pkgutil
 from functools import cache
 from types import ModuleType
-from typing import Any
-
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.fields import parse_fields
-from mlx_adapters.methods.base import AdapterLayer, site_of
+
+if TYPE_CHECKING:  # the names alone are asked for at every Tab in a shell, and MLX takes its time to load
+    import mlx.nn as nn
+
+    from mlx_adapters.methods.base import AdapterLayer
 
 __all__ = [
     "by_peft_fields",
@@ -82,7 +84,7 @@ def make_config(name: str, settings: dict[str, Any]) -> Any:
     return parse_fields(config_class(name), settings, where=name)
 
 
-def layer_classes(name: str) -> tuple[type[AdapterLayer], ...]:
+def layer_classes(name: str) -> "tuple[type[AdapterLayer], ...]":
     """The layer classes of a method."""
     module = get(name)
     return getattr(module, "LAYERS", (module.Layer,))
@@ -94,12 +96,14 @@ def in_peft(name: str) -> bool:
 
 
 def place(
-    name: str, model: nn.Module, model_type: str, config: Any, paths: list[str] | None = None
-) -> dict[str, nn.Module]:
+    name: str, model: "nn.Module", model_type: str, config: Any, paths: list[str] | None = None
+) -> "dict[str, nn.Module]":
     """What the method puts where, by path: adapter layers, and whatever else it needs in the tree.
 
     `paths` are the layers that a saved adapter names; without them the configuration chooses.
     """
+    from mlx_adapters.methods.base import site_of
+
     module = get(name)
     if hasattr(module, "place"):
         placed: dict[str, nn.Module] = module.place(model, model_type, config, paths)
