@@ -183,7 +183,9 @@ def _train(
 
     def words() -> None:
         done = f"trained {result['steps']} steps in {duration(seconds)}"
-        typer.echo(f"{output}: {done}, loss {result['loss']:.4f} at step {result['step']}. Next:")
+        if result["loss"] is not None:  # metrics.jsonl may have been taken away
+            done += f", loss {result['loss']:.4f} at step {result['step']}"
+        typer.echo(f"{output}: {done}. Next:")
         typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
         typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
 
@@ -197,7 +199,7 @@ def _result(session: "Session", seconds: float) -> dict[str, Any]:
     from mlx_adapters.train.session import METRICS
 
     step = adapter.read_meta(session.output).training["steps_done"]
-    row = next(row for row in metrics.read(session.output / METRICS) if row["step"] == step)
+    row = next((row for row in metrics.read(session.output / METRICS) if row["step"] == step), {})
     return {
         "output": session.output,
         "method": session.meta.method,
@@ -207,7 +209,7 @@ def _result(session: "Session", seconds: float) -> dict[str, Any]:
         "steps": session.run.step,
         "step": step,
         "seconds": seconds,
-        "loss": row["loss"],
+        "loss": row.get("loss"),
         "validation_loss": row.get("validation_loss"),
     }
 
