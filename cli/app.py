@@ -116,6 +116,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch's OpenMP threads spin while they wait and starve MLX's: --verify was ten times slower on two cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "_MLX_ADAPTERS_COMPLETE" in os.environ:
+        # Typer would read the descriptions as Rich's markup: slow, and [default: lora] would vanish
+        sys.modules["rich"] = None  # type: ignore[assignment]
     app(prog_name="mlx-adapters")
 
 

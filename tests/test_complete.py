@@ -78,6 +78,13 @@ def test_what_each_shell_is_told(shell: str, line: str, expected: list[str], oth
     assert [word for word in others if word in said] == []
 
 
+@pytest.mark.parametrize(
+    ("shell", "expected"), [("zsh", r"[default\\: 0.0003]"), ("fish", "[default: 0.0003]")]
+)
+def test_descriptions_keep_what_stands_in_brackets(shell: str, expected: str) -> None:
+    assert expected in asked(shell, "mlx-adapters train --l")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_it_installs(shell: str, tmp_path: Path) -> None:
     env = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
@@ -135,7 +142,16 @@ def test_completion_loads_nothing_heavy_and_is_quick() -> None:
             [sys.executable, "-c", code], env=typed("bash", line), capture_output=True, text=True
         )
         assert len(done.stdout.split()) > 5, done.stderr
-        heavy = {"mlx.core", "mlx_lm", "transformers", "datasets", "matplotlib", "torch", "numpy"}
+        heavy = {
+            "rich.console",
+            "mlx.core",
+            "mlx_lm",
+            "transformers",
+            "datasets",
+            "matplotlib",
+            "torch",
+            "numpy",
+        }
         assert heavy.isdisjoint(done.stderr.split("loaded ")[1].split())
     times = []
     for _ in range(5):  # the fastest counts: other processes share the machine
