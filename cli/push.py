@@ -19,6 +19,9 @@ def command(
     eval: Annotated[
         list[Path] | None, typer.Option(help="report of eval --output, for the card; may be repeated")
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="the hub's name of the license: apache-2.0 say [default: none named]")
+    ] = None,
     private: Annotated[bool, typer.Option(help="a new repository is private")] = False,
     dry_run: Annotated[bool, typer.Option(help="write the folder to --output, upload nothing")] = False,
     output: Annotated[Path | None, typer.Option(help="new folder for --dry-run")] = None,
@@ -38,7 +41,7 @@ def command(
         raise ConfigError("--dry-run and --output FOLDER go together: the folder is written, nothing is sent")
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-push-") as temporary:
         folder = output or Path(temporary) / "adapter"
-        prepared = publish.prepare(adapter, folder, repo, base=base, reports=eval or ())
+        prepared = publish.prepare(adapter, folder, repo, base=base, license=license, reports=eval or ())
         url = None if dry_run else publish.upload(prepared, repo, private=private)
 
     def words() -> None:

@@ -5,6 +5,7 @@ base, and a model card.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from mlx_adapters.methods.experts import EXPERT_NAMES
 from mlx_adapters.models.sites import EXPERTS
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["Exported", "Verdict", "export", "verify"]
+__all__ = ["HUB_DATA", "Exported", "Verdict", "export", "public", "verify"]
 
 _PROMPTS = (
     "Tom has 3 apples and buys 4 more. How many apples does he have?",
@@ -39,6 +40,8 @@ _PROMPTS = (
     "Below is an instruction that describes a task.",
 )
 _NEW_TOKENS = 20
+HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+) \(\w+\)")
+"""How an adapter remembers training data of the hub: `OWNER/NAME (split)`."""
 
 
 @dataclass(frozen=True)
@@ -248,9 +251,10 @@ def _with_base(folder: Path, copy: Path, base: Path) -> Path:
 
 def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
     base, in_peft = fields["base_model_name_or_path"], methods.in_peft(meta.method)
-    rows = "\n".join(
-        f"| {name} | {_cell(value)} |" for name, value in {**meta.config, **meta.training}.items()
-    )
+    training = {**meta.training}
+    if data := training.get("data"):
+        training["data"] = public(data)
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in {**meta.config, **training}.items())
     library = "library_name: peft\n" if in_peft else ""
     front = f"---\n{library}tags: [{meta.method}, mlx-adapters]\n"
     front += (
@@ -279,7 +283,7 @@ The prompt template was `{meta.template or "unknown"}`.{_precision(meta)}
 ## Load it in MLX
 
 ```
-mlx-adapters generate MODEL --adapter PATH/OF/THIS/FOLDER --prompt "..."
+mlx-adapters generate {base} --adapter PATH/OF/THIS/FOLDER --prompt "..."
 ```
 """
 
@@ -297,6 +301,11 @@ model = load_adapter(base, "PATH/OF/THIS/FOLDER")"""
 _ALSO = """
 Without PEFT: `load_adapter(base, "PATH/OF/THIS/FOLDER")` from the file `load_adapter.py` in this folder.
 """
+
+
+def public(data: str) -> str:
+    """Where training data came from, for strangers: of a file its name, and not this machine's folders."""
+    return data if HUB_DATA.fullmatch(data) else data.replace("\\", "/").rpartition("/")[2]
 
 
 def _cell(value: Any) -> str:

@@ -5,20 +5,26 @@ The token is the hub client's own (`hf auth login`, HF_TOKEN): it is never read 
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
 from mlx_adapters.errors import AdapterError, ConfigError, DataError, OutputError
+from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
-from mlx_adapters.evaluate.score import summarise
+from mlx_adapters.evaluate.score import Score, summarise
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 __all__ = ["Prepared", "check_name", "prepare", "upload"]
 
 _LOCAL = "PATH/OF/THIS/FOLDER"  # as the export's card says it
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,26 @@ def check_name(repo: str) -> None:
 
 
 def prepare(
-    source: Path, dst: Path, repo: str, *, base: str | None = None, reports: Sequence[Path] = ()
+    source: Path,
+    dst: Path,
+    repo: str,
+    *,
+    base: str | None = None,
+    license: str | None = None,
+    reports: Sequence[Path] = (),
 ) -> Prepared:
     """Write what shall be uploaded to the new folder `dst`: the export, its card, nothing of this machine.
 
-    `reports` are what `eval --output` wrote for this very adapter. Raises AdapterError where the base is a
-    local path, DataError for a report of another adapter, OutputError for a `dst` that is not empty.
+    `reports` are what `eval --output` wrote for this very adapter; `license` is the hub's name of one, and
+    without it the card names none. Raises AdapterError where the base is a local path, DataError for a report
+    of another adapter, OutputError for a `dst` that is not empty.
     """
     check_name(repo)
-    scores = "".join(_scores(report, source) for report in reports)  # a wrong report before any writing
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise ConfigError(
+            f"--license {license!r}: give the hub's name of it, like apache-2.0, mit or cc-by-4.0"
+        )
+    measured = [_Measured.read(report, source) for report in reports]  # a wrong one before any writing
     meta = adapter.read_meta(source)
     named = base or json.loads((source / adapter.CONFIG).read_text("utf-8")).get("base_model_name_or_path")
     if not named or named.count("/") != 1 or named.startswith(("/", ".", "~")) or Path(named).exists():
@@ -59,10 +76,22 @@ def prepare(
             "Give its hub id with --base OWNER/NAME"
         )
     peft.export(source, dst, base=named)
-    _forget_paths(dst / adapter.META)
-    card = dst / "README.md"
+    for file in dst.rglob(adapter.META):
+        _forget_paths(file)
+    for file in (dst / "members").rglob(adapter.CONFIG):
+        _name_base(file, named)
+    _write_card(dst / "README.md", repo, meta, measured, license)
+    return Prepared(dst, tuple(_files(dst)))
+
+
+def _write_card(
+    file: Path, repo: str, meta: adapter.AdapterMeta, measured: "Sequence[_Measured]", license: str | None
+) -> None:
+    """Complete the export's card: what the hub reads in its head, how to fetch it, scores, hashes."""
+    from huggingface_hub import ModelCard
+
     fetch = f"hf download {repo} --local-dir {_LOCAL}"
-    text = card.read_text("utf-8").rstrip("\n") + f"\n\nFetch it first: `{fetch}`\n"
+    text = file.read_text("utf-8").rstrip("\n") + f"\n\nFetch it first: `{fetch}`\n"
     text = text.replace(f'from_pretrained(base, "{_LOCAL}")', f'from_pretrained(base, "{repo}")')
     if "adapterhub" in exchange.formats(meta.method):
         text += (
@@ -71,11 +100,23 @@ def prepare(
             '```python\nimport adapters\n\nadapters.init(base)\nbase.load_adapter("FOR-ADAPTERHUB", '
             "set_active=True)\n```\n"
         )
-    text += f"\n## Scores\n\n{scores}" if scores else ""
-    hashes = "".join(f"| {name} | {count} | `{digest}` |\n" for name, count, digest in _files(dst, card))
+    if measured:
+        text += "\n## Scores\n\n" + "".join(one.table() for one in measured)
+    hashes = "".join(
+        f"| {name} | {count} | `{digest}` |\n" for name, count, digest in _files(file.parent, file)
+    )
     text += f"\n## Files\n\n| file | bytes | sha256 |\n|---|---|---|\n{hashes}"
-    card.write_text(text, encoding="utf-8")
-    return Prepared(dst, tuple(_files(dst)))
+    card = ModelCard(text)
+    card.data.base_model_relation = "adapter"
+    card.data.pipeline_tag = "text-generation"
+    card.data.license = license
+    if found := peft.HUB_DATA.fullmatch(str(meta.training.get("data"))):
+        card.data.datasets = [found[1]]
+    if measured:
+        card.data.model_name = repo.partition("/")[2]
+        card.data.eval_results = [result for one in measured for result in one.results()]
+        card.data.metrics = ["accuracy"]
+    file.write_text(str(card), encoding="utf-8")
 
 
 def upload(prepared: Prepared, repo: str, *, private: bool) -> str:
@@ -102,36 +143,82 @@ def _reason(error: Exception) -> str:
     return line.replace(token, "[token]") if token else line
 
 
-def _scores(report: Path, source: Path) -> str:
-    settings, records = read_report(report)
-    weights = source / adapter.WEIGHTS
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-    if settings.get("adapter_sha256") != digest:
-        raise DataError(f"{report}: measures another adapter than {source}. Evaluate this one again")
-    rows = ""
-    for task in dict.fromkeys(record.task for record in records):
-        score = summarise([record for record in records if record.task == task])
-        rows += (
-            f"| {task} | {score.correct}/{score.total} | {score.accuracy:.1%} | "
-            f"{score.low:.1%} - {score.high:.1%} | {score.seen_total} |\n"
+@dataclass(frozen=True)
+class _Measured:
+    """What a report of `eval` measured, for the card."""
+
+    settings: dict[str, Any]
+    scores: tuple[Score, ...]
+
+    @classmethod
+    def read(cls, report: Path, source: Path) -> "_Measured":
+        settings, records = read_report(report)
+        weights = source / adapter.WEIGHTS
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+        if settings.get("adapter_sha256") != digest:
+            raise DataError(f"{report}: measures another adapter than {source}. Evaluate this one again")
+        tasks = dict.fromkeys(record.task for record in records)
+        return cls(
+            settings,
+            tuple(summarise([record for record in records if record.task == task]) for task in tasks),
         )
-    limit = f", {settings['limit']} items of each" if settings.get("limit") else ""
-    return (
-        f"Measured with `mlx-adapters eval`, decoding {settings.get('decoding')}, template "
-        f"{settings.get('template')}{limit}.\n\n"
-        f"| task | correct | accuracy | 95 % interval | seen in training |\n|---|---|---|---|---|\n{rows}\n"
-    )
+
+    def table(self) -> str:
+        """People read this: every score with its interval."""
+        rows = "".join(
+            f"| {score.task} | {score.correct}/{score.total} | {score.accuracy:.1%} | "
+            f"{score.low:.1%} - {score.high:.1%} | {score.seen_total} |\n"
+            for score in self.scores
+        )
+        head = "| task | correct | accuracy | 95 % interval | seen in training |\n|---|---|---|---|---|\n"
+        return f"Measured with `mlx-adapters eval`, {self._how()}.\n\n{head}{rows}\n"
+
+    def results(self) -> "list[EvalResult]":
+        """The hub reads this: its model-index."""
+        from huggingface_hub import EvalResult
+
+        from_hub = self.settings.get("data") == "hub"
+        found = []
+        for score in self.scores:
+            place = HUB.get(score.task) if from_hub else None
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=place.id if place else score.task,
+                    dataset_name=score.task,
+                    dataset_config=place.config if place else None,
+                    dataset_split=place.split if place else None,
+                    metric_type="accuracy",
+                    metric_value=round(score.accuracy, 4),
+                    metric_name=(
+                        f"accuracy, {score.correct} of {score.total}, 95 % interval {score.low:.4f} to "
+                        f"{score.high:.4f}; {self._how()}"
+                    ),
+                )
+            )
+        return found
+
+    def _how(self) -> str:
+        limit = f", {self.settings['limit']} items of each" if self.settings.get("limit") else ""
+        return f"decoding {self.settings.get('decoding')}, template {self.settings.get('template')}{limit}"
 
 
 def _forget_paths(file: Path) -> None:
-    """Where the base lay on this machine is nobody's business."""
-    if file.exists():
-        meta: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        if isinstance(meta.get("base"), dict):
-            meta["base"].pop("path", None)
-            if str(meta["base"].get("_name_or_path", "")).startswith(("/", "~", ".")):
-                meta["base"].pop("_name_or_path")
-        file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    """Where base and data lay on this machine is nobody's business."""
+    meta: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if isinstance(meta.get("base"), dict):
+        meta["base"].pop("path", None)
+        if str(meta["base"].get("_name_or_path", "")).startswith(("/", "~", ".")):
+            meta["base"].pop("_name_or_path")
+    if isinstance(meta.get("training"), dict) and "data" in meta["training"]:
+        meta["training"]["data"] = peft.public(str(meta["training"]["data"]))
+    file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_base(file: Path, base: str) -> None:
+    fields: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    fields["base_model_name_or_path"] = base
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path, *without: Path) -> list[tuple[str, int, str]]:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from tiny import make_tiny
 from trained import make_adapter
 from typer.testing import CliRunner
@@ -159,6 +162,7 @@ def test_the_card_says_what_it_is(lora: Path, tmp_path: Path) -> None:
         (["a/b/c", "--base", "o/n"], "is no hub id"),
         (["tiny", "--base", "o/n"], "is no hub id"),
         (["o/n", "--base", "/tmp"], "which others cannot load"),
+        (["o/n", "--base", "o/n", "--license", "Apache 2"], "--license 'Apache 2': give the hub's name"),
     ],
 )
 def test_what_cannot_go_is_refused_before_anything_is_sent(
@@ -170,3 +174,71 @@ def test_what_cannot_go_is_refused_before_anything_is_sent(
     assert done.exit_code == 2
     assert words in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+def trained_on(adapter: Path, data: str, dst: Path) -> Path:
+    """A copy that remembers its training data as a run does."""
+    shutil.copytree(adapter, dst)
+    meta = json.loads((dst / adapters.META).read_text())
+    meta["training"] = {"steps": 3, "data": data, "data_sha256": "d" * 64}
+    (dst / adapters.META).write_text(json.dumps(meta))
+    return dst
+
+
+def dry_run(adapter: Path, out: Path, *more: str) -> ModelCard:
+    arguments = ["push", adapter, REPO, "--base", "owner/tiny", "--dry-run", "--output", out, *more]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return ModelCard.load(out / "README.md")
+
+
+def test_the_head_of_the_card_is_the_hubs_format(lora: Path, tmp_path: Path) -> None:
+    adapter = trained_on(lora, "owner/rows (train)", tmp_path / "a")
+    digest = hashlib.sha256((lora / adapters.WEIGHTS).read_bytes()).hexdigest()
+    empty = {"prompt": "", "response": "", "extracted": "", "label": "1"}
+    records = [
+        {"task": task, "index": i, "item": str(i), "correct": i < right, **empty}
+        for task, right in (("ARC-Easy", 3), ("own", 8))
+        for i in range(8)
+    ]
+    settings = {"adapter_sha256": digest, "decoding": "greedy", "template": "alpaca", "data": "hub"}
+    (tmp_path / "r.json").write_text(json.dumps({**settings, "records": records}))
+    card = dry_run(adapter, tmp_path / "o", "--license", "mit", "--eval", str(tmp_path / "r.json"))
+    data = card.data
+    assert (data.base_model, data.library_name, data.license) == ("owner/tiny", "peft", "mit")
+    assert (data.base_model_relation, data.pipeline_tag) == ("adapter", "text-generation")
+    assert data.datasets == ["owner/rows"]
+    assert {"lora", "mlx-adapters"} <= set(data.tags)
+    easy, own = data.eval_results  # read back from the model-index
+    place = (easy.dataset_type, easy.dataset_config, easy.dataset_split, easy.dataset_name)
+    assert place == ("allenai/ai2_arc", "ARC-Easy", "test", "ARC-Easy")
+    assert (easy.metric_type, easy.metric_value, own.metric_value) == ("accuracy", 0.375, 1.0)
+    assert "3 of 8, 95 % interval 0.1368 to 0.6943" in easy.metric_name  # Wilson's, computed by hand
+    assert (own.dataset_type, own.dataset_config) == ("own", None)
+    assert "d" * 64 in card.text
+
+
+def test_without_license_and_scores_the_head_names_none(lora: Path, tmp_path: Path) -> None:
+    dry_run(lora, tmp_path / "o")
+    head = yaml.safe_load((tmp_path / "o" / "README.md").read_text().split("---")[1])
+    assert set(head) == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
+
+
+def test_no_folder_of_this_machine_goes_out(lora: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Neither of the data, nor of the adapters that a fusion is made of."""
+    from cases import METHODS
+
+    one = trained_on(lora, str(tmp_path / "secret" / "rows.jsonl"), tmp_path / "a")
+    base = folders["llama"]
+    fields = METHODS["fusion"].settings(base)
+    two = make_adapter(base, tmp_path / "fusion", "fusion", fields, seed=2)
+    for name, adapter in (("one", one), ("two", two)):
+        dry_run(adapter, tmp_path / name)
+        sent = [file for file in (tmp_path / name).rglob("*") if file.is_file()]
+        assert len(sent) > 4
+        for file in sent:
+            for place in (tmp_path, base.parent, lora.parent):
+                assert str(place).encode() not in file.read_bytes(), file
+    assert "| data | rows.jsonl |" in (tmp_path / "one" / "README.md").read_text()
+    members = (tmp_path / "two" / "members").rglob("adapter_config.json")
+    assert {json.loads(file.read_text())["base_model_name_or_path"] for file in members} == {"owner/tiny"}

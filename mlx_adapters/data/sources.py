@@ -10,6 +10,7 @@ The format is told by the fields of the rows, and every row must have it:
 | text | text |
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from mlx_adapters.errors import DataError
 
-__all__ = ["FORMATS", "TRAINING_SETS", "Rows", "load_rows", "read_rows"]
+__all__ = ["FORMATS", "TRAINING_SETS", "Rows", "digest", "load_rows", "read_rows"]
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
@@ -70,6 +71,12 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
             f"{', '.join(TRAINING_SETS)}"
         )
     return _hub_rows(source, split)
+
+
+def digest(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of the rows in their order, whatever file or layout they came in."""
+    lines = (json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _named(name: str, folder: Path, split: str) -> Rows:

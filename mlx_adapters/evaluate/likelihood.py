@@ -132,9 +132,7 @@ def _cached(
     return [[next(each) for _ in choices] for _, choices in items]
 
 
-def _uncached(
-    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]
-) -> list[Scores]:
+def _uncached(model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[Scores]:
     ((prompt, choices),) = items
     ids, _ = right_padded([[*prompt, *choice][:-1] for choice in choices])
     logits = forward(model, ids)[:, len(prompt) - 1 :]

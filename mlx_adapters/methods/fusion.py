@@ -222,6 +222,12 @@ def keep(folder: Path, layers: dict[str, AdapterLayer]) -> None:
         adapter.write(folder / _MEMBERS / f"{number:02d}", arrays, fields=member.fields, meta=member.meta)
 
 
+def as_saved(config: Config) -> Config:
+    """The configuration that names the members as `keep` writes them, not where they lay on this machine."""
+    below = [f"{_MEMBERS}/{number:02d}" for number in range(len(config.folders))]
+    return replace(config, adapters=",".join(below))
+
+
 def kept(folder: Path, config: Config) -> Config:
     """The configuration that names the members' folders below the adapter's."""
     below = sorted((folder / _MEMBERS).glob("*/"))

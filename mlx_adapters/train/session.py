@@ -18,7 +18,7 @@ import numpy as np
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
-from mlx_adapters.data.sources import Rows, load_rows
+from mlx_adapters.data.sources import Rows, digest, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError, OutputError
@@ -151,7 +151,13 @@ def prepare(
         template=template,
         loss_on=config.loss_on,
         seen=sorted(seen | set(earlier.seen if earlier else ())),
-        training={**asdict(config), "template": template, "data": kept.origin, "rows": len(kept.rows)},
+        training={
+            **asdict(config),
+            "template": template,
+            "data": kept.origin,
+            "data_sha256": digest(kept.rows),
+            "rows": len(kept.rows),
+        },
     )
     return Session(
         loaded=loaded,
