@@ -1,27 +1,45 @@
 """The package as it is installed: complete, typed, quick to start, and without stray top-level names."""
 
+import hashlib
+import os
+import shutil
 import subprocess
 import sys
-import tomllib
+import tarfile
+import zipfile
 from pathlib import Path
 
+import pytest
+import yaml
+
+from mlx_adapters import __version__
+
 ROOT = Path(__file__).parents[1]
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# What belongs to a release, and lies in the repository.
+PARTS = ("mlx_adapters", "convert", "cli", "tests", "examples")
+FILES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    "LICENSE",
+    "pyproject.toml",
+    ".ci/run",
+)
 
 
-def test_the_package_list_is_complete() -> None:
-    folders = {"mlx_adapters", "mlx_adapters.cli", "mlx_adapters.convert"}
-    folders |= {
-        f"mlx_adapters.{folder.name}"
-        for folder in (ROOT / "mlx_adapters").iterdir()
-        if not folder.is_symlink() and (folder / "__init__.py").exists()
+def sources(part: str) -> set[str]:
+    """The files of a part, by their paths in the repository."""
+    folder = ROOT / part
+    links = {link for link in folder.iterdir() if link.is_symlink()}
+    return {
+        str(file.relative_to(ROOT))
+        for file in folder.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts and links.isdisjoint(file.parents)
     }
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_a_wheel_holds_every_module_and_nothing_at_the_top(tmp_path: Path) -> None:
-    import zipfile
-
     command = [
         sys.executable,
         "-m",
@@ -35,19 +53,50 @@ def test_a_wheel_holds_every_module_and_nothing_at_the_top(tmp_path: Path) -> No
     ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    top = {name.partition("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"mlx_adapters"}
-    sources = [
-        *(ROOT / "mlx_adapters").glob("*.py"),
-        *(ROOT / "convert").glob("*.py"),
-        *(ROOT / "cli").glob("*.py"),
-    ]
-    for source in sources:
-        relative = source.relative_to(ROOT)
-        prefix = "" if relative.parts[0] == "mlx_adapters" else "mlx_adapters/"
-        assert f"{prefix}{relative}" in names
+    assert wheel.name.endswith("-py3-none-any.whl")  # macOS and Linux, on any processor
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    inside = {f"mlx_adapters/{name}" for part in ("convert", "cli") for name in sources(part)}
+    assert names == sources("mlx_adapters") | inside
     assert "mlx_adapters/py.typed" in names
+
+
+@pytest.mark.slow
+def test_two_builds_are_the_same_bytes_and_hold_the_repository(tmp_path: Path) -> None:
+    """From two folders, with other times and rights of the files, and with what work leaves behind."""
+    pytest.importorskip("build.env", reason="pip install build")
+    made = []
+    for number in (1, 2):
+        copy = tmp_path / f"copy{number}"
+        for part in PARTS:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=ignored)
+        for name in (*FILES, ".gitignore"):
+            (copy / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+        for file in (file for file in copy.rglob("*.py") if not file.is_symlink()):
+            os.utime(file, (1e9 * number, 1e9 * number))
+            file.chmod(0o600 if number == 1 else 0o644)
+        for junk in ("cli/__pycache__/app.pyc", "dist/old.whl", ".venv/x.py", "notes.txt"):
+            (copy / junk).parent.mkdir(exist_ok=True)
+            (copy / junk).write_text(str(number))
+        out = tmp_path / f"out{number}"
+        command = [sys.executable, "-m", "build", "--outdir", str(out), str(copy)]
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
+        made.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()})
+    assert made[0] == made[1]
+    assert len(made[0]) == 2
+    (archive,) = (tmp_path / "out1").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    repository = {name for part in PARTS for name in sources(part)} | set(FILES)
+    assert names - {".gitignore", "PKG-INFO"} == repository
+
+
+def test_the_citation_is_of_this_version() -> None:
+    about = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert about["version"] == __version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(about)
 
 
 def test_help_imports_nothing_heavy() -> None:
