@@ -23,6 +23,7 @@ from mlx_adapters.cli import (
     export,
     fuse,
     generate,
+    harness,
     import_adapter,
     info,
     methods,
@@ -91,6 +92,7 @@ app.command("convert")(convert.command)
 app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
+app.command("harness")(harness.command)
 app.command("compare")(compare.command)
 app.command("study")(study.command)
 app.command("export")(export.command)

@@ -21,6 +21,7 @@ COMMANDS = (
     "convert",
     "train",
     "eval",
+    "harness",
     "study",
     "export",
     "generate",

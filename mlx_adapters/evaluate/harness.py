@@ -4,6 +4,7 @@ https://github.com/EleutherAI/lm-evaluation-harness. Its tasks ask for the log-l
 answers; both go through this package's batched decoding, whatever the method of the adapter.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mlx_adapters.model import Loaded
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 except ImportError:
     raise UnsupportedError(
         'lm-evaluation-harness is not installed: pip install "mlx-adapters[lm-eval]"'
@@ -165,9 +166,10 @@ def run_tasks(
     chat_template: bool = False,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """lm_eval's results of the tasks by its own `simple_evaluate`; `include_path` holds YAML tasks of yours.
+    """lm_eval's results and samples as plain JSON values, by its own `simple_evaluate`.
 
-    Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
+    `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name. Raises ConfigError for a
+    task that lm_eval does not know. Code that a task marks as unsafe is not run.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -179,7 +181,7 @@ def run_tasks(
             f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own, "
             "--include-path adds a folder of YAML files"
         )
-    found: dict[str, Any] = simple_evaluate(
+    found = simple_evaluate(
         model=HarnessModel(loaded, batch_size=batch_size),
         tasks=list(tasks),
         num_fewshot=num_fewshot,
@@ -188,4 +190,5 @@ def run_tasks(
         task_manager=manager,
         bootstrap_iters=0,
     )
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
+    return plain
