@@ -168,8 +168,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """lm_eval's results and samples as plain JSON values, by its own `simple_evaluate`.
 
-    `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name. Raises ConfigError for a
-    task that lm_eval does not know. Code that a task marks as unsafe is not run.
+    `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name.
+    Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
