@@ -37,6 +37,8 @@ def command(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="of a temperature above 0")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    web: Annotated[bool, typer.Option("--web", help="a page in the browser instead (extra `web`)")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of --web, at 127.0.0.1")] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
     import mlx.core as mx
@@ -48,6 +50,8 @@ def command(
 
     if template is not None and template not in TEMPLATES:
         raise ConfigError(unknown("template", template, TEMPLATES))
+    if web and template is not None:
+        raise ConfigError("--web reads every adapter through its own template: leave --template out")
     folders: dict[str, Path] = {}
     for folder in adapter or []:
         if folder.name in folders:
@@ -56,8 +60,38 @@ def command(
     loaded = models.load(model, answering=True)
     metas = load_several(loaded, folders) if folders else {}
     loaded.model.eval()
+    if web:
+        _page(loaded, metas, port, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return
     mx.random.seed(seed)
     _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p))
+
+
+def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
+    """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
+    import signal
+
+    from mlx_adapters.serve import Engine
+    from mlx_adapters.serve.page import build, start
+
+    if "base" in metas:
+        raise ConfigError(
+            "an adapter is named base, as the page calls the model without one: rename its folder"
+        )
+    engine = Engine(loaded, metas, name="base")
+    page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
+    try:
+        address = start(page, host="127.0.0.1", port=port)
+    except OSError:
+        raise ConfigError(f"port {port} is taken: give another with --port") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: engine.stop())
+    say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
+    try:
+        engine.run()
+    finally:
+        page.close(verbose=False)
+    say("stopped")
 
 
 class _Chat:

@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
         )
         texts = (self.tokenizer.decode(answers[i], skip_special_tokens=True) for i in range(len(prompts)))
-        return [postprocess_generated_text(generation=text, stop=stops) for text in texts]
+        return [postprocess_generated_text(text, stops, think_end_token=None) for text in texts]
 
 
 def _decoding(given: dict[str, Any]) -> Decoding:

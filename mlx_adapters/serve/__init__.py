@@ -7,6 +7,7 @@ trained with. Here the adapters stand beside one base and are switched in place 
     engine.py    the one thread that owns the arrays: takes turns among the requests
     requests.py  what a request may ask, checked
     server.py    HTTP: routes, streaming, errors
+    page.py      the page of `chat --web`
 """
 
 from mlx_adapters.serve.engine import Engine

@@ -1,0 +1,155 @@
+"""The web page of `mlx-adapters chat --web`: a conversation, and base and adapters side by side (Gradio).
+
+Questions go through the engine of `serve`, so the page answers as the server and `generate` do. Nothing is
+shared or sent: Gradio's tunnel and its statistics are off.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.serve.engine import Engine
+from mlx_adapters.serve.requests import Ask, Message, RequestError
+
+__all__ = ["answer", "build", "side_by_side", "start"]
+
+Turns = list[dict[str, Any]]
+
+_CSS = """
+.gradio-container {max-width: 1100px !important; margin: 0 auto !important}
+.answers {flex-wrap: wrap}
+.answers > * {min-width: min(320px, 100%) !important}
+"""
+
+
+def answer(engine: Engine, ask: Ask) -> Iterator[str]:
+    """The answer so far, again and again as it grows; an error is the answer's last line.
+
+    Leaving the iterator early ends the request.
+    """
+    text = ""
+    try:
+        job = engine.submit(ask)
+    except RequestError as error:
+        yield f"error: {error}"
+        return
+    try:
+        while True:
+            piece = job.pieces.get()
+            if isinstance(piece, RequestError):
+                yield f"{text}\n\nerror: {piece}".strip()
+                return
+            text += piece.text
+            yield text
+            if piece.reason:
+                return
+    finally:
+        job.cancelled = True
+
+
+def side_by_side(engine: Engine, asks: list[Ask]) -> Iterator[list[str]]:
+    """All answers so far, one list a step; the engine writes them in turns."""
+    streams = [answer(engine, ask) for ask in asks]
+    texts, going = [""] * len(asks), set(range(len(asks)))
+    try:
+        while going:
+            for index in sorted(going):
+                try:
+                    texts[index] = next(streams[index])
+                except StopIteration:
+                    going.discard(index)
+            yield list(texts)
+    finally:
+        for stream in streams:
+            stream.close()  # type: ignore[attr-defined]
+
+
+def build(engine: Engine, *, title: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> Any:
+    """The page as Gradio's Blocks; the arguments are what its controls start with."""
+    gr = _gradio()
+
+    def asks(models: list[str], messages: Turns, limit: float, heat: float) -> list[Ask]:
+        said = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
+        return [
+            Ask(model, messages=said, max_tokens=int(limit), temperature=float(heat), top_p=top_p, seed=seed)
+            for model in models
+        ]
+
+    def chat(text: str, turns: Turns, model: str, limit: float, heat: float) -> Iterator[tuple[str, Turns]]:
+        if not text.strip():
+            yield "", turns
+            return
+        turns = [*turns, {"role": "user", "content": text}]
+        yield "", turns
+        (ask,) = asks([model], turns, limit, heat)
+        for found in answer(engine, ask):
+            yield "", [*turns, {"role": "assistant", "content": found}]
+
+    def compare(text: str, limit: float, heat: float) -> Iterator[list[str]]:
+        if not text.strip():
+            yield [""] * len(engine.models)
+            return
+        yield from side_by_side(engine, asks(engine.models, [{"role": "user", "content": text}], limit, heat))
+
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {title}\nBase and adapters on this machine. Nothing leaves it.")
+        with gr.Row():
+            model = gr.Dropdown(engine.models, value=engine.models[-1], label="Answered by", elem_id="model")
+            limit = gr.Slider(
+                1, max(1024, max_tokens), value=max_tokens, step=1, label="Longest answer, tokens"
+            )
+            heat = gr.Slider(0, 2, value=temperature, step=0.05, label="Temperature (0: most likely token)")
+        with gr.Tab("Chat"):
+            talk = gr.Chatbot(label="Conversation", height=420, elem_id="talk", render_markdown=False)
+            with gr.Row():
+                said = gr.Textbox(
+                    show_label=False, placeholder="Write, then Enter", scale=6, elem_id="say", container=False
+                )
+                stop = gr.Button("Stop", scale=1, min_width=80)
+                gr.ClearButton([talk], value="New", scale=1, min_width=80)
+            running = said.submit(chat, [said, talk, model, limit, heat], [said, talk])
+            stop.click(None, cancels=[running])
+        with gr.Tab("Compare"):
+            asked = gr.Textbox(label="One question to all", lines=2, elem_id="ask")
+            go = gr.Button("Compare", variant="primary", elem_id="compare")
+            with gr.Row(elem_classes="answers"):
+                boxes = [
+                    gr.Textbox(label=name, lines=8, interactive=False, elem_id=f"answer-{number}")
+                    for number, name in enumerate(engine.models)
+                ]
+            gr.on([go.click, asked.submit], compare, [asked, limit, heat], boxes)
+    return page
+
+
+def start(page: Any, *, host: str, port: int) -> str:
+    """Serve the page from threads of its own and return its address; OSError if it cannot listen there."""
+    _, address, _ = page.queue(default_concurrency_limit=8).launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        css=_CSS,
+        footer_links=[],
+        ssr_mode=False,
+        theme=_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
+    return str(address)
+
+
+def _text(content: Any) -> str:
+    """A message's text: Gradio hands it back as it came or in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+
+
+def _gradio() -> Any:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except ImportError:
+        raise UnsupportedError('the page needs Gradio: pip install "mlx-adapters[web]"') from None
+    return gradio
