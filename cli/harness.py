@@ -56,7 +56,7 @@ def command(
         chat_template=chat_template,
         include_path=include_path,
     )
-    about = {"model": model, "adapter": adapter}
+    about = {"model": model, "adapter": str(adapter) if adapter else None}
     if output is not None:
         from mlx_adapters.study.cells import write_json
 

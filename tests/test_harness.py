@@ -77,7 +77,7 @@ def test_every_kind_of_task_equals_lm_evals_torch_model(tmp_path: Path, tasks: P
     torch = simple_evaluate(
         model=HFLM(str(folder), device="cpu", dtype="float32", batch_size=1),
         tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )
     loaded = load(folder)
