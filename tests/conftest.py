@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mlx_adapters.cli.app.main
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would take the other's core
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 import mlx_adapters  # noqa: F401
 
