@@ -72,7 +72,14 @@ def build(engine: Engine, *, title: str, max_tokens: int, temperature: float, to
     def asks(models: list[str], messages: Turns, limit: float, heat: float) -> list[Ask]:
         said = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
         return [
-            Ask(model, messages=said, max_tokens=int(limit), temperature=float(heat), top_p=top_p, seed=seed)
+            Ask(
+                model=model,
+                messages=said,
+                max_tokens=int(limit),
+                temperature=float(heat),
+                top_p=top_p,
+                seed=seed,
+            )
             for model in models
         ]
 
