@@ -40,6 +40,9 @@ from mlx_adapters.errors import AdaptersError
 __all__ = ["app", "main"]
 
 
+_LONGEST = 2000  # characters of an error
+
+
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -60,6 +63,8 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str, code: int) -> None:
+    if len(message) > _LONGEST:  # a file can hold names of any length
+        message = message[:_LONGEST] + " ..."
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 

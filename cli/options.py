@@ -11,6 +11,7 @@ import typer
 
 from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.parse import from_yaml
 
 __all__ = ["fields_as_options", "merged", "read_yaml", "settings"]
 
@@ -50,13 +51,11 @@ def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
     """A run file as a flat mapping; ConfigError for what is no mapping or not known."""
     if file is None:
         return {}
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = from_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file}: is not YAML ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must be a mapping of option names to values")

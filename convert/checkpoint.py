@@ -6,7 +6,6 @@ allow-list, and custom model files are refused. The quantization is mlx-lm's.
 
 import contextlib
 import io
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
+from mlx_adapters.parse import from_json
 
 __all__ = ["MODES", "RECIPES", "Converted", "check_options", "convert", "copy_tokenizer", "write_mlx"]
 
@@ -233,7 +233,7 @@ def _with_generation_eos(config: dict[str, Any], folder: Path) -> dict[str, Any]
     # chat models name the end of a turn only here; mlx-lm reads it the same way
     file = folder / "generation_config.json"
     try:
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+        ends = from_json(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
     except (ValueError, OSError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
     return config | ({"eos_token_id": ends} if ends is not None else {})

@@ -14,7 +14,7 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.torch_bin import read_bin
-from mlx_adapters.errors import AdapterError, ConfigError, unknown
+from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
 from mlx_adapters.model import Loaded
 
 __all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
@@ -72,8 +72,8 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
 
     `dst` appears when it is whole. Raises OutputError when it is not empty.
     """
-    found = detect(source)
-    with writing(dst) as folder:
+    with reading(source, AdapterError), writing(dst) as folder:
+        found = detect(source)
         if found in _OTHERS:
             imported: AdapterMeta = _OTHERS[found].import_adapter(source, folder, loaded=loaded)
             return imported

@@ -1,7 +1,6 @@
 """Files of a checkpoint: write a folder all or nothing, and check weight files before anything reads them."""
 
 import errno
-import json
 import os
 import shutil
 import struct
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, OutputError
+from mlx_adapters.parse import from_json
 
 __all__ = ["INDEX", "folder_bytes", "header", "require_space", "shards_of", "weight_files", "writing"]
 
@@ -101,7 +101,7 @@ def header(file: Path) -> dict[str, Any]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 < length <= min(_HEADER_LIMIT, size - 8):
                 raise CheckpointError(_truncated(file, f"it has {size} bytes, its header wants {length}"))
-            fields = json.loads(stream.read(length))
+            fields = from_json(stream.read(length))
             if not isinstance(fields, dict):
                 raise ValueError("not an object")
     except OSError as error:
@@ -140,7 +140,7 @@ def shards_of(folder: Path, index: Path) -> list[Path]:
 
 def _weight_map(folder: Path, index: Path) -> dict[str, str]:
     try:
-        mapping: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        mapping: dict[str, str] = from_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(mapping.values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise CheckpointError(

@@ -87,7 +87,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     folder that is no adapter, OutputError for a `dst` that is not empty.
     """
     meta = adapter.read_meta(source)
-    fields = json.loads((source / adapter.CONFIG).read_text(encoding="utf-8"))
+    fields = adapter.read_fields(source)
     if base is not None:
         fields["base_model_name_or_path"] = base
     if not fields.get("base_model_name_or_path"):
@@ -242,7 +242,7 @@ def _torch_greedy(model: Any, ids: list[int]) -> list[int]:
 
 def _with_base(folder: Path, copy: Path, base: Path) -> Path:
     copy.mkdir()
-    fields = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+    fields = adapter.read_fields(folder)
     fields["base_model_name_or_path"] = str(base)
     (copy / adapter.CONFIG).write_text(json.dumps(fields), encoding="utf-8")
     shutil.copyfile(folder / adapter.WEIGHTS, copy / adapter.WEIGHTS)

@@ -48,7 +48,7 @@ def read_bin(path: Path) -> dict[str, mx.array]:
             found = _Reader(path, archive).read()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):  # or a kind zipfile cannot read
         raise _no_archive(path) from None
     return found
 

@@ -22,10 +22,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import __version__, methods
-from mlx_adapters.errors import AdapterError, writing_to
+from mlx_adapters.convert.files import header
+from mlx_adapters.errors import AdapterError, reading, writing_to
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
+from mlx_adapters.parse import from_json
 
 __all__ = [
     "AdapterMeta",
@@ -189,11 +191,9 @@ def read_meta(folder: Path) -> AdapterMeta:
     fields = read_fields(folder)
     if not isinstance(fields.get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
-    try:
+    with reading(folder / CONFIG, AdapterError):
         method = methods.by_peft_fields(fields)
         config = methods.get(method).from_peft(fields)
-    except AdapterError as error:
-        raise AdapterError(f"{folder / CONFIG}: {error}") from None
     if not (folder / META).exists():
         name = fields.get("base_model_name_or_path")
         return AdapterMeta(method=method, config=asdict(config), base={"_name_or_path": name} if name else {})
@@ -206,10 +206,8 @@ def read_meta(folder: Path) -> AdapterMeta:
         )
     # an adapter made of others keeps theirs below: what they have seen, it has seen
     seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
-    try:
+    with reading(folder / META, AdapterError):
         return AdapterMeta(**about, seen=seen)
-    except TypeError as error:
-        raise AdapterError(f"{folder / META}: {str(error).partition('__init__() ')[2] or error}") from None
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -234,6 +232,13 @@ def build(
 ) -> tuple[AdapterMeta, dict[str, nn.Module]]:
     """The adapter in `folder` as what its method puts where, filled, for a bare `model` that stays as it is
     but for being frozen. `name` is the model's in errors, which are those of `load`."""
+    with reading(folder, AdapterError):
+        return _build(model, model_type, folder, name)
+
+
+def _build(
+    model: nn.Module, model_type: str, folder: Path, name: str
+) -> tuple[AdapterMeta, dict[str, nn.Module]]:
     meta = read_meta(folder)
     arrays = read_tensors(folder)
     trained_on = meta.base.get("model_type", model_type)
@@ -365,6 +370,7 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, mx.array]:
     if not file.exists():
         raise AdapterError(f"{folder}: has no {name}")
     try:
+        header(file)  # MLX would make room for whatever size the header says
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         mx.eval(arrays)
     except Exception as error:
@@ -376,7 +382,7 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, mx.array]:
 
 def _json(file: Path, otherwise: str) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{file.parent}: has no {file.name}, {otherwise}") from None
     except (ValueError, OSError) as error:

@@ -26,6 +26,7 @@ __all__ = [
     "OutputError",
     "TrainingError",
     "UnsupportedError",
+    "reading",
     "unknown",
     "writing_to",
 ]
@@ -69,6 +70,25 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}"
+
+
+@contextmanager
+def reading(place: Path, kind: type[AdaptersError]) -> Iterator[None]:
+    """Turn what a value that does not belong there raises inside the block into an error that names `place`.
+
+    For files whose fields are many and not ours: a list where a number should be shows as a TypeError deep
+    inside. Errors of ours pass, with `place` put in front where they do not name it.
+    """
+    try:
+        yield
+    except AdaptersError as error:
+        if str(place) in str(error):
+            raise
+        raise type(error)(f"{place}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        message = f"{place}: holds a value that cannot be used ({said}). Was it damaged or edited?"
+        raise kind(message) from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Load a model: a folder (converted, or straight from Hugging Face) or a hub id, ready to train or answer."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import backend
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
 from mlx_adapters.models import config as model_config
+from mlx_adapters.parse import from_json
 
-__all__ = ["DTYPES", "Loaded", "describe", "load", "locate", "read_config"]
+__all__ = ["DTYPES", "Loaded", "describe", "load", "locate", "read_config", "read_tokenizer"]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -56,14 +56,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The normalised `config.json` of a model folder; CheckpointError if missing or broken."""
     file = folder / "config.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{file}: field 'model_type' is missing, so the architecture is unknown")
-    return model_config.normalise(raw)
+    with reading(file, CheckpointError):
+        return model_config.normalise(raw)
 
 
 def load(
@@ -82,7 +83,7 @@ def load(
     would write them out again. With `lazy` a weight is read from disk when it is first used.
     Raises CheckpointError or UnsupportedError.
     """
-    from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+    from mlx_lm.utils import dequantize_model, load_model
 
     folder = locate(source, revision=revision)
     config = read_config(folder)
@@ -104,11 +105,18 @@ def load(
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike
         raise CheckpointError(f"{folder}: the weights do not fit ({_first_line(error)})") from None
     backend.speed_up(model)
+    tokenizer = read_tokenizer(folder, config)
+    return Loaded(model=model, tokenizer=tokenizer, config=config, path=folder)
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model folder, which ends answers where `config` says; CheckpointError if broken."""
+    from mlx_lm.utils import load_tokenizer
+
     try:
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
-    return Loaded(model=model, tokenizer=tokenizer, config=config, path=folder)
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:

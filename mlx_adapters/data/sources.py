@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import DataError
+from mlx_adapters.parse import from_json
 
 __all__ = ["FORMATS", "TRAINING_SETS", "Rows", "digest", "load_rows", "read_rows"]
 
@@ -116,7 +117,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = from_json(text)
         except ValueError as error:
             raise DataError(f"{file}:{_line(error)}: is not JSON ({_why(error)}), in a list") from None
         yield from ((f"row {index}", row) for index, row in enumerate(rows))
@@ -125,7 +126,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield f"line {number}", from_json(line)
         except ValueError as error:
             why = _why(error)
             raise DataError(f"{file}:{number}: is not JSON ({why}). Each line must be one object") from None

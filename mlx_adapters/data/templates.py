@@ -92,6 +92,11 @@ def _seed(instruction: str, input: str, phase: Phase) -> str:
     return f"{head}\n\n{_INDENT}" + f"\n{separator}\n{_INDENT}".join(blocks)
 
 
+def _named(tokenizer: Any) -> str:
+    """Where the tokenizer came from, for errors."""
+    return str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
+
+
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
     if not tokenizer.has_chat_template:
         raise ConfigError(
@@ -102,5 +107,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:  # many templates refuse roles, or an order of them
-        raise DataError(f"the tokenizer's chat template refuses these messages ({error})") from None
+        raise DataError(f"{_named(tokenizer)}: its chat template refuses these messages ({error})") from None
+    except Exception as error:  # or are none
+        raise DataError(f"{_named(tokenizer)}: its chat template cannot be used ({error})") from None
     return text

@@ -29,7 +29,7 @@ _LONGEST = 2048  # tokens, where the model's configuration names no limit: lm_ev
 _ANSWER = 256  # tokens of an answer, where the task does not say
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together."""
 
     def __init__(self, loaded: Loaded, *, batch_size: int = 16) -> None:

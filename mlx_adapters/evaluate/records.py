@@ -15,6 +15,7 @@ from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.errors import DataError, OutputError, writing_to
 from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
+from mlx_adapters.parse import from_json
 
 __all__ = ["RecordFile", "read_report"]
 
@@ -117,7 +118,7 @@ def read_report(file: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def _json(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = from_json(text)
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from mlx_adapters.data.sources import read_rows
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.choices import KINDS, WORDS, Kind
 from mlx_adapters.evaluate.hub import HUB, pairs
+from mlx_adapters.parse import from_json
 
 __all__ = ["GROUPS", "TASKS", "Item", "Task", "find", "from_rows", "load", "load_file", "load_items", "names"]
 
@@ -160,7 +161,7 @@ def _from_folder(task: Task, data_dir: Path) -> list[Item]:
     folders = [path for path in sorted(data_dir.iterdir()) if path.name.casefold() == task.name.casefold()]
     file = (folders[0] if folders else data_dir / task.name) / "test.json"
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; get it from {_SOURCE}") from None
     except json.JSONDecodeError as error:

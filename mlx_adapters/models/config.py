@@ -67,6 +67,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "quantization_bit": (None, 0),
     },
 }
+_LAYERS = 1000  # eight times the deepest published model
 # A field left out of ModelArgs is never read: these change the function when they are not the neutral value.
 _UNREAD: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 _NATIVE: dict[str, Config] = {
@@ -97,6 +98,7 @@ def normalise(config: Config) -> Config:
             config[name] = config[old]
     if config["model_type"] == "chatglm":
         config.setdefault("vocab_size", config.get("padded_vocab_size"))
+    _bound(config)
     fields = _accepted(config)
     for name, value in _DEFAULTS.get(config["model_type"], {}).items():
         if name not in ("rope_theta", "partial_rotary_factor"):
@@ -137,6 +139,15 @@ def _plain_classes(config: Config) -> tuple[Any, Any]:
         raise UnsupportedError(
             f"config.json: field 'model_type' is {config['model_type']!r}, which mlx-lm does not have.{own}"
         ) from None
+
+
+def _bound(config: Config) -> None:
+    """No layer is built for a lie: each costs memory before a single weight is compared."""
+    for name, value in config.items():
+        if "layer" in name and isinstance(value, int) and value > _LAYERS:
+            raise CheckpointError(
+                f"config.json: field {name!r} is {value}; at most {_LAYERS} layers are built"
+            )
 
 
 def _accepted(config: Config) -> dict[str, bool]:

@@ -235,7 +235,7 @@ def _chat(messages: list[Message], tokenizer: Any) -> str:
         raise RequestError(400, "the model has no chat template: ask /v1/completions", "messages")
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise RequestError(400, f"the chat template refuses these messages ({error})", "messages") from None
     return text
 

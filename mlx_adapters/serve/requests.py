@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_adapters.parse import from_json
+
 __all__ = ["Ask", "Message", "RequestError", "parse"]
 
 Message = dict[str, str]
@@ -93,7 +95,7 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body.decode("utf-8"))
+        fields = from_json(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise RequestError(400, f"the body is not JSON ({reason})") from None

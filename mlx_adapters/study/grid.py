@@ -24,6 +24,7 @@ from typing import Any
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field, parse_fields
+from mlx_adapters.parse import from_yaml
 from mlx_adapters.train.config import TrainConfig
 
 __all__ = ["GENERATED", "Cell", "Study", "read"]
@@ -122,13 +123,11 @@ def read(
 
 
 def _load(file: Path) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return from_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{file}: is not YAML ({error})") from None
 
 

@@ -21,7 +21,9 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_adapters.convert.files import header
 from mlx_adapters.errors import TrainingError, writing_to
+from mlx_adapters.parse import from_json
 
 __all__ = ["latest", "load_adapter", "restore", "save"]
 
@@ -83,15 +85,17 @@ def restore(
     """
     for checkpoint in reversed(_all(folder)):
         try:
-            facts = json.loads((checkpoint / _FACTS).read_text())
-            arrays: dict[str, mx.array] = mx.load(str(checkpoint / _ARRAYS))  # type: ignore[assignment]
-            mx.eval(arrays)
+            facts = from_json((checkpoint / _FACTS).read_text())
+            step, saved, progress = int(facts["step"]), dict(facts["settings"]), dict(facts["progress"])
+            if checkpoint.name != f"step-{step:06d}":
+                raise ValueError(f"it says step {step}")
+            arrays = _arrays(checkpoint / _ARRAYS)
         except Exception as error:  # a damaged file fails in many ways; the one before may be whole
             warn(f"{checkpoint}: cannot be read ({error}); trying the one before")
             continue
-        _same(facts["settings"], settings, checkpoint)
+        _same(saved, settings, checkpoint)
         _apply(arrays, model, optimizer, checkpoint)
-        return int(facts["step"]), facts["progress"]
+        return step, progress
     raise TrainingError(f"{folder}: has no readable checkpoint to resume from. Start without --resume")
 
 
@@ -99,12 +103,18 @@ def load_adapter(folder: Path, model: nn.Module, *, step: int) -> None:
     """Give `model` the adapter of the best validation, which was at `step`."""
     file = folder / f"best-{step:06d}" / _ARRAYS
     try:
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-        mx.eval(arrays)
+        arrays = _arrays(file)
     except Exception as error:
         raise TrainingError(f"{file}: the best adapter cannot be read ({error})") from None
     found = [(k.removeprefix("adapter."), v) for k, v in arrays.items() if k.startswith("adapter.")]
     model.update(tree_unflatten(found))
+
+
+def _arrays(file: Path) -> dict[str, mx.array]:
+    header(file)  # MLX would make room for whatever size the header says
+    arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    mx.eval(arrays)
+    return arrays
 
 
 def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:

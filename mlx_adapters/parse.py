@@ -1,0 +1,60 @@
+"""JSON and YAML from strangers' files: what Python's parsers let through or trip over is a ValueError here.
+
+A value nested a thousand deep is a RecursionError to Python, at once or when somebody copies or prints it,
+and a few YAML aliases stand for gigabytes once they are written out.
+"""
+
+import json
+from typing import Any
+
+__all__ = ["from_json", "from_yaml"]
+
+_DEEP = 64  # levels; a configuration has four
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError (json's own, or for one nested deeper than 64 levels)."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) > _DEEP:  # type: ignore[arg-type]
+        _check_depth(value)
+    return value
+
+
+def from_yaml(text: str) -> Any:
+    """The value of a YAML text, plain types only; ValueError for what is none, has aliases or is too deep."""
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEP:
+                raise _too_deep()
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1  # type: ignore[union-attr]
+                raise ValueError(f"line {line}: aliases (*{event.anchor}) are not read: write the value out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEP):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested deeper than {_DEEP} levels")
