@@ -5,6 +5,7 @@ Nothing heavy is imported here: `mlx-adapters --help` must answer at once.
 """
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -126,7 +127,16 @@ def main() -> None:
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         # Typer would read the descriptions as Rich's markup: slow, and [default: lora] would vanish
         sys.modules["rich"] = None  # type: ignore[assignment]
+    if "MLX_RANK" not in os.environ:  # a process among others must end at once when the launcher says so
+        signal.signal(signal.SIGTERM, _as_interrupt)
     app(prog_name="mlx-adapters")
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    """SIGTERM saves and cleans up as Ctrl-C does, also where the shell has Ctrl-C ignored."""
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def supervise(command: list[str], count: int) -> int:
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, lambda number, frame: _send(children, number))
+                signal.signal(number, lambda number, frame: _send(children, signal.SIGINT))
             return _wait(children)
 
 

@@ -1,8 +1,11 @@
 """`mlx-adapters study STUDY.yaml`."""
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +13,8 @@ import typer
 
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
-from mlx_adapters.errors import AdaptersError, ConfigError, unknown
+from mlx_adapters.errors import AdaptersError, ConfigError, unknown, writing_to
+from mlx_adapters.lock import locked
 
 if TYPE_CHECKING:
     from mlx_adapters.study.grid import Cell, Study
@@ -44,14 +48,14 @@ def command(
         known: dict[str, Cell | None] = {one.id: one for one in study.cells} | {cells.BASE: None}
         if cell not in known:
             raise ConfigError("--cell: " + unknown("cell", cell, known))
-        with cells.locked(cells.cell_folder(folder, cell)):
+        with _alone(cells.cell_folder(folder, cell)):
             result = _attempt(study, known[cell], folder)
         failed = [cell] if result["status"] == "failed" else []
         report(
             {"report": None, "cells": [result], "failed": failed, "seconds": _seconds([result])}, lambda: None
         )
         return
-    with cells.locked(folder):
+    with _alone(folder):
         _run(study, folder, jobs)
         _finish(study, folder)
 
@@ -117,6 +121,14 @@ def _run(study: "Study", folder: Path, jobs: int) -> None:
         _attempt(study, one, folder)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        yield
+
+
 def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any]:
     """Run a cell and return its record; what goes wrong in it is written down and stops no other."""
     from mlx_adapters.cli.eval import run_task
@@ -169,7 +181,12 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
                 place = cells.cell_folder(folder, name)
                 place.mkdir(parents=True, exist_ok=True)
                 with (place / "log.txt").open("ab") as log:
-                    running[name] = subprocess.Popen([*own, "--cell", name], stdout=log, stderr=log)
+                    running[name] = subprocess.Popen(
+                        [*own, "--cell", name],
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,  # Ctrl-C reaches it through this process alone, once
+                    )
                 say(f"{name}: started")
             for name, process in list(running.items()):
                 if process.poll() is not None:
@@ -179,7 +196,9 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
     except KeyboardInterrupt:
         say("stopping: the cells save what they have")
         for process in running.values():
-            process.wait()  # Ctrl-C reached them too
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
         raise
 
 

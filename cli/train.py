@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, setti
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -159,24 +160,29 @@ def _train(
     hashes = sessions.excluded_hashes(exclude)
     say(f"{rows.origin}: {len(rows.rows)} rows of the form {rows.format}")
     loaded = model.load(chosen["model"], dtype=dtype)
-    session = sessions.prepare(
-        loaded,
-        rows,
-        method=chosen["method"],
-        fields=fields,
-        config=config,
-        output=output,
-        exclude=hashes,
-        start=start,
-        resume=resume,
-        log=log,
-        processes=together,
-        warn=say,
-    )
-    describe(session)
-    if resume:
-        say(f"resuming after step {session.run.step}")
-    seconds = run(session)
+    with ExitStack() as alone:
+        if resume and together.writes:  # or it would go on from what another run is writing
+            alone.enter_context(locked(output))
+        session = sessions.prepare(
+            loaded,
+            rows,
+            method=chosen["method"],
+            fields=fields,
+            config=config,
+            output=output,
+            exclude=hashes,
+            start=start,
+            resume=resume,
+            log=log,
+            processes=together,
+            warn=say,
+        )
+        if not resume and together.writes:
+            alone.enter_context(locked(output))
+        describe(session)
+        if resume:
+            say(f"resuming after step {session.run.step}")
+        seconds = run(session)
     if not together.writes:
         return
     result = _result(session, seconds)

@@ -1,5 +1,6 @@
 """Load a model: a folder (converted, or straight from Hugging Face) or a hub id, ready to train or answer."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, rea
 from mlx_adapters.models import config as model_config
 from mlx_adapters.parse import from_json
 
-__all__ = ["DTYPES", "Loaded", "describe", "load", "locate", "read_config", "read_tokenizer"]
+__all__ = ["DTYPES", "Loaded", "describe", "fingerprint", "load", "locate", "read_config", "read_tokenizer"]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+_ENDS = 1 << 20  # bytes of a weight file that are hashed, at both ends
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,20 @@ def _cast(model: nn.Module, dtype: mx.Dtype | None) -> None:
     model.update(
         tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())
     )
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a model folder's configuration and weights, from their sizes and their ends: enough to
+    notice another model at the same place, whatever the place is called."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for start in (0, max(0, size - _ENDS)):
+                stream.seek(start)
+                digest.update(stream.read(_ENDS))
+    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from tiny import make_tiny
 from typer.testing import CliRunner, Result
 
 from mlx_adapters.cli.app import app
+from mlx_adapters.lock import locked
 from mlx_adapters.study import cells, grid
 from mlx_adapters.study.report import average
 
@@ -168,8 +169,8 @@ def test_two_at_once_find_the_same(done: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_a_folder_belongs_to_one_study(done: tuple[Path, Path]) -> None:
-    with cells.locked(done[1]):
-        assert "another study is running" in cli("study", done[0], "--output", done[1], code=2).stderr
+    with locked(done[1]):
+        assert "another run is writing there" in cli("study", done[0], "--output", done[1], code=2).stderr
 
 
 @pytest.mark.parametrize(

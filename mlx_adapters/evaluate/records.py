@@ -15,6 +15,7 @@ from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.errors import DataError, OutputError, writing_to
 from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
+from mlx_adapters.lock import hold
 from mlx_adapters.parse import from_json
 
 __all__ = ["RecordFile", "read_report"]
@@ -40,11 +41,17 @@ class RecordFile:
             )
         with writing_to(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._continue(settings)
-            else:
-                self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            begun = self.path.exists()
             self._file = self.path.open("a", encoding="utf-8")
+            try:
+                hold(self._file.fileno(), self.path)
+                if begun:
+                    self._continue(settings)
+                else:
+                    self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            except BaseException:
+                self._file.close()
+                raise
 
     def _continue(self, settings: dict[str, Any]) -> None:
         lines = self.path.read_text(encoding="utf-8").split("\n")

@@ -7,11 +7,9 @@ cells/ID/eval.jsonl      the answers so far, then eval.json
 cells/ID/cell.json       the result, or the error: written last
 """
 
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 from mlx_adapters.errors import OutputError, writing_to
 from mlx_adapters.study.grid import GENERATED, Cell, Study
 
-__all__ = ["BASE", "cell_folder", "finished", "locked", "parameters", "run_cell", "write_json"]
+__all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "write_json"]
 
 BASE = "base"
 Train = Callable[[Any], float]
@@ -45,24 +43,6 @@ def finished(output: Path, name: str) -> dict[str, Any] | None:
     file = cell_folder(output, name) / "cell.json"
     found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
     return found
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second study out of `folder`; the lock goes when the process ends, however it ends."""
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{folder}: another study is running there. Wait for it, or choose another --output"
-            ) from None
-        yield
-    finally:
-        handle.close()
 
 
 def run_cell(

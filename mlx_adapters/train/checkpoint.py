@@ -131,7 +131,7 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
 
 
 def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in now.items() if saved.get(k) != v]
+    changed = [f"{k} was {saved[k]!r}, now {v!r}" for k, v in now.items() if saved.get(k, v) != v]
     if changed:
         raise TrainingError(
             f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"

@@ -22,7 +22,7 @@ from mlx_adapters.data.sources import Rows, digest, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError, OutputError
-from mlx_adapters.model import Loaded, describe
+from mlx_adapters.model import Loaded, describe, fingerprint
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -139,6 +139,7 @@ def prepare(
             "fields": asdict(method_config),
             "template": template,
             "loss_on": config.loss_on,
+            "base": fingerprint(loaded.path),
         },
     )
     if resume:
