@@ -69,12 +69,14 @@ class _Hub(BaseHTTPRequestHandler):
         time.sleep(self.wait)
         if self.files != 200:
             return self._json(self.files, {"error": "no"})
+        if not (self.folder / name).is_file():
+            return self._json(404, {"error": "no"}, **{"X-Error-Code": "EntryNotFound"})
         whole = (self.folder / name).read_bytes()
         start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         body = whole[start:]
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
-        self.send_header("X-Repo-Commit", commit)
+        self.send_header("X-Repo-Commit", COMMITS.get(commit, commit))
         self.send_header("Accept-Ranges", "bytes")
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
