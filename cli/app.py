@@ -42,6 +42,10 @@ __all__ = ["app", "main"]
 
 
 _LONGEST = 2000  # characters of an error
+# Commands that compute with MLX alone, also where torch is installed.
+_WITHOUT_TORCH = frozenset(
+    ("train", "eval", "study", "generate", "chat", "serve", "plan", "info", "import", "combine", "models")
+)
 
 
 class _Group(TyperGroup):
@@ -127,6 +131,10 @@ def main() -> None:
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         # Typer would read the descriptions as Rich's markup: slow, and [default: lora] would vanish
         sys.modules["rich"] = None  # type: ignore[assignment]
+    if not {"--verify", "--help"} & set(sys.argv) and sys.argv[1:2] and sys.argv[1] in _WITHOUT_TORCH:
+        # transformers, read for its tokenizers, imports torch wherever that is installed: three seconds for
+        # nothing. None in its place says that there is none.
+        sys.modules["torch"] = None  # type: ignore[assignment]
     if "MLX_RANK" not in os.environ:  # a process among others must end at once when the launcher says so
         signal.signal(signal.SIGTERM, _as_interrupt)
     app(prog_name="mlx-adapters")

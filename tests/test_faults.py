@@ -217,7 +217,7 @@ def test_a_write_that_stops_halfway(model: Path, data: Path, tmp_path: Path) -> 
     """No root needed: the system refuses files of over ten thousand bytes."""
     said = ran([*COMMAND, "convert", str(model), str(tmp_path / "out")], 2, limit=10_000)
     assert str(tmp_path / "out") in said
-    said = ran(training(model, data, tmp_path / "run", "--steps", "2"), 2, limit=10_000)
+    said = ran(training(model, data, tmp_path / "run", "--steps", "2"), 2, limit=3_000)
     assert str(tmp_path / "run") in said
     assert not (tmp_path / "out").exists()
     assert [file for file in tmp_path.iterdir() if file.name.endswith(".part")] == []

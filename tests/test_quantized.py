@@ -154,3 +154,20 @@ def test_the_written_out_weights_are_not_kept_for_the_gradient() -> None:
     mx.reset_peak_memory()
     mx.eval(mx.grad(lambda x: stack(x).sum())(mx.ones((MANY, side))))
     assert mx.get_peak_memory() - held < depth * side * side * 4 / 4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(7, 128), (3, 5, 256)])
+def test_our_way_of_writing_out_is_mlx_s_bit_for_bit(
+    bits: int, group_size: int, shape: tuple[int, ...]
+) -> None:
+    from mlx_adapters.quantized import dequantize
+
+    weight, scales, biases = mx.quantize(
+        mx.random.normal(shape, key=mx.random.key(bits)), group_size=group_size, bits=bits
+    )
+    layer = nn.QuantizedLinear(group_size, 1, bias=False, group_size=group_size, bits=bits)
+    layer.weight, layer.scales, layer.biases = weight, scales, biases
+    theirs = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, dtype=mx.float32)
+    assert mx.array_equal(dequantize(layer), theirs)

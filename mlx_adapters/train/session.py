@@ -21,7 +21,7 @@ from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hash
 from mlx_adapters.data.sources import Rows, digest, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
-from mlx_adapters.errors import DataError, OutputError
+from mlx_adapters.errors import DataError, OutputError, writing_to
 from mlx_adapters.model import Loaded, describe, fingerprint
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
@@ -72,7 +72,8 @@ class Session:
         step = self.run.use_best() if config.best or config.patience else self.run.step
         self._save_adapter(step)
         rows = metrics.read(self.output / METRICS)
-        metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+        with writing_to(self.output / PLOT):
+            metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
         return step
 
     def _save_adapter(self, step: int) -> None:
