@@ -26,6 +26,8 @@ from tiny import make_tiny
 from warm import ask
 
 from mlx_adapters.data import wordproblems
+from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.choices import WORDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -149,11 +151,18 @@ class Reader:
 
 
 def presume(folder: Path, model: Path) -> None:
-    """What a reader has in the folder: the repository's examples, a model, rows to train on."""
+    """What a reader has in the folder: the repository's examples, a model, data."""
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "MODEL").symlink_to(model)
     rows = wordproblems.generate(24, seed=3)
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # for the paper's runs: its training file, and its test sets
+    (folder / "math_10k.json").write_text(json.dumps(wordproblems.generate(152, seed=4)), encoding="utf-8")
+    for task in tasks.TASKS:
+        answer = {"number": "7", "letter": "A"}.get(task.kind) or WORDS[task.kind][0]
+        row = {"instruction": "tom has 3 apples", "input": "", "output": answer, "answer": answer}
+        (folder / "dataset" / task.name).mkdir(parents=True)
+        (folder / "dataset" / task.name / "test.json").write_text(json.dumps([row]), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +226,20 @@ def test_a_block_is_of_a_known_language_and_a_mark_belongs_to_one(page: str) -> 
         assert not block.mark or len(block.reason.split()) >= 2, f"{block.id}: no reason"
     marks = [line for line in TEXTS[page].splitlines() if re.search(r"<!-- *(not run|slow)", line)]
     assert len(marks) == sum(bool(block.mark) for block in BLOCKS[page]), marks
+
+
+def test_the_page_on_methods_shows_the_example() -> None:
+    """Its Python is the example's, word for word, up to where the reader uses the method."""
+    example = (ROOT / "examples" / "02_new_method.py").read_text(encoding="utf-8")
+    shown = [block.code for block in BLOCKS["docs/tutorials/new-method.md"] if block.language == "python"]
+    *pieces, use, check = shown
+    assert len(pieces) == 5
+    assert "register" in use
+    assert "merge" in check
+    for piece in pieces:
+        assert piece in example
+    definitions = re.findall(r"^(?:class|def) (\w+)", example, re.MULTILINE)
+    assert all(re.search(rf"^(class|def) {name}\b", "".join(pieces), re.MULTILINE) for name in definitions[:-1])
 
 
 def test_blocks_are_found_and_marked() -> None:
