@@ -239,7 +239,9 @@ def test_the_page_on_methods_shows_the_example() -> None:
     for piece in pieces:
         assert piece in example
     definitions = re.findall(r"^(?:class|def) (\w+)", example, re.MULTILINE)
-    assert all(re.search(rf"^(class|def) {name}\b", "".join(pieces), re.MULTILINE) for name in definitions[:-1])
+    assert all(
+        re.search(rf"^(class|def) {name}\b", "".join(pieces), re.MULTILINE) for name in definitions[:-1]
+    )
 
 
 def test_blocks_are_found_and_marked() -> None:
@@ -257,7 +259,16 @@ def test_a_block_that_fails_is_told(reader: Reader) -> None:
     assert "ZeroDivisionError" in reader.run(Block("README.md", 3, "python", "1 / 0\n"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra: pip install -e .[docs]")
+def test_the_pages_on_commands_and_methods_are_what_the_program_says() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "reference.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="needs the extra: pip install -e .[docs]"
+)
 def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
