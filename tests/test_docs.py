@@ -1,17 +1,18 @@
 """Every command and every piece of Python in README, CONTRIBUTING and docs/ runs, page by page and in order.
 
-A page has a folder of its own, or that of the page it says it goes on from (`<!-- after: PAGE -->` at its top).
-The hub is a server of ours (test_hub.py) that has a tiny model under every id, so the blocks are run as they
-stand. One that cannot be says so in a comment right above it:
+A page has a folder of its own, or that of the page it goes on from (`<!-- after: PAGE -->` at its top).
+The hub is a server of ours (test_hub.py) that has a tiny model under every id, and the quickstart's embedded
+model is a tiny one too, so the blocks are run as they stand. One that cannot be says so right above it:
 
     <!-- not run: needs several Macs -->      skipped, with the reason
-    <!-- slow: trains for four minutes -->    run by `pytest -m slow`
+    <!-- slow: half a minute even so -->      run by `pytest -m slow`
 """
 
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -21,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from embedded import make_embedded
 from test_hub import Hub
 from tiny import make_tiny
-from warm import ask
 
 from mlx_adapters.data import wordproblems
 from mlx_adapters.evaluate import tasks
@@ -37,7 +38,7 @@ SHOWN = ("text", "json", "yaml")  # what a block may be besides: nothing else, s
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>[^`]*)")
 _MARK = re.compile(r" *<!-- (?P<kind>not run|slow): (?P<reason>.+?) -->")
 _AFTER = re.compile(r"<!-- after: (?P<page>\S+) -->")
-_LIMIT = 60  # seconds for a block
+_LIMIT, _SLOW_LIMIT = 60, 600  # seconds for a block
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ BLOCKS = {page: blocks(page, text) for page, text in TEXTS.items()}
 
 @dataclass
 class Reader:
-    """Somebody who has a folder, a shell and a Python session, and runs a page's blocks one after the other."""
+    """Somebody with a folder, a shell and a Python session, who runs a page's blocks one after the other."""
 
     root: Path
     address: str
     environment: dict[str, str]
     ran: dict[str, str] = field(default_factory=dict)  # block -> what was wrong with it
-    here: str = ""
+    here: str = ""  # the page of the Python session
+    warm: subprocess.Popen[bytes] | None = None
 
     def folder(self, page: str) -> Path:
         """Where the page's blocks run; made as the page presumes it."""
@@ -127,6 +129,7 @@ class Reader:
     def run(self, block: Block) -> str:
         """What was wrong with it; empty if nothing."""
         folder = self.folder(block.page)
+        self.start()
         if block.language == "bash":
             command = ["bash", "-euo", "pipefail", "-c", block.code]
         else:
@@ -135,19 +138,46 @@ class Reader:
             asking = "import sys, warm; sys.exit(max(warm.ask(sys.argv[1], w) for w in eval(sys.argv[2])))"
             words = [[one] for one in new] + [["run", block.code, block.id]]
             command = [sys.executable, "-c", asking, self.address, repr(words)]
+        given = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        limit = _SLOW_LIMIT if block.mark == "slow" else _LIMIT
         try:
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_LIMIT if block.mark != "slow" else 1800,
-            )
+            said, _ = given.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            return f"not done after {_LIMIT} s"
-        return "" if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+            os.killpg(given.pid, signal.SIGKILL)
+            self.stop()  # it is at work on the block, and holds its streams
+            said, _ = given.communicate()
+            return f"not done after {limit} s\n{said}"
+        return "" if given.returncode == 0 else f"exit code {given.returncode}\n{said}"
+
+    def start(self) -> None:
+        """Start the process that answers (warm.py), unless it is there."""
+        if self.warm is not None:
+            return
+        address = Path(self.address)
+        address.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "tests" / "warm.py"), self.address]
+        self.warm = subprocess.Popen(command, env=self.environment, cwd=self.root)
+        self.here = ""
+        deadline = time.monotonic() + 120
+        while not address.exists():
+            assert self.warm.poll() is None, "the warm process ended"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self.warm is not None:
+            self.warm.kill()
+            self.warm.wait()
+        self.warm = None
 
 
 def presume(folder: Path, model: Path) -> None:
@@ -171,6 +201,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     # wide and long enough for 4-bit groups and for the templates
     model = make_tiny("qwen2", root, hidden_size=64, max_position_embeddings=1024).rename(root / "model")
     hub = Hub(model, root)
+    make_embedded(root / "packages")
     address = str(root / "warm")
     commands = root / "bin"
     commands.mkdir()
@@ -184,19 +215,12 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         **os.environ,
         **hub.environment,
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(root / "packages"), str(ROOT / "tests")]),
     }
-    warm = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "warm.py"), address], env=environment, cwd=root
-    )
-    deadline = time.monotonic() + 60
-    while not Path(address).exists():
-        assert warm.poll() is None, "the warm process ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield Reader(root, address, environment)
-    warm.kill()
-    warm.wait()
+    someone = Reader(root, address, environment)
+    someone.start()
+    yield someone
+    someone.stop()
     hub.server.shutdown()
     hub.server.server_close()
 
@@ -252,10 +276,17 @@ def test_blocks_are_found_and_marked() -> None:
     assert (second.line, second.language, second.code, second.mark) == (10, "python", "y\n", "")
 
 
-def test_a_block_that_fails_is_told(reader: Reader) -> None:
-    """And so are the ones behind it that need it."""
+def test_a_block_that_fails_or_hangs_is_told(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next block has a process to ask again, and another page a Python session of its own."""
     assert "No such file" in reader.run(Block("README.md", 1, "bash", "cat nothing | cat\n"))
     assert "error: MODELL" in reader.run(Block("README.md", 2, "bash", "mlx-adapters info MODELL\n"))
+    monkeypatch.setattr(sys.modules[__name__], "_LIMIT", 2)
+    assert "not done" in reader.run(Block("README.md", 4, "bash", "echo a; sleep 60\n"))
+    assert "not done" in reader.run(Block("README.md", 5, "python", "import time; time.sleep(60)\n"))
+    monkeypatch.undo()
+    assert reader.run(Block("README.md", 6, "python", "kept = 1\n")) == ""
+    assert reader.run(Block("README.md", 7, "python", "kept + 1\n")) == ""
+    assert "NameError" in reader.run(Block("docs/index.md", 1, "python", "kept + 1\n"))
     assert "ZeroDivisionError" in reader.run(Block("README.md", 3, "python", "1 / 0\n"))
 
 

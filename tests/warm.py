@@ -1,7 +1,7 @@
 """A process that has everything imported, and answers for `mlx-adapters` and for the docs' Python blocks.
 
     python tests/warm.py SOCKET         serves, one request after the other, in its main thread
-    ask(SOCKET, ["cli", ...])           runs a command there; `run` takes code, and keeps its names for the next
+    ask(SOCKET, ["cli", ...])           runs a command there; "run" takes code, and keeps its names
 
 Starting Python and importing MLX and torch takes seconds, and the docs have a hundred commands. The caller's
 stdin, stdout and stderr are handed over as they are, and its folder: redirection and pipes work.

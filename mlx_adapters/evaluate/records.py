@@ -1,8 +1,8 @@
 """The records of an evaluation on disk: one line an item while it runs, one report at the end.
 
 `FILE.json` is the report. While the evaluation runs its records stand in `FILE.partial.jsonl`: first a line
-that says what is measured, then a record a line as it is done. An interrupted evaluation goes on from there; a
-line cut short by a crash is dropped.
+that says what is measured, then a record a line as it is done. An interrupted evaluation goes on from there;
+a line cut short by a crash is dropped.
 """
 
 import json
