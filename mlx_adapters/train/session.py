@@ -1,7 +1,7 @@
 """From rows to an adapter folder: what `mlx-adapters train` does, as a library.
 
-session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={}, config=TrainConfig(),
-                  output=Path("adapter"))
+session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={},
+                  config=TrainConfig(), output=Path("adapter"))
 for step in session:
     print(step.loss)
 session.finish()
