@@ -74,7 +74,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
         said = cli(*run, "--output", tmp_path / "cut.json", code=130)
     assert "6 of 24 items of boolq are in" in said.stderr
     assert not (tmp_path / "cut.json").exists()
-    lines = (tmp_path / "cut.jsonl").read_text().splitlines()
+    lines = (tmp_path / "cut.partial.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 30
     assert {json.loads(line)["task"] for line in lines[1:]} == {"SVAMP", "boolq"}
 
@@ -92,7 +92,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     assert answered == 48 - 30
     assert "SVAMP: 24 of 24 items are done already" in said.stderr
     assert report(tmp_path / "cut.json") == report(tmp_path / "whole.json")
-    assert not (tmp_path / "cut.jsonl").exists()
+    assert not (tmp_path / "cut.partial.jsonl").exists()
 
 
 @pytest.mark.parametrize("decoding", ["beam", "sample", "likelihood"])
@@ -103,7 +103,7 @@ def test_other_decodings_go_on_too(model: Path, sets: Path, tmp_path: Path, deco
     kept = report(tmp_path / "whole.json")
     head = {key: value for key, value in kept.items() if key not in ("records", "scores")}
     lines = [head, *kept["records"][3:17]]
-    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "cut.partial.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cli(*run, "--output", tmp_path / "cut.json", "--resume")
     again = report(tmp_path / "cut.json")
     if decoding == "likelihood":  # sums in another order
@@ -116,7 +116,7 @@ def test_a_killed_process_leaves_records_to_go_on_from(model: Path, sets: Path, 
     run = ["eval", str(model), "--task", "SVAMP", "--data-dir", str(sets), "--max-tokens", "200"]
     run += ["--batch-size", "1", "--output", str(tmp_path / "r.json")]
     process = subprocess.Popen([*COMMAND, *run], stderr=subprocess.DEVNULL)
-    file, deadline = tmp_path / "r.jsonl", time.monotonic() + 120
+    file, deadline = tmp_path / "r.partial.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if file.exists() and len(file.read_text().splitlines()) > 3:
             break
@@ -138,7 +138,7 @@ def test_an_interrupted_evaluation_can_be_compared(
     run = ["eval", model, "--task", "SVAMP", "--data-dir", sets, "--max-tokens", 2]
     interrupt_after(monkeypatch, 8)
     cli(*run, "--output", tmp_path / "a.json", code=130)
-    said = cli("compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl").stdout
+    said = cli("compare", tmp_path / "a.partial.jsonl", tmp_path / "a.partial.jsonl").stdout
     assert "on the same 8 items" in said
 
 
@@ -153,19 +153,30 @@ def test_records_are_not_mixed_up(model: Path, sets: Path, tmp_path: Path) -> No
     head = {key: value for key, value in kept.items() if key not in ("records", "scores")}
     lines = [json.dumps(line) + "\n" for line in (head, *kept["records"][:5])]
     out.unlink()
-    out.with_suffix(".jsonl").write_text("".join(lines))
+    out.with_suffix(".partial.jsonl").write_text("".join(lines))
     assert "Go on with --resume" in cli(*run, out, code=2).output
     said = cli(*run, out, "--resume", "--template", "plain", "--seed", 3, code=2).output
     assert "was made with another seed 0, now 3; template 'alpaca', now 'plain'" in said
 
     changed = json.loads(lines[2]) | {"item": "0" * 16}
-    out.with_suffix(".jsonl").write_text("".join([*lines[:2], json.dumps(changed) + "\n"]))
+    out.with_suffix(".partial.jsonl").write_text("".join([*lines[:2], json.dumps(changed) + "\n"]))
     assert "item 1 of SVAMP is another question now" in cli(*run, out, "--resume", code=2).output
-    out.with_suffix(".jsonl").write_text("".join([*lines[:2], "{}\n"]))
-    assert "r.jsonl:3: is not a record" in cli(*run, out, "--resume", code=2).output
-    out.with_suffix(".jsonl").write_text("")  # killed before the first line
+    out.with_suffix(".partial.jsonl").write_text("".join([*lines[:2], "{}\n"]))
+    assert "r.partial.jsonl:3: is not a record" in cli(*run, out, "--resume", code=2).output
+    out.with_suffix(".partial.jsonl").write_text("")  # killed before the first line
     cli(*run, out, "--resume")
     assert report(out) == kept
+
+
+def test_the_report_may_be_named_as_the_test_file(model: Path, tmp_path: Path) -> None:
+    """test.json beside test.jsonl: the growing records must not be taken for it, nor it for them."""
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"question": "How many?", "answer": "3"}\n')
+    before = file.read_bytes()
+    cli("eval", model, "--task", file, "--max-tokens", 2, "--output", tmp_path / "test.json")
+    assert len(report(tmp_path / "test.json")["records"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.json", "test.jsonl"]
+    assert file.read_bytes() == before
 
 
 def test_resume_needs_an_output(model: Path) -> None:

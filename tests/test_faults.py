@@ -150,7 +150,7 @@ def test_sigterm_ends_an_evaluation_that_goes_on(model: Path, tmp_path: Path) ->
     report = tmp_path / "report.json"
     command = [*COMMAND, "eval", str(model), "--task", "wordproblems", "--limit", "200", "--batch-size", "1"]
     command += ["--max-tokens", "16", "--output", str(report)]
-    records = tmp_path / "report.jsonl"
+    records = tmp_path / "report.partial.jsonl"
     with started(command, lambda: records.exists() and records.read_text().count("\n") > 4) as process:
         assert "another run is writing there" in ran([*command, "--resume"], 2)
         process.send_signal(signal.SIGTERM)

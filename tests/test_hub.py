@@ -111,8 +111,10 @@ class Hub:
         self.root = root
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def convert(self, name: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
-        base = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client's environment must say to use it."""
+        return {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(self.root / "home"),
@@ -121,10 +123,12 @@ class Hub:
             "HF_HUB_DOWNLOAD_TIMEOUT": "1",
             "HF_TOKEN": "hf_mustNotShow0123456789",
         }
+
+    def convert(self, name: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mlx_adapters.cli.app", "convert", REPO, str(self.root / name)]
         done = subprocess.run(
             [*command, *options],
-            env={**os.environ, **base, **env},
+            env={**os.environ, **self.environment, **env},
             capture_output=True,
             text=True,
             timeout=110,

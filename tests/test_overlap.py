@@ -12,6 +12,8 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.data import overlap as module
 from mlx_adapters.data.overlap import gram_hashes, item_hash, overlap, questions, rows_texts, seen_hashes
 from mlx_adapters.data.sources import load_rows
+from mlx_adapters.errors import DataError
+from mlx_adapters.train.session import excluded_hashes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = [f"word{number}" for number in range(500)]
@@ -154,3 +156,16 @@ def test_what_is_remembered_of_the_study_stays_small_and_finds_variants() -> Non
     assert len(found.near) > 50  # SVAMP asks several questions about one story
     for index in found.near[:5]:
         assert not gram_hashes(items[index]["instruction"]).isdisjoint(known)
+
+
+def test_rows_are_excluded_by_test_files_of_every_form(tmp_path: Path) -> None:
+    """A test set in a form that only `eval` knows excludes as well as one in a form of training data."""
+    training = rows(tmp_path / "d.json", [text(1), text(2), text(3)])
+    trained, asked = tmp_path / "trained.jsonl", tmp_path / "asked.jsonl"
+    trained.write_text(json.dumps({"prompt": text(1), "completion": "free", "answer": "free"}) + "\n")
+    asked.write_text(json.dumps({"question": text(2), "answer": "7"}) + "\n")
+    left = excluded_hashes([trained, asked])
+    assert [item_hash(one) in left for one in rows_texts(load_rows(str(training)))] == [True, True, False]
+    asked.write_text("[3]")
+    with pytest.raises(DataError, match=r"asked.jsonl"):
+        excluded_hashes([asked])

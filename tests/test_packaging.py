@@ -16,7 +16,7 @@ from mlx_adapters import __version__
 
 ROOT = Path(__file__).parents[1]
 # What belongs to a release, and lies in the repository.
-PARTS = ("mlx_adapters", "convert", "cli", "tests", "examples")
+PARTS = ("mlx_adapters", "convert", "cli", "tests", "examples", "docs")
 FILES = (
     "README.md",
     "CHANGELOG.md",
@@ -24,6 +24,7 @@ FILES = (
     "CITATION.cff",
     "LICENSE",
     "pyproject.toml",
+    "mkdocs.yml",
     ".ci/run",
 )
 

@@ -47,6 +47,14 @@ def test_prediction_is_within_15_percent(
     assert predicted.measured < predicted.peak
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])  # their `layers` is a copy of the list they run
+def test_blocks_of_a_pipeline_are_cut_too(arch: str, tmp_path: Path) -> None:
+    folder = make_tiny(arch, tmp_path, num_hidden_layers=8)
+    config = TrainConfig(batch_size=2, cutoff=64, loss_on="all")
+    peaks = [_peak(folder, "lora", methods.make_config("lora", {}), config, blocks) for blocks in (2, 6)]
+    assert peaks[1] > peaks[0]
+
+
 def test_checkpointing_costs_one_hidden_state_per_token_and_layer(folder: Path) -> None:
     """Growth per layer: the block's weights and trained arrays, and one hidden state per token."""
     config = TrainConfig(batch_size=4, cutoff=256, gradient_checkpointing=True, loss_on="all")

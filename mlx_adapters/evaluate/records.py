@@ -1,8 +1,8 @@
 """The records of an evaluation on disk: one line an item while it runs, one report at the end.
 
-`FILE.json` is the report. While the evaluation runs its records stand in `FILE.jsonl`: first a line that says
-what is measured, then a record a line as it is done. An interrupted evaluation goes on from there; a line cut
-short by a crash is dropped.
+`FILE.json` is the report. While the evaluation runs its records stand in `FILE.partial.jsonl`: first a line
+that says what is measured, then a record a line as it is done. An interrupted evaluation goes on from there;
+a line cut short by a crash is dropped.
 """
 
 import json
@@ -30,7 +30,7 @@ class RecordFile:
 
     def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool) -> None:
         self.output = output
-        self.path = output.with_name(output.stem + ".jsonl")
+        self.path = output.with_name(output.stem + ".partial.jsonl")
         self._records: dict[str, dict[int, Record]] = {}
         if output.exists():
             raise OutputError(f"{output}: exists. Choose another --output, or remove it")

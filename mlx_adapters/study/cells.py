@@ -1,10 +1,12 @@
 """Train and measure one cell of a study, going on from what its folder already holds.
 
-cells/ID/settings.json   what the cell is made from
-cells/ID/adapter/        the adapter with its checkpoints and losses
-cells/ID/trained.json    the training is done
-cells/ID/eval.jsonl      the answers so far, then eval.json
-cells/ID/cell.json       the result, or the error: written last
+    cells/ID/settings.json        what the cell is made from
+    cells/ID/adapter/             the adapter with its checkpoints and losses
+    cells/ID/trained.json         the training is done
+    cells/ID/eval.partial.jsonl   the answers so far, then eval.json
+    cells/ID/cell.json            the result, or the error: written last
+
+What is done is not done again.
 """
 
 import json

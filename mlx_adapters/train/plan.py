@@ -10,6 +10,7 @@ longest length, so the prediction is for the largest batch of the run.
 """
 
 from dataclasses import dataclass, replace
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,10 @@ def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blo
 
 def _cut(network: nn.Module, blocks: int) -> None:
     """Leave only the first `blocks` decoder blocks; the others' weights are never read."""
-    whole = network.layers
+    whole = list(network.layers)  # the model's own list, or a copy: that of a stage of its pipeline
     for module in network.modules():
         for name, value in module.items():
-            if value is whole:
+            if isinstance(value, list) and len(value) == len(whole) and all(map(is_, value, whole)):
                 module[name] = whole[:blocks]
                 return
     raise UnsupportedError(

@@ -1,10 +1,12 @@
 """From rows to an adapter folder: what `mlx-adapters train` does, as a library.
 
-session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={}, config=TrainConfig(),
-                  output=Path("adapter"))
-for step in session:
-    print(step.loss)
-session.finish()
+    session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={},
+                      config=TrainConfig(), output=Path("adapter"))
+    for step in session:
+        print(step.loss)
+    session.finish()
+
+Iterating trains, a step at a time; `finish` saves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +20,11 @@ import numpy as np
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
-from mlx_adapters.data.sources import Rows, digest, load_rows
+from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, read_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError, OutputError, writing_to
+from mlx_adapters.evaluate.tasks import load_file
 from mlx_adapters.model import Loaded, describe, fingerprint
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
@@ -201,12 +204,19 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def excluded_hashes(files: Sequence[Path]) -> frozenset[str]:
-    """Hashes of the questions in test files: rows that must not be trained on."""
-    hashes: set[str] = set()
-    for file in files:
-        rows = load_rows(str(file))
-        hashes |= set(map(item_hash, rows_texts(rows)))
-    return frozenset(hashes)
+    """Hashes of the questions in test files, of a form of training data or of one that `eval` takes: rows
+    that must not be trained on."""
+    return frozenset(item_hash(text) for file in files for text in _questions(file))
+
+
+def _questions(file: Path) -> list[str]:
+    first = next(read_rows(file), ("", None))[1] if file.is_file() else None
+    first = first if isinstance(first, dict) else {}
+    form_of_training = any(set(fields) <= set(first) for fields in FORMATS.values())
+    if "answer" not in first or form_of_training:
+        return rows_texts(load_rows(str(file)))
+    _, items = load_file(file)
+    return [row_text({"instruction": item.instruction, "input": item.input}, "instruction") for item in items]
 
 
 def _select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
