@@ -133,8 +133,8 @@ def main() -> None:
         sys.modules["rich"] = None  # type: ignore[assignment]
     if not {"--verify", "--help"} & set(sys.argv) and sys.argv[1:2] and sys.argv[1] in _WITHOUT_TORCH:
         # transformers, read for its tokenizers, imports torch wherever that is installed: three seconds for
-        # nothing. None in its place says that there is none.
-        sys.modules["torch"] = None  # type: ignore[assignment]
+        # nothing. None in its place says that there is none; a process that has it already keeps it.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     if "MLX_RANK" not in os.environ:  # a process among others must end at once when the launcher says so
         signal.signal(signal.SIGTERM, _as_interrupt)
     app(prog_name="mlx-adapters")

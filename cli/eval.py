@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,24 +102,24 @@ def command(
         "limit": limit,
         "seed": seed,
     }
-    file = _records(output, settings, resume)
-    loaded, meta = _load(model, adapter)
-    common = {
-        "template": used,
-        "batch_size": batch_size,
-        "seen": frozenset(meta.seen) if meta else frozenset(),
-    }
-    records: list[Record] = []
-    scores: list[Score] = []
-    for row, items in sets:
-        limits = {} if decoding == "likelihood" else {"max_tokens": max_tokens or row.max_tokens}
-        kept, score, rate = run_task(loaded, items, row, file=file, **common, **options, **limits)
-        say(f"{row.name}: {rate:.2f} items/s")
-        records += kept
-        scores.append(score)
-    result = settings | {"scores": [asdict(score) for score in scores]}
-    if file is not None:
-        file.finish(result | {"records": [asdict(record) for record in records]})
+    with _records(output, settings, resume) as file:
+        loaded, meta = _load(model, adapter)
+        common = {
+            "template": used,
+            "batch_size": batch_size,
+            "seen": frozenset(meta.seen) if meta else frozenset(),
+        }
+        records: list[Record] = []
+        scores: list[Score] = []
+        for row, items in sets:
+            limits = {} if decoding == "likelihood" else {"max_tokens": max_tokens or row.max_tokens}
+            kept, score, rate = run_task(loaded, items, row, file=file, **common, **options, **limits)
+            say(f"{row.name}: {rate:.2f} items/s")
+            records += kept
+            scores.append(score)
+        result = settings | {"scores": [asdict(score) for score in scores]}
+        if file is not None:
+            file.finish(result | {"records": [asdict(record) for record in records]})
     report(result, lambda: table(columns(decoding), [score_row(score) for score in scores]))
 
 
@@ -217,10 +218,10 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return asdict(options["decoding"]) if "decoding" in options else options
 
 
-def _records(output: Path | None, settings: dict[str, Any], resume: bool) -> "RecordFile | None":
+def _records(output: Path | None, settings: dict[str, Any], resume: bool) -> "RecordFile | nullcontext[None]":
     from mlx_adapters.evaluate.records import RecordFile
 
-    return RecordFile(output, settings, resume=resume) if output is not None else None
+    return nullcontext() if output is None else RecordFile(output, settings, resume=resume)
 
 
 def _digest(adapter: Path | None) -> str | None:

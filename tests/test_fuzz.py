@@ -3,8 +3,10 @@
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from fuzz import READERS, Fuzzed, model_folder
 from typer.testing import CliRunner
@@ -46,6 +48,8 @@ def test_what_the_hand_does_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
                     pass
             if fault == "grows":
                 bytearray(1 << 28)[:: 1 << 12] = b"1" * (1 << 16)
+            if fault == "computes":
+                mx.eval(mx.arange(1 << 26))
 
         object.__setattr__(fuzzed.reader, "read", read)
         return fuzzed.attempt(0) or ""
@@ -57,7 +61,9 @@ def test_what_the_hand_does_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
         assert "files changed" in wrong("writes")
         assert "names no file" in wrong("nameless")
         assert "took over" in wrong("hangs")
-        assert "memory grew" in wrong("grows")
+        assert "memory grew" in wrong("computes")
+        if sys.platform == "linux":  # elsewhere a test before may have held more
+            assert "memory grew" in wrong("grows")
     finally:
         object.__setattr__(fuzzed.reader, "read", kept)
 

@@ -218,7 +218,7 @@ def test_a_seed_repeats_a_sample_beside_others(server: Running) -> None:
     [
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
-        (b"[" * 200_000, 400, "nested too deep"),
+        (b"[" * 200_000, 400, "nested deeper than 64 levels"),
         (b"[]", 400, "must be a JSON object"),
         ({}, 400, "model must be"),
         ({"model": "nope"}, 404, "no model 'nope'"),

@@ -32,6 +32,8 @@ def ask(address: str, words: list[str], streams: tuple[int, int, int] = _STREAMS
 def _serve(address: str) -> None:
     sys.path.insert(0, "")  # a script's folder is not the reader's: theirs is the one they are in
     sys.path.remove(str(Path(__file__).parent))
+    import torch  # noqa: F401  # some commands hide it from transformers, for good: not in a process for all of them
+
     from mlx_adapters.cli import app  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)

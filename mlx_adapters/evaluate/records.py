@@ -98,8 +98,14 @@ class RecordFile:
             self.path.unlink()
 
     def close(self) -> None:
-        """Leave the file as it is, to go on from."""
+        """Leave the file as it is, to go on from, to whoever comes next."""
         self._file.close()
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def read_report(file: Path) -> tuple[dict[str, Any], list[Record]]:

@@ -165,9 +165,8 @@ def _measured(
     loaded = model.load(study.model, answering=True)
     meta = adapters.load(loaded, folder / "adapter") if adapter else None
     template = (meta.template if meta else "") or study.cells[0].train.template or "alpaca"
-    records = RecordFile(file, {"study": study.common(), "template": template}, resume=True)
     started, scores, answers = time.perf_counter(), [], []
-    try:
+    with RecordFile(file, {"study": study.common(), "template": template}, resume=True) as records:
         for task, items in sets:
             kept, score, _ = answer(
                 loaded,
@@ -184,8 +183,6 @@ def _measured(
             answers += [asdict(record) for record in kept]
         seconds = time.perf_counter() - started
         records.finish({"template": template, "scores": scores, "seconds": seconds, "records": answers})
-    finally:
-        records.close()
     return scores, seconds
 
 
