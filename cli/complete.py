@@ -73,6 +73,7 @@ FIELDS: dict[str, Complete] = {
     "optimizer": _config("OPTIMIZER_NAMES"),
     "schedule": _config("SCHEDULES"),
     "on_bad_step": _config("BAD_STEP"),
+    "compile": _config("COMPILE"),
     "template": templates,
     "loss_on": loss_on,
 }

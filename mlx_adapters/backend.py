@@ -10,13 +10,16 @@ other libraries in the process (torch, say).
 """
 
 import ctypes
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import util
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ __all__ = [
     "free_memory",
     "load_fast_blas",
     "on_cpu",
+    "own_kernels",
     "peak_memory",
     "prepare_memory",
     "speed_up",
@@ -118,9 +122,13 @@ def _cached(source: Path) -> Path:
     # Size and time of the installed file stand for its content: hashing 25 MB at every start would cost more
     # than loading it.
     facts = source.stat()
+    return _cache() / f"openblas-{facts.st_size:x}-{facts.st_mtime_ns:x}.so"
+
+
+def _cache() -> Path:
     wished = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = wished if wished.is_absolute() else Path.home() / ".cache"  # the XDG specification's rule
-    return cache / "mlx-adapters" / f"openblas-{facts.st_size:x}-{facts.st_mtime_ns:x}.so"
+    return cache / "mlx-adapters"
 
 
 def _rename_symbols(source: Path, copy: Path) -> None:
@@ -175,6 +183,50 @@ def peak_memory() -> int:
     import mlx.core as mx
 
     return int(mx.get_peak_memory())
+
+
+_kernels: int | None = None  # the open folder of `own_kernels`: locked until this process ends
+
+
+def own_kernels() -> None:
+    """Give this process a folder of its own for what `mx.compile` makes on a CPU, kept for later processes.
+
+    MLX writes there without locks: two processes at once would load each other's half-written libraries, and
+    one that is killed leaves such a library for all who come later. Never raises.
+    """
+    global _kernels
+    if _kernels is not None or not on_cpu():
+        return
+    try:
+        for number in count():
+            folder = _cache() / f"kernels-{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            _kernels = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(_kernels, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another process's, as long as it lives
+                os.close(_kernels)
+                continue
+            break
+        for library in folder.rglob("*.so"):
+            if not _whole(library):
+                library.unlink()
+        tempfile.gettempdir()  # Python's own temporary files stay where they were
+        os.environ["TMPDIR"] = str(folder)
+    except OSError:
+        pass  # no place to write, or no locks: MLX's own folder then
+
+
+def _whole(library: Path) -> bool:
+    """Whether an ELF file is there to its end: linkers write its header last."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if sys.platform != "linux":
+        return True
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    (table,), (size, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return bool(library.stat().st_size >= table + size * entries)
 
 
 def prepare_memory() -> None:
@@ -236,6 +288,8 @@ def speed_up(model: "nn.Module") -> None:
     import mlx.nn as nn
 
     from mlx_adapters import exponential, quantized
+
+    own_kernels()
 
     exponential.rebind(model)
     for module in model.modules():

@@ -12,10 +12,10 @@ from mlx_adapters.train.loop import Run
 from tests.test_train import config, examples, flat, tiny
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resume_is_bit_for_bit(tmp_path: Path, dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "compiled"), [(0.0, "off"), (0.3, "off"), (0.3, "on")])
+def test_resume_is_bit_for_bit(tmp_path: Path, dropout: float, compiled: str) -> None:
     # 20 rows in batches of 4 are 5 steps an epoch: 12 steps cross two epochs, the stop at 7 is inside one
-    settings = config(steps=12, save_every=100)
+    settings = config(steps=12, save_every=100, compile=compiled)
     straight = tiny(dropout=dropout)
     mx.random.seed(3)
     whole = Run(straight, examples(), config=settings)

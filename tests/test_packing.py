@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, METHODS
@@ -27,10 +26,9 @@ def of_batches(run: Run, given: list[Batch]) -> tuple[float, dict[str, np.ndarra
     """Loss and gradients summed over the batches, without dropout."""
     run.model.eval()
     run._head = None
-    value_and_grad = nn.value_and_grad(run.model, run._loss)
     total, sums = 0.0, {}
     for batch in given:
-        loss, grads = run._differentiated(value_and_grad, batch)
+        loss, grads = run._gradient(batch)
         total += float(loss)
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)

@@ -7,11 +7,12 @@ from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 
-__all__ = ["BAD_STEP", "OPTIMIZER_NAMES", "SCHEDULES", "TrainConfig"]
+__all__ = ["BAD_STEP", "COMPILE", "OPTIMIZER_NAMES", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZER_NAMES = ("adamw", "adam", "lion", "adafactor", "muon", "sgd")
 BAD_STEP = ("stop", "skip")
+COMPILE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class TrainConfig:
     accumulation: int = field(1, "forward passes per optimizer step")
     packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(False, "compute each block again instead of keeping it: less memory")
+    compile: str = field("auto", "compile the step: on, off, or auto: where the run is long enough to gain")
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments: momentum=0.9, betas=0.9:0.95 say")
     lr: float = field(3e-4, "peak learning rate")
@@ -65,6 +67,8 @@ class TrainConfig:
             problems.append(unknown("optimizer", self.optimizer, OPTIMIZER_NAMES))
         if self.on_bad_step not in BAD_STEP:
             problems.append(unknown("value of on-bad-step", self.on_bad_step, BAD_STEP))
+        if self.compile not in COMPILE:
+            problems.append(unknown("value of compile", self.compile, COMPILE))
         if 0 < self.spike <= 1:
             problems.append(f"spike={self.spike} must be above 1, or 0")
         if (self.patience or self.best) and not self.validation:

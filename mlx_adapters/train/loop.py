@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_adapters import backend
+from mlx_adapters import adapter, backend
 from mlx_adapters.data.batches import Batch, batch, batches, groups
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import TrainingError, UnsupportedError
+from mlx_adapters.errors import TrainingError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
+from mlx_adapters.train.gradient import Gradient, compiling, worth_compiling
+from mlx_adapters.train.loss import Head, Targets, loss_sum, split_head, targets
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import learning_rate, make_optimizer
 from mlx_adapters.train.packing import Packing
@@ -157,6 +157,7 @@ class Run:
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
         self._head: Head | None = None
+        self._gradient = self._differentiated(compiled=False)
         self._stop = self._stopping = False
 
     @property
@@ -168,6 +169,16 @@ class Run:
         rows = self.config.batch_size * self.processes.size
         data = {"examples": len(self.examples), "data": _digest(self.examples)}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the steps are compiled: as the settings say, else where it pays."""
+        if self.config.compile != "auto":
+            return self.config.compile == "on"
+        lengths = [len(example.ids) for example in self.examples] or [0]
+        row = self.config.cutoff if self.config.packing else sum(lengths) / len(lengths)
+        rows = self.config.batch_size * self.processes.size * self.config.accumulation * self.total
+        return worth_compiling(adapter.count(self.model)[1], rows * row)
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step; None without a folder."""
@@ -207,6 +218,7 @@ class Run:
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
+        self._gradient = self._differentiated(compiled=self.compiles)
         self.model.train()
         backend.prepare_memory()
         for epoch, window in self._windows():
@@ -217,7 +229,8 @@ class Run:
 
     def _step(self, epoch: float, window: list[Batch]) -> Step:
         started = time.perf_counter()
-        loss, norm, rate, good = self._update(window)
+        with compiling():
+            loss, norm, rate, good = self._update(window)
         self.step += 1
         seconds = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in window)
@@ -302,7 +315,7 @@ class Run:
         position, epoch, size = 0, 0, self.config.accumulation
         share = (self.processes.rank, self.processes.size)
         while position < self.total:
-            order = _groups(self.examples, self.config, self.processes.size, epoch)
+            order = self._order(epoch)
             for first in range(0, len(order), size):
                 position += 1
                 if position > self.total:
@@ -316,6 +329,10 @@ class Run:
                 ]
                 yield epoch + min(1.0, (first + size) / len(order)), window
             epoch += 1
+
+    def _order(self, epoch: int) -> list[list[list[int]]]:
+        """The batches of an epoch, of all processes: rows, each the examples it holds."""
+        return _groups(self.examples, self.config, self.processes.size, epoch)
 
     def _parts(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
@@ -331,11 +348,10 @@ class Run:
         """(loss, norm of the gradient, rate, whether the step was taken); the device is asked once."""
         # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
         mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
-        value_and_grad = nn.value_and_grad(self.model, self._loss)
         count = max(1, sum(batch.targets for batch in window))
         loss, grads = mx.array(0.0), None
         for given in window:
-            value, grad = self._differentiated(value_and_grad, given)
+            value, grad = self._gradient(given)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             loss = loss + value
             if len(window) > 1:
@@ -393,22 +409,10 @@ class Run:
             "before is kept: lower --lr, look for odd rows in the data, or go on with --on-bad-step skip"
         )
 
-    def _differentiated(self, value_and_grad: Any, given: Batch) -> tuple[mx.array, Any]:
-        reading: AbstractContextManager[None] = nullcontext()
-        if self._packing and given.starts is not None:
-            reading = self._packing.reading(given.starts[:, :-1])
-        try:
-            with reading:
-                return value_and_grad(targets(given))
-        except ValueError as error:
-            if "VJP" not in str(error):
-                raise
-            name = type(self.model).__module__.rpartition(".")[2]
-            raise UnsupportedError(
-                f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
-            ) from None
+    def _differentiated(self, *, compiled: bool) -> Gradient:
+        return Gradient(self.model, lambda given: self._loss(given), packing=self._packing, compiled=compiled)
 
-    def _loss(self, given: Any) -> mx.array:
+    def _loss(self, given: Targets) -> mx.array:
         caches = self._packing.caches() if self._packing else None
         return loss_sum(self.model, given, head=self._head, cache=caches)
 

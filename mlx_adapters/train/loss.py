@@ -70,7 +70,6 @@ class Targets:
     positions: mx.array
     wanted: mx.array
     weight: mx.array
-    count: int
 
 
 def targets(batch: Batch) -> Targets:
@@ -82,7 +81,7 @@ def targets(batch: Batch) -> Targets:
     positions[:count] = rows * (batch.ids.shape[1] - 1) + columns - 1
     wanted[:count] = batch.ids[rows, columns]
     weight = (np.arange(padded) < count).astype(np.float32)
-    return Targets(mx.array(batch.ids), mx.array(positions), mx.array(wanted), mx.array(weight), count)
+    return Targets(mx.array(batch.ids), mx.array(positions), mx.array(wanted), mx.array(weight))
 
 
 def split_head(model: nn.Module) -> Head | None:
