@@ -5,9 +5,10 @@
 SmolLM2-135M in float32, LoRA rank 8 on all linear layers, AdamW. The rows are those of --data as they come
 (by default generated word problems), 8 to a batch, similar lengths together; every contender gets the same
 batches and the same supervised tokens, with the loss on completions and on all tokens. Each runs alone. The
-first two steps are warm-up, in which ours compiles the step (stock mlx-lm takes minutes a step and is given one in all), the speed is the
-tokens without padding of the others by their seconds, memory the peak of the processes. Run it on an idle
-machine: contenders that share cores with anything else lose far more than their share.
+first two steps are warm-up, in which ours compiles the step (stock mlx-lm takes minutes a step and is given
+one in all), the speed is the tokens without padding of the others by their seconds, memory the peak of the
+processes. Run it on an idle machine: contenders that share cores with anything else lose far more than their
+share.
 """
 
 import argparse
