@@ -140,8 +140,9 @@ def head_of(kind: str, vocab: int, width: int) -> nn.Module:
     "kind", ["linear", "bias", "tied", "linear in 4 bits", "bias in 4 bits", "tied in 4 bits"]
 )
 @pytest.mark.parametrize("size", [1.0, 10.0])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_chunked_loss_and_gradient_are_the_definition(
-    kind: str, size: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, size: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64, also with logits so wide that most probabilities vanish.
 
@@ -155,9 +156,8 @@ def test_chunked_loss_and_gradient_are_the_definition(
     backbone.weight = mx.random.normal(backbone.weight.shape) * size
     head = Head(backbone, layer)
     assert head.frozen
-    value, slope = mx.value_and_grad(lambda w: loss_sum(_with(backbone, w), picked, head=head))(
-        backbone.weight
-    )
+    computed = mx.value_and_grad(lambda w: loss_sum(_with(backbone, w), picked, head=head, compiled=compiled))
+    value, slope = computed(backbone.weight)
     loss, gradient, largest = in_float64(backbone.weight, layer, picked)
     bound = max(1e-6, 2**-23 * largest)
     assert value.item() == pytest.approx(loss, rel=bound)

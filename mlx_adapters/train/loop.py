@@ -414,7 +414,7 @@ class Run:
 
     def _loss(self, given: Targets) -> mx.array:
         caches = self._packing.caches() if self._packing else None
-        return loss_sum(self.model, given, head=self._head, cache=caches)
+        return loss_sum(self.model, given, head=self._head, compiled=self._gradient.compiled, cache=caches)
 
 
 def _groups(

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters import backend
+from mlx_adapters import backend, exponential
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.quantized import dequantize
 from mlx_adapters.virtual import forward
@@ -114,11 +114,13 @@ def loss_sum(
     *,
     head: Head | None,
     gradient: bool = True,
+    compiled: bool = False,
     cache: list[Any] | None = None,
 ) -> mx.array:
     """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none.
 
-    Without `gradient` the value alone is computed, in less time. `cache` is what the model is called with.
+    Without `gradient` the value alone is computed, in less time. `compiled` says that this is traced for
+    `mx.compile`. `cache` is what the model is called with.
     """
     inputs = batch.ids[:, :-1]
     if head is None:
@@ -133,7 +135,7 @@ def loss_sum(
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=True)
+        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=True, compiled=compiled)
 
     @fused.vjp
     def pull(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -150,7 +152,7 @@ def _cross_entropy(logits: mx.array, batch: Targets) -> mx.array:
 
 
 def _chunked(
-    hidden: mx.array, batch: Targets, head: "_Frozen", *, gradient: bool
+    hidden: mx.array, batch: Targets, head: "_Frozen", *, gradient: bool, compiled: bool = False
 ) -> tuple[mx.array, mx.array]:
     """(loss, its gradient with respect to `hidden`), one chunk after the other."""
     total, slopes = mx.array(0.0), []
@@ -165,11 +167,17 @@ def _chunked(
         if not gradient:
             done = total = total + ((mx.logsumexp(logits, axis=-1) - chosen) * weight).sum()
             continue
-        # One exponential a logit: the largest probability is never tiny, so it gives the normaliser back.
-        p = mx.softmax(logits, axis=-1, precise=True)
-        normaliser = logits.max(axis=-1) - mx.log(p.max(axis=-1))
-        total = total + ((normaliser - chosen) * weight).sum()
-        done = (head.times(p) - head.rows(wanted)) * weight[:, None]
+        most = logits.max(axis=-1, keepdims=True)
+        if compiled and backend.on_cpu():  # one pass over the logits; not compiled it would be a dozen
+            p = exponential.exp(logits - most)
+            z = p.sum(axis=-1, keepdims=True)
+            expected = head.times(p) / z
+        else:  # one exponential a logit: the largest probability is never tiny and gives the sum back
+            p = mx.softmax(logits, axis=-1, precise=True)
+            z = 1.0 / p.max(axis=-1, keepdims=True)
+            expected = head.times(p)
+        total = total + (((most + mx.log(z))[:, 0] - chosen) * weight).sum()
+        done = (expected - head.rows(wanted)) * weight[:, None]
         slopes.append(done)
     return total, mx.concatenate(slopes) if slopes else mx.zeros_like(hidden)
 
