@@ -139,8 +139,8 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
     name = cell.id if cell else cells.BASE
     try:
         result = cells.run_cell(study, cell, folder, train=run, answer=run_task, warn=say)
-    except OutputError:
-        raise  # a full disk, or a folder of another study: the next cell would meet it too
+    except (OutputError, typer.Exit):
+        raise  # a full disk, or a folder of another study: the next cell would meet it too; or Ctrl-C
     except (AdaptersError, RuntimeError, ValueError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         say(f"FAILED {name}: {text}")

@@ -162,7 +162,8 @@ def test_sigterm_ends_an_evaluation_that_goes_on(model: Path, tmp_path: Path) ->
     assert len(json.loads(report.read_text())["records"]) == 200
 
 
-def test_sigterm_reaches_the_cells_of_a_study(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_reaches_the_cells_of_a_study(model: Path, data: Path, tmp_path: Path, jobs: int) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(
         f"model: {model}\ndata: {data}\ntasks: wordproblems\nlimit: 2\nbase: false\nmax_tokens: 4\n"
@@ -171,11 +172,13 @@ def test_sigterm_reaches_the_cells_of_a_study(model: Path, data: Path, tmp_path:
     )
     output = tmp_path / "out"
     metrics = output / "cells"
-    command = [*COMMAND, "study", str(study), "--output", str(output), "--jobs", "2"]
-    with started(command, lambda: len(list(metrics.rglob("metrics.jsonl"))) == 2) as process:
+    command = [*COMMAND, "study", str(study), "--output", str(output), "--jobs", str(jobs)]
+    with started(command, lambda: len(list(metrics.rglob("metrics.jsonl"))) == jobs) as process:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=90)
     assert process.returncode == 130, said
+    assert "FAILED" not in said
+    assert len(list(metrics.rglob("metrics.jsonl"))) == jobs  # no other cell was begun
     for log in metrics.rglob("log.txt"):
         assert "Go on with" in log.read_text() or "interrupted" in log.read_text()
     left = subprocess.run(["pgrep", "-f", str(output)], capture_output=True, text=True, check=False)
