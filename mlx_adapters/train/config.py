@@ -25,7 +25,9 @@ class TrainConfig:
     accumulation: int = field(1, "forward passes per optimizer step")
     packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(False, "compute each block again instead of keeping it: less memory")
-    compile: str = field("auto", "compile the step: on, off, or auto: where the run is long enough to gain")
+    compile: str = field(
+        "auto", "compile the step: on, off or auto (on a GPU); on a CPU it takes g++ and memory"
+    )
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments: momentum=0.9, betas=0.9:0.95 say")
     lr: float = field(3e-4, "peak learning rate")

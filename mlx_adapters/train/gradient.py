@@ -1,8 +1,10 @@
 """The loss of a batch and its gradient, as one function that can be compiled.
 
 `mx.compile` traces it once for each shape of batch: Python builds no graph after that, and what stands
-between two matrix products is computed in one pass. On a CPU every such pass is C++ first, which `g++`
-translates in about a second: half a minute for a method and model, once, because the libraries are kept.
+between two matrix products is computed in one pass. A GPU gains from fewer and larger kernels. On a CPU every
+such pass is C++ first, which `g++` translates in about a second (half a minute for a method and model, once,
+because the libraries are kept), and the order in which arrays are made and freed needs more memory: two x86
+cores gained a twelfth in speed for a fifth more memory, so there it is left to the user.
 """
 
 import signal
@@ -20,18 +22,10 @@ from mlx_adapters.train.loss import Targets, targets
 from mlx_adapters.train.packing import Packing
 from mlx_adapters.virtual import forward
 
-__all__ = ["Gradient", "compiling", "worth_compiling"]
+__all__ = ["Gradient", "compiling"]
 
-# Parameters x tokens of a run from which compiling pays on a CPU: SmolLM2 gains the half minute back in about
-# forty steps of a thousand tokens on two x86 cores.
-_WORTH = 5e12
 # Shapes that are kept traced. Each is a graph of ten thousand nodes, a few megabytes.
 _SHAPES = 32
-
-
-def worth_compiling(parameters: int, tokens: float) -> bool:
-    """Whether a run over so many tokens gains from compiling. The same answer for a run that is resumed."""
-    return not backend.on_cpu() or parameters * tokens > _WORTH
 
 
 class Gradient:

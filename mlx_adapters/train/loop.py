@@ -13,14 +13,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_adapters import adapter, backend
+from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch, batch, batches, groups
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.gradient import Gradient, compiling, worth_compiling
+from mlx_adapters.train.gradient import Gradient, compiling
 from mlx_adapters.train.loss import Head, Targets, loss_sum, split_head, targets
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import learning_rate, make_optimizer
@@ -172,13 +172,8 @@ class Run:
 
     @property
     def compiles(self) -> bool:
-        """Whether the steps are compiled: as the settings say, else where it pays."""
-        if self.config.compile != "auto":
-            return self.config.compile == "on"
-        lengths = [len(example.ids) for example in self.examples] or [0]
-        row = self.config.cutoff if self.config.packing else sum(lengths) / len(lengths)
-        rows = self.config.batch_size * self.processes.size * self.config.accumulation * self.total
-        return worth_compiling(adapter.count(self.model)[1], rows * row)
+        """Whether the steps are compiled: as the settings say, else on a GPU."""
+        return self.config.compile == "on" or (self.config.compile == "auto" and not backend.on_cpu())
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step; None without a folder."""
@@ -340,8 +335,10 @@ class Run:
         if not backend.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        most = max(self.processes.size, _CPU_TOKENS // longest)
+        size = self.processes.size
+        most = max(1, _CPU_TOKENS // longest)
         rows = math.ceil(len(group) / math.ceil(len(group) / most))  # parts of one size: 4 and 4, not 7 and 1
+        rows = size * max(1, round(rows / size))  # and of as many rows for each process
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:
