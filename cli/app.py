@@ -36,6 +36,7 @@ from mlx_adapters.cli import (
     study,
     train,
 )
+from mlx_adapters.cli.screen import plain
 from mlx_adapters.errors import AdaptersError
 
 __all__ = ["app", "main"]
@@ -68,6 +69,7 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str, code: int) -> None:
+    message = plain(message)
     if len(message) > _LONGEST:  # a file can hold names of any length
         message = message[:_LONGEST] + " ..."
     typer.echo(f"error: {message}", err=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["Lines", "be_quiet", "duration", "lines", "say", "size", "table", "track"]
+__all__ = ["Lines", "be_quiet", "duration", "lines", "plain", "say", "size", "table", "track"]
 
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
@@ -23,10 +23,17 @@ def be_quiet() -> None:
     _quiet = True
 
 
+def plain(text: str) -> str:
+    """The text without what a terminal would act on: a file's names may hold its control sequences."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str) -> None:
     """A line about the work, on stderr: stdout is for results."""
     if not _quiet:
-        typer.echo(text, err=True)
+        typer.echo(plain(text), err=True)
 
 
 def size(count: float) -> str:
@@ -57,7 +64,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         drawn.add_column(Text(column))
     for row in rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*(Text(plain(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(drawn)
 
 

@@ -183,6 +183,14 @@ def test_a_missing_model(command: str, tmp_path: Path) -> None:
     assert str(tmp_path / "no") in refused(command, tmp_path / "no", *more)
 
 
+def test_a_name_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> None:
+    """Clear the screen, turn the text around, ring: what a file is called or says is printed as text."""
+    said = refused("info", tmp_path / "a\x1b[2Jb\u202ec\x07")
+    assert r"a\x1b[2Jb\u202ec\x07" in said
+    strange = rows(tmp_path / "rows.jsonl", {"\x1b[31mtext\ud800": "a"})
+    assert train(model, strange, tmp_path / "out").isprintable()
+
+
 def test_a_model_file_cut_short(model: Path, data: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = broken / "model.safetensors"
