@@ -1,5 +1,6 @@
 """`mlx-adapters study STUDY.yaml`."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.processes import threads
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
 from mlx_adapters.errors import AdaptersError, ConfigError, unknown, writing_to
@@ -174,6 +176,8 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
     names = [one.id if one else cells.BASE for one in left]
     running: dict[str, subprocess.Popen[bytes]] = {}
     own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
+    # cells with as many threads as there are cores, each, would take them from each other
+    environment = threads(jobs) | os.environ
     try:
         while names or running:
             while names and len(running) < jobs:
@@ -183,6 +187,7 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
                 with (place / "log.txt").open("ab") as log:
                     running[name] = subprocess.Popen(
                         [*own, "--cell", name],
+                        env=environment,
                         stdout=log,
                         stderr=log,
                         start_new_session=True,  # Ctrl-C reaches it through this process alone, once

@@ -213,8 +213,8 @@ def own_kernels() -> None:
                 library.unlink()
         tempfile.gettempdir()  # Python's own temporary files stay where they were
         os.environ["TMPDIR"] = str(folder)
-    except OSError:
-        pass  # no place to write, or no locks: MLX's own folder then
+    except (OSError, RuntimeError):
+        pass  # no home, no place to write, or no locks: MLX's own folder then
 
 
 def _whole(library: Path) -> bool:
