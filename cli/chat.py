@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import complete
+from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import AdaptersError, ConfigError
 
@@ -25,7 +26,9 @@ _HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
 
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
-    adapter: Annotated[list[Path] | None, typer.Option(help="adapter folder; may be repeated")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER, or a folder that gives its name; may be repeated")
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
@@ -52,11 +55,7 @@ def command(
         raise ConfigError(unknown("template", template, TEMPLATES))
     if web and template is not None:
         raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    folders: dict[str, Path] = {}
-    for folder in adapter or []:
-        if folder.name in folders:
-            raise ConfigError(f"two adapters are named {folder.name}: rename a folder")
-        folders[folder.name] = folder
+    folders = named_folders(adapter or [], "base")
     loaded = models.load(model, answering=True)
     metas = load_several(loaded, folders) if folders else {}
     loaded.model.eval()
@@ -74,10 +73,6 @@ def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settin
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, start
 
-    if "base" in metas:
-        raise ConfigError(
-            "an adapter is named base, as the page calls the model without one: rename its folder"
-        )
     engine = Engine(loaded, metas, name="base")
     page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
     try:

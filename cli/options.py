@@ -13,7 +13,7 @@ from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.parse import from_yaml
 
-__all__ = ["fields_as_options", "merged", "read_yaml", "settings"]
+__all__ = ["fields_as_options", "merged", "named_folders", "read_yaml", "settings"]
 
 
 def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -86,3 +86,19 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
 def _plain(hint: Any) -> Any:
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     return arguments[0] if arguments else hint
+
+
+def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
+    """{name: folder} of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the base, would
+    have one name."""
+    folders: dict[str, Path] = {}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not name or not folder:
+            raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
+        if name in folders or name == base:
+            raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
+        folders[name] = Path(folder)
+    return folders

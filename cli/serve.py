@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import ConfigError
 
@@ -33,7 +34,7 @@ def command(
     from mlx_adapters.several import load_several
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    folders = _folders(adapter or [], name)
+    folders = named_folders(adapter or [], name)
     loaded = models.load(model, answering=True)
     metas = load_several(loaded, folders) if folders else {}
     engine = Engine(loaded, metas, name=name, parallel=parallel)
@@ -54,18 +55,3 @@ def command(
         server.drain(1.0)
         server.server_close()
     say("stopped")
-
-
-def _folders(adapters: list[str], base: str) -> dict[str, Path]:
-    """{name: folder} of the options."""
-    folders: dict[str, Path] = {}
-    for text in adapters:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).is_dir():
-            name, folder = Path(text).resolve().name, text
-        if not name or not folder:
-            raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
-        if name in folders or name == base:
-            raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
-        folders[name] = Path(folder)
-    return folders
