@@ -108,7 +108,10 @@ def build(engine: Engine, *, title: str, max_tokens: int, temperature: float, to
             )
             heat = gr.Slider(0, 2, value=temperature, step=0.05, label="Temperature (0: most likely token)")
         with gr.Tab("Chat"):
-            talk = gr.Chatbot(label="Conversation", height=420, elem_id="talk", render_markdown=False)
+            # without "share", which would send the conversation to Hugging Face
+            talk = gr.Chatbot(
+                label="Conversation", height=420, elem_id="talk", render_markdown=False, buttons=["copy"]
+            )
             with gr.Row():
                 said = gr.Textbox(
                     show_label=False, placeholder="Write, then Enter", scale=6, elem_id="say", container=False
