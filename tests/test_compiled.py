@@ -1,10 +1,12 @@
 """A compiled step is the step that is not compiled, whatever the method and the options; the compiler's
 folder belongs to one process, and Ctrl-C does not reach the compiler."""
 
+import gc
 import os
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,21 @@ def test_who_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not not_there.compiles
     with pytest.raises(ConfigError, match=r"compile 'yes'.*auto, off, on"):
         config(compile="yes")
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_a_run_that_is_done_frees_its_model(compiled: str) -> None:
+    """No circle of references: a study holds one model at a time, and `plan` measures what is in use."""
+    gc.collect()
+    gc.disable()
+    try:
+        run = Run(tiny(), examples(), config=config(compile=compiled, steps=2))
+        list(run)
+        model = weakref.ref(run.model)
+        del run
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_each_process_has_its_own_folder(tmp_path: Path) -> None:

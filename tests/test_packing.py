@@ -28,7 +28,7 @@ def of_batches(run: Run, given: list[Batch]) -> tuple[float, dict[str, np.ndarra
     run._head = None
     total, sums = 0.0, {}
     for batch in given:
-        loss, grads = run._gradient(batch)
+        loss, grads = run._gradient(run._loss, batch)
         total += float(loss)
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)

@@ -29,21 +29,14 @@ _SHAPES = 32
 
 
 class Gradient:
-    """(loss, gradients) of batches with respect to what trains in `model`; `loss` is a sum over targets.
+    """(loss, gradients) of batches with respect to what trains in `model`; a loss is a sum over targets."""
 
-    Raises UnsupportedError for a model that cannot be differentiated.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Targets], mx.array],
-        *,
-        packing: Packing | None = None,
-        compiled: bool = False,
-    ) -> None:
-        self.model, self.loss, self.packing, self.compiled = model, loss, packing, compiled
-        self._function: Callable[..., Any] = self._trace
+    def __init__(self, model: nn.Module, *, packing: Packing | None = None, compiled: bool = False) -> None:
+        self.model, self.packing, self.compiled = model, packing, compiled
+        # The loss, while it is traced. Kept, it would hold the run that holds this: a circle of references,
+        # and the model's memory would not be free when the run is.
+        self._losses: list[Callable[[Targets], mx.array]] = []
+        self._function = _tracing(model, packing, self._losses)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         if compiled:
             backend.own_kernels()
@@ -51,7 +44,11 @@ class Gradient:
             mx.eval(model.parameters(), forward(model, mx.array([[1, 2, 3, 4]])))
             self._forget()
 
-    def __call__(self, given: Batch) -> tuple[mx.array, Any]:
+    def __call__(self, loss: Callable[[Targets], mx.array], given: Batch) -> tuple[mx.array, Any]:
+        """The same `loss` every time: compiled, it is traced once a shape.
+
+        Raises UnsupportedError for a model that cannot be differentiated.
+        """
         batch = targets(given)
         arrays = [batch.ids, batch.positions, batch.wanted, batch.weight]
         if self.packing and given.starts is not None:
@@ -62,6 +59,7 @@ class Gradient:
                 self._forget()
             self._shapes.add(shape)
         own = self.model.trainable_parameters()
+        self._losses.append(loss)
         try:
             value, gradients = self._function(own, *arrays)
         except ValueError as error:
@@ -72,26 +70,36 @@ class Gradient:
                 f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
             ) from None
         finally:
+            self._losses.clear()
             self.model.update(own)  # the trace left its own placeholders behind
         return value, gradients
 
-    def _trace(self, parameters: Any, *arrays: mx.array) -> tuple[mx.array, Any]:
+    def _forget(self) -> None:
+        self._shapes.clear()
+        trace = _tracing(self.model, self.packing, self._losses)
+        self._function = mx.compile(trace, inputs=mx.random.state, outputs=mx.random.state)
+
+
+def _tracing(
+    model: nn.Module, packing: Packing | None, losses: list[Callable[[Targets], mx.array]]
+) -> Callable[..., tuple[mx.array, Any]]:
+    """The function of arrays that is differentiated, and compiled."""
+
+    def trace(parameters: Any, *arrays: mx.array) -> tuple[mx.array, Any]:
         batch, starts = Targets(*arrays[:4]), arrays[4:]
 
         def loss(parameters: Any) -> mx.array:
-            self.model.update(parameters)
-            return self.loss(batch)
+            model.update(parameters)
+            return losses[0](batch)
 
         reading: AbstractContextManager[None] = nullcontext()
-        if self.packing and starts:
-            reading = self.packing.reading(starts[0])
+        if packing and starts:
+            reading = packing.reading(starts[0])
         with reading:
             value: tuple[mx.array, Any] = mx.value_and_grad(loss)(parameters)
         return value
 
-    def _forget(self) -> None:
-        self._shapes.clear()
-        self._function = mx.compile(self._trace, inputs=mx.random.state, outputs=mx.random.state)
+    return trace
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class Run:
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
         self._head: Head | None = None
-        self._gradient = self._differentiated(compiled=False)
+        self._gradient = Gradient(model, packing=self._packing)
         self._stop = self._stopping = False
 
     @property
@@ -213,7 +213,7 @@ class Run:
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
-        self._gradient = self._differentiated(compiled=self.compiles)
+        self._gradient = Gradient(self.model, packing=self._packing, compiled=self.compiles)
         self.model.train()
         backend.prepare_memory()
         for epoch, window in self._windows():
@@ -348,7 +348,7 @@ class Run:
         count = max(1, sum(batch.targets for batch in window))
         loss, grads = mx.array(0.0), None
         for given in window:
-            value, grad = self._gradient(given)
+            value, grad = self._gradient(self._loss, given)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             loss = loss + value
             if len(window) > 1:
@@ -405,9 +405,6 @@ class Run:
             f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}{often}. The checkpoint "
             "before is kept: lower --lr, look for odd rows in the data, or go on with --on-bad-step skip"
         )
-
-    def _differentiated(self, *, compiled: bool) -> Gradient:
-        return Gradient(self.model, lambda given: self._loss(given), packing=self._packing, compiled=compiled)
 
     def _loss(self, given: Targets) -> mx.array:
         caches = self._packing.caches() if self._packing else None
