@@ -83,11 +83,6 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _plain(hint: Any) -> Any:
-    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
-    return arguments[0] if arguments else hint
-
-
 def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
     """{name: folder} of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the base, would
     have one name."""
@@ -102,3 +97,8 @@ def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
             raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
         folders[name] = Path(folder)
     return folders
+
+
+def _plain(hint: Any) -> Any:
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    return arguments[0] if arguments else hint

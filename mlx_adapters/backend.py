@@ -219,10 +219,10 @@ def own_kernels() -> None:
 
 def _whole(library: Path) -> bool:
     """Whether an ELF file is there to its end: linkers write its header last."""
-    with library.open("rb") as file:
-        header = file.read(64)
     if sys.platform != "linux":
         return True
+    with library.open("rb") as file:
+        header = file.read(64)
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return False
     (table,), (size, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)

@@ -96,9 +96,8 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         fields = from_json(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise RequestError(400, f"the body is not JSON ({reason})") from None
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise RequestError(400, f"the body must be a JSON object, found {type(fields).__name__}")
     return fields
