@@ -42,10 +42,11 @@ def forward(
     """`model(ids)` for whole texts `ids` [rows, time] with the adapter's virtual tokens in front.
 
     The result [rows, time, ...] is the text's: positions of virtual tokens are cut off. `backbone` is called
-    in the model's place, to get hidden states; `cache` stands in for the adapter's.
+    in the model's place, to get hidden states; `cache` stands in for the adapter's. One that has read
+    something holds the virtual tokens too.
     """
     call = backbone or model
-    front = virtual_ids(model)
+    front = virtual_ids(model) if not cache or cache[0].offset == 0 else []
     if front:
         ids = mx.concatenate([mx.broadcast_to(mx.array(front), (ids.shape[0], len(front))), ids], axis=1)
     cache = cache or start_cache(model, ids.shape[0])

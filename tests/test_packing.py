@@ -16,26 +16,35 @@ from test_train import config, examples, tiny
 from mlx_adapters.data.batches import Batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.methods.base import Dropout
 from mlx_adapters.train.loop import Run, total_steps
 from mlx_adapters.train.packing import Packing
 
 BOUND = 1e-6
 
 
-def of_batches(run: Run, given: list[Batch]) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients summed over the batches, without dropout."""
-    run.model.eval()
+def of_batches(
+    run: Run, given: list[Batch], *, together: bool = False
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout."""
+    for module in run.model.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    run.model.train()  # only then are blocks recomputed
     run._head = None
     total, sums = 0.0, {}
-    for batch in given:
-        loss, grads = run._gradient(run._loss, batch)
+    for window in [given] if together else [[batch] for batch in given]:
+        loss, grads = run._gradient(run._loss, window)
         total += float(loss)
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
     return total, sums
 
 
-def same(left: tuple[float, dict[str, np.ndarray]], right: tuple[float, dict[str, np.ndarray]]) -> None:
+Found = tuple[float, dict[str, np.ndarray]]
+
+
+def same(left: Found, right: Found) -> None:
     """The losses within 1e-6, the gradients within 1e-6 of their length, as one vector of all arrays."""
     assert left[0] == pytest.approx(right[0], rel=BOUND)
     assert left[1].keys() == right[1].keys()

@@ -26,6 +26,7 @@ from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import learning_rate, make_optimizer
 from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.shared_prefix import can_share
 
 __all__ = ["Progress", "Run", "Step", "total_steps", "validate"]
 
@@ -213,7 +214,8 @@ class Run:
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
-        self._gradient = Gradient(self.model, packing=self._packing, compiled=self.compiles)
+        shares = not self.config.neftune and not self.config.packing and can_share(self.model)
+        self._gradient = Gradient(self.model, packing=self._packing, compiled=self.compiles, shares=shares)
         self.model.train()
         backend.prepare_memory()
         for epoch, window in self._windows():
@@ -346,13 +348,7 @@ class Run:
         # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
         mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
         count = max(1, sum(batch.targets for batch in window))
-        loss, grads = mx.array(0.0), None
-        for given in window:
-            value, grad = self._gradient(self._loss, given)
-            grads = grad if grads is None else tree_map(mx.add, grads, grad)
-            loss = loss + value
-            if len(window) > 1:
-                mx.eval(loss, grads)  # else the activations of all of them are alive together
+        loss, grads = self._gradient(self._loss, window)
         mx.async_eval(loss, grads)  # apart from the update: its order of evaluation needs more memory
         (loss, stops), grads = self.processes.sums([loss, mx.array(float(self._stop))], grads)
         # The mean over the whole step's targets: a batch with few of them does not weigh more per token.
@@ -406,9 +402,10 @@ class Run:
             "before is kept: lower --lr, look for odd rows in the data, or go on with --on-bad-step skip"
         )
 
-    def _loss(self, given: Targets) -> mx.array:
-        caches = self._packing.caches() if self._packing else None
-        return loss_sum(self.model, given, head=self._head, compiled=self._gradient.compiled, cache=caches)
+    def _loss(self, given: Targets, cache: list[Any] | None) -> mx.array:
+        if self._packing:
+            cache = self._packing.caches()
+        return loss_sum(self.model, given, head=self._head, compiled=self._gradient.compiled, cache=cache)
 
 
 def _groups(

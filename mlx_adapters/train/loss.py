@@ -80,7 +80,8 @@ def targets(batch: Batch) -> Targets:
     positions, wanted = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
     positions[:count] = rows * (batch.ids.shape[1] - 1) + columns - 1
     wanted[:count] = batch.ids[rows, columns]
-    weight = (np.arange(padded) < count).astype(np.float32)
+    weight = np.zeros(padded, np.float32)
+    weight[:count] = batch.mask[rows, columns]
     return Targets(mx.array(batch.ids), mx.array(positions), mx.array(wanted), mx.array(weight))
 
 

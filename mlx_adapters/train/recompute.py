@@ -45,11 +45,11 @@ def recompute_blocks(model: nn.Module) -> int:
 
 def _recomputing(base: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return base.__call__(self, *args, **kwargs)
         given = [*args, *kwargs.values()]
         arrays = [value for value in given if isinstance(value, mx.array)]
         cache: Any = next((value for value in given if hasattr(value, "update_and_fetch")), None)
+        if not self.training or getattr(cache, "reads", False):  # the few tokens that rows share are kept
+            return base.__call__(self, *args, **kwargs)
         start = [] if cache is None or cache.keys is None else [cache.keys, cache.values]
         offset = getattr(cache, "offset", 0)
 

@@ -1,0 +1,159 @@
+"""What the rows of a step begin with is computed once, and loss and gradients stay what they were."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from cases import ARCHITECTURES, METHODS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_methods import attached
+from test_packing import of_batches, same
+from test_train import config, flat, tiny
+
+from mlx_adapters.data.batches import Batch, batch, pad
+from mlx_adapters.data.tokens import Example
+from mlx_adapters.train import shared_prefix
+from mlx_adapters.train.gradient import Gradient
+from mlx_adapters.train.loop import Run
+from mlx_adapters.train.shared_prefix import after, can_share, opening, shared_length, untrained
+
+# Models that remember more than all keys and values (a window's, a state's): they train as before.
+OTHER_CACHES = {"gemma3"}
+CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and not method.prepare]
+
+
+def examples(start: int, *, rows: int = 9, shared: int = 18) -> list[Example]:
+    rng = np.random.default_rng(7)
+    front = rng.integers(4, 40, shared).tolist()
+    return [Example(front + rng.integers(4, 40, int(n)).tolist(), start) for n in rng.integers(3, 15, rows)]
+
+
+def window(items: list[Example]) -> list[Batch]:
+    """A step of two batches of other lengths, the second one smaller."""
+    return [batch(items, [[i] for i in group], pad_id=0) for group in (range(5), range(5, len(items)))]
+
+
+def both(model: nn.Module, items: list[Example], **fields: Any) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """(loss, gradients) of a step: every row on its own, then with sharing."""
+    assert can_share(model)
+    assert shared_length(model, window(items)) == 17
+    run = Run(model, items, config=config(**fields))
+    found = []
+    for shares in (False, True):
+        run._gradient = Gradient(model, shares=shares)
+        found.append(of_batches(run, window(items), together=True))
+    return found
+
+
+@pytest.mark.parametrize("start", [1, 10, 20], ids=["all", "from within", "behind"])
+@pytest.mark.parametrize(
+    "case", [c for c, m in METHODS.items() if "llama" not in m.refused and not m.prepare]
+)
+def test_the_same_for_every_method(case: str, start: int, folders: dict[str, Path]) -> None:
+    loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
+    same(*both(loaded.model, examples(start)))
+
+
+@pytest.mark.parametrize("case", ["lora", "prefix", "prompt", "series", "loreft"])
+def test_the_same_with_recomputed_blocks(case: str, folders: dict[str, Path]) -> None:
+    loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
+    same(*both(loaded.model, examples(10), gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_same_for_every_architecture(arch: str, folders: dict[str, Path]) -> None:
+    loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
+    assert can_share(loaded.model) == (arch not in OTHER_CACHES)
+    if arch not in OTHER_CACHES:
+        same(*both(loaded.model, examples(10)))
+
+
+def test_blocks_below_the_first_trained_one_need_no_gradient(folders: dict[str, Path]) -> None:
+    loaded, _ = attached(folders["llama"], METHODS["lora-last-layer"], trained=True)
+    assert untrained(loaded.model) == len(loaded.model.layers) - 1
+    loaded, _ = attached(folders["llama"], METHODS["prompt"], trained=True)
+    assert untrained(loaded.model) == 0
+
+
+def test_shared_tokens_are_read_twice_a_step_whatever_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    read: list[int] = []
+    real = type(model.model).__call__
+
+    def counting(self: Any, ids: mx.array, *args: Any, **named: Any) -> mx.array:
+        read.append(ids.size)
+        hidden: mx.array = real(self, ids, *args, **named)
+        return hidden
+
+    items = [Example([5] * 32 + [6 + row, 7 + row], 33) for row in range(8)]
+    run = Run(model, items, config=config(batch_size=8, steps=1))
+    monkeypatch.setattr(type(model.model), "__call__", counting)
+    list(run)
+    assert read[-3:] == [31, 8 * 9, 31], read  # 9: the length of a row is padded to a multiple of 8
+
+
+def test_a_whole_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"lr": 1e-3, "batch_size": 4, "accumulation": 2, "steps": 6}
+    items = examples(1, rows=24)
+    model = tiny()
+    losses = [step.loss for step in Run(model, items, config=config(**fields))]
+    compiled = tiny()
+    of_compiled = [step.loss for step in Run(compiled, items, config=config(**fields, compile="on"))]
+    monkeypatch.setattr(shared_prefix, "_WORTH", 10**9)
+    plain = tiny()
+    assert losses == pytest.approx(
+        [step.loss for step in Run(plain, items, config=config(**fields))], rel=1e-6
+    )
+    assert of_compiled == pytest.approx(losses, rel=1e-5)
+    for name, array in flat(plain).items():
+        np.testing.assert_allclose(flat(model)[name], array, atol=1e-4 * np.abs(array).max())
+        np.testing.assert_allclose(flat(compiled)[name], array, atol=1e-4 * np.abs(array).max())
+
+
+def test_noise_is_every_rows_own(folders: dict[str, Path]) -> None:
+    assert not can_share(tiny(dropout=0.1))
+    model = tiny()
+    run = Run(model, examples(3), config=config(neftune=5.0, steps=1))
+    list(run)
+    assert not run._gradient.shares
+
+
+def test_a_model_that_looks_elsewhere_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    real = type(model.model).__call__
+
+    def counted_back(self: Any, ids: mx.array, *args: Any, **named: Any) -> mx.array:
+        hidden: mx.array = real(self, ids, *args, **named)
+        return hidden * ids.shape[1]
+
+    monkeypatch.setattr(type(model.model), "__call__", counted_back)
+    assert not can_share(model)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.lists(st.integers(3, 6), min_size=2, max_size=9), min_size=1, max_size=5),
+    front=st.lists(st.integers(3, 6), max_size=70),
+    start=st.integers(1, 75),
+)
+def test_every_target_is_learned_once(rows: list[list[int]], front: list[int], start: int) -> None:
+    items = [Example(front + row, min(start, len(front) + len(row) - 1)) for row in rows]
+    step = [pad(items[:2], pad_id=0), *([pad(items[2:], pad_id=0)] if items[2:] else [])]
+    length = shared_length(tiny(), step)
+    assert length == 0 or length * (len(rows) - 1) >= shared_prefix._WORTH
+    if not length:
+        return
+    first = opening(step, length)
+    assert all((whole.ids[:, : length + 1] == first.ids).all() for whole in step)
+    left = [after(given, length) for given in step]
+    assert all(rest.ids.shape[1] >= 2 and rest.mask[:, 0].sum() == 0 for rest in left)
+    # by place in the row: what the opening has, and behind it what the rows have
+    for place in range(first.ids.shape[1]):
+        assert first.mask[0, place] == sum(whole.mask[:, place].sum() for whole in step)
+    for whole, rest in zip(step, left):
+        assert (rest.mask[:, 1:] == whole.mask[:, length + 1 :]).all()
+        assert (rest.ids == whole.ids[:, length:]).all()
