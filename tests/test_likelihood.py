@@ -19,7 +19,6 @@ from mlx_adapters.evaluate.prefill import shared_prefix
 from mlx_adapters.model import Loaded, describe, load
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
-SMOL = Path(__file__).parents[2] / "smol-hf"
 Choices = list[tuple[list[int], list[list[int]]]]
 
 
@@ -144,12 +143,11 @@ def test_context_and_choice_are_cut_where_lm_eval_cuts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SMOL / "config.json").exists(), reason=f"needs SmolLM2-135M in {SMOL}")
-def test_five_hundred_arc_easy_items_score_as_in_torch() -> None:
+def test_five_hundred_arc_easy_items_score_as_in_torch(smollm2: Path) -> None:
     file = SETS / "ARC-Easy" / "test.json"
     if not file.exists():
         pytest.skip(f"{file} is not here: published test sets are not part of the project")
-    loaded = load(SMOL)
+    loaded = load(smollm2)
     given, lengths, right = [], [], []
     for row in json.loads(file.read_text())[:500]:
         choices = parse(row["instruction"], "answer")
@@ -159,7 +157,7 @@ def test_five_hundred_arc_easy_items_score_as_in_torch() -> None:
         given.append((cut[0][0], [ids for _, ids in cut]))
         lengths.append([len(text) for text in choices.texts.values()])
         right.append(list(choices.texts).index(row["answer"]))
-    ours, torchs = by_us(loaded.model, given), by_torch(SMOL, given)
+    ours, torchs = by_us(loaded.model, given), by_torch(smollm2, given)
     counts = []
     for scores in (ours, torchs):
         picked = [pick(score, length) for score, length in zip(scores, lengths)]

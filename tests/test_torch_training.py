@@ -158,14 +158,12 @@ def test_an_adapter_of_peft_trains_on_here_and_goes_back(folders: dict[str, Path
     )
 
 
-SMOL = Path(__file__).parents[2] / "smol-hf"
 MATH = Path(__file__).parents[2] / "shared" / "data" / "train" / "math_data.json"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOL.exists(), reason=f"SmolLM2-135M is not in {SMOL}")
 @pytest.mark.skipif(not MATH.exists(), reason=f"no {MATH}")
-def test_fifty_steps_of_a_real_model_on_real_data(tmp_path: Path) -> None:
+def test_fifty_steps_of_a_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> None:
     """LoRA on all linear layers of SmolLM2-135M, math_data, the same batches: every loss within 1e-3."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -177,7 +175,7 @@ def test_fifty_steps_of_a_real_model_on_real_data(tmp_path: Path) -> None:
     chosen = methods.make_config("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
 
     def prepared() -> tuple[model.Loaded, Run]:
-        loaded = model.load(SMOL)
+        loaded = model.load(smollm2)
         items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
         mx.random.seed(0)
         adapter.attach(loaded.model, "lora", chosen, base=model.describe(loaded))
@@ -187,7 +185,7 @@ def test_fifty_steps_of_a_real_model_on_real_data(tmp_path: Path) -> None:
     meta = AdapterMeta(method="lora", config=vars(chosen), base=model.describe(loaded))
     adapter.save(tmp_path, loaded.model, meta=meta)
     losses = [step.loss for step in run]
-    network = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     network = PeftModel.from_pretrained(network, tmp_path, is_trainable=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
     theirs = train_in_torch(network, parameters, prepared()[1], settings)
