@@ -84,7 +84,7 @@ def test_best_without_validation_is_refused(fields: dict[str, Any]) -> None:
 def spoil(run: Run, at: int, by: float) -> None:
     """The loss of step `at` is multiplied by `by`."""
     real = run._loss
-    run._loss = lambda given: real(given) * (by if run.step == at - 1 else 1.0)  # type: ignore[method-assign]
+    run._loss = lambda *given: real(*given) * (by if run.step == at - 1 else 1.0)  # type: ignore[method-assign]
 
 
 def test_a_bad_step_is_skipped_and_changes_nothing() -> None:
@@ -122,7 +122,7 @@ def test_a_spike_is_a_bad_step_after_twenty_good_ones() -> None:
 
 def test_ten_bad_steps_in_a_row_end_the_run_anyhow() -> None:
     run = Run(tiny(), examples(), config=config(on_bad_step="skip", steps=40))
-    run._loss = lambda given: mx.array(math.inf) * run.model.model.norm.weight.sum()  # type: ignore[method-assign]
+    run._loss = lambda *given: mx.array(math.inf) * run.model.model.norm.weight.sum()  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"step 10: .*10 bad steps in a row"):
         list(run)
 

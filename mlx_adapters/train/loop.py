@@ -10,8 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch, batch, batches, groups
@@ -27,6 +25,7 @@ from mlx_adapters.train.optimizers import learning_rate, make_optimizer
 from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 from mlx_adapters.train.shared_prefix import can_share
+from mlx_adapters.train.update import Update
 
 __all__ = ["Progress", "Run", "Step", "total_steps", "validate"]
 
@@ -157,6 +156,7 @@ class Run:
         self.step = 0
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
+        self._apply = Update(model, self.optimizer, clip=config.clip, compiled=self.compiles)
         self._head: Head | None = None
         self._gradient = Gradient(model, packing=self._packing)
         self._stop = self._stopping = False
@@ -351,34 +351,13 @@ class Run:
         loss, grads = self._gradient(self._loss, window)
         mx.async_eval(loss, grads)  # apart from the update: its order of evaluation needs more memory
         (loss, stops), grads = self.processes.sums([loss, mx.array(float(self._stop))], grads)
-        # The mean over the whole step's targets: a batch with few of them does not weigh more per token.
-        mean = loss / count
-        grads, norm = optim.clip_grad_norm(tree_map(lambda g: g / count, grads), self.config.clip or math.inf)
-        good = mx.isfinite(mean) & mx.isfinite(norm) & (mean <= self._most())
+        mean, norm, good = self._apply(grads, loss, count, self._most())
         rate = self._rate(mx.array(self.step))
-        self._apply(grads, good)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, mean, norm, good, rate, stops)
         if self.processes.size > 1:  # a signal reaches them at different steps: all have to have heard of it
             self._stopping = float(stops) > 0
         self._judge(float(mean), float(norm), bool(good))
         return float(mean), float(norm), float(rate), bool(good)
-
-    def _apply(self, grads: Any, good: mx.array) -> None:
-        """One step of the optimizer; where the step is bad, everything but its count stays."""
-        weights, state = self._flat()
-        self.optimizer.update(self.model, grads)
-        new_weights, new_state = self._flat()
-
-        def chosen(path: str, new: mx.array, old: mx.array | None) -> mx.array:
-            counts = path.rpartition(".")[2] in ("step", "learning_rate")
-            return new if counts or old is None else mx.where(good, new, old)
-
-        self.model.update(tree_unflatten([(k, chosen("", v, weights[k])) for k, v in new_weights.items()]))
-        self.optimizer.state = tree_unflatten([(k, chosen(k, v, state.get(k))) for k, v in new_state.items()])
-
-    def _flat(self) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-        """Trained arrays and the optimizer's state by path."""
-        return dict(tree_flatten(self.model.trainable_parameters())), dict(tree_flatten(self.optimizer.state))
 
     def _most(self) -> float:
         """The largest loss that is no spike."""
