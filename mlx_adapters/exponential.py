@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
-__all__ = ["attention", "exp", "rebind", "swiglu"]
+__all__ = ["attention", "exp", "rebind", "shifted_exp", "swiglu"]
 
 # At and below the lower bound 2^k is 0: what a mask has hidden gets no weight at all. Above the upper one the
 # result would not be finite.
@@ -53,7 +53,8 @@ def exp(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _shifted_exp(x: mx.array, most: mx.array) -> mx.array:
+def shifted_exp(x: mx.array, most: mx.array) -> mx.array:
+    """e^(x - most) for float32."""
     return exp(x - most)
 
 
@@ -128,7 +129,7 @@ def _powers(q: mx.array, k: mx.array, mask: tuple[mx.array, ...]) -> mx.array:
         scores = mx.where(mask[0], scores, _HIDDEN)
     elif mask:
         scores = scores + mask[0]
-    return _shifted_exp(scores, scores.max(axis=-1, keepdims=True))
+    return shifted_exp(scores, scores.max(axis=-1, keepdims=True))
 
 
 @mx.custom_function

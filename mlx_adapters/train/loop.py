@@ -384,7 +384,7 @@ class Run:
     def _loss(self, given: Targets, cache: list[Any] | None) -> mx.array:
         if self._packing:
             cache = self._packing.caches()
-        return loss_sum(self.model, given, head=self._head, compiled=self._gradient.compiled, cache=cache)
+        return loss_sum(self.model, given, head=self._head, cache=cache)
 
 
 def _groups(

@@ -5,11 +5,15 @@ the output head wherever the model is `head(backbone(ids))`; that is found out b
 short input, so a model with a twist in its head (soft-capping, a scale) takes the plain way.
 
 Where the head is a frozen linear layer, the gradient with respect to the hidden state is formed with the
-loss, chunk by chunk: nothing of the size tokens x vocabulary is kept for the backward pass.
+loss, one part of the vocabulary after the other: nothing of the size tokens x vocabulary is ever there.
 
     p = softmax(h W^T),  loss = sum_i w_i (-log p_i[y_i]),  d loss / d h_i = w_i (p_i W - W[y_i])
+
+As in attention over the words (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867): the sums of e^l
+and of e^l W go on from part to part, scaled down where a larger logit l comes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +38,13 @@ _TWISTS = (
     "output_multiplier",
 )
 _MULTIPLE = 64
-# Targets a chunk: with 49k words its logits take 25 MB, which malloc keeps for the next chunk (above 32 MB
-# glibc gives them back, and the page faults cost more than larger products gain).
-_CHUNK = 128
+# Logits of a part of the vocabulary. On a CPU a few arrays of so many stay in the cache; a GPU wants products
+# that are larger.
+_LOGITS = {"cpu": 1 << 21, "gpu": 1 << 24}
+_WORDS = 1024  # a part has a multiple of so many words
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,11 @@ def loss_sum(
     *,
     head: Head | None,
     gradient: bool = True,
-    compiled: bool = False,
     cache: list[Any] | None = None,
 ) -> mx.array:
     """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none.
 
-    Without `gradient` the value alone is computed, in less time. `compiled` says that this is traced for
-    `mx.compile`. `cache` is what the model is called with.
+    Without `gradient` the value alone is computed, in less time. `cache` is what the model is called with.
     """
     inputs = batch.ids[:, :-1]
     if head is None:
@@ -132,11 +136,11 @@ def loss_sum(
     if not head.frozen:
         return _cross_entropy(head.project(hidden), batch)
     if not gradient:
-        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=False)[0]
+        return _by_words(hidden, batch, head.layer, gradient=False)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return _chunked(hidden, batch, _Frozen(head, hidden), gradient=True, compiled=compiled)
+        return _by_words(hidden, batch, head.layer, gradient=True)
 
     @fused.vjp
     def pull(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -152,87 +156,96 @@ def _cross_entropy(logits: mx.array, batch: Targets) -> mx.array:
     return (losses * batch.weight).sum()
 
 
-def _chunked(
-    hidden: mx.array, batch: Targets, head: "_Frozen", *, gradient: bool, compiled: bool = False
+def _by_words(
+    hidden: mx.array, batch: Targets, layer: nn.Module, *, gradient: bool
 ) -> tuple[mx.array, mx.array]:
-    """(loss, its gradient with respect to `hidden`), one chunk after the other."""
-    total, slopes = mx.array(0.0), []
-    done: mx.array = total
-    for first in range(0, hidden.shape[0], _CHUNK):
-        part = slice(first, first + _CHUNK)
-        # the dependency makes a chunk wait for the one before: else all their logits are alive together
-        states = mx.depends([hidden[part]], [done])[0]
-        wanted, weight = batch.wanted[part], batch.weight[part]
-        logits = head.project(states).astype(mx.float32)
-        chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        if not gradient:
-            done = total = total + ((mx.logsumexp(logits, axis=-1) - chosen) * weight).sum()
-            continue
-        most = logits.max(axis=-1, keepdims=True)
-        if compiled and backend.on_cpu():  # one pass over the logits; not compiled it would be a dozen
-            p = exponential.exp(logits - most)
-            z = p.sum(axis=-1, keepdims=True)
-            expected = head.times(p) / z
-        else:  # one exponential a logit: the largest probability is never tiny and gives the sum back
-            p = mx.softmax(logits, axis=-1, precise=True)
-            z = 1.0 / p.max(axis=-1, keepdims=True)
-            expected = head.times(p)
-        total = total + (((most + mx.log(z))[:, 0] - chosen) * weight).sum()
-        done = (expected - head.rows(wanted)) * weight[:, None]
-        slopes.append(done)
-    return total, mx.concatenate(slopes) if slopes else mx.zeros_like(hidden)
+    """(loss, its gradient with respect to `hidden`), one part of the vocabulary after the other."""
+    count, vocabulary = hidden.shape[0], layer.weight.shape[0]
+    device = "cpu" if backend.on_cpu() else "gpu"
+    words = max(1, _LOGITS[device] // (max(1, count) * _WORDS)) * _WORDS
+    most = mx.full((count, 1), -math.inf)
+    chosen, z = mx.zeros((count,)), mx.zeros((count, 1))
+    expected = mx.zeros(hidden.shape)
+    done = z
+    for first in range(0, vocabulary, words):
+        # the dependency makes a part wait for the one before: else the logits of all are alive together
+        states = mx.depends([hidden], [done])[0]
+        part = _Words(layer, slice(first, first + words), after=states)
+        logits = part.logits(states).astype(mx.float32)
+        place = batch.wanted - first
+        inside = (place >= 0) & (place < logits.shape[1])
+        place = mx.clip(place, 0, logits.shape[1] - 1)
+        chosen = chosen + mx.where(inside, mx.take_along_axis(logits, place[:, None], axis=-1)[:, 0], 0.0)
+        before, most = most, mx.maximum(most, logits.max(axis=-1, keepdims=True))
+        p = exponential.shifted_exp(logits, most) if device == "cpu" else mx.exp(logits - most)
+        less = mx.exp(before - most)
+        done = z = z * less + p.sum(axis=-1, keepdims=True)
+        if gradient:
+            done = expected = expected * less + part.times(p)
+    loss = (((most + mx.log(z))[:, 0] - chosen) * batch.weight).sum()
+    if not gradient:
+        return loss, mx.zeros_like(hidden)
+    return loss, (expected / z - _rows(layer, batch.wanted)) * batch.weight[:, None]
 
 
-class _Frozen:
-    """Products with the weight W [vocabulary, width] of a head that does not train.
+class _Words:
+    """Products with some rows of the weight W [vocabulary, width] of a head that does not train.
 
-    On a CPU a quantized W is written out once for all chunks; Metal has kernels for the packed one.
+    On a CPU a quantized W is written out; Metal has kernels for the packed one.
     """
 
-    def __init__(self, head: Head, hidden: mx.array) -> None:
-        self.layer, self._project = head.layer, head.project
-        packed = isinstance(self.layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-        self.weight: mx.array | None = None if packed else self.layer.weight
-        if packed and backend.on_cpu():
-            self.weight = dequantize(self.layer, after=hidden)
+    def __init__(self, layer: nn.Module, part: slice, *, after: mx.array) -> None:
+        self.bias: mx.array | None = layer.bias[part] if "bias" in layer else None
+        self.packed: nn.Module | None = None
+        if not isinstance(layer, _PACKED):
+            self.weight = layer.weight[part]
+        elif backend.on_cpu():
+            self.weight = dequantize(_packed_rows(layer, part), after=after)
+        else:
+            self.packed = _packed_rows(layer, part)
 
-    def project(self, hidden: mx.array) -> mx.array:
-        """Logits: h W^T + bias."""
-        if self.weight is None:
-            return self._project(hidden)
-        logits = hidden @ self.weight.T
-        return logits + self.layer.bias if "bias" in self.layer else logits
+    def logits(self, hidden: mx.array) -> mx.array:
+        """h W^T + bias."""
+        logits = hidden @ self.weight.T if self.packed is None else self._product(hidden, transpose=True)
+        return logits if self.bias is None else logits + self.bias
 
     def times(self, p: mx.array) -> mx.array:
         """p W in float32."""
-        if self.weight is not None:
+        if self.packed is None:
             return (p.astype(self.weight.dtype) @ self.weight).astype(mx.float32)
-        layer = self.layer
+        return self._product(p.astype(self.packed.scales.dtype), transpose=False).astype(mx.float32)
+
+    def _product(self, x: mx.array, *, transpose: bool) -> mx.array:
+        layer = self.packed
+        assert layer is not None
         return mx.quantized_matmul(
-            p.astype(layer.scales.dtype),
+            x,
             layer.weight,
             layer.scales,
             layer.get("biases"),
-            transpose=False,
+            transpose=transpose,
             group_size=layer.group_size,
             bits=layer.bits,
             mode=layer.mode,
-        ).astype(mx.float32)
+        )
 
-    def rows(self, wanted: mx.array) -> mx.array:
-        """W[wanted] in float32."""
-        if self.weight is not None:
-            return self.weight[wanted].astype(mx.float32)
-        layer = self.layer
-        biases = layer.get("biases")
-        return mx.dequantize(
-            layer.weight[wanted],
-            layer.scales[wanted],
-            None if biases is None else biases[wanted],
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-        ).astype(mx.float32)
+
+def _packed_rows(layer: nn.Module, rows: slice | mx.array) -> nn.Module:
+    """Some rows of a quantized layer's weight, still packed."""
+    some = nn.Module()
+    some.weight, some.scales = layer.weight[rows], layer.scales[rows]
+    if layer.get("biases") is not None:
+        some.biases = layer.biases[rows]
+    some.group_size, some.bits, some.mode = layer.group_size, layer.bits, layer.mode
+    return some
+
+
+def _rows(layer: nn.Module, wanted: mx.array) -> mx.array:
+    """W[wanted] in float32."""
+    if isinstance(layer, _PACKED):
+        return dequantize(_packed_rows(layer, wanted))
+    rows: mx.array = layer.weight[wanted].astype(mx.float32)
+    return rows
 
 
 def _heads(model: nn.Module, backbone: Any) -> list[nn.Module]:
