@@ -98,7 +98,7 @@ def test_shared_tokens_are_read_twice_a_step_whatever_the_rows(monkeypatch: pyte
 
 def test_a_whole_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"lr": 1e-3, "batch_size": 4, "accumulation": 2, "steps": 6}
-    items = examples(1, rows=24)
+    items = examples(1, rows=24, shared=24)
     model = tiny()
     losses = [step.loss for step in Run(model, items, config=config(**fields))]
     compiled = tiny()
@@ -132,6 +132,26 @@ def test_a_model_that_looks_elsewhere_is_found_out(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(type(model.model), "__call__", counted_back)
     assert not can_share(model)
+
+
+def test_a_new_adapter_that_looks_at_places_is_found_out(folders: dict[str, Path]) -> None:
+    """Its B is zero, so at first it changes nothing."""
+    loaded, _ = attached(folders["llama"], METHODS["lora"], trained=False)
+    layer = loaded.model.layers[0].self_attn.q_proj
+    real = type(layer).__call__
+
+    class Placed(type(layer)):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            places = mx.arange(x.shape[1])[:, None] + 1.0
+            changed: mx.array = self.base(x) + (real(self, x) - self.base(x)) * places
+            return changed
+
+    assert can_share(loaded.model)
+    before = flat(loaded.model)
+    layer.__class__ = Placed
+    assert not can_share(loaded.model)
+    for name, array in flat(loaded.model).items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 @settings(deadline=None, max_examples=60)
