@@ -37,6 +37,7 @@ __all__ = [
     "own_kernels",
     "peak_memory",
     "prepare_memory",
+    "rounding",
     "speed_up",
 ]
 
@@ -171,6 +172,13 @@ def compute_dtype() -> "mx.Dtype | None":
     import mlx.core as mx
 
     return mx.float32 if on_cpu() else None
+
+
+def rounding(dtype: "mx.Dtype") -> float:
+    """How far logits may be apart, of the largest, when the same is computed in another order."""
+    import mlx.core as mx
+
+    return 1e-4 if dtype == mx.float32 else 3e-2
 
 
 def peak_memory() -> int:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_adapters.backend import rounding
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.virtual import start_cache, virtual_ids
 
@@ -73,7 +74,7 @@ class Packing:
             error = float(mx.abs(found - expected).max() / mx.abs(expected).max())
         except Exception as problem:  # a model may want anything from its cache
             raise UnsupportedError(f"{self._refusal()} ({problem})") from None
-        if not error <= 1e-4:
+        if not error <= rounding(expected.dtype):
             raise UnsupportedError(f"{self._refusal()} (logits differ by {error:.1e})")
 
     def _refusal(self) -> str:

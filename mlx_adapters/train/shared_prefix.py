@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_adapters.backend import rounding
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.methods.base import Dropout
 from mlx_adapters.virtual import forward, start_cache, virtual_ids
@@ -95,7 +96,8 @@ def can_share(model: nn.Module) -> bool:
         first = forward(model, rows[:1, :3], cache=caches)
         rest = forward(model, rows[:, 3:], cache=going_on(states_in(caches)))
         found = mx.concatenate([mx.broadcast_to(first, (2, *first.shape[1:])), rest], axis=1)
-        return bool(mx.abs(found - expected).max() <= 1e-4 * mx.abs(expected).max())
+        apart = mx.abs(found - expected).max() / mx.abs(expected).max()
+        return bool(apart <= rounding(expected.dtype))
     except Exception:  # a model may want anything from its cache; without sharing it trains all the same
         return False
     finally:
@@ -120,7 +122,10 @@ def shared_length(model: nn.Module, window: Sequence[Batch]) -> int:
 def untrained(model: nn.Module) -> int:
     """How many of the first blocks come before all that trains: their states need no gradient."""
     blocks = [len(tree_flatten(block.trainable_parameters())) for block in model.layers]
-    if sum(blocks) < len(tree_flatten(model.trainable_parameters())):  # the embedding's, or a prefix's
+    elsewhere = len(tree_flatten(model.trainable_parameters())) - sum(
+        blocks
+    )  # the embedding's, or a prefix's
+    if elsewhere or len(blocks) != len(make_prompt_cache(model)):
         return 0
     return next((number for number, count in enumerate(blocks) if count), 0)
 
