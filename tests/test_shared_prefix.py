@@ -10,6 +10,7 @@ import pytest
 from cases import ARCHITECTURES, METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import RotatingKVCache
 from test_methods import attached
 from test_packing import of_batches, same
 from test_train import config, flat, tiny
@@ -21,8 +22,6 @@ from mlx_adapters.train.gradient import Gradient
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.shared_prefix import after, can_share, opening, shared_length, untrained
 
-# Models that remember more than all keys and values (a window's, a state's): they train as before.
-OTHER_CACHES = {"gemma3"}
 CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and not method.prepare]
 
 
@@ -67,9 +66,15 @@ def test_the_same_with_recomputed_blocks(case: str, folders: dict[str, Path]) ->
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_same_for_every_architecture(arch: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
-    assert can_share(loaded.model) == (arch not in OTHER_CACHES)
-    if arch not in OTHER_CACHES:
-        same(*both(loaded.model, examples(10)))
+    same(*both(loaded.model, examples(10)))
+
+
+def test_a_model_that_keeps_a_window_does_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    assert can_share(model)
+    windows = [RotatingKVCache(max_size=4) for _ in model.layers]
+    monkeypatch.setattr(type(model), "make_cache", lambda self: windows, raising=False)
+    assert not can_share(model)
 
 
 def test_blocks_below_the_first_trained_one_need_no_gradient(folders: dict[str, Path]) -> None:
