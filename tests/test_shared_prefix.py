@@ -11,8 +11,9 @@ from cases import ARCHITECTURES, METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
+from test_compiled import CASES
 from test_methods import attached
-from test_packing import of_batches, same
+from test_packing import Found, of_batches, same
 from test_train import config, flat, tiny
 
 from mlx_adapters.data.batches import Batch, batch, pad
@@ -21,8 +22,6 @@ from mlx_adapters.train import shared_prefix
 from mlx_adapters.train.gradient import Gradient
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.shared_prefix import after, can_share, opening, shared_length, untrained
-
-CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and not method.prepare]
 
 
 def examples(start: int, *, rows: int = 9, shared: int = 18) -> list[Example]:
@@ -36,10 +35,10 @@ def window(items: list[Example]) -> list[Batch]:
     return [batch(items, [[i] for i in group], pad_id=0) for group in (range(5), range(5, len(items)))]
 
 
-def both(model: nn.Module, items: list[Example], **fields: Any) -> list[tuple[float, dict[str, np.ndarray]]]:
+def both(model: nn.Module, items: list[Example], **fields: Any) -> list[Found]:
     """(loss, gradients) of a step: every row on its own, then with sharing."""
     assert can_share(model)
-    assert shared_length(model, window(items)) == 17
+    assert shared_length(window(items), virtual=0) == 17
     run = Run(model, items, config=config(**fields))
     found = []
     for shares in (False, True):
@@ -49,9 +48,7 @@ def both(model: nn.Module, items: list[Example], **fields: Any) -> list[tuple[fl
 
 
 @pytest.mark.parametrize("start", [1, 10, 20], ids=["all", "from within", "behind"])
-@pytest.mark.parametrize(
-    "case", [c for c, m in METHODS.items() if "llama" not in m.refused and not m.prepare]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_the_same_for_every_method(case: str, start: int, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     same(*both(loaded.model, examples(start)))
@@ -168,7 +165,7 @@ def test_a_new_adapter_that_looks_at_places_is_found_out(folders: dict[str, Path
 def test_every_target_is_learned_once(rows: list[list[int]], front: list[int], start: int) -> None:
     items = [Example(front + row, min(start, len(front) + len(row) - 1)) for row in rows]
     step = [pad(items[:2], pad_id=0), *([pad(items[2:], pad_id=0)] if items[2:] else [])]
-    length = shared_length(tiny(), step)
+    length = shared_length(step, virtual=0)
     assert length == 0 or length * (len(rows) - 1) >= shared_prefix._WORTH
     if not length:
         return

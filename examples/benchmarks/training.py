@@ -259,24 +259,16 @@ def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[flo
 
 def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
     """What the project promises, next to what was measured."""
+    torch, dense = "torch + PEFT", ("ours", "compiled", "ours, 2 processes", "compiled, 2 procs")
     speed = [
-        (("ours", "completion"), ("torch + PEFT", "completion"), 1.3),
-        (("compiled", "completion"), ("torch + PEFT", "completion"), 1.3),
-        (("ours, 2 processes", "completion"), ("torch + PEFT", "completion"), 1.3),
-        (("compiled, 2 procs", "completion"), ("torch + PEFT", "completion"), 1.3),
-        (("compiled, 2 procs", "all"), ("torch + PEFT", "all"), 1.0),
-        (("compiled", "all"), ("torch + PEFT", "all"), 1.0),
-        (("ours, 2 processes", "all"), ("torch + PEFT", "all"), 1.0),
-        (("ours", "all"), ("torch + PEFT", "all"), 1.0),
+        *(((name, "completion"), (torch, "completion"), 1.3) for name in dense),
+        *(((name, "all"), (torch, "all"), 1.0) for name in dense),
         (("ours", "completion"), ("mlx-lm", "completion"), 25),
         (("ours, 4-bit base", "completion"), ("ours", "completion"), 0.8),
     ]
     memory = [
-        (("compiled", "completion"), ("torch + PEFT", "completion"), 0.5),
-        (("compiled, 2 procs", "completion"), ("torch + PEFT", "completion"), 0.5),
-        (("ours, 2 processes", "completion"), ("torch + PEFT", "completion"), 0.5),
-        (("ours", "completion"), ("torch + PEFT", "completion"), 0.5),
-        (("ours, 4-bit base", "completion"), ("torch + PEFT", "completion"), 0.35),
+        *(((name, "completion"), (torch, "completion"), 0.5) for name in dense),
+        (("ours, 4-bit base", "completion"), (torch, "completion"), 0.35),
     ]
     print()
     for index, word, rows in ((0, "speed", speed), (1, "memory", memory)):

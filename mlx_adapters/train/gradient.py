@@ -1,6 +1,6 @@
-"""The loss of a batch and its gradient, as one function that can be compiled.
+"""The loss of a step and its gradient, made of functions that can be compiled.
 
-`mx.compile` traces it once for each shape of batch: Python builds no graph after that, and what stands
+`mx.compile` traces each once for each shape of batch: Python builds no graph after that, and what stands
 between two matrix products is computed in one pass. A GPU gains from fewer and larger kernels. On a CPU every
 such pass is C++ first, which `g++` translates in about a second (half a minute for a method and model, once,
 because the libraries are kept), and the order in which arrays are made and freed needs more memory: two x86
@@ -31,7 +31,7 @@ from mlx_adapters.train.shared_prefix import (
     states_in,
     untrained,
 )
-from mlx_adapters.virtual import forward
+from mlx_adapters.virtual import forward, virtual_ids
 
 __all__ = ["Gradient", "Loss", "compiling"]
 
@@ -59,6 +59,7 @@ class Gradient:
         # and the model's memory would not be free when the run is.
         self._losses: list[Loss] = []
         self._fixed = untrained(model) if shares else 0
+        self._virtual = len(virtual_ids(model))
         self._functions: dict[str, Callable[..., Any]] = {}
         self._shapes: set[Any] = set()
         if compiled:
@@ -72,7 +73,7 @@ class Gradient:
 
         Raises UnsupportedError for a model that cannot be differentiated.
         """
-        length = shared_length(self.model, window) if self.shares else 0
+        length = shared_length(window, virtual=self._virtual) if self.shares else 0
         own = self.model.trainable_parameters()
         self._losses.append(loss)
         try:

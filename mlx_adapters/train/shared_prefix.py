@@ -21,8 +21,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_adapters.backend import rounding
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.evaluate.prefill import common_prefix
 from mlx_adapters.methods.base import Dropout
-from mlx_adapters.virtual import forward, start_cache, virtual_ids
+from mlx_adapters.virtual import forward, start_cache
 
 __all__ = [
     "SharedCache",
@@ -104,18 +105,17 @@ def can_share(model: nn.Module) -> bool:
         model.update(own)
 
 
-def shared_length(model: nn.Module, window: Sequence[Batch]) -> int:
+def shared_length(window: Sequence[Batch], *, virtual: int) -> int:
     """How many leading tokens are the same in all rows of the batches of a step, if sharing them pays.
 
+    `virtual` tokens of the adapter stand before each row and are saved with them.
     The last token they have in common is left to the rows: what follows it differs, and each learns its own.
     """
     if any(given.starts is not None for given in window):
         return 0
-    shortest = min(given.ids.shape[1] for given in window)
-    rows = np.concatenate([given.ids[:, :shortest] for given in window])
-    differs = (rows != rows[0]).any(axis=0)
-    length = max(0, (int(differs.argmax()) if differs.any() else shortest - 1) - 1)
-    saved = (len(rows) - 1) * (length + len(virtual_ids(model)))
+    rows = [row for given in window for row in given.ids.tolist()]
+    length = max(0, common_prefix(rows) - 1)
+    saved = (len(rows) - 1) * (length + virtual)
     return length if saved >= _WORTH else 0
 
 
