@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from test_train import config, examples, flat, tiny
 from mlx_adapters import model
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import ConfigError, TrainingError, UnsupportedError
+from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import Run
@@ -188,6 +190,31 @@ def test_a_session_finishes_with_the_best(folders: dict[str, Path], tmp_path: Pa
     assert config["training"]["steps_done"] == best
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_beside_a_checkpoint_loses_no_line_of_the_record(
+    moment: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint whose step was not yet on record left a gap that no resume filled."""
+    save = checkpoint.save
+
+    def killed(*arguments: Any, step: int, best: bool, **named: Any) -> Path:
+        last = step == 6 and not best
+        if last and moment == "before":
+            raise KeyboardInterrupt
+        written = save(*arguments, step=step, best=best, **named)
+        if last:
+            raise KeyboardInterrupt
+        return written
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(session(folders, tmp_path))
+    monkeypatch.setattr(checkpoint, "save", save)
+    resumed = session(folders, tmp_path, resume=True)
+    list(resumed)
+    assert [row["step"] for row in metrics.read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_numbers_go_to_tensorboard(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
     made = session(folders, tmp_path, log=["tensorboard"])
@@ -215,7 +242,8 @@ def test_trackers_get_every_step(
         told.update(arguments)
         return handle
 
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
+    spec = ModuleSpec(name, None)  # other packages look whether it is installed
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init, __spec__=spec))
     steps = list(session(folders, tmp_path, log=[name]))
     assert [(step, numbers["loss"]) for step, numbers in logged] == [(s.step, s.loss) for s in steps]
     assert told["closed"]

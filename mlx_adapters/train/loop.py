@@ -210,6 +210,11 @@ class Run:
 
     def __iter__(self) -> Iterator[Step]:
         """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
+        return self.steps()
+
+    def steps(self, record: Callable[[Step], None] = lambda step: None) -> Iterator[Step]:
+        """Like iterating. `record` gets each step before its checkpoint is written: a run that is killed in
+        between takes the step again, so that what `record` keeps never lacks one."""
         self.processes.agree(repr(self.settings), "settings or data")
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
@@ -221,7 +226,11 @@ class Run:
         for epoch, window in self._windows():
             if self._out_of_patience:
                 break
-            yield self._step(epoch, window)
+            step = self._step(epoch, window)
+            record(step)
+            if self.step == self.total or self._out_of_patience or self.step % self.config.save_every == 0:
+                self._save()
+            yield step
         self.model.eval()
 
     def _step(self, epoch: float, window: list[Batch]) -> Step:
@@ -235,8 +244,6 @@ class Run:
         validation = None
         if self.validation and (last or self.step % self.config.validate_every == 0):
             validation = self._measure()
-        if last or self._out_of_patience or self.step % self.config.save_every == 0:
-            self._save()
         reason = None
         if not last and self._out_of_patience:
             reason = f"no better validation than step {self.progress.best_step}'s"

@@ -9,6 +9,7 @@
 Iterating trains, a step at a time; `finish` saves.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,13 +55,14 @@ class Session:
 
     def __iter__(self) -> Iterator[Step]:
         try:
-            for step in self.run:
-                for logger in self.loggers:
-                    logger.log(step)
-                yield step
+            yield from self.run.steps(self._log)
         finally:
             for logger in self.loggers:
                 logger.close()
+
+    def _log(self, step: Step) -> None:
+        for logger in self.loggers:
+            logger.log(step)
 
     def save(self) -> None:
         """Save what there is now: the adapter, and a checkpoint to resume from."""
@@ -249,7 +251,7 @@ def _pad_id(tokenizer: Any) -> int:
 
 def _forget_after(file: Path, step: int) -> None:
     """Drop the metrics of steps that a resumed run takes again."""
-    import json
-
     rows = metrics.read(file, before=step)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary = file.with_name("." + file.name)
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)  # a kill here loses no line
