@@ -106,6 +106,9 @@ def attention(
     groups = keys.shape[1]
     grouped = (rows, groups, heads // groups, time)
     given = _spread(mask, time, keys.shape[2], groups)
+    if time == 1:  # the heads of a group are the rows of one product: many products of one row are slow
+        grouped = (rows, groups, 1, heads // groups)
+        given = given.swapaxes(2, 3) if given is not None and given.ndim == 5 else given
     extra = [] if given is None else [given]
     output = _attend((queries * scale).reshape(*grouped, width), keys[:, :, None], values[:, :, None], *extra)
     return output.reshape(rows, heads, time, values.shape[-1])

@@ -95,6 +95,49 @@ def test_every_end_token_stops_its_row_and_is_left_out(batch_size: int) -> None:
     assert expected[1] == []
 
 
+@pytest.mark.parametrize("width", [2, 7, 8, 24])
+def test_rows_leave_and_enter_and_none_goes_past_its_limit(width: int) -> None:
+    """Finished rows wait to leave together; a model with learned positions has none beyond the last token."""
+    limit, farthest = 12, 0
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.layers = inner, inner.layers
+
+        def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+            nonlocal farthest
+            farthest = max(farthest, int(cache[0].offset.max().item()) + ids.shape[1])
+            result: mx.array = self.inner(ids, cache=cache)
+            return result
+
+    model = tiny()
+    prompts = ragged(20, seed=3) + [[n, n + 1, n + 2] for n in range(20)]
+    free = [reference(model, prompt, stop=frozenset(), max_tokens=limit) for prompt in prompts]
+    stop = frozenset(answer[index % limit] for index, answer in enumerate(free[:6]))
+    expected = []
+    for answer in free:
+        end = next((i for i, token in enumerate(answer) if token in stop), limit)
+        expected.append(answer[:end])
+    assert len({len(answer) for answer in expected}) > 5, "rows must end at many places"
+    watched = Watched(model)
+    got = dict(generate_ids(watched, prompts, stop=stop, max_tokens=limit, batch_size=width))
+    assert [got[index] for index in range(len(prompts))] == expected
+    assert farthest <= max(map(len, prompts)) - 1 + limit
+
+    ended = dict(
+        generate_ids(
+            model,
+            prompts,
+            stop=frozenset(),
+            max_tokens=limit,
+            batch_size=width,
+            until=lambda index, ids: len(ids) > index % 5,
+        )
+    )
+    assert ended == {index: answer[: index % 5 + 1] for index, answer in enumerate(free)}
+
+
 def test_rows_are_streamed_before_the_last_prompt_is_done() -> None:
     calls = 0
 

@@ -1,9 +1,8 @@
 """Decoding of many prompts: batched, with a KV cache, stopping at the end-of-sequence token.
 
-mlx-lm's `BatchGenerator` keeps the batch full (a finished row leaves at once and the next prompt takes its
-place), so one long answer does not hold back the rest. Prompts go in longest first: neighbours have
-similar lengths, hence little padding, and the largest batch (the one that may not fit) comes first. What all
-prompts begin with, the template, is read once.
+The batch is kept full (continuous.py), so one long answer does not hold back the rest. Prompts go in longest
+first: neighbours have similar lengths, hence little padding, and the largest batch (the one that may not fit)
+comes first. What all prompts begin with, the template, is read once.
 
 The paper sets temperature 0.1, top_p 0.75, top_k 40 and four beams, but leaves sampling off: its numbers are
 plain beam search. `beam` is that, `sample` is what the settings say, `greedy` is the default.
@@ -15,17 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 
+from mlx_adapters import backend
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.beam import beam_search
-from mlx_adapters.evaluate.prefill import shared_prefix, splits
+from mlx_adapters.evaluate.continuous import Sampler, answer_many
+from mlx_adapters.evaluate.prefill import splits
 from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
 
 DECODINGS = ("greedy", "beam", "sample")
-Sampler = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ def generate_ids(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {index} has no tokens: give every item an instruction")
+    backend.prepare_memory()
     training = model.training
     model.eval()  # adapter dropout would make answers random
     try:
@@ -112,8 +113,10 @@ def generate_ids(
             return
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rows = [with_virtual(model, prompts[index]) for index in order]
-        samplers = [_sampler(decoding, keys[index] if keys else index) for index in order]
-        run = _batched if batch_size > 1 and splits(model) else _one_by_one
+        samplers = None
+        if decoding.kind == "sample":
+            samplers = [_sampler(decoding, keys[index] if keys else index) for index in order]
+        run = answer_many if batch_size > 1 and splits(model) else _one_by_one
         ended = (lambda position, ids: until(order[position], ids)) if until else None
         limits: dict[str, Any] = {"stop": stop, "ended": ended, "max_tokens": max_tokens}
         for position, ids in run(model, rows, samplers, width=batch_size, **limits):
@@ -122,66 +125,19 @@ def generate_ids(
         model.train(training)
 
 
-def _batched(
-    model: nn.Module,
-    rows: list[list[int]],
-    samplers: list[Sampler],
-    *,
-    stop: frozenset[int],
-    ended: Callable[[int, list[int]], bool] | None,
-    max_tokens: int,
-    width: int,
-) -> Iterator[tuple[int, list[int]]]:
-    generator = BatchGenerator(
-        model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in sorted(stop)],
-        completion_batch_size=width,
-        prefill_batch_size=min(width, 8),
-    )
-    try:
-        bodies, caches = _started(model, rows)
-        uids = generator.insert(bodies, caches=caches, samplers=samplers)
-        first = {uid: position for position, uid in enumerate(uids)}
-        answers: list[list[int]] = [[] for _ in rows]
-        left = len(rows)
-        while left:
-            for response in generator.next_generated():
-                position = first[response.uid]
-                if response.finish_reason != "stop":
-                    answers[position].append(response.token)
-                cut = response.finish_reason is None and ended and ended(position, answers[position])
-                if cut:
-                    generator.remove([response.uid])
-                if cut or response.finish_reason is not None:
-                    left -= 1
-                    yield position, answers[position]
-    finally:
-        generator.close()
-
-
-def _started(model: nn.Module, rows: list[list[int]]) -> tuple[list[list[int]], list[list[Any]] | None]:
-    """What is left to read of each row, and the cache it goes on from."""
-    prefix = shared_prefix(model, rows)
-    if prefix is not None:
-        return [row[prefix.length :] for row in rows], [prefix.cache() for _ in rows]
-    # a prefix of the adapter is a cache that starts full; each row needs its own, to grow by its own text
-    caches = [start_cache(model) for _ in rows]
-    return rows, [cache for cache in caches if cache is not None] or None
-
-
 def _one_by_one(
     model: nn.Module,
     rows: list[list[int]],
-    samplers: list[Sampler],
+    samplers: list[Sampler] | None,
     *,
     stop: frozenset[int],
     ended: Callable[[int, list[int]], bool] | None,
     max_tokens: int,
     width: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    for position, (row, sampler) in enumerate(zip(rows, samplers)):
+    for position, row in enumerate(rows):
         answer: list[int] = []
+        sampler = samplers[position] if samplers else None
         steps = generate_step(
             mx.array(row), model, max_tokens=max_tokens, sampler=sampler, prompt_cache=start_cache(model)
         )
@@ -194,15 +150,9 @@ def _one_by_one(
         yield position, answer
 
 
-def _argmax(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
-
-
 def _sampler(decoding: Decoding, number: int) -> Sampler:
     """Draws from the `top_k` most likely tokens, of these from the fewest that have `top_p` of the
     probability, in transformers' order: temperature, top_k, top_p."""
-    if decoding.kind == "greedy":
-        return _argmax
     key = mx.random.key((decoding.seed << 32) + number)
 
     def sample(logprobs: mx.array) -> mx.array:

@@ -15,12 +15,14 @@ __all__ = [
     "common_prefix",
     "logprobs",
     "prefill",
+    "read",
     "reorder",
     "right_padded",
     "shared_prefix",
     "splits",
 ]
 
+_CHUNK = 2048  # of a long prompt, this many tokens are read at once
 _WORTH = 8  # a shorter prefix saves less than copying its cache costs
 
 
@@ -99,25 +101,34 @@ def prefill(
     `splits(model)`.
     """
     rows = [with_virtual(model, prompt) for prompt in prompts]
+    cache = read(model, rows, prefix)
+    return model(mx.array([[row[-1]] for row in rows]), cache=cache)[:, -1], cache
+
+
+def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[Any]:
+    """The cache of all rows in batched form, after all their tokens but the last.
+
+    `rows` have their virtual tokens; those of `prefix` are not read again.
+    """
     if prefix is None:
+        # a prefix of the adapter is a cache that starts full; each row needs its own, to grow by its own text
         caches = [start_cache(model) or make_prompt_cache(model) for _ in rows]
     else:
-        rows = [row[prefix.length :] for row in rows]
         caches = [prefix.cache() for _ in rows]
     batch = [layer[0].merge(layer) for layer in zip(*caches)]
-    bodies = [row[:-1] for row in rows]
+    bodies = [row[prefix.length if prefix else 0 : -1] for row in rows]
     ids, padding = right_padded(bodies)
-    if ids.shape[1]:
-        if any(padding):
-            for cache in batch:
-                cache.prepare(lengths=[len(body) for body in bodies], right_padding=padding)
-        model(ids, cache=batch)
-        if any(padding):
-            for cache in batch:
-                cache.finalize()
+    if any(padding):
+        for cache in batch:
+            cache.prepare(lengths=[len(body) for body in bodies], right_padding=padding)
+    for first in range(0, ids.shape[1], _CHUNK):
+        model(ids[:, first : first + _CHUNK], cache=batch)
         mx.eval([cache.state for cache in batch])
-    last = mx.array([[row[-1]] for row in rows])
-    return model(last, cache=batch)[:, -1], batch
+    if ids.shape[1] and any(padding):
+        for cache in batch:
+            cache.finalize()
+        mx.eval([cache.state for cache in batch])
+    return batch
 
 
 def logprobs(logits: mx.array) -> mx.array:
