@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.records import RecordFile
     from mlx_adapters.evaluate.score import Record, Score
     from mlx_adapters.evaluate.tasks import Item, Task
+    from mlx_adapters.evaluate.workers import Workers
     from mlx_adapters.model import Loaded
 
 __all__ = ["columns", "command", "run_task", "score_row"]
@@ -48,6 +50,10 @@ def command(
         int | None, typer.Option(min=1, help="use N items of each set, drawn by the seed")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows decoded together")] = 16,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="share the items among processes, each with its own model: faster on a CPU"),
+    ] = 1,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer [default: the paper's, 256 or 32]")
     ] = None,
@@ -102,8 +108,8 @@ def command(
         "limit": limit,
         "seed": seed,
     }
-    with _records(output, settings, resume) as file:
-        loaded, meta = _load(model, adapter)
+    with _records(output, settings, resume) as file, _answering(model, adapter, processes) as loaded:
+        meta = _meta(adapter)
         common = {
             "template": used,
             "batch_size": batch_size,
@@ -124,7 +130,7 @@ def command(
 
 
 def run_task(
-    loaded: "Loaded",
+    loaded: "Loaded | Workers",
     items: "list[Item]",
     task: "Task | str",
     *,
@@ -138,16 +144,21 @@ def run_task(
     """
     from mlx_adapters.evaluate.score import evaluate, evaluate_likelihood, summarise
     from mlx_adapters.evaluate.tasks import find
+    from mlx_adapters.evaluate.workers import Workers
 
     task = find(task) if isinstance(task, str) else task
-    run = evaluate_likelihood if "scored" in options else evaluate
+    if isinstance(loaded, Workers):
+        run = partial(loaded.records, items, task)
+    else:
+        kind = evaluate_likelihood if "scored" in options else evaluate
+        run = partial(kind, loaded.model, loaded.tokenizer, items, task)
     done: list[Record] = file.done(task.name, items) if file else []
     before = len(done)
     started = time.perf_counter()
 
     def answered() -> "Iterator[Record]":
         known = frozenset(record.index for record in done)
-        for record in run(loaded.model, loaded.tokenizer, items, task, done=known, **options):
+        for record in run(done=known, **options):
             done.append(record)
             if file is not None:
                 file.append(record)
@@ -240,13 +251,21 @@ def _meta(folder: Path | None) -> "AdapterMeta | None":
     return adapter.read_meta(folder) if folder is not None else None  # a wrong folder is told before all else
 
 
-def _load(model: str, folder: Path | None) -> "tuple[Loaded, AdapterMeta | None]":
+@contextmanager
+def _answering(model: str, folder: Path | None, processes: int) -> "Iterator[Loaded | Workers]":
+    """The model with its adapter, here or in as many processes."""
     from mlx_adapters import adapter
     from mlx_adapters import model as models
+    from mlx_adapters.evaluate.workers import Workers
 
+    if processes > 1:
+        with Workers(model, folder, processes) as workers:
+            yield workers
+        return
     loaded = models.load(model, answering=True)
-    meta = adapter.load(loaded, folder) if folder is not None else None
-    return loaded, meta
+    if folder is not None:
+        adapter.load(loaded, folder)
+    yield loaded
 
 
 def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:

@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters import backend
 from mlx_adapters.cli.screen import say
 
-__all__ = ["launched", "supervise", "threads"]
+__all__ = ["launched", "supervise"]
 
 _GRACE = 10.0  # seconds for the others to end by themselves
 
@@ -25,12 +26,6 @@ _GRACE = 10.0  # seconds for the others to end by themselves
 def launched() -> bool:
     """Whether this process is one of those that `supervise` or `mlx.launch` started."""
     return "MLX_RANK" in os.environ
-
-
-def threads(processes: int) -> dict[str, str]:
-    """Environment that gives each of so many processes its share of this machine's cores."""
-    share = str(max(1, (os.cpu_count() or 1) // processes))
-    return {"OPENBLAS_NUM_THREADS": share, "VECLIB_MAXIMUM_THREADS": share}
 
 
 def supervise(command: list[str], count: int) -> int:
@@ -41,7 +36,7 @@ def supervise(command: list[str], count: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         hosts = Path(scratch) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-        shared = threads(count) | os.environ
+        shared = backend.threads(count) | os.environ
         children = [
             subprocess.Popen(
                 command,

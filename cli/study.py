@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters.cli.processes import threads
+from mlx_adapters import backend
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
 from mlx_adapters.errors import AdaptersError, ConfigError, unknown, writing_to
@@ -156,7 +156,6 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
 
 def _fitting(study: "Study") -> int:
     """How many of the largest cell fit into the free memory."""
-    from mlx_adapters import backend
     from mlx_adapters.study.cells import parameters
     from mlx_adapters.train import plan
 
@@ -177,7 +176,7 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}
     own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
     # cells with as many threads as there are cores, each, would take them from each other
-    environment = threads(jobs) | os.environ
+    environment = backend.threads(jobs) | os.environ
     try:
         while names or running:
             while names and len(running) < jobs:

@@ -39,6 +39,7 @@ __all__ = [
     "prepare_memory",
     "rounding",
     "speed_up",
+    "threads",
 ]
 
 _NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
@@ -261,6 +262,12 @@ def prepare_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):  # musl has no such options
         pass
+
+
+def threads(processes: int) -> dict[str, str]:
+    """Environment that gives each of so many processes its share of this machine's cores."""
+    share = str(max(1, (os.cpu_count() or 1) // processes))
+    return {"OPENBLAS_NUM_THREADS": share, "VECLIB_MAXIMUM_THREADS": share}
 
 
 def total_memory() -> int:

@@ -14,7 +14,10 @@ from tiny import make_tiny
 from typer.testing import CliRunner, Result
 
 from mlx_adapters.cli.app import app
+from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.evaluate import score as scoring
+from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.workers import Workers
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 
@@ -182,3 +185,42 @@ def test_the_report_may_be_named_as_the_test_file(model: Path, tmp_path: Path) -
 def test_resume_needs_an_output(model: Path) -> None:
     said = cli("eval", model, "--task", "wordproblems", "--resume", code=2).output
     assert "give the same --output" in said
+
+
+@pytest.mark.parametrize(
+    "how", [["--decoding", "greedy"], ["--decoding", "sample"], ["--decoding", "likelihood"]]
+)
+def test_processes_share_the_items_and_give_the_records_of_one(
+    how: list[str], model: Path, sets: Path, tmp_path: Path
+) -> None:
+    names = "ARC-Easy" if "likelihood" in how else "SVAMP,boolq"
+    run = ["eval", model, "--task", names, "--data-dir", sets, "--limit", 9, "--batch-size", 4, *how]
+    run += [] if "likelihood" in how else ["--max-tokens", 6]
+    cli(*run, "--output", tmp_path / "one.json")
+    cli(*run, "--processes", 2, "--output", tmp_path / "two.json")
+    one, two = report(tmp_path / "one.json"), report(tmp_path / "two.json")
+    for record in [*one["records"], *two["records"]]:
+        if record["loglikelihoods"]:
+            record["loglikelihoods"] = {k: round(v, 4) for k, v in record["loglikelihoods"].items()}
+    assert one == two
+
+
+def test_what_a_process_meets_is_told_in_one_line(sets: Path, model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    run = ["--task", "SVAMP", "--data-dir", sets, "--processes", 2]
+    said = cli("eval", broken, *run, code=2).stderr
+    assert said.startswith("error: ")
+    assert "broken/config.json" in said
+    assert said.count("\n") == 1
+
+
+def test_a_process_that_dies_ends_the_evaluation_with_a_message(model: Path, sets: Path) -> None:
+    items = tasks.load("SVAMP", data_dir=sets)[0][1]
+    with (
+        Workers(model, None, 2) as workers,
+        pytest.raises(UnsupportedError, match=r"process 1 of 2 ended .signal 9"),
+    ):
+        os.kill(workers._processes[1].pid, signal.SIGKILL)
+        list(workers.records(items, "SVAMP", template="alpaca", max_tokens=6))

@@ -1,0 +1,144 @@
+"""`eval --processes N`: the items shared among processes, each with its own model and its part of the cores.
+
+While a batch is decoded on a CPU about a third of the time goes into work of one core; with as many processes
+as cores none of them waits.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_adapters import backend
+from mlx_adapters.errors import AdaptersError, UnsupportedError
+
+if TYPE_CHECKING:
+    from mlx_adapters.evaluate.score import Record
+    from mlx_adapters.evaluate.tasks import Item, Task
+
+__all__ = ["Workers"]
+
+
+class Workers:
+    """`count` processes that have loaded the model and the adapter; close them, or use `with`.
+
+    Raises what loading raises; UnsupportedError where a process dies, for want of memory, say.
+    """
+
+    def __init__(self, model: str | Path, adapter: Path | None, count: int) -> None:
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        try:
+            for _ in range(count):
+                self._start(str(model), adapter, count)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, model: str, adapter: Path | None, count: int) -> None:
+        """One more process. It is ready before the next begins: each looks how much memory is left."""
+        context = get_context("spawn")  # MLX has threads, which a fork would not take along
+        ours, theirs = context.Pipe()
+        without_torch = sys.modules.get("torch", theirs) is None
+        process = context.Process(target=_work, args=(theirs, model, adapter, without_torch), daemon=True)
+        before = dict(os.environ)
+        os.environ.update(backend.threads(count) | before)
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        self._connections.append(ours)
+        self._processes.append(process)
+        self._receive(ours)
+
+    def records(
+        self,
+        items: "Sequence[Item]",
+        task: "Task | str",
+        *,
+        done: frozenset[int] = frozenset(),
+        **options: Any,
+    ) -> "Iterator[Record]":
+        """What `evaluate` (or `evaluate_likelihood`, with `scored`) yields with these options."""
+        left = [index for index in range(len(items)) if index not in done]
+        for rank, connection in enumerate(self._connections):
+            own = set(left[rank :: len(self._connections)])
+            others = frozenset(index for index in range(len(items)) if index not in own)
+            try:
+                connection.send((list(items), task, options | {"done": others}))
+            except ConnectionError:
+                pass  # it has ended; receiving says so
+        busy = list(self._connections)
+        while busy:
+            ready = wait(busy)
+            for connection in [one for one in busy if one in ready]:
+                record = self._receive(connection)
+                if record is None:
+                    busy.remove(connection)
+                else:
+                    yield record
+
+    def _receive(self, connection: Connection) -> Any:
+        try:
+            found = connection.recv()
+        except (EOFError, ConnectionError):
+            place = self._connections.index(connection)
+            self._processes[place].join()
+            code = self._processes[place].exitcode
+            raise UnsupportedError(
+                f"process {place} of {len(self._processes)} ended ({_reason(code)}). If memory ran out, use "
+                "fewer --processes"
+            ) from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self._processes:
+            process.terminate()
+        for process, connection in zip(self._processes, self._connections):
+            process.join()
+            connection.close()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _reason(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _work(connection: Connection, model: str, adapter: Path | None, without_torch: bool) -> None:
+    """Load, say so with None, then answer job after job, each ended by None. Errors go to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    if without_torch:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    from mlx_adapters import adapter as adapters
+    from mlx_adapters import model as models
+    from mlx_adapters.evaluate.score import evaluate, evaluate_likelihood
+
+    try:
+        loaded = models.load(model, answering=True)
+        if adapter is not None:
+            adapters.load(loaded, adapter)
+        connection.send(None)
+        while True:
+            items, task, options = connection.recv()
+            run = evaluate_likelihood if "scored" in options else evaluate
+            for record in run(loaded.model, loaded.tokenizer, items, task, **options):
+                connection.send(record)
+            connection.send(None)
+    except AdaptersError as error:
+        connection.send(error)
+    except (EOFError, ConnectionError):  # the parent has ended
+        pass
