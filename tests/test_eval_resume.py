@@ -187,15 +187,13 @@ def test_resume_needs_an_output(model: Path) -> None:
     assert "give the same --output" in said
 
 
-@pytest.mark.parametrize(
-    "how", [["--decoding", "greedy"], ["--decoding", "sample"], ["--decoding", "likelihood"]]
-)
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "likelihood"])
 def test_processes_share_the_items_and_give_the_records_of_one(
-    how: list[str], model: Path, sets: Path, tmp_path: Path
+    decoding: str, model: Path, sets: Path, tmp_path: Path
 ) -> None:
-    names = "ARC-Easy" if "likelihood" in how else "SVAMP,boolq"
-    run = ["eval", model, "--task", names, "--data-dir", sets, "--limit", 9, "--batch-size", 4, *how]
-    run += [] if "likelihood" in how else ["--max-tokens", 6]
+    names = "ARC-Easy" if decoding == "likelihood" else "SVAMP,boolq"
+    run = ["eval", model, "--task", names, "--data-dir", sets, "--limit", 9, "--decoding", decoding]
+    run += ["--batch-size", 4, "--max-tokens", 6]
     cli(*run, "--output", tmp_path / "one.json")
     cli(*run, "--processes", 2, "--output", tmp_path / "two.json")
     one, two = report(tmp_path / "one.json"), report(tmp_path / "two.json")
@@ -205,12 +203,11 @@ def test_processes_share_the_items_and_give_the_records_of_one(
     assert one == two
 
 
-def test_what_a_process_meets_is_told_in_one_line(sets: Path, model: Path, tmp_path: Path) -> None:
+def test_what_a_process_meets_is_told_in_one_line(sets: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")
-    run = ["--task", "SVAMP", "--data-dir", sets, "--processes", 2]
-    said = cli("eval", broken, *run, code=2).stderr
+    said = cli("eval", broken, "--task", "SVAMP", "--data-dir", sets, "--processes", 2, code=2).stderr
     assert said.startswith("error: ")
     assert "broken/config.json" in said
     assert said.count("\n") == 1
@@ -218,9 +215,7 @@ def test_what_a_process_meets_is_told_in_one_line(sets: Path, model: Path, tmp_p
 
 def test_a_process_that_dies_ends_the_evaluation_with_a_message(model: Path, sets: Path) -> None:
     items = tasks.load("SVAMP", data_dir=sets)[0][1]
-    with (
-        Workers(model, None, 2) as workers,
-        pytest.raises(UnsupportedError, match=r"process 1 of 2 ended .signal 9"),
-    ):
+    with Workers(model, None, 2) as workers:
         os.kill(workers._processes[1].pid, signal.SIGKILL)
-        list(workers.records(items, "SVAMP", template="alpaca", max_tokens=6))
+        with pytest.raises(UnsupportedError, match=r"process 1 of 2 ended .signal 9"):
+            list(workers.records(items, "SVAMP", template="alpaca", max_tokens=6))

@@ -1,4 +1,4 @@
-"""Throughput of answering: ours at several batch sizes, transformers at its best, and the seed's way.
+"""Throughput of answering: ours in one and two processes, transformers at its best, and the seed's way.
 
     python examples/benchmarks/generation.py [--model FOLDER] [--data-dir DIR] [--limit 256] [--tokens 64]
 
@@ -6,7 +6,7 @@ The first SVAMP prompts in the Alpaca template (generated word problems without 
 each, no end token, SmolLM2-135M in float32, greedy. transformers decodes left-padded batches of neighbours in
 length, with its cache. The seed's evaluate.py takes one prompt at a time with use_cache=False; a few prompts
 are enough to know its speed (it also takes four beams, which would make it four times slower). Each contender
-runs alone in its own process, one warm-up batch before. Run it on an idle machine.
+runs alone, one warm-up batch before; processes are what `eval --processes` starts. Run it on an idle machine.
 """
 
 import argparse
@@ -21,8 +21,11 @@ from pathlib import Path
 
 from training import embedded
 
+from mlx_adapters.backend import threads
+
 SEED_PROMPTS = 3  # the seed's way is so slow that more of them would only take time
 OURS, HUGGING_FACE, SEED = "ours", "transformers.generate", "seed's way (no cache)"
+TOGETHER = "ours, 2 processes"
 
 
 def ours(folder: Path, prompts: list[list[int]], tokens: int, batch: int) -> float:
@@ -40,6 +43,16 @@ def ours(folder: Path, prompts: list[list[int]], tokens: int, batch: int) -> flo
     started = time.perf_counter()
     assert answer(prompts, tokens) == tokens * len(prompts)
     return time.perf_counter() - started
+
+
+def ours_together(folder: Path, prompts: list[list[int]], tokens: int, batch: int) -> float:
+    """Seconds of our decoder in two processes, each with half of the prompts and of the cores."""
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = [Path(scratch) / name for name in ("0.json", "1.json")]
+        for rank, part in enumerate(parts):
+            part.write_text(json.dumps(prompts[rank::2]))
+        running = [start(OURS, batch, folder, tokens, part, threads(2)) for part in parts]
+        return max(finish(OURS, one) for one in running)
 
 
 def transformers(folder: Path, prompts: list[list[int]], tokens: int, batch: int) -> float:
@@ -83,7 +96,7 @@ def _torch(folder: Path, prompts: list[list[int]], tokens: int, batch: int, *, c
     return time.perf_counter() - started
 
 
-CONTENDERS = {OURS: ours, HUGGING_FACE: transformers, SEED: seeds_way}
+CONTENDERS = {OURS: ours, TOGETHER: ours_together, HUGGING_FACE: transformers, SEED: seeds_way}
 
 
 def main() -> None:
@@ -113,7 +126,7 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
     count, length = write_prompts(options, folder, scratch / "prompts.json")
     print(f"{count} prompts of {length:.0f} tokens, {options.tokens} new ones, {os.cpu_count()} CPUs\n")
     print(f"{'':24} {'batch':>5} {'seconds':>8} {'new tokens/s':>12}")
-    runs = [(OURS, int(size)) for size in options.ours.split(",")]
+    runs = [(name, int(size)) for name in (OURS, TOGETHER) for size in options.ours.split(",")]
     runs += [(HUGGING_FACE, int(size)) for size in options.theirs.split(",")] + [(SEED, 1)]
     best: dict[str, float] = {}
     for name, batch in runs:
@@ -121,9 +134,10 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
         speed = count * options.tokens / seconds
         best[name] = max(best.get(name, 0.0), speed)
         print(f"{name:24} {batch:5} {seconds:8.1f} {speed:12.1f}", flush=True)
-    for name, promise in ((HUGGING_FACE, 1.5), (SEED, 10)):
-        print(f"\nours / {name}: {best[OURS] / best[name]:.2f} (at least {promise})", end="")
     print()
+    for own in (OURS, TOGETHER):
+        for name, promise in ((HUGGING_FACE, 1.5), (SEED, 10)):
+            print(f"{own} / {name}: {best[own] / best[name]:.2f} (at least {promise})")
 
 
 def write_prompts(options: argparse.Namespace, folder: Path, file: Path) -> tuple[int, float]:
@@ -147,13 +161,26 @@ def write_prompts(options: argparse.Namespace, folder: Path, file: Path) -> tupl
 
 
 def run(name: str, batch: int, folder: Path, tokens: int, prompts: Path) -> float:
-    """One contender in its own process; the last line of its output is its seconds."""
+    """Seconds of one contender, in a process of its own."""
+    return finish(name, start(name, batch, folder, tokens, prompts, {}))
+
+
+def start(
+    name: str, batch: int, folder: Path, tokens: int, prompts: Path, environment: dict[str, str]
+) -> "subprocess.Popen[str]":
+    """The process of one contender; the last line of its output is its seconds."""
     command = [sys.executable, __file__, "--worker", name, "--batch", str(batch), "--model", str(folder)]
     command += ["--tokens", str(tokens), "--prompts", str(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.strip().splitlines()[-1])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(name: str, process: "subprocess.Popen[str]") -> float:
+    """Its seconds, when it is done."""
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{name} failed:\n{errors[-2000:]}")
+    return float(output.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

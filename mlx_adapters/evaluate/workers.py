@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -70,10 +71,8 @@ class Workers:
         for rank, connection in enumerate(self._connections):
             own = set(left[rank :: len(self._connections)])
             others = frozenset(index for index in range(len(items)) if index not in own)
-            try:
+            with suppress(ConnectionError):  # one that has ended: receiving says so
                 connection.send((list(items), task, options | {"done": others}))
-            except ConnectionError:
-                pass  # it has ended; receiving says so
         busy = list(self._connections)
         while busy:
             ready = wait(busy)
