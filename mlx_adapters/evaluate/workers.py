@@ -5,12 +5,11 @@ as cores none of them waits.
 """
 
 import os
-import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ class Workers:
 
     def __init__(self, model: str | Path, adapter: Path | None, count: int) -> None:
         self._connections: list[Connection] = []
-        self._processes: list[Any] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for _ in range(count):
                 self._start(str(model), adapter, count)
@@ -42,20 +41,21 @@ class Workers:
 
     def _start(self, model: str, adapter: Path | None, count: int) -> None:
         """One more process. It is ready before the next begins: each looks how much memory is left."""
-        context = get_context("spawn")  # MLX has threads, which a fork would not take along
-        ours, theirs = context.Pipe()
-        without_torch = sys.modules.get("torch", theirs) is None
-        process = context.Process(target=_work, args=(theirs, model, adapter, without_torch), daemon=True)
-        before = dict(os.environ)
-        os.environ.update(backend.threads(count) | before)
-        try:
-            process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        ours, theirs = Pipe()
+        hides_torch = "torch" in sys.modules and sys.modules["torch"] is None
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_adapters.evaluate.workers", str(theirs.fileno())],
+            env=backend.threads(count) | os.environ,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the others
+        )
         theirs.close()
         self._connections.append(ours)
         self._processes.append(process)
+        with suppress(ConnectionError):
+            ours.send((model, adapter, hides_torch))
         self._receive(ours)
 
     def records(
@@ -88,8 +88,7 @@ class Workers:
             found = connection.recv()
         except (EOFError, ConnectionError):
             place = self._connections.index(connection)
-            self._processes[place].join()
-            code = self._processes[place].exitcode
+            code = self._processes[place].wait()
             raise UnsupportedError(
                 f"process {place} of {len(self._processes)} ended ({_reason(code)}). If memory ran out, use "
                 "fewer --processes"
@@ -103,7 +102,7 @@ class Workers:
         for process in self._processes:
             process.terminate()
         for process, connection in zip(self._processes, self._connections):
-            process.join()
+            process.wait()
             connection.close()
 
     def __enter__(self) -> "Workers":
@@ -113,14 +112,14 @@ class Workers:
         self.close()
 
 
-def _reason(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+def _reason(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _work(connection: Connection, model: str, adapter: Path | None, without_torch: bool) -> None:
+def _work(connection: Connection) -> None:
     """Load, say so with None, then answer job after job, each ended by None. Errors go to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
-    if without_torch:
+    model, adapter, hides_torch = connection.recv()
+    if hides_torch:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     from mlx_adapters import adapter as adapters
     from mlx_adapters import model as models
@@ -139,5 +138,8 @@ def _work(connection: Connection, model: str, adapter: Path | None, without_torc
             connection.send(None)
     except AdaptersError as error:
         connection.send(error)
-    except (EOFError, ConnectionError):  # the parent has ended
-        pass
+
+
+if __name__ == "__main__":
+    with suppress(EOFError, ConnectionError):  # the parent has ended
+        _work(Connection(int(sys.argv[1])))
