@@ -21,6 +21,9 @@ from mlx_adapters.train.loop import Run, total_steps
 from mlx_adapters.train.packing import Packing
 
 BOUND = 1e-6
+# Rounding alone: sums in another order, which products of other shapes have. Below 1e-6 of the gradient's
+# length with AVX2's products (Zen 3), 1.31e-6 with AVX-512's (Zen 4); the tests run on either.
+ROUNDING = 2e-6
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
 
 
@@ -41,13 +44,13 @@ def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found
 
 
 def same(left: Found, right: Found) -> None:
-    """The losses within 1e-6, the gradients within 1e-6 of their length, as one vector of all arrays."""
+    """The losses within 1e-6, the gradients but for rounding, as one vector of all arrays."""
     assert left[0] == pytest.approx(right[0], rel=BOUND)
     assert left[1].keys() == right[1].keys()
     assert all(np.abs(gradient).max() > 0 for gradient in left[1].values())
     length = np.sqrt(sum(np.square(gradient).sum() for gradient in left[1].values()))
     apart = np.sqrt(sum(np.square(right[1][path] - gradient).sum() for path, gradient in left[1].items()))
-    assert apart <= BOUND * length, apart / length
+    assert apart <= ROUNDING * length, apart / length
 
 
 def rows(count: int = 9) -> list[Example]:
