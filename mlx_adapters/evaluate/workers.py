@@ -1,6 +1,6 @@
 """`eval --processes N`: the items shared among processes, each with its own model and its part of the cores.
 
-While a batch is decoded on a CPU about a third of the time goes into work of one core; with as many processes
+While a batch is decoded on a CPU a quarter of the time goes into work of one core; with as many processes
 as cores none of them waits.
 """
 
