@@ -95,7 +95,8 @@ def command(
         raise ConfigError("--resume goes on with the records of --output: give the same --output")
     options = _decoding(decoding, choices, beams, temperature, top_p, top_k, seed)
     sets = tasks.load(task, data_dir=data_dir, limit=limit, seed=seed, prompt=prompt, label=label)
-    used = _template(_meta(adapter), template, force_template)
+    meta = _meta(adapter)
+    used = _template(meta, template, force_template)
     settings = {
         "model": model,
         "adapter": str(adapter) if adapter else None,
@@ -109,7 +110,6 @@ def command(
         "seed": seed,
     }
     with _records(output, settings, resume) as file, _answering(model, adapter, processes) as loaded:
-        meta = _meta(adapter)
         common = {
             "template": used,
             "batch_size": batch_size,
@@ -142,7 +142,7 @@ def run_task(
     Items that `file` has a record of are not asked again; new records are added to it. `options` are those
     of `evaluate`, or of `evaluate_likelihood` when `scored` is among them.
     """
-    from mlx_adapters.evaluate.score import evaluate, evaluate_likelihood, summarise
+    from mlx_adapters.evaluate import score as scoring
     from mlx_adapters.evaluate.tasks import find
     from mlx_adapters.evaluate.workers import Workers
 
@@ -150,8 +150,7 @@ def run_task(
     if isinstance(loaded, Workers):
         run = partial(loaded.records, items, task)
     else:
-        kind = evaluate_likelihood if "scored" in options else evaluate
-        run = partial(kind, loaded.model, loaded.tokenizer, items, task)
+        run = partial(scoring.answered, loaded.model, loaded.tokenizer, items, task)
     done: list[Record] = file.done(task.name, items) if file else []
     before = len(done)
     started = time.perf_counter()
@@ -178,7 +177,7 @@ def run_task(
         raise
     seconds = time.perf_counter() - started
     records = sorted(done, key=lambda record: record.index)
-    return records, summarise(records), (len(records) - before) / seconds
+    return records, scoring.summarise(records), (len(records) - before) / seconds
 
 
 def columns(decoding: str = "greedy") -> list[str]:

@@ -124,7 +124,7 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
     for first in range(0, ids.shape[1], _CHUNK):
         model(ids[:, first : first + _CHUNK], cache=batch)
         mx.eval([cache.state for cache in batch])
-    if ids.shape[1] and any(padding):
+    if any(padding):
         for cache in batch:
             cache.finalize()
         mx.eval([cache.state for cache in batch])

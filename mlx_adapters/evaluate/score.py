@@ -17,7 +17,7 @@ from mlx_adapters.evaluate.decode import GREEDY, Decoding, generate
 from mlx_adapters.evaluate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.evaluate.tasks import Item, Task, find
 
-__all__ = ["SCORED", "Record", "Score", "evaluate", "evaluate_likelihood", "summarise", "wilson"]
+__all__ = ["SCORED", "Record", "Score", "answered", "evaluate", "evaluate_likelihood", "summarise", "wilson"]
 
 Z95 = 1.959964
 SCORED = ("label", "text")
@@ -174,6 +174,14 @@ def evaluate_likelihood(
             norm_correct=norm == items[index].label,
             loglikelihoods=dict(zip(labels, scores)),
         )
+
+
+def answered(
+    model: nn.Module, tokenizer: Any, items: Sequence[Item], task: Task | str, **options: Any
+) -> Iterator[Record]:
+    """`evaluate`, or `evaluate_likelihood` where `scored` is among the options."""
+    run = evaluate_likelihood if "scored" in options else evaluate
+    return run(model, tokenizer, items, task, **options)
 
 
 def _prompt(item: Item, template: str, tokenizer: Any) -> str:

@@ -66,7 +66,7 @@ class Workers:
         done: frozenset[int] = frozenset(),
         **options: Any,
     ) -> "Iterator[Record]":
-        """What `evaluate` (or `evaluate_likelihood`, with `scored`) yields with these options."""
+        """What `answered` yields with these options."""
         left = [index for index in range(len(items)) if index not in done]
         for rank, connection in enumerate(self._connections):
             own = set(left[rank :: len(self._connections)])
@@ -123,7 +123,7 @@ def _work(connection: Connection) -> None:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     from mlx_adapters import adapter as adapters
     from mlx_adapters import model as models
-    from mlx_adapters.evaluate.score import evaluate, evaluate_likelihood
+    from mlx_adapters.evaluate.score import answered
 
     try:
         loaded = models.load(model, answering=True)
@@ -132,8 +132,7 @@ def _work(connection: Connection) -> None:
         connection.send(None)
         while True:
             items, task, options = connection.recv()
-            run = evaluate_likelihood if "scored" in options else evaluate
-            for record in run(loaded.model, loaded.tokenizer, items, task, **options):
+            for record in answered(loaded.model, loaded.tokenizer, items, task, **options):
                 connection.send(record)
             connection.send(None)
     except AdaptersError as error:

@@ -8,13 +8,21 @@ from typing import Any
 
 from mlx_adapters.train.loop import Step
 
-__all__ = ["append", "plot", "read"]
+__all__ = ["append", "forget_after", "plot", "read"]
 
 
 def append(file: Path, step: Step) -> None:
     """Add one line; it is on disk before the next step begins."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({k: v for k, v in asdict(step).items() if v is not None}) + "\n")
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the lines of later steps, which a resumed run takes again. A kill here loses no line."""
+    temporary = file.with_name("." + file.name)
+    rows = read(file, before=step)
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
 
 
 def read(file: Path, *, before: int | None = None) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@
 Iterating trains, a step at a time; `finish` saves.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,7 +185,7 @@ def _resume(run: Run, output: Path, warn: Callable[[str], None]) -> None:
     else:
         warn(f"{output}: has no checkpoint yet, starting from the beginning")
     if run.processes.writes:
-        _forget_after(output / METRICS, run.step)
+        metrics.forget_after(output / METRICS, run.step)
 
 
 def _method_config(method: str, fields: dict[str, Any], loaded: Loaded) -> Any:
@@ -247,11 +246,3 @@ def _split(examples: list[Example], config: TrainConfig) -> tuple[list[Example],
 
 def _pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-
-
-def _forget_after(file: Path, step: int) -> None:
-    """Drop the metrics of steps that a resumed run takes again."""
-    rows = metrics.read(file, before=step)
-    temporary = file.with_name("." + file.name)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(file)  # a kill here loses no line
