@@ -11,6 +11,7 @@ import pytest
 from tiny import VOCAB, make_tiny
 
 from mlx_adapters import adapter, methods
+from mlx_adapters.evaluate import beam
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.model import describe, load
 
@@ -83,6 +84,27 @@ def test_the_shortest_answers_equal_transformers(tmp_path: Path, max_tokens: int
     rows = prompts(10, seed=2)
     expected = by_transformers(folder, rows, stop=[2, 11], max_tokens=max_tokens, beams=4, penalty=1.0)
     assert by_us(load(folder).model, rows, [2, 11], max_tokens=max_tokens, batch_size=4) == expected
+
+
+def test_waiting_prompts_enter_as_others_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = load(make_tiny("llama", tmp_path)).model, prompts(40)
+    said = Counter(token for answer in by_us(model, rows, [], max_tokens=12) for token in answer)
+    steps: list[list[int]] = []
+
+    def watched(logits: mx.array, searches: Any, stop: Any) -> Any:
+        steps.append([search.position for search in searches])
+        return candidates(logits, searches, stop)
+
+    candidates = beam._candidates
+    monkeypatch.setattr(beam, "_candidates", watched)
+    by_us(model, rows, [token for token, _ in said.most_common(3)], max_tokens=24, batch_size=8)
+    taken = Counter(position for step in steps for position in step)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    apart = sum(max(taken[index] for index in order[first : first + 8]) for first in range(0, 40, 8))
+    assert len(set(taken.values())) > 4, "the searches must take different numbers of steps"
+    assert len(steps) < apart, (len(steps), apart)
+    last = next(index for index, step in enumerate(steps) if order[-1] in step)
+    assert all(len(step) == 8 for step in steps[: last + 1]), "an eighth of eight is one"
 
 
 def test_four_beams_find_more_likely_answers_than_one(tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ Of the K = beams x max(2, 1 + end tokens) best continuations of a step, those th
 are among the first `beams`; the best `beams` of the others live on. A prompt is done when its list is full
 and the best living text, scored at its present length, does not beat the worst finished one; or at
 `max_tokens`, where every living text counts as finished. This is `early_stopping=False` of transformers.
+
+The batch is kept full: a prompt that is done leaves with its beams, and waiting ones enter.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.evaluate.prefill import Prefix, logprobs, prefill, reorder, shared_prefix, splits
+from mlx_adapters.evaluate.prefill import fill, logprobs, reorder, shared_prefix, splits
 from mlx_adapters.virtual import forward, with_virtual
 
 __all__ = ["beam_search"]
@@ -26,6 +30,7 @@ class _Search:
     """The beams of one prompt."""
 
     position: int
+    prompt: Sequence[int]
     beams: int
     penalty: float
     living: list[tuple[float, list[int]]] = field(default_factory=lambda: [(0.0, [])])
@@ -54,6 +59,10 @@ class _Search:
         )
         return parents
 
+    def last_tokens(self) -> list[int]:
+        """What each living text goes on from."""
+        return [ids[-1] if ids else self.prompt[-1] for _, ids in self.living]
+
     def best(self, stop: frozenset[int]) -> list[int]:
         ids = self.finished[0][1]
         return ids[:-1] if ids[-1] in stop else ids
@@ -72,59 +81,63 @@ def beam_search(
     """Yield (index, token ids without the end token) of each prompt as it is done; `batch_size` prompts, so
     `batch_size * beams` rows, go together."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    cached = splits(model)
-    size = batch_size if cached else 1
-    prefix = shared_prefix(model, [with_virtual(model, prompt) for prompt in prompts]) if cached else None
-    for start in range(0, len(order), size):
-        group = order[start : start + size]
-        searches = [_Search(index, beams, length_penalty) for index in group]
-        rows = [prompts[index] for index in group]
-        if cached:
-            run = _cached(model, rows, searches, prefix, stop=stop, max_tokens=max_tokens)
-        else:
-            run = _uncached(model, rows[0], searches[0], stop=stop, max_tokens=max_tokens)
-        for search in run:
-            yield search.position, search.best(stop)
+    searches = [_Search(index, prompts[index], beams, length_penalty) for index in order]
+    if splits(model):
+        run = _cached(model, searches, stop=stop, max_tokens=max_tokens, width=batch_size)
+    else:
+        run = _uncached(model, searches, stop=stop, max_tokens=max_tokens)
+    for search in run:
+        yield search.position, search.best(stop)
 
 
 def _cached(
-    model: nn.Module,
-    rows: list[Sequence[int]],
-    searches: list[_Search],
-    prefix: Prefix | None,
-    *,
-    stop: frozenset[int],
-    max_tokens: int,
+    model: nn.Module, searches: list[_Search], *, stop: frozenset[int], max_tokens: int, width: int
 ) -> Iterator[_Search]:
-    logits, cache = prefill(model, rows, prefix)
-    while True:
-        candidates = _candidates(logits, searches, stop)
+    rows = [with_virtual(model, search.prompt) for search in searches]
+    prefix = shared_prefix(model, rows)
+    waiting = deque(range(len(rows)))
+    going: list[_Search] = []
+    cache: list[Any] = []
+    while going or waiting:
+        # entering copies the cache of all rows: once for an eighth of the batch
+        if waiting and (width - len(going)) * 8 >= width:
+            cache, entered = fill(model, cache, rows, waiting, prefix, width - len(going))
+            going += [searches[place] for place in entered]
+        tokens = mx.array([[token] for search in going for token in search.last_tokens()])
+        logits = model(tokens, cache=cache)[:, -1]
         sources: list[int] = []  # for each row of the next step, the row whose cache it goes on from
         first = 0
-        for search, found in zip(searches, candidates):
-            width = len(search.living)
+        for search, found in zip(going, _candidates(logits, going, stop)):
+            count = len(search.living)
             parents = search.advance(found, stop, max_tokens)
             sources += [] if search.done else [first + parent for parent in parents]
-            first += width
-        yield from (search for search in searches if search.done)
-        searches = [search for search in searches if not search.done]
-        if not searches:
-            return
-        if sources != list(range(first)):
-            reorder(cache, mx.array(sources))
-        tokens = [[ids[-1]] for search in searches for _, ids in search.living]
-        logits = model(mx.array(tokens), cache=cache)[:, -1]
+            first += count
+        yield from (search for search in going if search.done)
+        _follow(cache, sources, first, trim=any(search.done for search in going))
+        going = [search for search in going if not search.done]
+
+
+def _follow(cache: list[Any], sources: list[int], rows: int, *, trim: bool) -> None:
+    """Let the `rows` of the cache be those of `sources`. With `trim`, padding that all have goes too."""
+    if not sources:
+        cache.clear()
+    elif trim:
+        for layer in cache:
+            layer.filter(mx.array(sources))
+    elif sources != list(range(rows)):
+        reorder(cache, mx.array(sources))
 
 
 def _uncached(
-    model: nn.Module, prompt: Sequence[int], search: _Search, *, stop: frozenset[int], max_tokens: int
+    model: nn.Module, searches: list[_Search], *, stop: frozenset[int], max_tokens: int
 ) -> Iterator[_Search]:
-    """One prompt, read anew for each token: its beams are of one length, so a batch needs no padding."""
-    while not search.done:
-        texts = mx.array([[*prompt, *ids] for _, ids in search.living])
-        (found,) = _candidates(forward(model, texts)[:, -1], [search], stop)
-        search.advance(found, stop, max_tokens)
-    yield search
+    """Each prompt alone, read anew for each token: its beams are of one length, so they need no padding."""
+    for search in searches:
+        while not search.done:
+            texts = mx.array([[*search.prompt, *ids] for _, ids in search.living])
+            (found,) = _candidates(forward(model, texts)[:, -1], [search], stop)
+            search.advance(found, stop, max_tokens)
+        yield search
 
 
 def _candidates(

@@ -1,6 +1,5 @@
 """Greedy and sampled answers to many prompts at once: answered rows leave the batch, waiting ones enter.
 
-A row enters with its last prompt token, as if it had just been drawn, so entering costs no step of its own.
 Leaving and entering copy the cache of all rows: both wait until an eighth of the batch has finished. A step
 is on its way before the tokens of the one before are read, so that a GPU never waits for Python; hence a row
 that has finished takes part in one step more, or some. No row goes past its `max_tokens`: some models have
@@ -18,13 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.evaluate.prefill import Prefix, logprobs, read, shared_prefix
+from mlx_adapters.evaluate.prefill import Prefix, fill, logprobs, shared_prefix
 
 __all__ = ["Sampler", "answer_many"]
 
 Sampler = Callable[[mx.array], mx.array]
-_READ = 4096  # prompt tokens that are read together, padding among them
-_SIMILAR = 0.85  # of the longest prompt's length, what one that is read with it has at least
 
 
 @dataclass
@@ -52,17 +49,6 @@ class _Batch:
         for layer in self.cache:
             layer.filter(places)
         self.tokens = self.tokens[mx.array(places)]
-
-    def enter(self, rows: list[_Row], cache: list[Any], last: list[int]) -> None:
-        """Add rows whose prompts are read but for the `last` token of each."""
-        tokens = mx.array(last, dtype=mx.uint32)
-        if not self.rows:
-            self.rows, self.cache, self.tokens = rows, cache, tokens
-            return
-        for layer, more in zip(self.cache, cache):
-            layer.extend(more)
-        self.rows = self.rows + rows
-        self.tokens = mx.concatenate([self.tokens, tokens])
 
 
 def answer_many(
@@ -116,18 +102,10 @@ def _fill(
     prefix: Prefix | None,
     width: int,
 ) -> None:
-    known = prefix.length if prefix else 0
-    while waiting and len(batch.rows) < width:
-        longest = len(prompts[waiting[0]]) - known
-        limit = min(width - len(batch.rows), max(1, _READ // longest))
-        places = [waiting.popleft()]
-        # those of similar length together: padding costs what text costs
-        while waiting and len(places) < limit and len(prompts[waiting[0]]) - known >= _SIMILAR * longest:
-            places.append(waiting.popleft())
-        chosen = [prompts[place] for place in places]
-        batch.enter(
-            [_Row(place) for place in places], read(model, chosen, prefix), [row[-1] for row in chosen]
-        )
+    batch.cache, entered = fill(model, batch.cache, prompts, waiting, prefix, width - len(batch.rows))
+    last = mx.array([prompts[place][-1] for place in entered], dtype=mx.uint32)
+    batch.tokens = mx.concatenate([batch.tokens, last]) if batch.rows else last
+    batch.rows = batch.rows + [_Row(place) for place in entered]
 
 
 def _draw(logits: mx.array, samplers: list[Sampler] | None, rows: list[_Row]) -> mx.array:

@@ -1,5 +1,6 @@
 """Read prompts into a KV cache: once, batched, with whatever the adapter puts in front."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from mlx_adapters.virtual import start_cache, with_virtual
 __all__ = [
     "Prefix",
     "common_prefix",
+    "fill",
     "logprobs",
     "prefill",
     "read",
@@ -24,6 +26,8 @@ __all__ = [
 
 _CHUNK = 2048  # of a long prompt, this many tokens are read at once
 _WORTH = 8  # a shorter prefix saves less than copying its cache costs
+_READ = 4096  # prompt tokens that are read together, padding among them
+_SIMILAR = 0.85  # of the longest prompt's length, what one that is read with it has at least
 
 
 def splits(model: nn.Module) -> bool:
@@ -129,6 +133,37 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
             cache.finalize()
         mx.eval([cache.state for cache in batch])
     return batch
+
+
+def fill(
+    model: nn.Module,
+    cache: list[Any],
+    prompts: Sequence[Sequence[int]],
+    waiting: deque[int],
+    prefix: Prefix | None,
+    room: int,
+) -> tuple[list[Any], list[int]]:
+    """Let up to `room` prompts of `waiting` enter a batch: (the cache of all rows, those that entered).
+
+    They stand behind the rows of `cache`, which may have none ([]), and all their tokens are read but the
+    last: a row goes on with it as if it had just been drawn, so entering costs no step of its own. `prompts`
+    have their virtual tokens; `waiting` holds their places, longest first.
+    """
+    known = prefix.length if prefix else 0
+    entered: list[int] = []
+    while waiting and len(entered) < room:
+        longest = len(prompts[waiting[0]]) - known
+        limit = min(room - len(entered), max(1, _READ // longest))
+        places = [waiting.popleft()]
+        # those of similar length together: padding costs what text costs
+        while waiting and len(places) < limit and len(prompts[waiting[0]]) - known >= _SIMILAR * longest:
+            places.append(waiting.popleft())
+        more = read(model, [prompts[place] for place in places], prefix)
+        for layer, other in zip(cache, more):
+            layer.extend(other)
+        cache = cache or more
+        entered += places
+    return cache, entered
 
 
 def logprobs(logits: mx.array) -> mx.array:
