@@ -49,7 +49,9 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="use N items of each set, drawn by the seed")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows decoded together")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows decoded together [default: what memory allows, up to 64]")
+    ] = None,
     processes: Annotated[
         int,
         typer.Option(min=1, help="share the items among processes, each with its own model: faster on a CPU"),

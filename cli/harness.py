@@ -23,7 +23,9 @@ def command(
         int | None, typer.Option(min=0, help="worked examples in the prompt [default: the task's]")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="the first N items of each task")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows computed together")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows computed together [default: what memory allows, up to 64]")
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="write prompts as the model's chat template does")
     ] = False,

@@ -36,7 +36,7 @@ def supervise(command: list[str], count: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         hosts = Path(scratch) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-        shared = backend.threads(count) | os.environ
+        shared = backend.share(count) | os.environ
         children = [
             subprocess.Popen(
                 command,

@@ -134,7 +134,7 @@ def _measure(loaded: "Loaded", seed: int, seen: frozenset[str]) -> "Score":
     items = tasks.load_items("wordproblems", data_dir=None, limit=_TEST_ROWS, seed=seed + _TEST_SEED)
     started = time.perf_counter()
     _, score, _ = run_task(
-        loaded, items, "wordproblems", template="alpaca", batch_size=32, max_tokens=_MAX_TOKENS, seen=seen
+        loaded, items, "wordproblems", template="alpaca", max_tokens=_MAX_TOKENS, seen=seen
     )
     say(f"   {score.correct}/{score.total} correct, {duration(time.perf_counter() - started)}")
     if score.seen_total:

@@ -176,7 +176,7 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}
     own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
     # cells with as many threads as there are cores, each, would take them from each other
-    environment = backend.threads(jobs) | os.environ
+    environment = backend.share(jobs) | os.environ
     try:
         while names or running:
             while names and len(running) < jobs:

@@ -38,8 +38,9 @@ __all__ = [
     "peak_memory",
     "prepare_memory",
     "rounding",
+    "share",
     "speed_up",
-    "threads",
+    "total_memory",
 ]
 
 _NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
@@ -264,10 +265,13 @@ def prepare_memory() -> None:
         pass
 
 
-def threads(processes: int) -> dict[str, str]:
-    """Environment that gives each of so many processes its share of this machine's cores."""
-    share = str(max(1, (os.cpu_count() or 1) // processes))
-    return {"OPENBLAS_NUM_THREADS": share, "VECLIB_MAXIMUM_THREADS": share}
+_SHARING = "MLX_ADAPTERS_PROCESSES"
+
+
+def share(processes: int) -> dict[str, str]:
+    """Environment that gives each of so many processes its share of this machine's cores and free memory."""
+    cores = str(max(1, (os.cpu_count() or 1) // processes))
+    return {"OPENBLAS_NUM_THREADS": cores, "VECLIB_MAXIMUM_THREADS": cores, _SHARING: str(processes)}
 
 
 def total_memory() -> int:
@@ -283,12 +287,17 @@ def total_memory() -> int:
         return 0
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free for use; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
+def free_memory(*, shared: bool = False) -> int:
+    """Bytes that can be used without swapping, on Metal by the GPU; with `shared`, this process's part."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    if not on_cpu():
+        import mlx.core as mx
+
+        free = min(free, max(0, total_memory() - mx.get_active_memory()))
+    processes = os.environ.get(_SHARING, "")
+    return free // max(1, int(processes)) if shared and processes.isdecimal() else free
 
 
 def speed_up(model: "nn.Module") -> None:

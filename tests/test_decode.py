@@ -12,10 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import random_llama
 
+from mlx_adapters import backend
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.evaluate.decode import Decoding, _sampler, generate, generate_ids
-from mlx_adapters.evaluate.prefill import shared_prefix
+from mlx_adapters.evaluate.prefill import rows_that_fit, shared_prefix
 
 SETS = Path(__file__).parents[2] / "shared" / "data" / "test"
 VOCABULARY = 97
@@ -252,6 +253,45 @@ def test_settings_that_make_no_sense_are_named() -> None:
         Decoding(kind="beams")
     with pytest.raises(ConfigError, match="temperature 0"):
         Decoding(temperature=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_by_default_the_caches_of_a_batch_take_half_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model, prompts, free = tiny(kind), ragged(60), 1 << 40
+    monkeypatch.setattr(backend, "free_memory", lambda *, shared: free)
+    largest = widest = 0
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.layers = inner, inner.layers
+
+        def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+            nonlocal largest, widest
+            result: mx.array = self.inner(ids, cache=cache)
+            if len(ids) == 13:  # the trial of `splits`
+                return result
+            widest = max(widest, len(ids))
+            largest = max(largest, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache))
+            return result
+
+    def decoded() -> dict[int, list[int]]:
+        return dict(generate_ids(Watched(model), prompts, stop=frozenset(), max_tokens=10))
+
+    assert rows_that_fit(model, 50) == 64
+    expected = decoded()
+    assert widest > 32
+    while rows_that_fit(model, 50) > 7:
+        free = int(free * 0.99)
+    largest = widest = 0
+    assert decoded() == expected
+    assert (widest, rows_that_fit(model, 50)) == (7, 7)
+    assert free / 3 < largest <= free / 2
+    free = widest = 0
+    assert decoded() == expected
+    assert widest == 1
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from training import embedded
 
-from mlx_adapters.backend import threads
+from mlx_adapters.backend import share
 
 SEED_PROMPTS = 3  # the seed's way is so slow that more of them would only take time
 OURS, HUGGING_FACE, SEED = "ours", "transformers.generate", "seed's way (no cache)"
@@ -160,7 +160,7 @@ def run(name: str, batch: int, folder: Path, tokens: int, prompts: Path, process
     for rank in range(processes):
         part = prompts.with_name(f"part-{rank}.json")
         part.write_text(json.dumps(rows[rank::processes]))
-        shared = threads(processes)
+        shared = share(processes)
         shared["OMP_NUM_THREADS"] = shared["OPENBLAS_NUM_THREADS"]  # torch's
         running.append(start(name, batch, folder, tokens, part, shared if processes > 1 else {}))
     return max(finish(name, one) for one in running)

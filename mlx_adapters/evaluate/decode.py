@@ -20,7 +20,7 @@ from mlx_adapters import backend
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.evaluate.continuous import Sampler, answer_many
-from mlx_adapters.evaluate.prefill import splits
+from mlx_adapters.evaluate.prefill import rows_that_fit, splits
 from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
@@ -60,15 +60,15 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     decoding: Decoding = GREEDY,
     keys: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield `(index of the prompt, text)` for each prompt as it finishes, not in the order given.
 
     `tokenizer` is mlx-lm's wrapper: its `eos_token_ids` stop a row and are not part of the text.
-    `batch_size` rows go together, of which a prompt takes as many as there are beams. `keys` are the prompts'
-    numbers for sampling, by default their places.
+    `batch_size` rows go together, by default as many as memory allows, of which a prompt takes as many as
+    there are beams. `keys` are the prompts' numbers for sampling, by default their places.
     Raises DataError for an empty prompt, ConfigError for a limit below one.
     """
     stop = frozenset(int(token) for token in tokenizer.eos_token_ids)
@@ -83,7 +83,7 @@ def generate_ids(
     *,
     stop: frozenset[int],
     max_tokens: int,
-    batch_size: int,
+    batch_size: int | None = None,
     decoding: Decoding = GREEDY,
     keys: Sequence[int] | None = None,
     until: Callable[[int, list[int]], bool] | None = None,
@@ -91,7 +91,7 @@ def generate_ids(
     """`generate` in token ids; the stop token is left out. An answer also ends, with that token, where
     `until(index of the prompt, its tokens)` says so; beam search does not ask."""
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -100,6 +100,9 @@ def generate_ids(
     training = model.training
     model.eval()  # adapter dropout would make answers random
     try:
+        if batch_size is None:
+            longest = max((len(with_virtual(model, prompt)) for prompt in prompts), default=1)
+            batch_size = rows_that_fit(model, longest + max_tokens)
         if decoding.kind == "beam":
             yield from beam_search(
                 model,

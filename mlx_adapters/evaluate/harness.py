@@ -32,7 +32,7 @@ _ANSWER = 256  # tokens of an answer, where the task does not say
 class HarnessModel(TemplateLM):
     """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together."""
 
-    def __init__(self, loaded: Loaded, *, batch_size: int = 16) -> None:
+    def __init__(self, loaded: Loaded, *, batch_size: int | None = None) -> None:
         super().__init__()
         self.loaded, self.batch_size = loaded, batch_size
         self.tokenizer = loaded.tokenizer
@@ -160,7 +160,7 @@ def run_tasks(
     loaded: Loaded,
     tasks: Sequence[str],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     chat_template: bool = False,

@@ -19,6 +19,7 @@ from mlx_adapters.evaluate.prefill import (
     prefill,
     reorder,
     right_padded,
+    rows_that_fit,
     shared_prefix,
     splits,
 )
@@ -57,11 +58,12 @@ def loglikelihoods(
     model: nn.Module,
     items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """Yield (index, log p of each choice) of every item (prompt, choices), not in the order given.
 
-    `batch_size` prompts go together. Raises DataError for a prompt or a choice without tokens.
+    `batch_size` prompts go together, by default as many as memory allows. Raises DataError for a
+    prompt or a choice without tokens.
     """
     for index, scores in scored(model, items, batch_size=batch_size):
         yield index, [score for score, _ in scores]
@@ -71,7 +73,7 @@ def scored(
     model: nn.Module,
     items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, Scores]]:
     """`loglikelihoods`, and for each choice whether greedy decoding would write it."""
     for index, (prompt, choices) in enumerate(items):
@@ -85,6 +87,10 @@ def scored(
         prefix = (
             shared_prefix(model, [with_virtual(model, prompt) for prompt, _ in items]) if cached else None
         )
+        if batch_size is None:
+            longest = max((len(prompt) + len(text) for prompt, texts in items for text in texts), default=1)
+            most = max((len(texts) for _, texts in items), default=1)
+            batch_size = max(1, rows_that_fit(model, longest) // most)
         counts = [_tokens(items[index][1]) for index in order]
         for group in _groups(order, counts, batch_size if cached else 1):
             some = [items[index] for index in group]

@@ -7,8 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
+from mlx_adapters import backend
 from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = [
@@ -20,12 +22,14 @@ __all__ = [
     "read",
     "reorder",
     "right_padded",
+    "rows_that_fit",
     "shared_prefix",
     "splits",
 ]
 
 _CHUNK = 2048  # of a long prompt, this many tokens are read at once
 _WORTH = 8  # a shorter prefix saves less than copying its cache costs
+_MOST = 64  # rows
 _READ = 4096  # prompt tokens that are read together, padding among them
 _SIMILAR = 0.85  # of the longest prompt's length, what one that is read with it has at least
 
@@ -133,6 +137,26 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
             cache.finalize()
         mx.eval([cache.state for cache in batch])
     return batch
+
+
+def rows_that_fit(model: nn.Module, tokens: int) -> int:
+    """How many rows of so many tokens may be decoded together: their caches take half of the free memory.
+
+    At most 64: more rows are hardly faster, and whoever watches waits longer for the first answers.
+    """
+    first, vocabulary = _state_bytes(model, 1)
+    each = _state_bytes(model, 2)[0] - first
+    steps = -(-tokens // KVCache.step) * KVCache.step  # the caches grow by so many
+    row = first + each * steps + 3 * 4 * vocabulary  # the last: logits, and their copies where one samples
+    return max(1, min(_MOST, backend.free_memory(shared=True) // 2 // row))
+
+
+def _state_bytes(model: nn.Module, tokens: int) -> tuple[int, int]:
+    """(bytes in a row's cache after `tokens`, logits a token). Nothing is computed: MLX is lazy."""
+    cache = start_cache(model) or make_prompt_cache(model)
+    logits = model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
+    arrays = [array for layer in cache for _, array in tree_flatten(layer.state)]
+    return sum(array.nbytes for array in arrays if isinstance(array, mx.array)), logits.shape[-1]
 
 
 def fill(

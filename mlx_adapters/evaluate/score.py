@@ -83,7 +83,7 @@ def evaluate(
     task: Task | str,
     *,
     template: str,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_tokens: int = 256,
     seen: frozenset[str] = frozenset(),
     decoding: Decoding = GREEDY,
@@ -131,7 +131,7 @@ def evaluate_likelihood(
     *,
     template: str,
     scored: str = "label",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seen: frozenset[str] = frozenset(),
     done: frozenset[int] = frozenset(),
 ) -> Iterator[Record]:

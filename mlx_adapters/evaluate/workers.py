@@ -45,7 +45,7 @@ class Workers:
         hides_torch = "torch" in sys.modules and sys.modules["torch"] is None
         process = subprocess.Popen(
             [sys.executable, "-m", "mlx_adapters.evaluate.workers", str(theirs.fileno())],
-            env=backend.threads(count) | os.environ,
+            env=backend.share(count) | os.environ,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

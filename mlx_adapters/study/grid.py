@@ -45,7 +45,7 @@ class Settings:
     exclude: str | None = field(None, "test files whose items are not trained on, joined by commas")
     limit: int | None = field(None, "items of each test set")
     max_tokens: int | None = field(None, "longest answer")
-    batch_size: int = field(16, "rows decoded together")
+    batch_size: int | None = field(None, "rows decoded together, by default what memory allows")
     decoding: str = field("greedy", "greedy or beam")
     test_seed: int = field(1, "draws the items of limit")
     base: bool = field(True, "measure the base model too")
