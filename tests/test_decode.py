@@ -280,14 +280,14 @@ def test_by_default_the_caches_of_a_batch_take_half_of_the_free_memory(
     def decoded() -> dict[int, list[int]]:
         return dict(generate_ids(Watched(model), prompts, stop=frozenset(), max_tokens=10))
 
-    assert rows_that_fit(model, 50) == 64
+    assert rows_that_fit(model, 40, 10) == 64
     expected = decoded()
     assert widest > 32
-    while rows_that_fit(model, 50) > 7:
+    while rows_that_fit(model, 40, 10) > 7:
         free = int(free * 0.99)
     largest = widest = 0
     assert decoded() == expected
-    assert (widest, rows_that_fit(model, 50)) == (7, 7)
+    assert (widest, rows_that_fit(model, 40, 10)) == (7, 7)
     assert free / 3 < largest <= free / 2
     free = widest = 0
     assert decoded() == expected

@@ -102,7 +102,7 @@ def generate_ids(
     try:
         if batch_size is None:
             longest = max((len(with_virtual(model, prompt)) for prompt in prompts), default=1)
-            batch_size = rows_that_fit(model, longest + max_tokens)
+            batch_size = rows_that_fit(model, longest, max_tokens)
         if decoding.kind == "beam":
             yield from beam_search(
                 model,

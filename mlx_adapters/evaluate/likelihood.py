@@ -88,9 +88,10 @@ def scored(
             shared_prefix(model, [with_virtual(model, prompt) for prompt, _ in items]) if cached else None
         )
         if batch_size is None:
-            longest = max((len(prompt) + len(text) for prompt, texts in items for text in texts), default=1)
+            longest = max((len(with_virtual(model, prompt)) for prompt, _ in items), default=1)
+            answer = max((len(text) for _, texts in items for text in texts), default=0)
             most = max((len(texts) for _, texts in items), default=1)
-            batch_size = max(1, rows_that_fit(model, longest) // most)
+            batch_size = max(1, rows_that_fit(model, longest, answer) // most)
         counts = [_tokens(items[index][1]) for index in order]
         for group in _groups(order, counts, batch_size if cached else 1):
             some = [items[index] for index in group]

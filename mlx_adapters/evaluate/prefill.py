@@ -139,24 +139,25 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
     return batch
 
 
-def rows_that_fit(model: nn.Module, tokens: int) -> int:
+def rows_that_fit(model: nn.Module, prompt: int, answer: int) -> int:
     """How many rows of so many tokens may be decoded together: their caches take half of the free memory.
 
     At most 64: more rows are hardly faster, and whoever watches waits longer for the first answers.
+    `prompt` counts virtual tokens too.
     """
-    first, vocabulary = _state_bytes(model, 1)
-    each = _state_bytes(model, 2)[0] - first
-    steps = -(-tokens // KVCache.step) * KVCache.step  # the caches grow by so many
-    row = first + each * steps + 3 * 4 * vocabulary  # the last: logits, and their copies where one samples
+    cache = start_cache(model) or make_prompt_cache(model)
+    logits = model(mx.zeros((1, prompt), dtype=mx.int32), cache=cache)  # MLX is lazy: nothing is computed
+    arrays = [array for layer in cache for _, array in tree_flatten(layer.state)]
+    steps = -(-(prompt + answer) // KVCache.step) * KVCache.step  # the caches grow by so many
+    held = sum(_grown(array, prompt, steps) for array in arrays if isinstance(array, mx.array))
+    row = held + 3 * 4 * logits.shape[-1]  # the last: logits, and their copies where one samples
     return max(1, min(_MOST, backend.free_memory(shared=True) // 2 // row))
 
 
-def _state_bytes(model: nn.Module, tokens: int) -> tuple[int, int]:
-    """(bytes in a row's cache after `tokens`, logits a token). Nothing is computed: MLX is lazy."""
-    cache = start_cache(model) or make_prompt_cache(model)
-    logits = model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
-    arrays = [array for layer in cache for _, array in tree_flatten(layer.state)]
-    return sum(array.nbytes for array in arrays if isinstance(array, mx.array)), logits.shape[-1]
+def _grown(array: mx.array, tokens: int, steps: int) -> int:
+    """Bytes of a cache's array with room for `steps`. Keys and values are [rows, heads, time, size]."""
+    grows = array.ndim == 4 and array.shape[2] >= tokens
+    return array.nbytes // array.shape[2] * steps if grows else array.nbytes
 
 
 def fill(
