@@ -291,13 +291,24 @@ def free_memory(*, shared: bool = False) -> int:
     """Bytes that can be used without swapping, on Metal by the GPU; with `shared`, this process's part."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
+    free = min(int(psutil.virtual_memory().available), _container_memory())
     if not on_cpu():
         import mlx.core as mx
 
         free = min(free, max(0, total_memory() - mx.get_active_memory()))
     processes = os.environ.get(_SHARING, "")
     return free // max(1, int(processes)) if shared and processes.isdecimal() else free
+
+
+def _container_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a container may still use (cgroup v2); without one, or without a limit, no limit."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(facts["inactive_file"]))  # files' pages that are given up on demand
+    except (OSError, ValueError, KeyError):  # "max" is no number
+        return sys.maxsize
 
 
 def speed_up(model: "nn.Module") -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -186,3 +187,38 @@ def test_metal_gets_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.update(cache=size))
     backend.prepare_memory()
     assert limits == {"wired": 12_000, "cache": 3_000}
+
+
+def test_free_memory_knows_the_machine_its_processes_the_gpu_and_the_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psutil
+
+    assert 0 < backend.free_memory() <= psutil.virtual_memory().total
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9_000))
+    monkeypatch.setattr(backend, "_container_memory", lambda: sys.maxsize)
+    monkeypatch.delenv("MLX_ADAPTERS_PROCESSES", raising=False)
+    assert backend.free_memory() == backend.free_memory(shared=True) == 9_000
+    for name, value in backend.share(3).items():
+        monkeypatch.setenv(name, value)
+    assert (backend.free_memory(), backend.free_memory(shared=True)) == (9_000, 3_000)
+    for wrong in ("", "0", "three"):
+        monkeypatch.setenv("MLX_ADAPTERS_PROCESSES", wrong)
+        assert backend.free_memory(shared=True) == 9_000
+
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12_000})
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 4_000)
+    assert backend.free_memory() == 8_000
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 14_000)
+    assert backend.free_memory() == 0
+
+
+def test_a_containers_limit_counts_but_not_the_files_it_has_read(tmp_path: Path) -> None:
+    assert backend._container_memory(tmp_path) == sys.maxsize
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 100\n")
+    for limit, free in (("1000", 500), ("600", 100), ("300", 0), ("max", sys.maxsize)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert backend._container_memory(tmp_path) == free
