@@ -275,16 +275,15 @@ def share(processes: int) -> dict[str, str]:
 
 
 def total_memory() -> int:
-    """Bytes of this machine (on Metal: what the GPU may use); 0 where the system does not say."""
+    """Bytes of this machine (on Metal: what the GPU may use)."""
     if not on_cpu():
         import mlx.core as mx
 
         info = mx.device_info()
         return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def free_memory(*, shared: bool = False) -> int:

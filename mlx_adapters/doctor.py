@@ -98,22 +98,11 @@ def _compute() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = _available()
-    value = f"{total / 1e9:.1f} GB" + (f", {free / 1e9:.1f} GB available" if free is not None else "")
-    if (total if free is None else free) < _LOW_MEMORY:
+    free = backend.free_memory()
+    value = f"{backend.total_memory() / 1e9:.1f} GB, {free / 1e9:.1f} GB available"
+    if free < _LOW_MEMORY:
         return Finding("memory", value, False, "close programs, or train with a smaller --batch-size")
     return Finding("memory", value)
-
-
-def _available() -> float | None:
-    """Bytes that can be had without swapping; None where the system does not say (macOS)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _package(name: str) -> Finding:
