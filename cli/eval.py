@@ -53,9 +53,13 @@ def command(
         int | None, typer.Option(min=1, help="rows decoded together [default: what memory allows, up to 64]")
     ] = None,
     processes: Annotated[
-        int,
-        typer.Option(min=1, help="share the items among processes, each with its own model: faster on a CPU"),
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 "
+            "items or more, where memory allows]",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer [default: the paper's, 256 or 32]")
     ] = None,
@@ -111,7 +115,8 @@ def command(
         "limit": limit,
         "seed": seed,
     }
-    with _records(output, settings, resume) as file, _answering(model, adapter, processes) as loaded:
+    count = processes or _processes(model, sum(len(items) for _, items in sets))
+    with _records(output, settings, resume) as file, _answering(model, adapter, count) as loaded:
         common = {
             "template": used,
             "batch_size": batch_size,
@@ -250,6 +255,16 @@ def _meta(folder: Path | None) -> "AdapterMeta | None":
     from mlx_adapters import adapter
 
     return adapter.read_meta(folder) if folder is not None else None  # a wrong folder is told before all else
+
+
+def _processes(model: str, items: int) -> int:
+    from mlx_adapters.evaluate.workers import processes_for
+    from mlx_adapters.model import locate
+
+    count = processes_for(locate(model), items)
+    if count > 1:
+        say(f"{count} processes answer, each with its own model; --processes 1 takes less memory")
+    return count
 
 
 @contextmanager

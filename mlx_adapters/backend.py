@@ -31,7 +31,9 @@ __all__ = [
     "Blas",
     "blas",
     "compute_dtype",
+    "cores",
     "free_memory",
+    "limited",
     "load_fast_blas",
     "on_cpu",
     "own_kernels",
@@ -43,6 +45,7 @@ __all__ = [
     "total_memory",
 ]
 
+_SHARING = "MLX_ADAPTERS_PROCESSES"  # how many share this machine
 _NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _INSTALL = 'pip install "mlx-adapters[cpu]"'
 
@@ -265,13 +268,20 @@ def prepare_memory() -> None:
         pass
 
 
-_SHARING = "MLX_ADAPTERS_PROCESSES"
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share(processes: int) -> dict[str, str]:
     """Environment that gives each of so many processes its share of this machine's cores and free memory."""
-    cores = str(max(1, (os.cpu_count() or 1) // processes))
-    return {"OPENBLAS_NUM_THREADS": cores, "VECLIB_MAXIMUM_THREADS": cores, _SHARING: str(processes)}
+    own = str(max(1, cores() // processes))
+    return {"OPENBLAS_NUM_THREADS": own, "VECLIB_MAXIMUM_THREADS": own, _SHARING: str(processes)}
+
+
+def limited() -> bool:
+    """Whether the environment says how many cores to use: `share` did, or the user."""
+    return "OPENBLAS_NUM_THREADS" in os.environ
 
 
 def total_memory() -> int:

@@ -13,11 +13,12 @@ import pytest
 from tiny import make_tiny
 from typer.testing import CliRunner, Result
 
+from mlx_adapters import backend
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.evaluate import score as scoring
 from mlx_adapters.evaluate import tasks
-from mlx_adapters.evaluate.workers import Workers
+from mlx_adapters.evaluate.workers import Workers, processes_for
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 
@@ -187,7 +188,7 @@ def test_resume_needs_an_output(model: Path) -> None:
     assert "give the same --output" in said
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "sample", "likelihood"])
+@pytest.mark.parametrize("decoding", ["greedy", "beam", "sample", "likelihood"])
 def test_processes_share_the_items_and_give_the_records_of_one(
     decoding: str, model: Path, sets: Path, tmp_path: Path
 ) -> None:
@@ -219,3 +220,28 @@ def test_a_process_that_dies_ends_the_evaluation_with_a_message(model: Path, set
         os.kill(workers._processes[1].pid, signal.SIGKILL)
         with pytest.raises(UnsupportedError, match=r"process 1 of 2 ended .signal 9"):
             list(workers.records(items, "SVAMP", template="alpaca", max_tokens=6))
+
+
+def test_two_processes_are_the_default_where_they_pay(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"on_cpu": True, "cores": 2, "limited": False, "free_memory": 1 << 34}
+    for name in facts:
+        monkeypatch.setattr(backend, name, lambda name=name: facts[name])
+    assert processes_for(model, 128) == 2
+    assert processes_for(model, 127) == 1
+    size = sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+    for name, other in (("on_cpu", False), ("cores", 1), ("limited", True), ("free_memory", 4 * size)):
+        with monkeypatch.context() as changed:
+            changed.setitem(facts, name, other)
+            assert processes_for(model, 128) == 1
+
+
+def test_what_eval_chose_is_said_and_can_be_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    run = ["eval", model, "--task", "wordproblems", "--limit", 128, "--max-tokens", 1]
+    one = cli(*run, "--processes", 1, "--output", tmp_path / "one.json")
+    two = cli(*run, "--output", tmp_path / "two.json")
+    assert "processes answer" not in one.output
+    assert ("2 processes answer" in two.output) == (backend.on_cpu() and backend.cores() > 1)
+    assert report(tmp_path / "one.json") == report(tmp_path / "two.json")

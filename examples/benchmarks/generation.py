@@ -6,10 +6,9 @@ The first SVAMP prompts in the Alpaca template (generated word problems without 
 each, no end token, SmolLM2-135M in float32, greedy. transformers decodes left-padded batches of neighbours in
 length, with its cache. The seed's evaluate.py takes one prompt at a time with use_cache=False; a few prompts
 are enough to know its speed (it also takes four beams, which would make it four times slower). Each contender
-runs alone, one warm-up batch before; two processes share the prompts and the cores, as `eval --processes 2`
-does. Promised: 1.5 times transformers.generate as it is usually called, in one process, and 10 times the
-seed's way.
-Run it on an idle machine.
+runs alone, one warm-up batch before; two processes share the prompts and the cores, as `eval` does on a CPU.
+Promised: 1.5 times transformers.generate as it is usually called, in one process, and 10 times the seed's
+way. Run it on an idle machine.
 """
 
 import argparse

