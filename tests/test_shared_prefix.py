@@ -23,6 +23,8 @@ from mlx_adapters.train.gradient import Gradient
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.shared_prefix import after, can_share, opening, shared_length, untrained
 
+SUMS = 1e-6  # the loss is computed in float32 whatever the model is in, and its sums have another order here
+
 
 def examples(start: int, *, rows: int = 9, shared: int = 18) -> list[Example]:
     rng = np.random.default_rng(7)
@@ -51,19 +53,19 @@ def both(model: nn.Module, items: list[Example], **fields: Any) -> list[Found]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_for_every_method(case: str, start: int, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
-    same(*both(loaded.model, examples(start)))
+    same(*both(loaded.model, examples(start)), within=SUMS)
 
 
 @pytest.mark.parametrize("case", ["lora", "prefix", "prompt", "series", "loreft"])
 def test_the_same_with_recomputed_blocks(case: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
-    same(*both(loaded.model, examples(10), gradient_checkpointing=True))
+    same(*both(loaded.model, examples(10), gradient_checkpointing=True), within=SUMS)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_same_for_every_architecture(arch: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
-    same(*both(loaded.model, examples(10)))
+    same(*both(loaded.model, examples(10)), within=SUMS)
 
 
 def test_a_model_that_keeps_a_window_does_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
