@@ -96,6 +96,7 @@ def command(
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""
     from mlx_adapters.evaluate import tasks
+    from mlx_adapters.model import locate
 
     if resume and output is None:
         raise ConfigError("--resume goes on with the records of --output: give the same --output")
@@ -115,8 +116,9 @@ def command(
         "limit": limit,
         "seed": seed,
     }
-    count = processes or _processes(model, sum(len(items) for _, items in sets))
-    with _records(output, settings, resume) as file, _answering(model, adapter, count) as loaded:
+    folder = locate(model)
+    count = processes or _processes(folder, sum(len(items) for _, items in sets))
+    with _records(output, settings, resume) as file, _answering(folder, adapter, count) as loaded:
         common = {
             "template": used,
             "batch_size": batch_size,
@@ -257,18 +259,17 @@ def _meta(folder: Path | None) -> "AdapterMeta | None":
     return adapter.read_meta(folder) if folder is not None else None  # a wrong folder is told before all else
 
 
-def _processes(model: str, items: int) -> int:
+def _processes(model: Path, items: int) -> int:
     from mlx_adapters.evaluate.workers import processes_for
-    from mlx_adapters.model import locate
 
-    count = processes_for(locate(model), items)
+    count = processes_for(model, items)
     if count > 1:
         say(f"{count} processes answer, each with its own model; --processes 1 takes less memory")
     return count
 
 
 @contextmanager
-def _answering(model: str, folder: Path | None, processes: int) -> "Iterator[Loaded | Workers]":
+def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[Loaded | Workers]":
     """The model with its adapter, here or in as many processes."""
     from mlx_adapters import adapter
     from mlx_adapters import model as models

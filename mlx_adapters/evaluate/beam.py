@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_adapters.evaluate.prefill import fill, logprobs, reorder, shared_prefix, splits
-from mlx_adapters.virtual import forward, with_virtual
+from mlx_adapters.virtual import all_with_virtual, forward
 
 __all__ = ["beam_search"]
 
@@ -93,16 +93,14 @@ def beam_search(
 def _cached(
     model: nn.Module, searches: list[_Search], *, stop: frozenset[int], max_tokens: int, width: int
 ) -> Iterator[_Search]:
-    rows = [with_virtual(model, search.prompt) for search in searches]
+    rows = all_with_virtual(model, (search.prompt for search in searches))
     prefix = shared_prefix(model, rows)
     waiting = deque(range(len(rows)))
     going: list[_Search] = []
     cache: list[Any] = []
     while going or waiting:
-        # entering copies the cache of all rows: once for an eighth of the batch
-        if waiting and (width - len(going)) * 8 >= width:
-            cache, entered = fill(model, cache, rows, waiting, prefix, width - len(going))
-            going += [searches[place] for place in entered]
+        cache, entered = fill(model, cache, rows, waiting, prefix, going=len(going), width=width)
+        going += [searches[place] for place in entered]
         tokens = mx.array([[token] for search in going for token in search.last_tokens()])
         logits = model(tokens, cache=cache)[:, -1]
         sources: list[int] = []  # for each row of the next step, the row whose cache it goes on from
@@ -113,19 +111,10 @@ def _cached(
             sources += [] if search.done else [first + parent for parent in parents]
             first += count
         yield from (search for search in going if search.done)
-        _follow(cache, sources, first, trim=any(search.done for search in going))
+        left = any(search.done for search in going)
+        if left or sources != list(range(first)):
+            reorder(cache, sources, trim=left)
         going = [search for search in going if not search.done]
-
-
-def _follow(cache: list[Any], sources: list[int], rows: int, *, trim: bool) -> None:
-    """Let the `rows` of the cache be those of `sources`. With `trim`, padding that all have goes too."""
-    if not sources:
-        cache.clear()
-    elif trim:
-        for layer in cache:
-            layer.filter(mx.array(sources))
-    elif sources != list(range(rows)):
-        reorder(cache, mx.array(sources))
 
 
 def _uncached(

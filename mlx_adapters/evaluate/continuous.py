@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.evaluate.prefill import Prefix, fill, logprobs, shared_prefix
+from mlx_adapters.evaluate.prefill import Prefix, fill, logprobs, reorder, shared_prefix
 
 __all__ = ["Sampler", "answer_many"]
 
@@ -43,12 +43,9 @@ class _Batch:
     def keep(self, places: list[int]) -> None:
         """Drop all rows but those at `places`."""
         self.rows = [self.rows[place] for place in places]
-        if not places:
-            self.cache = []
-            return
-        for layer in self.cache:
-            layer.filter(places)
-        self.tokens = self.tokens[mx.array(places)]
+        reorder(self.cache, places, trim=True)
+        if places:
+            self.tokens = self.tokens[mx.array(places)]
 
 
 def answer_many(
@@ -73,8 +70,7 @@ def answer_many(
     while batch.rows or waiting:
         drawn, tokens = batch.rows, batch.tokens
         _leave(batch, max_tokens)
-        if waiting and (width - len(batch.rows)) * 8 >= width:
-            _fill(model, batch, prompts, waiting, prefix, width)
+        _fill(model, batch, prompts, waiting, prefix, width)
         if batch.rows:
             logits = model(batch.tokens[:, None], cache=batch.cache)[:, -1]
             batch.tokens = _draw(logits, samplers, batch.rows)
@@ -102,9 +98,12 @@ def _fill(
     prefix: Prefix | None,
     width: int,
 ) -> None:
-    batch.cache, entered = fill(model, batch.cache, prompts, waiting, prefix, width - len(batch.rows))
+    going = len(batch.rows)
+    batch.cache, entered = fill(model, batch.cache, prompts, waiting, prefix, going=going, width=width)
+    if not entered:
+        return
     last = mx.array([prompts[place][-1] for place in entered], dtype=mx.uint32)
-    batch.tokens = mx.concatenate([batch.tokens, last]) if batch.rows else last
+    batch.tokens = mx.concatenate([batch.tokens, last]) if going else last
     batch.rows = batch.rows + [_Row(place) for place in entered]
 
 

@@ -21,7 +21,7 @@ from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.evaluate.continuous import Sampler, answer_many
 from mlx_adapters.evaluate.prefill import rows_that_fit, splits
-from mlx_adapters.virtual import start_cache, with_virtual
+from mlx_adapters.virtual import all_with_virtual, start_cache
 
 __all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
 
@@ -100,9 +100,9 @@ def generate_ids(
     training = model.training
     model.eval()  # adapter dropout would make answers random
     try:
+        rows = all_with_virtual(model, prompts)
         if batch_size is None:
-            longest = max((len(with_virtual(model, prompt)) for prompt in prompts), default=1)
-            batch_size = rows_that_fit(model, longest, max_tokens)
+            batch_size = rows_that_fit(model, max(map(len, rows), default=1), max_tokens)
         if decoding.kind == "beam":
             yield from beam_search(
                 model,
@@ -115,14 +115,14 @@ def generate_ids(
             )
             return
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        rows = [with_virtual(model, prompts[index]) for index in order]
         samplers = None
         if decoding.kind == "sample":
             samplers = [_sampler(decoding, keys[index] if keys else index) for index in order]
         run = answer_many if batch_size > 1 and splits(model) else _one_by_one
         ended = (lambda position, ids: until(order[position], ids)) if until else None
         limits: dict[str, Any] = {"stop": stop, "ended": ended, "max_tokens": max_tokens}
-        for position, ids in run(model, rows, samplers, width=batch_size, **limits):
+        ordered = [rows[index] for index in order]
+        for position, ids in run(model, ordered, samplers, width=batch_size, **limits):
             yield order[position], ids
     finally:
         model.train(training)

@@ -23,7 +23,7 @@ from mlx_adapters.evaluate.prefill import (
     shared_prefix,
     splits,
 )
-from mlx_adapters.virtual import forward, with_virtual
+from mlx_adapters.virtual import all_with_virtual, forward
 
 __all__ = ["choice_ids", "loglikelihoods", "pick", "scored"]
 
@@ -84,18 +84,20 @@ def scored(
     model.eval()
     try:
         cached = splits(model)
-        prefix = (
-            shared_prefix(model, [with_virtual(model, prompt) for prompt, _ in items]) if cached else None
-        )
+        rows = all_with_virtual(model, (prompt for prompt, _ in items))
+        prefix = shared_prefix(model, rows) if cached else None
         if batch_size is None:
-            longest = max((len(with_virtual(model, prompt)) for prompt, _ in items), default=1)
+            longest = max(map(len, rows), default=1)
             answer = max((len(text) for _, texts in items for text in texts), default=0)
             most = max((len(texts) for _, texts in items), default=1)
             batch_size = max(1, rows_that_fit(model, longest, answer) // most)
         counts = [_tokens(items[index][1]) for index in order]
         for group in _groups(order, counts, batch_size if cached else 1):
-            some = [items[index] for index in group]
-            yield from zip(group, _cached(model, some, prefix) if cached else _uncached(model, some))
+            if cached:
+                texts = [items[index][1] for index in group]
+                yield from zip(group, _cached(model, [rows[index] for index in group], texts, prefix))
+            else:
+                yield from ((index, _uncached(model, *items[index])) for index in group)
     finally:
         model.train(training)
 
@@ -119,32 +121,34 @@ def _groups(order: list[int], tokens: list[int], batch_size: int) -> Iterator[li
 
 
 def _cached(
-    model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]], prefix: Prefix | None
+    model: nn.Module,
+    rows: list[list[int]],
+    choices: list[Sequence[Sequence[int]]],
+    prefix: Prefix | None,
 ) -> list[Scores]:
-    logits, cache = prefill(model, [prompt for prompt, _ in items], prefix)
-    owners = [index for index, (_, choices) in enumerate(items) for _ in choices]
-    texts = [list(choice) for _, choices in items for choice in choices]
+    logits, cache = prefill(model, rows, prefix)
+    owners = [index for index, some in enumerate(choices) for _ in some]
+    texts = [list(choice) for some in choices for choice in some]
     start, likely = mx.array([text[0] for text in texts]), mx.argmax(logits, axis=-1)[mx.array(owners)]
     scores = np.array(logprobs(logits)[mx.array(owners), start])
     greedy = np.array(likely == start)
     longest = max(len(text) for text in texts) - 1
     if longest:
-        reorder(cache, mx.array(owners))
+        reorder(cache, owners)
         ids, padding = right_padded([text[:-1] for text in texts])
         for layer in cache:
             layer.prepare(lengths=[len(text) - 1 for text in texts], right_padding=padding)
         rest, same = _gathered(model(ids, cache=cache), [text[1:] for text in texts])
         scores, greedy = scores + rest, greedy & same
     each = zip(scores.tolist(), greedy.tolist())
-    return [[next(each) for _ in choices] for _, choices in items]
+    return [[next(each) for _ in some] for some in choices]
 
 
-def _uncached(model: nn.Module, items: list[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[Scores]:
-    ((prompt, choices),) = items
+def _uncached(model: nn.Module, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> Scores:
     ids, _ = right_padded([[*prompt, *choice][:-1] for choice in choices])
     logits = forward(model, ids)[:, len(prompt) - 1 :]
     sums, greedy = _gathered(logits, choices)
-    return [list(zip(sums.tolist(), greedy.tolist()))]
+    return list(zip(sums.tolist(), greedy.tolist()))
 
 
 def _gathered(

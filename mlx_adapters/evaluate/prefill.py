@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_adapters import backend
-from mlx_adapters.virtual import start_cache, with_virtual
+from mlx_adapters.virtual import start_cache
 
 __all__ = [
     "Prefix",
@@ -101,14 +101,13 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def prefill(
-    model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None
+    model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None = None
 ) -> tuple[mx.array, list[Any]]:
-    """(logits after each prompt [rows, vocabulary], the cache of all rows in batched form).
+    """(logits after each row [rows, vocabulary], the cache of all rows in batched form).
 
-    `prompts` are of any length, without virtual tokens; those of `prefix` are not read again. Needs
+    `rows` are of any length and have their virtual tokens; those of `prefix` are not read again. Needs
     `splits(model)`.
     """
-    rows = [with_virtual(model, prompt) for prompt in prompts]
     cache = read(model, rows, prefix)
     return model(mx.array([[row[-1]] for row in rows]), cache=cache)[:, -1], cache
 
@@ -166,16 +165,22 @@ def fill(
     prompts: Sequence[Sequence[int]],
     waiting: deque[int],
     prefix: Prefix | None,
-    room: int,
+    *,
+    going: int,
+    width: int,
 ) -> tuple[list[Any], list[int]]:
-    """Let up to `room` prompts of `waiting` enter a batch: (the cache of all rows, those that entered).
+    """Let prompts of `waiting` enter a batch of `width`, of which `going` are on their way.
 
-    They stand behind the rows of `cache`, which may have none ([]), and all their tokens are read but the
-    last: a row goes on with it as if it had just been drawn, so entering costs no step of its own. `prompts`
-    have their virtual tokens; `waiting` holds their places, longest first.
+    Returns (the cache of all rows, those that entered). Entering copies the cache of all rows, so none
+    enters before an eighth of the batch is free. They stand behind the rows of `cache`, which may have none
+    ([]), and all their tokens are read but the last: a row goes on with it as if it had just been drawn, so
+    entering costs no step of its own. `prompts` have their virtual tokens; `waiting` holds their places,
+    longest first.
     """
-    known = prefix.length if prefix else 0
+    known, room = prefix.length if prefix else 0, width - going
     entered: list[int] = []
+    if room * 8 < width:
+        return cache, entered
     while waiting and len(entered) < room:
         longest = len(prompts[waiting[0]]) - known
         limit = min(room - len(entered), max(1, _READ // longest))
@@ -197,15 +202,19 @@ def logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def reorder(cache: list[Any], sources: mx.array) -> None:
-    """Let the rows of the cache be those of `sources`; a row may go on in several."""
+def reorder(cache: list[Any], sources: list[int], *, trim: bool = False) -> None:
+    """Let the rows of the cache be those of `sources`; a row may go on in several, and without any the cache
+    is emptied. With `trim`, padding that all rows have goes too."""
+    if not sources:
+        cache.clear()
+    rows = mx.array(sources)
     for layer in cache:
-        if type(layer) is BatchKVCache:
+        if type(layer) is BatchKVCache and not trim:
             # its filter() also asks the host how much padding is left, once for every layer
-            layer.keys, layer.values = layer.keys[sources], layer.values[sources]
-            layer.offset, layer.left_padding = layer.offset[sources], layer.left_padding[sources]
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.offset, layer.left_padding = layer.offset[rows], layer.left_padding[rows]
         else:
-            layer.filter(sources)
+            layer.filter(rows)
 
 
 def right_padded(rows: Sequence[Sequence[int]]) -> tuple[mx.array, list[int]]:
