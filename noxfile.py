@@ -1,4 +1,4 @@
-"""The tasks of development: `nox -l` lists them, `nox -s lint` runs one. They use the environment nox runs in."""
+"""The tasks of development, run in the current environment: `nox -l` lists them, `nox -s lint` runs one."""
 
 import nox
 
