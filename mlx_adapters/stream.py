@@ -11,7 +11,8 @@ from mlx_adapters.sampling import LogitsProcessor, Sampler
 
 __all__ = ["Piece", "Text", "stream"]
 
-_KEPT = 32  # tokens that are decoded again with each new one; a character has at most four
+_KEPT = 32  # tokens that are decoded again with each new one
+_CHARACTER = 4  # tokens of one byte each that a character may have
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,39 @@ class Text:
         self._tokenizer = tokenizer
         # what transformers cleans up (" ." to ".") is settled at the next space
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._ids = list(prompt[-_KEPT:])
-        self._given = len(self._decoded())  # characters of the kept tokens' text that were handed out
+        self._ids = list(prompt)
+        text = self._decode(self._ids)
+        self._given = len(text)  # characters of the kept tokens' text that were handed out
+        self._shorten(text)
 
     def add(self, token: int) -> str:
         """What can be read now. Half of a character waits for the rest."""
         self._ids.append(token)
-        text = self._decoded()
+        text = self._decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
         ready = max(self._given, text.rfind(" ") if self._cleans else len(text))
-        new, held = text[self._given : ready], len(text) - ready
-        self._given = ready
+        new, self._given = text[self._given : ready], ready
         if len(self._ids) > 2 * _KEPT:
-            self._ids = self._ids[-_KEPT:]
-            self._given = len(self._decoded()) - held
+            self._shorten(text)
         return new
 
     def rest(self) -> str:
         """What was held back, at the end of the answer."""
-        return self._decoded()[self._given :]
+        return self._decode(self._ids)[self._given :]
 
-    def _decoded(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+    def _shorten(self, text: str) -> None:
+        """Keep the last tokens, from a place where their text is the end of the whole text."""
+        held = len(text) - self._given
+        for start in range(len(self._ids) - _KEPT - _CHARACTER, len(self._ids) - _KEPT):
+            kept = self._ids[max(0, start) :]
+            shorter = self._decode(kept)
+            if shorter and text.endswith(shorter):
+                self._ids, self._given = kept, len(shorter) - held
+                return
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 

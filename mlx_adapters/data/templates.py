@@ -19,6 +19,7 @@ __all__ = [
     "TEMPLATES",
     "Rendered",
     "chat_prompt",
+    "chat_writer",
     "chosen_template",
     "conversation",
     "default_template",
@@ -149,7 +150,7 @@ def chat_prompt(
         )
     from jinja2 import TemplateError
 
-    kwargs, write = dict(kwargs or {}), _writer(tokenizer)
+    kwargs, write = dict(kwargs or {}), chat_writer(tokenizer)
     own = {*inspect.signature(write).parameters} - {"tools", "documents", "args", "kwargs"}
     if wrong := sorted(own & {*kwargs}):
         raise DataError(f"chat_template_kwargs {wrong[0]!r} is not the template's: leave it out")
@@ -188,7 +189,7 @@ def _named(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
 
 
-def _writer(tokenizer: Any) -> Any:
+def chat_writer(tokenizer: Any) -> Any:
     """transformers' `apply_chat_template`.
 
     mlx-lm's wrapper sets `enable_thinking` by the vocabulary, whatever the template's own default is. It is
