@@ -29,7 +29,7 @@ def stop_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> list
     stated = _ids(_read(file).get("eos_token_id"), file) if file.is_file() else []
     text = config.get("text_config")
     named = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
-    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marked = {index for index, token in _added(tokenizer).items() if token.special}
     own = [index for index in _ids(named, folder / "config.json") if not stated or index in marked]
     found = [*stated, *own, tokenizer.eos_token_id, turn_end(tokenizer)]
     return list(dict.fromkeys(index for index in found if index is not None))
@@ -38,7 +38,8 @@ def stop_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> list
 def turn_end(tokenizer: Any) -> int | None:
     """The token that the chat template writes after an answer: the one that closes it or, where nothing does,
     the one that opens the next turn. None without a template, or where that is no token of its own."""
-    if not tokenizer.has_chat_template:
+    added = _added(tokenizer)
+    if not tokenizer.has_chat_template or not added:
         return None
     asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
     for turns in ([asked, said], [asked, said, asked]):
@@ -48,7 +49,7 @@ def turn_end(tokenizer: Any) -> int | None:
             continue
         after = text.rpartition(_PROBE)[2].strip() if _PROBE in text else ""
         first = tokenizer.encode(after, add_special_tokens=False)[:1] if after else []
-        token = tokenizer.added_tokens_decoder.get(first[0]) if first else None
+        token = added.get(first[0]) if first else None
         if token is not None and after.startswith(token.content):
             return int(first[0])
     return None
@@ -63,6 +64,14 @@ def store(folder: Path, ends: list[int]) -> None:
         if fields and fields.get("eos_token_id") != value:
             text = json.dumps(fields | {"eos_token_id": value}, indent=2)
             file.write_text(text + "\n", encoding="utf-8")
+
+
+def _added(tokenizer: Any) -> dict[int, Any]:
+    """The tokens that are matched whole in a text, by id."""
+    try:
+        return dict(tokenizer.added_tokens_decoder)
+    except NotImplementedError:  # transformers' backend for mistral-common
+        return {}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def sampler(
             best = order if best is None else mx.take_along_axis(best, order, axis=-1)
             scaled = mx.take_along_axis(scaled, order, axis=-1)
             share = mx.softmax(scaled, axis=-1)
-            scaled = mx.where(mx.cumsum(share, axis=-1) - share < top_p, scaled, -mx.inf)
+            before = mx.cumsum(share, axis=-1) - share
+            scaled = mx.where((before < top_p) | (before == 0), scaled, -mx.inf)  # the likeliest always stays
         if min_p > 0:
             least = mx.max(scaled, axis=-1, keepdims=True) + math.log(min_p)
             scaled = mx.where(scaled < least, -mx.inf, scaled)
@@ -78,11 +79,13 @@ def penalties(
     if repetition == 1 and presence == 0 and frequency == 0:
         return []
 
+    asked = mx.array(prompt, mx.int32)
+
     def apply(tokens: mx.array, logits: mx.array) -> mx.array:
-        answer = tokens[read:]
+        answer = tokens[read:].astype(mx.int32)
         if repetition != 1:
             seen = mx.zeros(logits.shape[-1], mx.bool_)
-            seen[mx.concatenate([mx.array(prompt, mx.int32), answer.astype(mx.int32)])] = True
+            seen[mx.concatenate([asked, answer])] = True
             logits = mx.where(seen, mx.where(logits < 0, logits * repetition, logits / repetition), logits)
         if answer.size and (presence or frequency):
             counts = mx.zeros(logits.shape[-1], logits.dtype).at[answer].add(1)

@@ -139,6 +139,7 @@ def test_what_narrows_the_draw_is_honoured(folder: Path) -> None:
     hot = {"prompt": PROMPT, "max_tokens": 12, "temperature": 2.0, "seed": 1}
     assert asked(loaded, **hot) != best
     assert asked(loaded, **hot, top_k=1) == asked(loaded, **hot, min_p=1.0) == best
+    assert asked(loaded, **hot, top_p=0.0) == best
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert asked(loaded, prompt=PROMPT, max_tokens=12, **{name: 2.0}) != best, name
 
