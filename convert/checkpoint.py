@@ -253,10 +253,14 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
 
 
-def write_ends(folder: Path) -> None:
-    """Name every token that ends an answer in the configuration of a folder that is being written."""
+def write_ends(folder: Path, source: str | Path) -> None:
+    """Name every token that ends an answer in the configuration of a folder that is being written; an error
+    names the `source` that its files are from."""
     config = models.read_config(folder)
-    ends.store(folder, ends.stop_tokens(folder, config, models.read_tokenizer(folder, config)))
+    try:
+        ends.store(folder, ends.stop_tokens(folder, config, models.read_tokenizer(folder, config)))
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), str(source))) from None
 
 
 # Models ----------------------------------------------------------------------------------------------------
@@ -383,7 +387,7 @@ def _save(folder: Path, model: Any, config: dict[str, Any], source: _Source) -> 
 
     source.write_tokenizer(folder)
     save_config(dict(config), folder / "config.json")
-    write_ends(folder)
+    write_ends(folder, source.name)
     source.weights.clear()  # or every array would stay in memory once it is evaluated
     save_model(folder, model, donate_model=True)
 

@@ -103,7 +103,7 @@ def fuse(
             files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
             copy_tokenizer(loaded.path, place)
-            write_ends(place)
+            write_ends(place, loaded.path)
             sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
             del loaded
             again = _opened(place)

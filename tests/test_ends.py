@@ -91,8 +91,10 @@ def test_the_places_are_read_together(
 def test_an_end_that_is_no_token_is_named(value: Any, phi: Path, tmp_path: Path) -> None:
     shutil.copytree(phi, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: field 'eos_token_id'"):
-        read_tokenizer(tmp_path, {})
+    for read in (lambda: read_tokenizer(tmp_path, {}), lambda: convert(tmp_path, tmp_path / "out")):
+        with pytest.raises(CheckpointError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{tmp_path}/generation_config.json: field 'eos_token_id' is")
 
 
 def test_convert_and_fuse_write_every_end_where_others_look(tmp_path: Path) -> None:
