@@ -259,6 +259,7 @@ def test_a_seed_repeats_a_sample_beside_others(server: Running) -> None:
         ({"repetition_penalty": 0}, 400, "repetition_penalty must be"),
         ({"presence_penalty": 3}, 400, "presence_penalty must be a number from -2 to 2"),
         ({"chat_template_kwargs": 1}, 400, "chat_template_kwargs must be an object"),
+        ({"chat_template_kwargs": {"x": "\ud800"}}, 400, "surrogate"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "enable_thinking"),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},

@@ -46,9 +46,27 @@ _MORE: dict[str, dict[str, type]] = {
 }
 # Fields that change what other trainers learn from a row: where they are not read, a row with one is refused.
 _CHANGING = (
-    ("system", "history", "tools", "functions", "documents", "chat_template", "chat_template_kwargs")
-    + ("label", "labels", "chosen", "rejected", "rewards", "weight", "completion_mask", "assistant_masks")
-    + ("image", "images", "video", "videos", "audio", "audios")
+    "system",
+    "history",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+    "label",
+    "labels",
+    "chosen",
+    "rejected",
+    "rewards",
+    "weight",
+    "completion_mask",
+    "assistant_masks",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
 )
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _WORDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}

@@ -151,8 +151,8 @@ def chat_prompt(
     from jinja2 import TemplateError
 
     kwargs, write = dict(kwargs or {}), chat_writer(tokenizer)
-    own = {*inspect.signature(write).parameters} - {"tools", "documents", "args", "kwargs"}
-    if wrong := sorted(own & {*kwargs}):
+    arguments = {*inspect.signature(write).parameters} if kwargs else set()
+    if wrong := sorted((arguments - {"tools", "documents", "args", "kwargs"}) & {*kwargs}):
         raise DataError(f"chat_template_kwargs {wrong[0]!r} is not the template's: leave it out")
     try:
         text: str = write(list(messages), tokenize=False, add_generation_prompt=answer, **kwargs)

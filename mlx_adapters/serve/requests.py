@@ -15,17 +15,24 @@ Message = dict[str, str]
 _ROLES = ("system", "developer", "user", "assistant")
 _SEEDS = 2**31
 _STOPS = 4  # OpenAI's own limit
-_USED = (
-    "model",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-) + ("repetition_penalty", "presence_penalty", "frequency_penalty", "stream", "stream_options")
+_USED = frozenset(
+    [
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "stream",
+        "stream_options",
+    ]
+)
 _ONE_OF = {True: ("messages", "chat_template_kwargs"), False: ("prompt",)}  # of a chat, of a completion
 # Fields whose other values would change the answer.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -45,9 +52,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 # Fields that say who asks, what is kept and how fast it should go.
-_ASIDE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key") + (
-    "prompt_cache_retention",
-    "prediction",
+_ASIDE = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+    ]
 )
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 
@@ -147,6 +162,7 @@ def _object_field(fields: dict[str, Any], name: str) -> dict[str, Any]:
     value = fields.get(name)
     if value is not None and not isinstance(value, dict):
         raise RequestError(400, f"{name} must be an object, found {_short(value)}", name)
+    _clean(json.dumps(value, ensure_ascii=False), name)
     return value or {}
 
 
