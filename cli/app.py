@@ -36,6 +36,7 @@ from mlx_adapters.cli import (
     study,
     train,
 )
+from mlx_adapters.cli.options import App
 from mlx_adapters.cli.screen import plain
 from mlx_adapters.errors import AdaptersError
 
@@ -82,7 +83,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(
+app = App(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import named_folders
+from mlx_adapters.cli.options import json_object, named_folders
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import AdaptersError, ConfigError
 
@@ -32,20 +32,23 @@ def command(
     template: Annotated[
         str | None,
         typer.Option(
-            help="default: the adapter's, else chat if there is one, else alpaca",
+            help="default: the adapter's, else chat if there is one, else plain",
             autocompletion=complete.templates,
         ),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="variables of the chat template: '{\"enable_thinking\": false}'")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="of a temperature above 0")] = 1.0,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of the sampling [default: a new one each time]")
+    ] = None,
     web: Annotated[bool, typer.Option("--web", help="a page in the browser instead (extra `web`)")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="of --web, at 127.0.0.1")] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
-    import mlx.core as mx
-
     from mlx_adapters import model as models
     from mlx_adapters.data.templates import TEMPLATES
     from mlx_adapters.errors import unknown
@@ -55,15 +58,16 @@ def command(
         raise ConfigError(unknown("template", template, TEMPLATES))
     if web and template is not None:
         raise ConfigError("--web reads every adapter through its own template: leave --template out")
+    kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
     folders = named_folders(adapter or [], "base")
     loaded = models.load(model, answering=True)
     metas = load_several(loaded, folders) if folders else {}
     loaded.model.eval()
     if web:
-        _page(loaded, metas, port, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        asked = {"temperature": temperature, "top_p": top_p, "seed": seed, "template_kwargs": kwargs}
+        _page(loaded, metas, port, max_tokens=max_tokens, **asked)
         return
-    mx.random.seed(seed)
-    _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p))
+    _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p, seed=seed, kwargs=kwargs))
 
 
 def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
@@ -100,11 +104,15 @@ class _Chat:
         max_tokens: int,
         temperature: float,
         top_p: float,
+        *,
+        seed: int | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
-        from mlx_lm.sample_utils import make_sampler
+        from mlx_adapters.sampling import fresh_seed, sampler
 
         self.loaded, self.metas, self.template, self.max_tokens = loaded, metas, template, max_tokens
-        self.sampler = make_sampler(temp=temperature, top_p=top_p)
+        self.kwargs = kwargs
+        self.sampler = sampler(fresh_seed() if seed is None else seed, temperature=temperature, top_p=top_p)
         self.turns: list[dict[str, str]] = []
         self.forget()
         if metas:
@@ -133,19 +141,20 @@ class _Chat:
 
     def answer(self, show: Callable[[str], None]) -> str:
         """Answer the last turn, shown piece by piece; what Ctrl-C leaves is the answer."""
-        from mlx_lm.generate import stream_generate
+        from mlx_adapters.stream import stream
 
         text, ids = "", self._ids()
         fresh = self._continue(ids)
         self.read = ids
         try:
-            for piece in stream_generate(
+            for piece in stream(
                 self.loaded.model,
                 self.loaded.tokenizer,
                 fresh,
+                prompt=ids,
                 max_tokens=self.max_tokens,
                 sampler=self.sampler,
-                prompt_cache=self.cache,
+                cache=self.cache,
             ):
                 text += piece.text
                 show(piece.text)
@@ -173,22 +182,12 @@ class _Chat:
         return with_virtual(model, ids)
 
     def _ids(self) -> list[int]:
-        from mlx_adapters.data.templates import prompt_for
+        from mlx_adapters.data.templates import chosen_template, conversation
         from mlx_adapters.data.tokens import prompt_ids
 
-        tokenizer = self.loaded.tokenizer
-        meta = self.metas.get(self.name)
-        fallback = "chat" if tokenizer.has_chat_template else "alpaca"
-        template = self.template or (meta.template if meta else "") or fallback
-        if template == "chat":
-            text = tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
-        else:  # these templates know single questions; the turns before stand in front
-            text = ""
-            for turn in self.turns:
-                if turn["role"] == "user":
-                    text += prompt_for(turn["content"], template=template, tokenizer=tokenizer, phase="eval")
-                else:
-                    text += turn["content"] + "\n\n"
+        tokenizer, meta = self.loaded.tokenizer, self.metas.get(self.name)
+        template = chosen_template(self.template, meta.template if meta else None, tokenizer=tokenizer)
+        text = conversation(self.turns, template=template, tokenizer=tokenizer, kwargs=self.kwargs)
         return prompt_ids(text, tokenizer)
 
 

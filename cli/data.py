@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import complete
+from mlx_adapters.cli.options import App
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 from mlx_adapters.errors import DataError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
+app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
 
 
 @app.callback()

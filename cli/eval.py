@@ -286,7 +286,7 @@ def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[Lo
 
 
 def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
-    from mlx_adapters.data.templates import TEMPLATES
+    from mlx_adapters.data.templates import TEMPLATES, chosen_template
 
     if wish is not None and wish not in TEMPLATES:
         raise ConfigError(unknown("template", wish, TEMPLATES))
@@ -296,4 +296,4 @@ def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
             f"the adapter was trained with the template {trained}, not {wish}. "
             "Leave --template out, or add --force-template"
         )
-    return wish or trained or "alpaca"
+    return chosen_template(wish, trained)

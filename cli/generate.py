@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mlx_adapters.cli import complete
+from mlx_adapters.cli.options import json_object
 from mlx_adapters.cli.report import live, report, reporting
 from mlx_adapters.errors import ConfigError
 
@@ -20,42 +21,45 @@ def command(
     template: Annotated[
         str | None,
         typer.Option(
-            help="default: the adapter's, else chat if there is one", autocompletion=complete.templates
+            help="default: the adapter's, else chat if there is one, else plain",
+            autocompletion=complete.templates,
         ),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="variables of the chat template: '{\"enable_thinking\": false}'")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
     """Answer one prompt, printed as it comes."""
-    import mlx.core as mx
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
     from mlx_adapters import adapter as adapters
     from mlx_adapters import model as models
-    from mlx_adapters.data.templates import prompt_for
+    from mlx_adapters.data.templates import chosen_template, conversation
     from mlx_adapters.data.tokens import prompt_ids
+    from mlx_adapters.sampling import sampler
+    from mlx_adapters.stream import stream
     from mlx_adapters.virtual import start_cache, with_virtual
 
+    kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
     loaded = models.load(model, answering=True)
     meta = adapters.load(loaded, adapter) if adapter else None
     loaded.model.eval()
-    fallback = "chat" if loaded.tokenizer.has_chat_template else "plain"
-    name = template or (meta.template if meta else "") or fallback
-    text = prompt_for(prompt, template=name, tokenizer=loaded.tokenizer, phase="eval")
-    ids = prompt_ids(text, loaded.tokenizer)
+    name = chosen_template(template, meta.template if meta else None, tokenizer=loaded.tokenizer)
+    turns = [{"role": "user", "content": prompt}]
+    asked = conversation(turns, template=name, tokenizer=loaded.tokenizer, kwargs=kwargs)
+    ids = prompt_ids(asked, loaded.tokenizer)
     if not ids:
         raise ConfigError("--prompt is empty: give the instruction to answer")
-    mx.random.seed(seed)
     text, last = "", None
-    for last in stream_generate(
+    for last in stream(
         loaded.model,
         loaded.tokenizer,
         with_virtual(loaded.model, ids),
+        prompt=ids,
         max_tokens=max_tokens,
-        sampler=make_sampler(temp=temperature),
-        prompt_cache=start_cache(loaded.model),
+        sampler=sampler(seed, temperature=temperature),
+        cache=start_cache(loaded.model),
     ):
         text += last.text
         live(last.text)
@@ -63,7 +67,7 @@ def command(
         "text": text,
         "template": name,
         "prompt_tokens": len(ids),
-        "tokens": last.generation_tokens if last else 0,
-        "finish_reason": last.finish_reason if last else None,
+        "tokens": last.tokens if last else 0,
+        "finish_reason": last.reason if last else None,
     }
     report(result, typer.echo)

@@ -3,17 +3,43 @@
 import dataclasses
 import inspect
 import typing
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.parse import from_yaml
+from mlx_adapters.parse import from_json, from_yaml
 
-__all__ = ["fields_as_options", "merged", "named_folders", "read_yaml", "settings"]
+__all__ = ["App", "fields_as_options", "json_object", "merged", "named_folders", "read_yaml", "settings"]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for option, times in Counter(given).items():
+            # a list takes all of them, and a flag without a negation says the same again
+            several = getattr(option, "multiple", False) or (
+                getattr(option, "is_flag", False) and not option.secondary_opts
+            )
+            if times > 1 and not several:
+                ctx.fail(f"{option.opts[0]} is given {times} times, and takes one value: leave one of them")
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """A Typer whose commands refuse an option given twice: Click would take the last without a word."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
+        """Typer's own, for commands of that kind."""
+        return super().command(name, cls=_Command, **options)
 
 
 def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -71,8 +97,21 @@ def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {pair!r}: write it as name=value")
+        if name.strip() in found:
+            raise ConfigError(f"{where} {pair!r}: {name.strip()} is set twice: give it once")
         found[name.strip()] = value.strip()
     return found
+
+
+def json_object(text: str | None, where: str) -> dict[str, Any]:
+    """The JSON object an option gives, empty when it is not given; ConfigError for anything else."""
+    try:
+        value = from_json(text) if text is not None else {}
+    except ValueError as error:
+        raise ConfigError(f"{where} {text!r:.60}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} {text!r:.60}: must be a JSON object, '{{\"name\": value}}'")
+    return value
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:

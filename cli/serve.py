@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Serve the base and its adapters by OpenAI's API.
 
-    A request's `model` names which of them answers.
+    A request's `model` names which of them answers. A field that is not supported is refused by its name.
     """
     import signal
     import threading

@@ -76,11 +76,9 @@ def command(
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
     if missing := [name for name in ("model", "data", "output") if name not in chosen]:
         raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
-    fields = merged(
-        _method_fields(file, config),
-        settings(set_ or []),
-        {"targets": targets, "layers": layers, "dropout": dropout},
-    )
+    shorts = {"targets": targets, "layers": layers, "dropout": dropout}
+    pairs = [f"{name}={value}" for name, value in shorts.items() if value is not None]
+    fields = merged(_method_fields(file, config), settings([*(set_ or []), *pairs]))
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)

@@ -17,13 +17,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_adapters import ends
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
-from mlx_adapters.parse import from_json
 
-__all__ = ["MODES", "RECIPES", "Converted", "check_options", "convert", "copy_tokenizer", "write_mlx"]
+__all__ = [
+    "MODES",
+    "RECIPES",
+    "Converted",
+    "check_options",
+    "convert",
+    "copy_tokenizer",
+    "write_ends",
+    "write_mlx",
+]
 
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # What MLX's kernels exist for: mode -> (bits, group sizes)
@@ -166,7 +175,7 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     if Path(src).suffix == ".gguf":
         return _gguf(Path(src), keep_quantized=keep_quantized)
     folder = models.locate(src, revision=revision)
-    config = _with_generation_eos(models.read_config(folder), folder)
+    config = models.read_config(folder)
     weights = _read_weights(folder)
     if not weights and not Path(src).exists():
         weights = _read_weights(_download_bin(src, revision))
@@ -229,16 +238,6 @@ def _download_bin(src: str, revision: str | None) -> Path:
         raise CheckpointError(f"{src}: the hub did not give its weights ({_first_line(error)})") from None
 
 
-def _with_generation_eos(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    # chat models name the end of a turn only here; mlx-lm reads it the same way
-    file = folder / "generation_config.json"
-    try:
-        ends = from_json(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
-    except (ValueError, OSError, AttributeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-    return config | ({"eos_token_id": ends} if ends is not None else {})
-
-
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copy the tokenizer's files and the generation settings; CheckpointError where there are none."""
     if not any((folder / name).exists() for name in _KINDS):
@@ -252,6 +251,16 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         ensure_tokenizer(folder, to)
     if (folder / "generation_config.json").exists():
         shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
+
+
+def write_ends(folder: Path, source: str | Path) -> None:
+    """Name every token that ends an answer in the configuration of a folder that is being written; an error
+    names the `source` that its files are from."""
+    config = models.read_config(folder)
+    try:
+        ends.store(folder, ends.stop_tokens(folder, config, models.read_tokenizer(folder, config)))
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), str(source))) from None
 
 
 # Models ----------------------------------------------------------------------------------------------------
@@ -378,6 +387,7 @@ def _save(folder: Path, model: Any, config: dict[str, Any], source: _Source) -> 
 
     source.write_tokenizer(folder)
     save_config(dict(config), folder / "config.json")
+    write_ends(folder, source.name)
     source.weights.clear()  # or every array would stay in memory once it is evaluated
     save_model(folder, model, donate_model=True)
 

@@ -18,7 +18,7 @@ from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
-from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_mlx
+from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_ends, write_mlx
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
     dequantized_weights,
@@ -103,6 +103,7 @@ def fuse(
             files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
             copy_tokenizer(loaded.path, place)
+            write_ends(place, loaded.path)
             sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
             del loaded
             again = _opened(place)

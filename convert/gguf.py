@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mlx_adapters.convert.gguf_blocks import BLOCKS, MLX_GROUP, dense, packed
 from mlx_adapters.convert.gguf_file import Container, Tensor, read_container
+from mlx_adapters.convert.gguf_tokenizer import ENDS
 from mlx_adapters.errors import CheckpointError, UnsupportedError, unknown
 
 __all__ = ["ARCHITECTURES", "GGUF", "read_gguf"]
@@ -129,9 +130,11 @@ class _Config:
         if self.arch == "llama":
             config["attention_bias"] = "blk.0.attn_q.bias" in tensors
             config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-        for name in ("bos_token_id", "eos_token_id"):
-            if f"tokenizer.ggml.{name}" in self.fields:
-                config[name] = self.fields[f"tokenizer.ggml.{name}"]
+        if "tokenizer.ggml.bos_token_id" in self.fields:
+            config["bos_token_id"] = self.fields["tokenizer.ggml.bos_token_id"]
+        names = [f"tokenizer.ggml.{end}_token_id" for end in ENDS]
+        if ends := [self.fields[name] for name in names if name in self.fields]:
+            config["eos_token_id"] = ends
         return config
 
     def whole(self, name: str, default: int | None = None) -> int:

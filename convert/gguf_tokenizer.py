@@ -7,7 +7,7 @@ from typing import Any
 from mlx_adapters.convert import tokenizer as building
 from mlx_adapters.errors import CheckpointError, UnsupportedError, unknown
 
-__all__ = ["PRE_TOKENIZERS", "write"]
+__all__ = ["ENDS", "PRE_TOKENIZERS", "write"]
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -29,6 +29,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 _WHOLE_WORDS_FIRST = ("llama-bpe", "smaug-bpe")  # a word in the vocabulary is taken without merging
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: llama.cpp ends an answer at each of them
 
 
 def write(fields: dict[str, Any], dst: Path, *, source: Path) -> None:
@@ -107,7 +108,7 @@ def _list(
 
 def _special(fields: dict[str, Any], tokens: list[str], source: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, short in _SPECIAL.items():
+    for name in (*_SPECIAL, *ENDS[1:]):
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
         if index is None:
             continue
@@ -116,5 +117,6 @@ def _special(fields: dict[str, Any], tokens: list[str], source: Path) -> dict[st
                 f"{source}: metadata 'tokenizer.ggml.{name}_token_id' is {index!r:.40}, "
                 f"not one of {len(tokens)} tokens"
             )
-        found[f"{short}_token"] = tokens[index]
+        if name in _SPECIAL:
+            found[f"{_SPECIAL[name]}_token"] = tokens[index]
     return found

@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import backend
+from mlx_adapters.ends import stop_tokens
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
 from mlx_adapters.models import config as model_config
 from mlx_adapters.parse import from_json
@@ -114,13 +115,15 @@ def load(
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The tokenizer of a model folder, which ends answers where `config` says; CheckpointError if broken."""
+    """The tokenizer of a model folder, which ends answers at `stop_tokens`; CheckpointError if broken."""
     from mlx_lm.utils import load_tokenizer
 
     try:
-        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(folder)
     except Exception as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
+    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, *stop_tokens(folder, config, tokenizer)}
+    return tokenizer
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def from_json(text: str | bytes) -> Any:
 
 
 def from_yaml(text: str) -> Any:
-    """The value of a YAML text, plain types only; ValueError for what is none, has aliases or is too deep."""
+    """The value of a YAML text, plain types only; ValueError for what is none, has aliases, gives a key twice
+    (PyYAML takes the last) or is too deep."""
     import yaml
 
     depth = 0
@@ -37,9 +38,23 @@ def from_yaml(text: str) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1  # type: ignore[union-attr]
                 raise ValueError(f"line {line}: aliases (*{event.anchor}) are not read: write the value out")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
+def _check_keys(node: Any) -> None:
+    """ValueError for a key given twice; `node` is what PyYAML composed, None for an empty text."""
+    inner = node.value if node is not None and not isinstance(node.value, str) else []
+    seen: set[str] = set()
+    for part in inner:
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if key is not None and isinstance(key.value, str):
+            if key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value} is given twice")
+            seen.add(key.value)
+        _check_keys(value)
 
 
 def _check_depth(value: Any) -> None:

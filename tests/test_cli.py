@@ -107,6 +107,47 @@ def test_every_command_has_help(command: str) -> None:
 # Train -----------------------------------------------------------------------------------------------------
 
 
+def test_an_option_given_twice_is_refused_by_every_command() -> None:
+    """Click would take the last one without a word; a list of values takes all of them."""
+    import typer
+
+    group: Any = typer.main.get_command(app)
+    refused = taken = 0
+    for name, command in {**group.commands, **group.commands["data"].commands}.items():
+        for option in command.params if name != "data" else ():
+            if not option.opts[0].startswith("--") or option.name == "help":
+                continue
+            twice = [option.opts[0], *([] if option.is_flag else ["1"])] * 2
+            if option.multiple or (option.is_flag and not option.secondary_opts):
+                taken += 1
+                continue
+            with pytest.raises(Exception, match=f"^{option.opts[0]} is given 2 times"):
+                command.make_context(name, twice)
+            refused += 1
+    assert refused > 100
+    assert taken > 20
+    done = cli("generate", "m", "--prompt", "a", "--adapter", "a", "--adapter", "b", code=2)
+    assert "--adapter is given 2 times" in done.stderr
+    for pair in (("--set", "targets=v"), ("--targets", "v")):
+        done = cli("train", "m", "--data", "d", "--output", "o", "--set", "targets=q", *pair, code=2)
+        assert "targets is set twice" in done.stderr
+
+
+def test_train_names_what_it_does_not_use(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = rows(folder / "train.jsonl")
+    rows(folder / "valid.jsonl")
+    file.write_text(file.read_text().replace('{"instr', '{"id": 1, "instr'))
+    done = cli("train", model, "--data", folder, "--output", tmp_path / "out", "--steps", 1)
+    assert done.stderr.count(f"{file}: fields that are not used: id\n") == 1
+    assert f"{folder}/valid.jsonl is not used: --validation N holds out rows of train.jsonl" in done.stderr
+    file.write_text(file.read_text().replace('{"id": 1', '{"history": [["a", "b"]]', 1))
+    done = cli("train", model, "--data", folder, "--output", tmp_path / "none", "--steps", 1, code=2)
+    assert f"{file}: row 0: field 'history' is not read" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_train_writes_the_adapter_and_its_record(adapter: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names == {

@@ -121,6 +121,15 @@ def test_yaml_aliases_are_refused() -> None:
     assert from_yaml("a: [1, {b: 0.5}]") == {"a": [1, {"b": 0.5}]}
 
 
+def test_a_yaml_key_given_twice_is_refused() -> None:
+    """PyYAML takes the last one without a word."""
+    for text in ("data: a\nrank: 1\ndata: b\n", "- 1\n- {b: 1,\n   b: 2}\n"):
+        with pytest.raises(ValueError, match=r"line [23]: the key (data|b) is given twice"):
+            from_yaml(text)
+    assert from_yaml("a: {x: 1}\nb: {x: 1}\n") == {"a": {"x": 1}, "b": {"x": 1}}
+    assert from_yaml("") is None
+
+
 def test_a_foreign_value_is_named_by_its_file() -> None:
     file = Path("a/b.json")
     unusable = r"^a/b\.json: holds a value that cannot be used \(unhashable"

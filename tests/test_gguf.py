@@ -62,6 +62,9 @@ def write_tiny(path: Path, weights: dict[str, Any], *, kind: Any = None, **extra
     writer.add_token_merges(merges)
     writer.add_bos_token_id(extra.pop("bos", 1))
     writer.add_eos_token_id(2)
+    for end, add in (("eot", writer.add_eot_token_id), ("eom", writer.add_eom_token_id)):
+        if end in extra:
+            add(extra.pop(end))
     for name, array in weights.items():
         if kind is None or array.ndim == 1:
             writer.add_tensor(name, array)

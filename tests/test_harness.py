@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spoken import make_speaker
 from test_likelihood import attached
 from tiny import make_tiny
 from trained import make_adapter
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.model import load
+from mlx_adapters.model import Loaded, load, read_tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -59,6 +60,22 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head += f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
         (folder / f"{name}.yaml").write_text(head + text)
     return folder
+
+
+def test_chat_prompts_leave_thinking_to_the_template(tmp_path: Path) -> None:
+    import mlx.nn as nn
+    from transformers import AutoTokenizer
+
+    from mlx_adapters.evaluate.harness import HarnessModel
+
+    tokenizer = read_tokenizer(make_speaker("thinks when told", tmp_path), {})
+    ours = HarnessModel(Loaded(model=nn.Module(), tokenizer=tokenizer, config={}, path=tmp_path))
+    turns = [{"role": "user", "content": "how many ?"}]
+    for asks in (True, False):
+        theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=asks, continue_final_message=not asks
+        )
+        assert ours.apply_chat_template(turns, add_generation_prompt=asks) == theirs
 
 
 def answers(found: dict[str, Any], task: str) -> list[Any]:

@@ -202,6 +202,15 @@ def test_a_stop_text_ends_the_answer_before_it(
     assert _begun("abc", ("x",)) == 0
 
 
+def test_fields_that_leave_the_answer_as_it_is_are_taken(server: Running) -> None:
+    """What clients send along: empty values, and who asks."""
+    plain = said(server.ask("lora", PROMPTS[0]))
+    fields = {"user": "me", "metadata": {"a": "b"}, "n": 1, "tools": [], "logit_bias": None, "top_k": -1}
+    fields |= {"tool_choice": "none", "store": False, "response_format": {"type": "text"}, "seed": None}
+    messages = [{"role": "user", "content": PROMPTS[0], "name": "me", "tool_calls": None}]
+    assert said(server.ask("lora", PROMPTS[0], messages=messages, **fields)) == plain
+
+
 def test_a_seed_repeats_a_sample_beside_others(server: Running) -> None:
     def draw(seed: int) -> str:
         return said(server.ask("lora", PROMPTS[0], temperature=1.5, top_p=0.95, seed=seed))
@@ -211,6 +220,8 @@ def test_a_seed_repeats_a_sample_beside_others(server: Running) -> None:
         together = list(pool.map(draw, range(4)))
     assert alone == together
     assert len(set(alone)) > 1
+    fresh = {said(server.ask("lora", PROMPTS[0], temperature=1.5, top_p=0.95)) for _ in range(4)}
+    assert len(fresh) > 1, "without a seed every answer is drawn anew"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +245,27 @@ def test_a_seed_repeats_a_sample_beside_others(server: Running) -> None:
         ({"stop": [1]}, 400, "stop must be"),
         ({"stream": "yes"}, 400, "stream must be true or false"),
         ({"n": 2}, 400, "n is not supported"),
+        ({"n": True}, 400, "n is not supported"),
+        ({"logprobs": 0}, 400, "logprobs is not supported"),
+        ({"best_of": 2}, 400, "best_of is not supported"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
+        ({"typical_p": 0.5}, 400, "typical_p is not supported"),
+        ({"prompt": "x"}, 400, "prompt is not supported"),
         ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"tool_choice": "required"}, 400, "tool_choice is not supported"),
+        ({"top_k": 1.5}, 400, "top_k must be a whole number"),
+        ({"min_p": 2}, 400, "min_p must be a number from 0 to 1"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty must be"),
+        ({"presence_penalty": 3}, 400, "presence_penalty must be a number from -2 to 2"),
+        ({"chat_template_kwargs": 1}, 400, "chat_template_kwargs must be an object"),
+        ({"chat_template_kwargs": {"x": "\ud800"}}, 400, "surrogate"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "enable_thinking"),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+            400,
+            "messages[0].tool_calls is not supported",
+        ),
         ({"messages": []}, 400, "at least one message"),
         ({"messages": [1]}, 400, "messages[0] must be an object"),
         ({"messages": [{"role": "king", "content": ""}]}, 400, "messages[0].role must be"),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_adapters.data.overlap import item_hash, row_text
-from mlx_adapters.data.sources import TRAINING_SETS, load_rows
+from mlx_adapters.data.sources import FORMATS, TRAINING_SETS, check_fields, load_rows, notes
 from mlx_adapters.errors import DataError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -67,6 +67,42 @@ def test_folder_gives_the_split_or_its_only_file(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(DataError, match="found none"):
         load_rows(str(empty))
+
+
+def test_what_is_not_used_is_named_once(tmp_path: Path) -> None:
+    rows = [PAIR | {"id": 1}, PAIR | {"source": "x", "id": 2}]
+    origin = _file(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")
+    assert notes(load_rows(origin)) == [f"{origin}: fields that are not used: id, source"]
+    beside = _file(tmp_path, json.dumps(PAIR), "valid.jsonl")
+    for source in (origin, str(tmp_path)):
+        _, note = notes(load_rows(source))
+        assert note == f"{beside} is not used: --validation N holds out rows of train.jsonl"
+    assert notes(load_rows(beside)) == []
+    used = TURNS | {"tools": [], "system": "a", "chat_template_kwargs": None}
+    assert notes(load_rows(_file(tmp_path, json.dumps(used)))) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (ROWS[0] | {"system": "be short"}, "'system' is not read in rows of the form instruction"),
+        (ROWS[0] | {"history": [["a", "b"]]}, "'history' is not read"),
+        (PAIR | {"label": False}, "'label' is not read in rows of the form completion"),
+        ({"text": "t", "label": 0}, "'label' is not read in rows of the form text"),
+        (PAIR | {"tools": [{}]}, "'tools' is not read"),
+        (TURNS | {"chosen": [{}]}, "'chosen' is not read in rows of the form messages"),
+        (TURNS | {"images": ["a.png"]}, "'images' is not read"),
+        (TURNS | {"tools": "[]"}, "'tools' is str, not a list"),
+        (TURNS | {"system": 1}, "'system' is int, not text"),
+        (TURNS | {"chat_template_kwargs": []} | {"system": ["a"]}, "'system' is list"),
+    ],
+)
+def test_a_field_that_others_learn_from_is_not_dropped(row: dict[str, Any], field: str) -> None:
+    fmt = next(name for name, fields in FORMATS.items() if set(fields) <= set(row))
+    with pytest.raises(DataError, match=f"field {field}"):
+        check_fields(row, fmt)
+    for nothing in (None, "", [], {}):
+        check_fields(row | dict.fromkeys(row.keys() - FORMATS[fmt], nothing), fmt)
 
 
 def _with(row: Any, at: int = 6) -> str:

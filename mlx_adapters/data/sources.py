@@ -6,8 +6,10 @@ The format is told by the fields of the rows, and every row must have it:
 |---|---|
 | instruction | instruction, output (and input) |
 | completion | prompt, completion |
-| messages | messages: a list of {"role", "content"} |
+| messages | messages: a list of {"role", "content"} (and system, tools, chat_template_kwargs) |
 | text | text |
+
+A field from which other trainers learn something else is refused by `check_fields`; `notes` names the rest.
 """
 
 import hashlib
@@ -20,7 +22,16 @@ from typing import Any
 from mlx_adapters.errors import DataError
 from mlx_adapters.parse import from_json
 
-__all__ = ["FORMATS", "TRAINING_SETS", "Rows", "digest", "load_rows", "read_rows"]
+__all__ = [
+    "FORMATS",
+    "TRAINING_SETS",
+    "Rows",
+    "check_fields",
+    "digest",
+    "load_rows",
+    "notes",
+    "read_rows",
+]
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
@@ -28,6 +39,38 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
+# What is read besides, where a row has it: its type.
+_MORE: dict[str, dict[str, type]] = {
+    "instruction": {"input": str},
+    "messages": {"system": str, "tools": list, "chat_template_kwargs": dict},
+}
+# Fields that change what other trainers learn from a row: where they are not read, a row with one is refused.
+_CHANGING = (
+    "system",
+    "history",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+    "label",
+    "labels",
+    "chosen",
+    "rejected",
+    "rewards",
+    "weight",
+    "completion_mask",
+    "assistant_masks",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+)
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+_WORDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+_VALIDATION = ("valid", "validation", "val", "dev")  # what others call the file beside train.jsonl
 
 
 # The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows).
@@ -72,6 +115,35 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
             f"{', '.join(TRAINING_SETS)}"
         )
     return _hub_rows(source, split)
+
+
+def check_fields(row: dict[str, Any], fmt: str) -> None:
+    """DataError for a field that would be left out although others learn from it, or of a wrong type."""
+    more = _MORE.get(fmt, {})
+    for name in _CHANGING:
+        value = row.get(name)
+        if value in _NOTHING:
+            continue
+        if name not in more:
+            raise DataError(
+                f"field {name!r} is not read in rows of the form {fmt}, and without it something else would "
+                "be learned: put it into the text, or take it out of the rows"
+            )
+        if not isinstance(value, more[name]):
+            raise DataError(f"field {name!r} is {type(value).__name__}, not {_WORDS[more[name]]}")
+
+
+def notes(rows: Rows) -> list[str]:
+    """What is there and not used: fields that nothing reads, a validation set beside the training set."""
+    found = []
+    read = {*FORMATS[rows.format], *_MORE.get(rows.format, {})}
+    if columns := sorted({str(name) for row in rows.rows for name in row} - read):
+        found.append(f"{rows.origin}: fields that are not used: {', '.join(columns)}")
+    file = Path(rows.origin)
+    beside = [file.with_name(f"{name}{kind}") for name in _VALIDATION for kind in (".jsonl", ".json")]
+    if file.stem == "train" and (sets := [one for one in beside if one.is_file()]):
+        found.append(f"{sets[0]} is not used: --validation N holds out rows of {file.name}")
+    return found
 
 
 def digest(rows: list[dict[str, Any]]) -> str:

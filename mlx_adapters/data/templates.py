@@ -8,11 +8,24 @@
 | plain | the prompt as it is |
 """
 
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mlx_adapters.errors import ConfigError, DataError, unknown
 
-__all__ = ["TEMPLATES", "default_template", "prompt_for", "render"]
+__all__ = [
+    "TEMPLATES",
+    "Rendered",
+    "chat_prompt",
+    "chat_writer",
+    "chosen_template",
+    "conversation",
+    "default_template",
+    "prompt_for",
+    "render",
+]
 
 TEMPLATES = ("alpaca", "llm-adapters", "chat", "plain")
 Phase = Literal["train", "eval"]
@@ -23,9 +36,23 @@ _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
 
+class Rendered(str):
+    """Text that a chat template wrote: every special token is in it, so encoding it adds none."""
+
+
 def default_template(fmt: str) -> str:
     """The template for a data format when the user names none."""
     return {"instruction": "alpaca", "messages": "chat"}.get(fmt, "plain")
+
+
+def chosen_template(*names: str | None, tokenizer: Any = None) -> str:
+    """The first of `names` that is given: the user's, then the adapter's.
+
+    Without one, `chat` where the tokenizer has a chat template and else `plain`; where no tokenizer is given,
+    because a test set is measured, the paper's `alpaca`.
+    """
+    fallback = "alpaca" if tokenizer is None else "chat" if tokenizer.has_chat_template else "plain"
+    return next(filter(None, names), fallback)
 
 
 def prompt_for(
@@ -43,8 +70,34 @@ def prompt_for(
     if template == "plain":
         return text
     if template == "chat":
-        return _chat([{"role": "user", "content": text}], tokenizer)
+        return chat_prompt([{"role": "user", "content": text}], tokenizer)
     raise ConfigError(unknown("template", template, TEMPLATES))
+
+
+def conversation(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str,
+    tokenizer: Any,
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt of a conversation, up to where the model's answer begins; `kwargs` are the chat template's.
+
+    The other templates hold one question each: the earlier turns are written in front of the last.
+    """
+    if template == "chat":
+        return chat_prompt(messages, tokenizer, kwargs)
+    if kwargs:
+        raise ConfigError(
+            f"chat_template_kwargs ({', '.join(kwargs)}) are read by the template chat, not by {template}"
+        )
+    parts = []
+    for message in messages:
+        if message["role"] == "user":
+            parts.append(prompt_for(message["content"], template=template, tokenizer=tokenizer, phase="eval"))
+        else:
+            parts.append(message["content"] + "\n\n")
+    return "".join(parts)
 
 
 def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> tuple[str, str]:
@@ -69,7 +122,46 @@ def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> t
     *context, last = row["messages"]
     if last.get("role") != "assistant" or not context:
         raise DataError("the last of the messages must be the assistant's, after at least one other")
-    return _chat(context, tokenizer), last["content"]
+    if row.get("system"):
+        if context[0]["role"] == "system":
+            raise DataError("field 'system' and a first message of the role system: keep one of the two")
+        context = [{"role": "system", "content": row["system"]}, *context]
+    kwargs = {**(row.get("chat_template_kwargs") or {}), **({"tools": t} if (t := row.get("tools")) else {})}
+    _refuse_unlearned(context, last, tokenizer, kwargs)
+    return chat_prompt(context, tokenizer, kwargs), last["content"]
+
+
+def chat_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    answer: bool = True,
+) -> Rendered:
+    """What the tokenizer's chat template writes for `messages`, exactly as transformers renders it.
+
+    `kwargs` are the template's own variables (`tools`, `enable_thinking`, ...): what is not given is left to
+    the template, and one that it does not read is refused. With `answer` the text ends where the answer
+    begins. Raises ConfigError without a chat template, DataError where it refuses the messages.
+    """
+    if not tokenizer.has_chat_template:
+        raise ConfigError(
+            "this tokenizer has no chat template: use --template alpaca or plain, or data without messages"
+        )
+    from jinja2 import TemplateError
+
+    kwargs, write = dict(kwargs or {}), chat_writer(tokenizer)
+    arguments = {*inspect.signature(write).parameters} if kwargs else set()
+    if wrong := sorted((arguments - {"tools", "documents", "args", "kwargs"}) & {*kwargs}):
+        raise DataError(f"chat_template_kwargs {wrong[0]!r} is not the template's: leave it out")
+    try:
+        text: str = write(list(messages), tokenize=False, add_generation_prompt=answer, **kwargs)
+    except TemplateError as error:  # many templates refuse roles, or an order of them
+        raise DataError(f"{_named(tokenizer)}: its chat template refuses these messages ({error})") from None
+    except Exception as error:  # or are none
+        raise DataError(f"{_named(tokenizer)}: its chat template cannot be used ({error})") from None
+    _refuse_unread(kwargs, tokenizer)
+    return Rendered(text)
 
 
 def _alpaca(instruction: str, input: str) -> str:
@@ -97,17 +189,43 @@ def _named(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    if not tokenizer.has_chat_template:
-        raise ConfigError(
-            "this tokenizer has no chat template: use --template alpaca or plain, or data without messages"
-        )
-    from jinja2 import TemplateError
+def chat_writer(tokenizer: Any) -> Any:
+    """transformers' `apply_chat_template`.
 
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:  # many templates refuse roles, or an order of them
-        raise DataError(f"{_named(tokenizer)}: its chat template refuses these messages ({error})") from None
-    except Exception as error:  # or are none
-        raise DataError(f"{_named(tokenizer)}: its chat template cannot be used ({error})") from None
-    return text
+    mlx-lm's wrapper sets `enable_thinking` by the vocabulary, whatever the template's own default is. It is
+    asked only where it renders by a function of its own, for models that have no template.
+    """
+    inner: Any = getattr(tokenizer, "_tokenizer", None)
+    wrapped = hasattr(inner, "apply_chat_template") and getattr(tokenizer, "_chat_template", None) is None
+    return (inner if wrapped else tokenizer).apply_chat_template
+
+
+def _refuse_unread(kwargs: dict[str, Any], tokenizer: Any) -> None:
+    """DataError for a variable that the template never names, which would change nothing."""
+    if not kwargs or not tokenizer.chat_template:  # a renderer that is no template says itself what it takes
+        return
+    source = tokenizer.get_chat_template(tools=kwargs.get("tools"))
+    for name in kwargs:
+        if not re.search(rf"\b{re.escape(str(name))}\b", source):
+            raise DataError(
+                f"{_named(tokenizer)}: its chat template does not read {name!r}, so it would change nothing: "
+                "leave it out"
+            )
+
+
+def _refuse_unlearned(
+    context: list[dict[str, Any]], last: dict[str, Any], tokenizer: Any, kwargs: dict[str, Any]
+) -> None:
+    """DataError where the answer has more than its text: only the text is learned."""
+    if last.get("weight", 1) == 0 or last.get("train") is False:
+        raise DataError("the last of the messages is marked as not to be learned: take the row out")
+    others = [name for name, value in last.items() if name not in ("role", "content") and value]
+    if not others:
+        return
+    plain = {"role": last["role"], "content": last["content"]}
+    both = [chat_prompt([*context, turn], tokenizer, kwargs, answer=False) for turn in (last, plain)]
+    if both[0] != both[1]:
+        raise DataError(
+            f"the last of the messages has {', '.join(map(repr, others))}, which the chat template writes "
+            "and training would leave out: write it into 'content', or take it out"
+        )

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_adapters.data.sources import Rows
-from mlx_adapters.data.templates import render
+from mlx_adapters.data.sources import Rows, check_fields
+from mlx_adapters.data.templates import Rendered, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 
 __all__ = ["LOSS_ON", "Encoded", "Example", "encode", "prompt_ids"]
@@ -32,7 +32,10 @@ class Encoded:
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids with the tokenizer's start token once (chat templates write it themselves), no end token."""
+    """Token ids of a prompt. What a chat template wrote is encoded as it is, as transformers does; any other
+    text gets the tokenizer's start token, unless it begins with it, and no end token."""
+    if isinstance(prompt, Rendered):
+        return list(tokenizer.encode(prompt, add_special_tokens=False))
     start = tokenizer.bos_token
     ids: list[int] = list(
         tokenizer.encode(prompt, add_special_tokens=not (start and prompt.startswith(start)))
@@ -57,6 +60,7 @@ def encode(
     truncated = dropped = 0
     for index, row in enumerate(rows.rows):
         try:
+            check_fields(row, rows.format)
             prompt, completion = render(row, rows.format, template=template, tokenizer=tokenizer)
         except DataError as error:
             raise DataError(f"{rows.origin}: row {index}: {error}") from None

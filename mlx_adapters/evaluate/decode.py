@@ -21,6 +21,7 @@ from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.evaluate.continuous import Sampler, answer_many
 from mlx_adapters.evaluate.prefill import rows_that_fit, splits
+from mlx_adapters.sampling import sampler
 from mlx_adapters.virtual import all_with_virtual, start_cache
 
 __all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
@@ -140,9 +141,9 @@ def _one_by_one(
 ) -> Iterator[tuple[int, list[int]]]:
     for position, row in enumerate(rows):
         answer: list[int] = []
-        sampler = samplers[position] if samplers else None
+        draw = samplers[position] if samplers else None
         steps = generate_step(
-            mx.array(row), model, max_tokens=max_tokens, sampler=sampler, prompt_cache=start_cache(model)
+            mx.array(row), model, max_tokens=max_tokens, sampler=draw, prompt_cache=start_cache(model)
         )
         for token, _ in steps:
             if int(token) in stop:
@@ -154,21 +155,10 @@ def _one_by_one(
 
 
 def _sampler(decoding: Decoding, number: int) -> Sampler:
-    """Draws from the `top_k` most likely tokens, of these from the fewest that have `top_p` of the
-    probability, in transformers' order: temperature, top_k, top_p."""
-    key = mx.random.key((decoding.seed << 32) + number)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        count = min(decoding.top_k, logprobs.shape[-1])
-        best = mx.argpartition(-logprobs, count - 1, axis=-1)[..., :count]
-        scaled = mx.take_along_axis(logprobs, best, axis=-1) / decoding.temperature
-        order = mx.argsort(-scaled, axis=-1)
-        best, scaled = (mx.take_along_axis(x, order, axis=-1) for x in (best, scaled))
-        share = mx.softmax(scaled, axis=-1)
-        before = mx.cumsum(share, axis=-1) - share
-        drawn = mx.random.categorical(mx.where(before < decoding.top_p, scaled, -mx.inf), key=now)
-        return mx.take_along_axis(best, drawn[..., None], axis=-1)[..., 0]
-
-    return sample
+    """The draws of the prompt of that number, whatever is decoded with it."""
+    return sampler(
+        (decoding.seed << 32) + number,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.data.templates import chat_writer
 from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.evaluate.decode import Decoding, generate_ids
 from mlx_adapters.evaluate.likelihood import scored
@@ -62,7 +63,7 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as the model's own template writes it."""
-        text: str = self.tokenizer.apply_chat_template(
+        text: str = chat_writer(self.tokenizer)(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

@@ -12,15 +12,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
-from mlx_adapters.errors import AdaptersError
+from mlx_adapters.errors import AdaptersError, DataError
 from mlx_adapters.model import Loaded
-from mlx_adapters.serve.requests import Ask, Message, RequestError
+from mlx_adapters.sampling import fresh_seed, penalties, sampler
+from mlx_adapters.serve.requests import Ask, RequestError
 from mlx_adapters.several import activate, active
+from mlx_adapters.stream import Piece as Written
+from mlx_adapters.stream import stream
 from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["Engine", "Job", "Piece"]
@@ -45,7 +47,8 @@ class Job:
     ask: Ask
     pieces: "queue.SimpleQueue[Piece | RequestError]" = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False
-    steps: Iterator[Any] | None = None
+    steps: Iterator[Written] | None = None
+    prompt_tokens: int = 0
     held: str = ""
 
 
@@ -150,17 +153,15 @@ class Engine:
         if self.metas and active(model) != ((name,) if name else ()):
             activate(model, name)
         if job.steps is None:
-            job.steps = self._start(job.ask)
+            job.steps = self._start(job)
         for _ in range(_TURN):
             piece = next(job.steps)
             if self._give(job, piece):
                 return True
         return False
 
-    def _start(self, ask: Ask) -> Iterator[Any]:
-        from mlx_lm.generate import stream_generate
-
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+    def _start(self, job: Job) -> Iterator[Written]:
+        model, tokenizer, ask = self.loaded.model, self.loaded.tokenizer, job.ask
         ids = prompt_ids(self._text(ask), tokenizer)
         if not ids:
             raise RequestError(400, "the prompt has no tokens")
@@ -174,43 +175,55 @@ class Engine:
                 f"{ask.max_tokens} of max_tokens",
                 code="context_length_exceeded",
             )
-        steps: Iterator[Any] = stream_generate(
-            model, tokenizer, row, max_tokens=ask.max_tokens, sampler=_sampler(ask), prompt_cache=cache
+        job.prompt_tokens = len(row)
+        return stream(
+            model,
+            tokenizer,
+            row,
+            prompt=ids,
+            max_tokens=ask.max_tokens,
+            sampler=sampler(
+                fresh_seed() if ask.seed is None else ask.seed,
+                temperature=ask.temperature,
+                top_p=ask.top_p,
+                top_k=ask.top_k,
+                min_p=ask.min_p,
+            ),
+            processors=penalties(
+                ids,
+                len(row),
+                repetition=ask.repetition_penalty,
+                presence=ask.presence_penalty,
+                frequency=ask.frequency_penalty,
+            ),
+            cache=cache,
         )
-        return steps
 
     def _text(self, ask: Ask) -> str:
         """The prompt: as it is, or a conversation through the adapter's template (else the chat template)."""
         if ask.prompt is not None:
             return ask.prompt
-        tokenizer = self.loaded.tokenizer
-        meta = self.metas.get(ask.model)
-        template = (meta.template if meta else "") or ("chat" if tokenizer.has_chat_template else "plain")
-        if template == "chat":
-            return _chat(list(ask.messages), tokenizer)
-        # the other templates know single questions; what was said before stands in front
-        parts = []
-        for message in ask.messages:
-            if message["role"] == "user":
-                parts.append(
-                    prompt_for(message["content"], template=template, tokenizer=tokenizer, phase="eval")
-                )
-            else:
-                parts.append(message["content"] + "\n\n")
-        return "".join(parts)
+        tokenizer, meta = self.loaded.tokenizer, self.metas.get(ask.model)
+        template = chosen_template(meta.template if meta else None, tokenizer=tokenizer)
+        try:
+            return conversation(
+                ask.messages, template=template, tokenizer=tokenizer, kwargs=ask.template_kwargs
+            )
+        except DataError as error:
+            raise RequestError(400, " ".join(str(error).split()), "messages") from None
 
-    def _give(self, job: Job, piece: Any) -> bool:
+    def _give(self, job: Job, piece: Written) -> bool:
         """Pass on what was decoded, up to a stop text; True when that was all."""
-        text, last = job.held + piece.text, piece.finish_reason is not None
+        text, last = job.held + piece.text, piece.reason is not None
         cuts = [at for stop in job.ask.stop if (at := text.find(stop)) >= 0]
-        reason = "stop" if cuts else piece.finish_reason
+        reason = "stop" if cuts else piece.reason
         if cuts:
             text = text[: min(cuts)]
         keep = 0 if cuts or last else _begun(text, job.ask.stop)
         job.held = text[len(text) - keep :]
         text = text[: len(text) - keep]
         if reason:
-            job.pieces.put(Piece(text, reason, piece.prompt_tokens, piece.generation_tokens))
+            job.pieces.put(Piece(text, reason, job.prompt_tokens, piece.tokens))
         elif text:
             job.pieces.put(Piece(text))
         return reason is not None
@@ -226,37 +239,3 @@ def _begun(text: str, stops: tuple[str, ...]) -> int:
     """How many characters at the end of `text` may be the beginning of a stop text."""
     longest = min(max(map(len, stops), default=1) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
-
-
-def _chat(messages: list[Message], tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.has_chat_template:
-        raise RequestError(400, "the model has no chat template: ask /v1/completions", "messages")
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RequestError(400, f"the chat template refuses these messages ({error})", "messages") from None
-    return text
-
-
-def _sampler(ask: Ask) -> Any:
-    """Draws with a key of its own, so that a seed gives the same answer whatever is decoded beside it."""
-    import mlx.core as mx
-
-    if ask.temperature == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
-    key = mx.random.key(ask.seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        scaled = logprobs / ask.temperature
-        if ask.top_p < 1:
-            order = mx.argsort(-scaled, axis=-1)
-            share = mx.softmax(mx.take_along_axis(scaled, order, axis=-1), axis=-1)
-            kept = mx.cumsum(share, axis=-1) - share < ask.top_p
-            scaled = mx.where(mx.take_along_axis(kept, mx.argsort(order, axis=-1), axis=-1), scaled, -mx.inf)
-        return mx.random.categorical(scaled, key=now)
-
-    return sample

@@ -65,8 +65,18 @@ def side_by_side(engine: Engine, asks: list[Ask]) -> Iterator[list[str]]:
             stream.close()  # type: ignore[attr-defined]
 
 
-def build(engine: Engine, *, title: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> Any:
-    """The page as Gradio's Blocks; the arguments are what its controls start with."""
+def build(
+    engine: Engine,
+    *,
+    title: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """The page as Gradio's Blocks; the arguments are what its controls start with, and what every question
+    is asked with."""
     gr = _gradio()
 
     def asks(models: list[str], messages: Turns, limit: float, heat: float) -> list[Ask]:
@@ -79,6 +89,7 @@ def build(engine: Engine, *, title: str, max_tokens: int, temperature: float, to
                 temperature=float(heat),
                 top_p=top_p,
                 seed=seed,
+                template_kwargs=template_kwargs or {},
             )
             for model in models
         ]

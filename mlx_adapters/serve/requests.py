@@ -1,8 +1,9 @@
-"""What a request asks: fields of OpenAI's API, checked. One that would change the answer and is unknown here
-is refused, not ignored."""
+"""What a request asks: fields of OpenAI's API, and some that vLLM and mlx-lm add, checked. A field that is
+not known here is refused by its name, unless it cannot change the answer."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_adapters.parse import from_json
@@ -14,7 +15,26 @@ Message = dict[str, str]
 _ROLES = ("system", "developer", "user", "assistant")
 _SEEDS = 2**31
 _STOPS = 4  # OpenAI's own limit
-# Fields whose other values would change the answer: refused, not ignored.
+_USED = frozenset(
+    [
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "stream",
+        "stream_options",
+    ]
+)
+_ONE_OF = {True: ("messages", "chat_template_kwargs"), False: ("prompt",)}  # of a chat, of a completion
+# Fields whose other values would change the answer.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -23,12 +43,28 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
+# Fields that say who asks, what is kept and how fast it should go.
+_ASIDE = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+    ]
+)
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 class RequestError(Exception):
@@ -41,7 +77,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """A checked request. `prompt` is read as it is, `messages` through a template; one of them is given."""
+    """A checked request. `prompt` is read as it is, `messages` through a template; one of them is given.
+
+    `top_k` 0 keeps all tokens; without a `seed` every answer is drawn anew.
+    """
 
     model: str
     prompt: str | None = None
@@ -49,7 +88,13 @@ class Ask:
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
@@ -67,18 +112,14 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
     The temperature is 0 unless given, as in `mlx-adapters generate`; OpenAI's would be 1.
     """
     fields = _object(body)
-    for name, allowed in _ONLY.items():
-        if fields.get(name) not in (None, *allowed):
-            raise RequestError(400, f"{name} is not supported here: leave it out", name)
+    _refuse_others(fields, chat)
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise RequestError(
             400, "model must be the name of the base or of an adapter: GET /v1/models", "model"
         )
     limit_name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
-    options = fields.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise RequestError(400, "stream_options must be an object", "stream_options")
+    options, seed = _object_field(fields, "stream_options"), fields.get("seed")
     return Ask(
         model=model,
         prompt=None if chat else _prompt(fields.get("prompt")),
@@ -86,10 +127,16 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
         max_tokens=int(_number(fields, limit_name, min(256, max_tokens), 1, max_tokens, whole=True)),
         temperature=_number(fields, "temperature", 0.0, 0.0, 2.0),
         top_p=_number(fields, "top_p", 1.0, 1e-6, 1.0),
-        seed=int(_number(fields, "seed", 0, 0, _SEEDS - 1, whole=True)),
+        top_k=max(0, int(_number(fields, "top_k", 0, -1, _SEEDS, whole=True))),  # -1: all, as in vLLM
+        min_p=_number(fields, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=_number(fields, "repetition_penalty", 1.0, 0.01, 100.0),
+        presence_penalty=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
+        seed=None if seed is None else int(_number(fields, "seed", 0, 0, _SEEDS - 1, whole=True)),
+        template_kwargs=_object_field(fields, "chat_template_kwargs"),
         stop=_stop(fields.get("stop")),
         stream=_flag(fields, "stream"),
-        include_usage=_flag(options or {}, "include_usage"),
+        include_usage=_flag(options, "include_usage"),
     )
 
 
@@ -101,6 +148,22 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RequestError(400, f"the body must be a JSON object, found {type(fields).__name__}")
     return fields
+
+
+def _refuse_others(fields: dict[str, Any], chat: bool) -> None:
+    for name, value in fields.items():
+        if value is None or name in _USED or name in _ONE_OF[chat] or name in _ASIDE:
+            continue
+        if not any(type(value) is type(allowed) and value == allowed for allowed in _ONLY.get(name, ())):
+            raise RequestError(400, f"{name[:80]} is not supported here: leave it out", name[:80])
+
+
+def _object_field(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise RequestError(400, f"{name} must be an object, found {_short(value)}", name)
+    _clean(json.dumps(value, ensure_ascii=False), name)
+    return value or {}
 
 
 def _number(
@@ -152,8 +215,13 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise RequestError(
                 400, f"{where}.role must be one of {', '.join(_ROLES)}, found {_short(role)}", f"{where}.role"
             )
+        for name, value in message.items():
+            if name not in ("role", "content", "name") and value not in _NOTHING:
+                raise RequestError(400, f"{where}.{name[:80]} is not supported here: leave it out", where)
         text = _clean(_content(message.get("content"), where), f"{where}.content")
         found.append({"role": "system" if role == "developer" else role, "content": text})
+        if message.get("name"):  # a template may write it
+            found[-1]["name"] = _clean(_content(message["name"], where), f"{where}.name")
     if found[-1]["role"] != "user":
         raise RequestError(400, "the last of the messages must be the user's", "messages")
     return tuple(found)

@@ -148,6 +148,7 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], float]:
     from mlx_adapters import adapter as adapters
     from mlx_adapters import model
+    from mlx_adapters.data.templates import chosen_template
     from mlx_adapters.evaluate import tasks
     from mlx_adapters.evaluate.decode import Decoding
     from mlx_adapters.evaluate.records import RecordFile
@@ -164,7 +165,7 @@ def _measured(
     )
     loaded = model.load(study.model, answering=True)
     meta = adapters.load(loaded, folder / "adapter") if adapter else None
-    template = (meta.template if meta else "") or study.cells[0].train.template or "alpaca"
+    template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
     started, scores, answers = time.perf_counter(), [], []
     with RecordFile(file, {"study": study.common(), "template": template}, resume=True) as records:
         for task, items in sets:

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
-from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, read_rows
+from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, notes, read_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError, OutputError, writing_to
@@ -112,6 +112,8 @@ def prepare(
     processes = processes or Processes()
     if processes.writes:
         check_output(output, resume)
+    for note in notes(rows):
+        warn(note)
     kept, excluded = _select(rows, config, exclude)
     earlier = adapter.read_meta(start) if start else None
     template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
