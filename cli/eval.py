@@ -15,6 +15,7 @@ from mlx_adapters.cli.complete import DECODINGS
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.evaluate.protocol import PROTOCOLS, chosen
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["columns", "command", "run_task", "score_row"]
 
-_KEYS = ("model", "adapter", "adapter_sha256", "template", "decoding", "settings", "data", "tasks", "limit")
+_KEYS = ("model", "adapter", "adapter_sha256", "template", "decoding", "settings", "reading", "data", "tasks")
 
 
-@reporting(*_KEYS, "seed", "scores")
+@reporting(*_KEYS, "limit", "seed", "scores")
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     task: Annotated[
@@ -63,14 +64,24 @@ def command(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer [default: the paper's, 256 or 32]")
     ] = None,
-    decoding: Annotated[
-        str,
+    protocol: Annotated[
+        str | None,
         typer.Option(
-            help="greedy; beam (4 beams, the paper's numbers); sample; likelihood of the choices",
+            help="paper: four beams, the template llm-adapters, the paper's longest answers, and its reading",
+            autocompletion=complete.among(PROTOCOLS),
+        ),
+    ] = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            help="greedy; beam (4 beams, the paper's numbers); sample; likelihood of the choices "
+            "[default: greedy]",
             autocompletion=complete.among(DECODINGS),
         ),
-    ] = "greedy",
-    beams: Annotated[int, typer.Option("--num-beams", min=1, help="of --decoding beam")] = 4,
+    ] = None,
+    beams: Annotated[
+        int | None, typer.Option("--num-beams", min=1, help="of --decoding beam [default: 4]")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="of --decoding sample")] = 0.1,
     top_p: Annotated[float, typer.Option(help="of --decoding sample")] = 0.75,
     top_k: Annotated[int, typer.Option(help="of --decoding sample")] = 40,
@@ -96,14 +107,21 @@ def command(
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""
     from mlx_adapters.evaluate import tasks
+    from mlx_adapters.evaluate.answers import RULES
+    from mlx_adapters.evaluate.score import none_right
     from mlx_adapters.model import locate
 
     if resume and output is None:
         raise ConfigError("--resume goes on with the records of --output: give the same --output")
-    options = _decoding(decoding, choices, beams, temperature, top_p, top_k, seed)
+    given = {"decoding": decoding, "num_beams": beams, "template": template, "max_tokens": max_tokens}
+    settled = chosen(protocol, given, flag="--")
+    decoding, reading = settled["decoding"], settled["reading"]
+    options = _decoding(decoding, choices, settled["num_beams"], temperature, top_p, top_k, seed)
+    if decoding != "likelihood":
+        options["reading"] = reading
     sets = tasks.load(task, data_dir=data_dir, limit=limit, seed=seed, prompt=prompt, label=label)
     meta = _meta(adapter)
-    used = _template(meta, template, force_template)
+    used = _template(meta, settled.get("template"), force_template)
     settings = {
         "model": model,
         "adapter": str(adapter) if adapter else None,
@@ -111,6 +129,7 @@ def command(
         "template": used,
         "decoding": decoding,
         "settings": _plain(options) | {"max_tokens": max_tokens},
+        "reading": RULES[reading] if "reading" in options else None,
         "data": str(data_dir) if data_dir else "hub",
         "tasks": [one.name for one, _ in sets],
         "limit": limit,
@@ -135,7 +154,13 @@ def command(
         result = settings | {"scores": [asdict(score) for score in scores]}
         if file is not None:
             file.finish(result | {"records": [asdict(record) for record in records]})
-    report(result, lambda: table(columns(decoding), [score_row(score) for score in scores]))
+
+    def words() -> None:
+        table(columns(decoding, reading), [score_row(score, reading) for score in scores])
+        for line in filter(None, map(none_right, scores)):
+            typer.echo(line)
+
+    report(result, words)
 
 
 def run_task(
@@ -189,19 +214,24 @@ def run_task(
     return records, scoring.summarise(records), (len(records) - before) / seconds
 
 
-def columns(decoding: str = "greedy") -> list[str]:
+def columns(decoding: str = "greedy", reading: str = "strict") -> list[str]:
     """The heads of `score_row`."""
-    second = "per character" if decoding == "likelihood" else "paper's rule"
+    second = "strict reading" if reading == "paper" else "paper's rule"
+    second = "per character" if decoding == "likelihood" else second
     return ["task", "accuracy", "95 % interval", "correct", "seen in training", "near", "unseen", second]
 
 
-def score_row(score: "Score") -> list[str]:
-    """A score as the cells of `columns`."""
+def score_row(score: "Score", reading: str = "strict") -> list[str]:
+    """A score as the cells of `columns`. The unseen share has its own interval where some items were seen."""
 
     def part(correct: int, total: int) -> str:
         return f"{correct / total:.1%} of {total}" if total else "none"
 
-    second = score.paper_accuracy if score.norm_accuracy is None else score.norm_accuracy
+    unseen = part(score.unseen_correct, score.unseen_total)
+    if 0 < score.unseen_total < score.total:
+        unseen += f" ({score.unseen_low:.1%} - {score.unseen_high:.1%})"
+    second = score.strict_accuracy if reading == "paper" else score.paper_accuracy
+    second = second if score.norm_accuracy is None else score.norm_accuracy
     return [
         score.task,
         f"{score.accuracy:.1%}",
@@ -209,7 +239,7 @@ def score_row(score: "Score") -> list[str]:
         f"{score.correct}/{score.total}",
         part(score.seen_correct, score.seen_total),
         part(score.near_correct, score.near_total),
-        part(score.unseen_correct, score.unseen_total),
+        unseen,
         f"{second:.1%}" if second is not None else "",
     ]
 
@@ -234,7 +264,7 @@ def _decoding(
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return asdict(options["decoding"]) if "decoding" in options else options
+    return asdict(options["decoding"]) if "decoding" in options else dict(options)
 
 
 def _records(output: Path | None, settings: dict[str, Any], resume: bool) -> "RecordFile | nullcontext[None]":
@@ -294,6 +324,6 @@ def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
     if trained and wish and wish != trained and not force:
         raise ConfigError(
             f"the adapter was trained with the template {trained}, not {wish}. "
-            "Leave --template out, or add --force-template"
+            "Leave --template (or --protocol) out, or add --force-template"
         )
     return chosen_template(wish, trained)

@@ -69,16 +69,20 @@ def command(
         "versions": found["versions"],
         "samples": found["n-samples"],
     }
-    report(shown, lambda: table(["task", "metric", "filter", "value", "items"], _rows(found)))
+    report(
+        shown, lambda: table(["task", "metric", "filter", "value", "standard error", "items"], _rows(found))
+    )
 
 
 def _rows(found: dict[str, Any]) -> list[list[str]]:
-    """One row a metric: lm_eval names them `metric,filter`; its standard errors stay in the JSON."""
+    """One row a metric: lm_eval names it `metric,filter` and its standard error `metric_stderr,filter`."""
     rows = []
     for task, metrics in found["results"].items():
-        counted = found["n-samples"].get(task, {})
+        items = str(found["n-samples"].get(task, {}).get("effective", ""))
         for key, value in metrics.items():
             metric, comma, rule = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                rows.append([task, metric, rule, f"{value:.4f}", str(counted.get("effective", ""))])
+                error = metrics.get(f"{metric}_stderr,{rule}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                rows.append([task, metric, rule, f"{value:.4f}", shown, items])
     return rows

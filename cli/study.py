@@ -109,9 +109,12 @@ def _run(study: "Study", folder: Path, jobs: int) -> None:
     wanted += study.cells
     left = []
     for one in wanted:
-        before = cells.finished(folder, one.id if one else cells.BASE)
+        name = one.id if one else cells.BASE
+        before = cells.finished(folder, name)
         if before is None or before["status"] != "done":
             left.append(one)
+        else:
+            cells.same_rules(study, before, cells.cell_folder(folder, name) / "cell.json")
     say(f"{study.settings.name}: {len(wanted)} cells, {len(wanted) - len(left)} done before")
     if jobs > 1 and left:
         jobs = min(jobs, _fitting(study))
@@ -241,6 +244,8 @@ def _finish(study: "Study", folder: Path) -> None:
 
     def words() -> None:
         table(page.columns(results), page.cells_of(results))
+        for line in page.none_right(results):
+            typer.echo(line)
         typer.echo(f"{file}: {len(results) - len(failed)} cells, {duration(seconds)} of work")
 
     report({"report": file, "cells": results, "failed": failed, "seconds": seconds}, words)

@@ -200,6 +200,7 @@ class _Measured:
 
     def _how(self) -> str:
         limit = f", {self.settings['limit']} items of each" if self.settings.get("limit") else ""
+        limit += ", answers read by the paper's rule" if self.settings.get("reading") == "paper" else ""
         return f"decoding {self.settings.get('decoding')}, template {self.settings.get('template')}{limit}"
 
 

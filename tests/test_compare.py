@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import DataError
-from mlx_adapters.evaluate.compare import compare, mcnemar, words
+from mlx_adapters.evaluate.compare import compare, differ, mcnemar, words
 from mlx_adapters.evaluate.records import read_report
 from mlx_adapters.evaluate.score import Record
 
@@ -96,6 +96,89 @@ def test_tasks_are_compared_each_and_together() -> None:
         ("gsm8k", 2, 1),
         ("all", 6, 3),
     ]
+
+
+def marked(verdicts: str, relation: str, task: str = "SVAMP") -> list[Record]:
+    """As `records`; `relation` has s for an item seen in training, n for a near one."""
+    return [
+        replace(record, seen=mark == "s", near=mark == "n")
+        for record, mark in zip(records(verdicts, task), relation, strict=True)
+    ]
+
+
+def test_the_unseen_share_has_its_own_test_and_interval() -> None:
+    """What one adapter has memorised is not what it is better at."""
+    a = marked("rrrrrrrrrrrr" + "rrww", "s" * 10 + "nn" + "----")
+    b = marked("wwwwwwwwwwww" + "wrrr", "-" * 16)
+    whole, unseen = compare(a, b)
+    assert (whole.part, whole.total, whole.seen, whole.only_a, whole.only_b) == ("all", 16, 12, 13, 2)
+    assert (unseen.part, unseen.total, unseen.seen, unseen.only_a, unseen.only_b) == ("unseen", 4, 0, 1, 2)
+    (alone,) = compare(a[12:], b[12:])
+    assert asdict(unseen) == asdict(alone) | {"part": "unseen"}
+    assert words(whole, "a", "b").endswith("a is better.")
+    assert words(unseen, "a", "b").startswith(
+        "SVAMP, unseen in training: a 50.0%, b 75.0% on the same 4 items."
+    )
+    assert words(unseen, "a", "b").endswith("no evidence that one is better.")
+    both = compare(a + marked("rw", "s-", "gsm8k"), b + marked("rr", "--", "gsm8k"))
+    assert [(one.task, one.part, one.total) for one in both] == [
+        *(("SVAMP", "all", 16), ("SVAMP", "unseen", 4)),
+        *(("gsm8k", "all", 2), ("gsm8k", "unseen", 1)),
+        *(("all", "all", 18), ("all", "unseen", 5)),
+    ]
+
+
+def test_a_set_without_an_unseen_item_says_so() -> None:
+    (found,) = compare(marked("rrw", "ssn"), marked("rww", "---"))
+    assert found.seen == found.total
+    assert "Every one was seen in training" in words(found, "a", "b")
+    (new,) = compare(records("rrw"), records("rww"))
+    assert "seen in training" not in words(new, "a", "b")
+
+
+ASKED = {
+    "model": "qwen",
+    "adapter": "a",
+    "adapter_sha256": "1",
+    "template": "alpaca",
+    "decoding": "greedy",
+    "settings": {"kind": "greedy", "beams": 4, "max_tokens": None},
+    "reading": "strict 2",
+}
+LIKELIHOOD = {"decoding": "likelihood", "settings": {"scored": "label", "max_tokens": None}, "reading": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"adapter": "b", "adapter_sha256": "2", "limit": 5}, []),
+        ({"model": "phi"}, ["model"]),
+        ({"template": "chat"}, ["template"]),
+        ({"decoding": "beam", "settings": {"kind": "beam", "beams": 2, "max_tokens": 8}},
+         ["decoding", "beams", "max_tokens"]),
+        (LIKELIHOOD, ["decoding", "reading"]),
+        ({"reading": "paper"}, ["reading"]),
+        ({"reading": None}, ["reading"]),
+    ],
+)  # fmt: skip
+def test_reports_that_were_asked_or_read_otherwise_are_told(
+    tmp_path: Path, changes: dict[str, object], names: list[str]
+) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    rows = [asdict(row) for row in records("rrww")]
+    a.write_text(json.dumps(ASKED | {"records": rows}))
+    b.write_text(json.dumps(ASKED | changes | {"records": rows}))
+    said = cli("compare", a, b).stdout
+    assert said.startswith("The reports differ in ") == bool(names)
+    for name in names:
+        assert f"{name} (" in said
+    (found,) = json.loads(cli("compare", a, b, "--json").stdout)
+    assert list(found["differ"]) == names
+
+
+def test_what_is_scored_by_likelihood_is_told() -> None:
+    by_text = LIKELIHOOD | {"settings": {"scored": "text", "max_tokens": None}}
+    assert differ(ASKED | LIKELIHOOD, ASKED | by_text) == {"scored": ("label", "text")}
 
 
 Change = Callable[[list[Record]], list[Record]]

@@ -195,13 +195,13 @@ def test_processes_share_the_items_and_give_the_records_of_one(
     names = "ARC-Easy" if decoding == "likelihood" else "SVAMP,boolq"
     run = ["eval", model, "--task", names, "--data-dir", sets, "--limit", 9, "--decoding", decoding]
     run += ["--batch-size", 4, "--max-tokens", 6]
+    run += ["--choices", "text"]  # the tiny tokenizer tells no labels apart
     cli(*run, "--output", tmp_path / "one.json")
     cli(*run, "--processes", 2, "--output", tmp_path / "two.json")
     one, two = report(tmp_path / "one.json"), report(tmp_path / "two.json")
-    for record in [*one["records"], *two["records"]]:
-        if record["loglikelihoods"]:
-            record["loglikelihoods"] = {k: round(v, 4) for k, v in record["loglikelihoods"].items()}
-    assert one == two
+    for record in one["records"]:  # other batches round otherwise
+        record["loglikelihoods"] = pytest.approx(record["loglikelihoods"], abs=5e-5)
+    assert two == one
 
 
 def test_what_a_process_meets_is_told_in_one_line(sets: Path, tmp_path: Path) -> None:

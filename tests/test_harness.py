@@ -1,6 +1,7 @@
 """lm-evaluation-harness: our model answers its tasks as its own torch model does."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ doc_to_target: "{{choices[label]}}"
 generation_kwargs: {until: ["7"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
+    "ours_end": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " {{choices[label]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
     "ours_text": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -43,7 +50,7 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three YAML tasks over one file of twelve questions."""
+    """YAML tasks of every kind over one file of twelve questions."""
     folder = tmp_path_factory.mktemp("tasks")
     things = ["apples", "books", "the answer", "a number of coins"]
     rows = [
@@ -83,7 +90,10 @@ def answers(found: dict[str, Any], task: str) -> list[Any]:
     return [sample["filtered_resps"] for sample in samples]
 
 
-def test_every_kind_of_task_equals_lm_evals_torch_model(tmp_path: Path, tasks: Path) -> None:
+def test_every_kind_of_task_equals_lm_evals_torch_model(
+    tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard errors too: by a formula for means, bootstrapped by lm_eval's own draws for a perplexity."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -91,12 +101,13 @@ def test_every_kind_of_task_equals_lm_evals_torch_model(tmp_path: Path, tasks: P
     from mlx_adapters.evaluate.harness import run_tasks
 
     folder = make_tiny("llama", tmp_path)
-    torch = simple_evaluate(
-        model=HFLM(str(folder), device="cpu", dtype="float32", batch_size=1),
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    with monkeypatch.context() as patch:
+        patch.setenv("DISABLE_MULTIPROC", "1")  # not to fork a process that has loaded torch and MLX
+        torch = simple_evaluate(
+            model=HFLM(str(folder), device="cpu", dtype="float32", batch_size=1),
+            tasks=list(TASKS),
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        )
     loaded = load(folder)
     loaded.model.eval()
     for batch_size in (1, 5):
@@ -105,10 +116,15 @@ def test_every_kind_of_task_equals_lm_evals_torch_model(tmp_path: Path, tasks: P
             assert [score for score, _ in mine] == pytest.approx([score for score, _ in theirs], abs=1e-4)
             assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
         assert answers(ours, "ours_answer") == answers(torch, "ours_answer")
+        errors = {}
         for task, metrics in torch["results"].items():
             for name, value in metrics.items():
-                if isinstance(value, float) and "stderr" not in name:
+                if isinstance(value, float):
                     assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+                    errors |= {(task, name): value} if "_stderr," in name else {}
+        assert errors["ours_choice", "acc_stderr,none"] > 0
+        assert errors["ours_end", "perplexity_stderr,none"] > 0
+        assert os.environ.get("DISABLE_MULTIPROC") is None
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
@@ -147,7 +163,9 @@ def test_the_command(tmp_path: Path, tasks: Path) -> None:
     found = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
     assert set(found) == {"model", "adapter", "results", "versions", "samples"}
     assert found["samples"]["ours_choice"]["effective"] == 5
-    assert f"{found['results']['ours_choice']['acc_norm,none']:.4f}" in shown.stdout
+    result = found["results"]["ours_choice"]
+    line = next(line.split() for line in shown.stdout.splitlines() if "acc_norm" in line)
+    assert [f"{result['acc_norm,none']:.4f}", f"{result['acc_norm_stderr,none']:.4f}", "5"] == line[-3:]
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["results"] == found["results"]
     assert len(kept["samples"]["ours_choice"]) == 5

@@ -1,7 +1,9 @@
 """A study on a tiny model through the command: grid, resume, budget, failures, report."""
 
 import csv
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -16,9 +18,10 @@ from tiny import make_tiny
 from typer.testing import CliRunner, Result
 
 from mlx_adapters.cli.app import app
+from mlx_adapters.evaluate.score import wilson
 from mlx_adapters.lock import locked
 from mlx_adapters.study import cells, grid
-from mlx_adapters.study.report import average
+from mlx_adapters.study.report import average, none_right
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -186,6 +189,30 @@ def test_a_folder_belongs_to_one_study(done: tuple[Path, Path]) -> None:
         ({"decoding": "bream"}, "Unknown decoding 'bream'"),
         ({"limit": 0}, "limit=0 must be at least 1"),
         ({"sedes": [1]}, "Unknown key 'sedes'. Did you mean 'seeds'"),
+        (
+            {"grid": [{"method": "lora", "set": {"alpha": "2*rnk"}}]},
+            "field of lora 'rnk'. Did you mean 'rank'",
+        ),
+        (
+            {"grid": [{"method": "lora", "set": {"alpha": "2*targets"}}]},
+            "alpha='2*targets' needs targets to be a number, found 'default'",
+        ),
+        (
+            {"grid": [{"method": "lora", "set": {"alpha": "2*alpha"}}]},
+            "alpha='2*alpha' needs alpha to be a number, found '2*alpha'",
+        ),
+        ({"grid": [{"method": "lora", "set": {"alpha": "rank+2"}}]}, "alpha='rank+2' is not a number"),
+        ({"grid": [{"method": "lora", "set": {"rank": "0.3*alpha"}}]}, "rank=4.8 is not a whole number"),
+        ({"protocol": "papr"}, "Unknown protocol 'papr'. Did you mean 'paper'"),
+        ({"protocol": "paper"}, "max_tokens 4 contradicts protocol paper, which uses each set's own limit"),
+        (
+            {"protocol": "paper", "max_tokens": None, "decoding": "greedy"},
+            "decoding greedy contradicts protocol",
+        ),
+        (
+            {"protocol": "paper", "max_tokens": None, "train": {"template": "chat"}},
+            "template chat contradicts protocol paper, which uses llm-adapters",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -218,9 +245,96 @@ def test_the_small_study_is_a_study() -> None:
     assert len(grid.read(EXAMPLES / "study-cpu.yaml").cells) == 8
 
 
-def test_the_average_weighs_sets_alike() -> None:
-    one = {"accuracy": 0.5, "stderr": 0.03, "low": 0.44, "high": 0.56}
-    assert average([one]) == {"accuracy": 0.5, "low": 0.44, "high": 0.56}
-    both = average([one, one | {"accuracy": 0.7, "stderr": 0.04}])
-    assert both["accuracy"] == pytest.approx(0.6)
-    assert both["high"] - 0.6 == pytest.approx(1.959964 * 0.05 / 2)
+def shares(*counts: tuple[int, int]) -> list[dict[str, Any]]:
+    """The scores of sets with so many right of so many."""
+    return [
+        {"correct": right, "total": total, "accuracy": right / total}
+        | dict(zip(("low", "high"), wilson(right, total), strict=True))
+        for right, total in counts
+    ]
+
+
+def test_the_average_weighs_sets_alike_and_one_set_keeps_its_interval() -> None:
+    (one,) = shares((7, 20))
+    assert average([one]) == {name: one[name] for name in ("accuracy", "low", "high")}
+    assert average(shares((10, 20), (70, 100)))["accuracy"] == pytest.approx(0.6)
+
+
+def test_the_average_s_interval_is_that_of_statpsych() -> None:
+    """R's statpsych documents ci.lc.prop.bs for 26 and 24 of 60: difference 0.03225806, error 0.08857951.
+
+    The average of 26 of 60 and of the other 36 of 60 is (1 + difference) / 2.
+    """
+    found = average(shares((26, 60), (36, 60)))
+    for name, z in (("low", -1.959964), ("high", 1.959964)):
+        assert found[name] == pytest.approx((1 + 0.03225806 + z * 0.08857951) / 2, abs=1e-8)
+
+
+def test_an_average_of_nothing_right_is_no_certainty() -> None:
+    nothing, everything = average(shares((0, 20), (0, 20))), average(shares((20, 20), (20, 20)))
+    assert nothing["low"] == 0
+    assert 0.05 < nothing["high"] < wilson(0, 20)[1]
+    assert (everything["low"], everything["high"]) == (pytest.approx(1 - nothing["high"]), 1)
+
+
+@pytest.mark.parametrize("truth", [(0.02, 0.02), (0.05, 0.4), (0.5, 0.5), (0.97, 0.8), (0.1, 0.1, 0.9)])
+def test_the_average_s_interval_holds_the_truth_as_often_as_it_says(truth: tuple[float, ...]) -> None:
+    """Every outcome of 20 items a set, with its probability: no drawing, no tolerance for luck."""
+    total, mean, covered = 20, sum(truth) / len(truth), 0.0
+    chances = [[math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(total + 1)] for p in truth]
+    for counts in itertools.product(range(total + 1), repeat=len(truth)):
+        found = average(shares(*((count, total) for count in counts)))
+        if found["low"] <= mean <= found["high"]:
+            covered += math.prod(chance[count] for chance, count in zip(chances, counts, strict=True))
+    assert 0.93 < covered < 0.995
+
+
+def test_a_field_may_be_a_multiple_of_another(model: Path, tmp_path: Path) -> None:
+    entry = {"method": "lora", "set": {"alpha": "2*rank"}, "size": {"rank": [4, 32]}}
+    default = {"method": "lora", "placement": {"default": {}}, "set": {"alpha": " 0.5 * rank "}}
+    named = {"method": "lora", "placement": {"none": {"rank": 6}}, "size": {"alpha": ["1*rank", "2*rank"]}}
+    found = grid.read(study_file(tmp_path, model, grid=[entry, default, named])).cells
+    assert [(one.fields["rank"], one.fields["alpha"]) for one in found] == [
+        (4, 8), (32, 64), (8, 4), (6, 6), (6, 12),
+    ]  # fmt: skip
+    assert [one.id for one in found[:2]] == ["lora-rank4", "lora-rank32"]
+    assert len({one.id for one in found}) == 5
+
+
+def test_the_examples_hold_the_scale_of_every_rank() -> None:
+    for name in ("study-size", "study-cpu", "study-placement"):
+        cells = [one for one in grid.read(EXAMPLES / f"{name}.yaml").cells if one.method == "lora"]
+        assert {one.fields["alpha"] / one.fields["rank"] for one in cells} == {2.0}, name
+
+
+def test_the_papers_protocol_is_one_key(model: Path, tmp_path: Path) -> None:
+    study = grid.read(study_file(tmp_path, model, max_tokens=None, protocol="paper"))
+    assert (study.settings.decoding, study.settings.reading) == ("beam", "paper")
+    assert {one.train.template for one in study.cells} == {"llm-adapters"}
+    for name in ("study-placement", "study-size"):
+        assert grid.read(EXAMPLES / f"{name}.yaml").settings.reading == "paper"
+
+
+def test_cells_read_by_other_rules_are_not_put_into_one_table(done: tuple[Path, Path]) -> None:
+    """As a study of an earlier version is: its answers were read otherwise."""
+    file = done[1] / "cells" / "base" / "cell.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"reading": "strict 1"}))
+    said = cli("study", done[0], "--output", done[1], code=2).stderr
+    file.write_text(before)
+    assert f"{file}: its answers were read by other rules (strict 1; now strict 2)" in said
+    assert "Remove" in said
+
+
+def test_sets_with_nothing_right_are_named_under_the_table(done: tuple[Path, Path]) -> None:
+    score = {"task": "SVAMP", "correct": 0, "total": 4, "unanswered": 1, **shares((0, 4))[0]}
+    rows = [
+        {"id": "base", "scores": [score | {"unanswered": 4}]},
+        {"id": "lora", "scores": [score | {"task": "gsm8k", "correct": 2}, score]},
+    ]
+    (line,) = none_right(rows)
+    assert line.startswith("SVAMP: no answer is right in base, lora; in base no answer could be read. Look")
+    folder = done[1]
+    for line in none_right(list(results(folder).values())):
+        assert line in cli("study", done[0], "--output", folder).stdout
+        assert line in (folder / "results.md").read_text()

@@ -72,7 +72,8 @@ def test_names_are_found_in_any_case_and_close_ones_suggested() -> None:
             {"ID": "chal-2", "Body": "He had 32 cakes.", "Question": "How many now?", "Answer": "-1"},
             Item("He had 32 cakes. How many now?", "", "-1"),
         ),
-        ("MultiArith", {"question": " How many? ", "final_ans": "15"}, Item("How many?", "", "15")),
+        ("MultiArith", {"question": " How many? ", "final_ans": "15"}, Item(" How many? ", "", "15")),
+        ("MultiArith", {"question": "How many?", "final_ans": "15"}, Item(" How many? ", "", "15")),
     ],
 )
 def test_hub_rows_become_the_same_questions(name: str, rows: dict[str, Any], expected: Item) -> None:
@@ -165,16 +166,16 @@ COMMONSENSE: list[tuple[str, dict[str, Any], str, str]] = [
         "mathqa",
         {
             "Problem": "how far ?",
-            "options": "a ) 38 , b ) rs . 1,200 , c ) ( a + b ) , d ) none , e ) 4",
+            "options": "a ) 38 , b ) rs . 1,200 , c ) ( a + b ) , d ) data inadequate , e ) 4 feet",
             "correct": "b",
         },
-        "how far ? Answer Choices: (A) 38 (B) rs . 1,200 (C) ( a + b ) (D) none (E) 4",
+        "how far ? The options: A ) 38 , B ) rs . 1,200 , C ) ( A + B ) , D ) DAtA inADEquAtE , E ) 4 FEEt",
         "B",
     ),
     (
         "mathqa",
         {"Problem": "how far ?", "options": "['a ) 1', 'b ) 2', 'c ) 3', 'd ) 4', 'e ) 5']", "correct": "e"},
-        "how far ? Answer Choices: (A) 1 (B) 2 (C) 3 (D) 4 (E) 5",
+        "how far ? The options: ['A ) 1', 'B ) 2', 'C ) 3', 'D ) 4', 'E ) 5']",
         "E",
     ),
 ]  # fmt: skip
@@ -185,6 +186,19 @@ def test_hub_rows_are_asked_in_the_papers_words(
     name: str, rows: dict[str, Any], instruction: str, label: str
 ) -> None:
     assert from_rows(find(name), [rows]) == [Item(instruction, "", label)]
+
+
+def test_mathqas_options_are_read_from_its_prompt_as_they_were_before() -> None:
+    for number, texts in (
+        (-2, ["38", "rs . 1,200", "( a + b )", "data inadequate", "4 feet"]),
+        (-1, [*"12345"]),
+    ):
+        name, rows, instruction, _ = COMMONSENSE[number]
+        found = parse(from_rows(find(name), [rows])[0].instruction, "letter")
+        assert found is not None
+        assert found.question == "how far ?"
+        assert found.texts == dict(zip("ABCDE", texts, strict=True))
+        assert instruction.startswith("how far ? The options: ")
 
 
 def published(name: str) -> list[dict[str, str]]:
@@ -222,6 +236,12 @@ def test_published_boolq_and_aqua_rows_come_out_the_same() -> None:
         options = re.split(r"\((?=[A-E]\))", raw)[1:]
         hub_row = {"question": question, "options": options, "correct": row["answer"]}
         assert from_rows(find("AQuA"), [hub_row]) == [Item(row["instruction"], "", row["answer"])]
+
+
+def test_published_multiarith_rows_come_out_the_same() -> None:
+    for row in published("MultiArith"):
+        hub_row = {"question": row["instruction"].strip(), "final_ans": row["answer"]}
+        assert from_rows(find("MultiArith"), [hub_row]) == [Item(row["instruction"], "", row["answer"])]
 
 
 def test_groups_are_the_papers_tables() -> None:

@@ -4,27 +4,36 @@ Only the items that one gets right and the other wrong tell anything. If both we
 these n would fall to either side like a coin. McNemar's exact test (1947, doi.org/10.1007/BF02295996) is the
 chance that n coins fall at least as unevenly as they did: p = 2 sum_{i<=k} C(n, i) / 2^n, k the smaller side.
 The difference in accuracy has the interval of Bonett and Price (2012, doi.org/10.3102/1076998611411915).
+
+Where training data of either stood among the items, the unseen ones are compared by themselves too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.score import Z95, Record
 
-__all__ = ["Comparison", "compare", "mcnemar", "words"]
+__all__ = ["Comparison", "compare", "differ", "mcnemar", "words"]
+
+Pair = tuple[bool, bool, bool]  # of an item: a is right, b is right, unseen by both
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations on the same `total` items of `task`: how many each got right, how many it alone did.
 
-    `difference` is a's accuracy less b's, `low` and `high` its 95 % interval, `p` of McNemar's exact test.
+    `part` is `all` or `unseen`: the items neither seen nor near in the training of either; `seen` counts the
+    others. `difference` is a's accuracy less b's, `low` and `high` its 95 % interval, `p` that of McNemar's
+    exact test.
     """
 
     task: str
+    part: str
     total: int
+    seen: int
     a_correct: int
     b_correct: int
     only_a: int
@@ -38,7 +47,8 @@ class Comparison:
 def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Comparison]:
     """Compare task by task, and over all items when there are several tasks (task "all").
 
-    Raises DataError unless both have the same items.
+    A task of which items were seen is followed by its unseen part. Raises DataError unless both have the same
+    items.
     """
     ours, theirs = _by_task(a, "first"), _by_task(b, "second")
     if ours.keys() != theirs.keys():
@@ -46,10 +56,27 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Comparison]:
             f"the reports are of different tasks: {', '.join(sorted(ours))}; {', '.join(sorted(theirs))}"
         )
     verdicts = {task: _paired(task, ours[task], theirs[task]) for task in ours}
-    found = [_comparison(task, pairs) for task, pairs in verdicts.items()]
-    if len(found) > 1:
-        found.append(_comparison("all", [pair for pairs in verdicts.values() for pair in pairs]))
+    if len(verdicts) > 1:
+        verdicts["all"] = [pair for pairs in verdicts.values() for pair in pairs]
+    found = []
+    for task, pairs in verdicts.items():
+        unseen = [pair for pair in pairs if pair[2]]
+        found.append(_comparison(task, "all", pairs))
+        if 0 < len(unseen) < len(pairs):
+            found.append(_comparison(task, "unseen", unseen))
     return found
+
+
+_ASKED = ("model", "template", "decoding", "reading")  # how a report says the items were asked and read
+
+
+def differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: both values} of what two reports differ in besides the adapter, so that it is compared too."""
+    found = {name: (a.get(name), b.get(name)) for name in _ASKED}
+    one, other = a.get("settings") or {}, b.get("settings") or {}
+    # what only one kind of decoding has, the kind tells
+    found |= {name: (one[name], other[name]) for name in one if name in other and name != "kind"}
+    return {name: (x, y) for name, (x, y) in found.items() if x != y}
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -62,7 +89,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def words(found: Comparison, a: str, b: str, *, tests: int = 1) -> str:
     """The comparison as a sentence or two. With several `tests` the 5 % are shared among them."""
     shares = f"{a} {found.a_correct / found.total:.1%}, {b} {found.b_correct / found.total:.1%}"
-    text = f"{found.task}: {shares} on the same {found.total} items."
+    name = found.task if found.part == "all" else f"{found.task}, unseen in training"
+    text = f"{name}: {shares} on the same {found.total} items."
+    if found.seen == found.total:
+        text += " Every one was seen in training, or is near to what was: this tells what was memorised."
     n = found.only_a + found.only_b
     if n == 0:
         return f"{text} They are right and wrong on the same ones: no difference at all."
@@ -89,7 +119,7 @@ def _by_task(records: Sequence[Record], which: str) -> dict[str, dict[int, Recor
     return found
 
 
-def _paired(task: str, a: dict[int, Record], b: dict[int, Record]) -> list[tuple[bool, bool]]:
+def _paired(task: str, a: dict[int, Record], b: dict[int, Record]) -> list[Pair]:
     if odd := sorted(a.keys() ^ b.keys()):
         raise DataError(
             f"{task}: the reports have {len(a)} and {len(b)} items, {len(odd)} of them in one only "
@@ -102,20 +132,23 @@ def _paired(task: str, a: dict[int, Record], b: dict[int, Record]) -> list[tuple
                 f"{task}: item {index} is another question in the two reports. Only answers to the same "
                 "items can be compared: use the same data, --limit and --seed"
             )
-    return [(a[index].correct, b[index].correct) for index in sorted(a)]
+    pairs = ((a[index], b[index]) for index in sorted(a))
+    return [(x.correct, y.correct, not (x.seen or x.near or y.seen or y.near)) for x, y in pairs]
 
 
-def _comparison(task: str, pairs: list[tuple[bool, bool]]) -> Comparison:
+def _comparison(task: str, part: str, pairs: list[Pair]) -> Comparison:
     total = len(pairs)
-    only_a, only_b = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    only_a, only_b = sum(x and not y for x, y, _ in pairs), sum(y and not x for x, y, _ in pairs)
     # Bonett and Price: one imagined item more on each side keeps the interval honest for few items
     x, y, n = (only_a + 1) / (total + 2), (only_b + 1) / (total + 2), total + 2
     half = Z95 * math.sqrt((x + y - (x - y) ** 2) / n)
     return Comparison(
         task=task,
+        part=part,
         total=total,
-        a_correct=sum(x for x, _ in pairs),
-        b_correct=sum(y for _, y in pairs),
+        seen=sum(not unseen for _, _, unseen in pairs),
+        a_correct=sum(x for x, _, _ in pairs),
+        b_correct=sum(y for _, y, _ in pairs),
         only_a=only_a,
         only_b=only_b,
         difference=(only_a - only_b) / total,

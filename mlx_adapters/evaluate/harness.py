@@ -5,7 +5,10 @@ answers; both go through this package's batched decoding, whatever the method of
 """
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +170,8 @@ def run_tasks(
     chat_template: bool = False,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """lm_eval's results and samples as plain JSON values, by its own `simple_evaluate`.
+    """lm_eval's results, with its standard errors, and samples as plain JSON values, by its own
+    `simple_evaluate`.
 
     `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name.
     Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
@@ -180,17 +184,35 @@ def run_tasks(
             f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own, "
             "--include-path adds a folder of YAML files"
         )
-    found = simple_evaluate(
-        model=HarnessModel(loaded, batch_size=batch_size),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat_template,
-        task_manager=manager,
-        bootstrap_iters=0,
-    )
+    with _one_process(), redirect_stdout(sys.stderr):
+        found = simple_evaluate(
+            model=HarnessModel(loaded, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            task_manager=manager,
+        )
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     return plain
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Standard errors without a formula are bootstrapped: not in processes forked from one that runs MLX.
+
+    The draws are the same, by lm_eval's own seeds.
+    """
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _managed(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:

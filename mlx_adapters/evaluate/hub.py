@@ -4,7 +4,6 @@ The instruction texts are those its files were made with, to the space: a model 
 same way wherever the test set came from.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,19 +55,12 @@ def _aqua(row: Row) -> tuple[str, str]:
 
 
 def _math_qa(row: Row) -> tuple[str, str]:
-    """All options stand in one text: "a ) 38 , b ) 27.675 , c ) ...", or in a list's notation."""
-    text: str = row["options"]
-    starts: list[int] = []
-    for letter in "abcde":
-        found = re.compile(rf"(?:^|,|\[)[\s'\"]*({letter}) \)").search(text, starts[-1] if starts else 0)
-        if found is None:
-            raise ValueError(f"options have no {letter}")
-        starts.append(found.start(1))
-    ends = [*starts[1:], len(text)]
-    options = [text[start:end].strip(" ,'\"[]") for start, end in zip(starts, ends)]
-    lettered = (option.split(" ) ", 1) for option in options)
-    choices = " ".join(f"({letter.upper()}) {text.strip()}" for letter, text in lettered)
-    return f"{row['Problem']} Answer Choices: {choices}", row["correct"].upper()
+    """As published: every a-f of the options is a capital, because that made "a )" into "A )"."""
+    options = row["options"].translate(_A_TO_F)
+    return f"{row['Problem']} The options: {options}", row["correct"].upper()
+
+
+_A_TO_F = str.maketrans("abcdef", "ABCDEF")
 
 
 def _svamp(row: Row) -> tuple[str, str]:
@@ -77,7 +69,7 @@ def _svamp(row: Row) -> tuple[str, str]:
 
 
 def _multiarith(row: Row) -> tuple[str, str]:
-    return row["question"].strip(), str(row["final_ans"])
+    return f" {row['question'].strip()} ", str(row["final_ans"])  # as published: a blank on both sides
 
 
 def _boolq(row: Row) -> tuple[str, str]:

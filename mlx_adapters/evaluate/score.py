@@ -11,13 +11,23 @@ from mlx_adapters.data.overlap import item_hash, relation, row_text
 from mlx_adapters.data.templates import prompt_for
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
-from mlx_adapters.evaluate.answers import correct, extract
-from mlx_adapters.evaluate.choices import Choices, parse
+from mlx_adapters.evaluate.answers import EXTRACTIONS, Extraction, correct, extract
+from mlx_adapters.evaluate.choices import Choices, as_label, parse
 from mlx_adapters.evaluate.decode import GREEDY, Decoding, generate
 from mlx_adapters.evaluate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.evaluate.tasks import Item, Task, find
 
-__all__ = ["SCORED", "Record", "Score", "answered", "evaluate", "evaluate_likelihood", "summarise", "wilson"]
+__all__ = [
+    "SCORED",
+    "Record",
+    "Score",
+    "answered",
+    "evaluate",
+    "evaluate_likelihood",
+    "none_right",
+    "summarise",
+    "wilson",
+]
 
 Z95 = 1.959964
 SCORED = ("label", "text")
@@ -27,9 +37,10 @@ SCORED = ("label", "text")
 class Record:
     """One answered item.
 
-    `extracted` and `correct` are the strict reading and `paper_*` the paper's rule; of a likelihood, they are
-    the likeliest choice, `norm_*` the likeliest per character, and `response` is empty. `item` is the hash of
-    the question; `seen` and `near` tell its relation to the adapter's training data.
+    `strict_*` is the strict reading, `paper_*` the paper's rule, and `extracted` and `correct` the one of the
+    two that counts. Of a likelihood they are the likeliest choice, `norm_*` the likeliest per character, and
+    `response` is empty. `item` is the hash of the question; `seen` and `near` tell its relation to the
+    adapter's training data.
     """
 
     task: str
@@ -40,6 +51,8 @@ class Record:
     extracted: str | None
     label: str
     correct: bool
+    strict_extracted: str | None = None
+    strict_correct: bool | None = None
     paper_extracted: str | None = None
     paper_correct: bool | None = None
     norm_extracted: str | None = None
@@ -53,7 +66,8 @@ class Record:
 class Score:
     """A task's result. `low` and `high` bound the accuracy (Wilson, 95 %); accuracies are shares of one.
 
-    `paper_*` are None for likelihoods, `norm_*` for answers. `unseen` items are neither seen nor near.
+    `strict_*` and `paper_*` are None for likelihoods, `norm_*` for answers. `unseen` items are neither seen
+    nor near. `unanswered` are those in whose response no answer could be read.
     """
 
     task: str
@@ -63,6 +77,8 @@ class Score:
     stderr: float
     low: float
     high: float
+    strict_correct: int | None
+    strict_accuracy: float | None
     paper_correct: int | None
     paper_accuracy: float | None
     norm_correct: int | None
@@ -73,6 +89,8 @@ class Score:
     near_correct: int
     unseen_total: int
     unseen_correct: int
+    unseen_low: float
+    unseen_high: float
     unanswered: int
 
 
@@ -87,15 +105,16 @@ def evaluate(
     max_tokens: int = 256,
     seen: frozenset[str] = frozenset(),
     decoding: Decoding = GREEDY,
+    reading: Extraction = "strict",
     done: frozenset[int] = frozenset(),
 ) -> Iterator[Record]:
     """Yield a record for each item as its answer is done, not in the items' order.
 
-    `seen` holds what the adapter remembers of its training rows (`seen_hashes`); items among them are marked.
-    Items whose index is in `done` are left out.
+    `reading` decides which verdict counts. `seen` holds what the adapter remembers of its training rows
+    (`seen_hashes`); items among them are marked. Items whose index is in `done` are left out.
     """
-    if isinstance(task, str):
-        task = find(task)
+    task = find(task) if isinstance(task, str) else task
+    items = _labelled(items, task)
     left = [index for index in range(len(items)) if index not in done]
     prompts = {index: _prompt(items[index], template, tokenizer) for index in left}
     answers = generate(
@@ -110,16 +129,17 @@ def evaluate(
     for place, response in answers:
         index = left[place]
         item = items[index]
-        strict = extract(response, task.kind, question=item.instruction)
-        paper = extract(response, task.kind, how="paper")
-        blank = _blank(task, index, item, prompts[index], seen)
+        found = {how: extract(response, task.kind, how=how, question=item.instruction) for how in EXTRACTIONS}
+        right = {how: correct(task.kind, found[how], item.label) for how in EXTRACTIONS}
         yield replace(
-            blank,
+            _blank(task, index, item, prompts[index], seen),
             response=response,
-            extracted=strict,
-            correct=correct(task.kind, strict, item.label),
-            paper_extracted=paper,
-            paper_correct=correct(task.kind, paper, item.label),
+            extracted=found[reading],
+            correct=right[reading],
+            strict_extracted=found["strict"],
+            strict_correct=right["strict"],
+            paper_extracted=found["paper"],
+            paper_correct=right["paper"],
         )
 
 
@@ -141,8 +161,8 @@ def evaluate_likelihood(
     "the correct answer is answer1", or "The answer is (A)."; or `text`: lm-evaluation-harness' cloze, the
     text of each choice after "Question: ...\\nAnswer:", whatever the template.
     """
-    if isinstance(task, str):
-        task = find(task)
+    task = find(task) if isinstance(task, str) else task
+    items = _labelled(items, task)
     left = [index for index in range(len(items)) if index not in done]
     choices = {index: _choices(task, items[index], index) for index in left}
     prompts, encoded = [], []
@@ -182,6 +202,17 @@ def answered(
     """`evaluate`, or `evaluate_likelihood` where `scored` is among the options."""
     run = evaluate_likelihood if "scored" in options else evaluate
     return run(model, tokenizer, items, task, **options)
+
+
+def _labelled(items: Sequence[Item], task: Task) -> list[Item]:
+    """The items with labels as readings are: those of a file are already, those made by hand may not be."""
+    found = []
+    for index, item in enumerate(items):
+        label = as_label(item.label, task.kind)
+        if label is None:
+            raise DataError(f"{task.name}: item {index}: {item.label!r} is no answer of the kind {task.kind}")
+        found.append(replace(item, label=label))
+    return found
 
 
 def _prompt(item: Item, template: str, tokenizer: Any) -> str:
@@ -225,10 +256,13 @@ def summarise(records: Iterable[Record]) -> Score:
     total, right = len(rows), sum(row.correct for row in rows)
     seen = [row.correct for row in rows if row.seen]
     near = [row.correct for row in rows if row.near]
+    strict = _count([row.strict_correct for row in rows])
     paper = _count([row.paper_correct for row in rows])
     norm = _count([row.norm_correct for row in rows])
     accuracy = right / total
     low, high = wilson(right, total)
+    unseen_total, unseen_correct = total - len(seen) - len(near), right - sum(seen) - sum(near)
+    unseen_low, unseen_high = wilson(unseen_correct, unseen_total)
     return Score(
         task=tasks.pop(),
         correct=right,
@@ -237,6 +271,8 @@ def summarise(records: Iterable[Record]) -> Score:
         stderr=math.sqrt(accuracy * (1 - accuracy) / total),
         low=low,
         high=high,
+        strict_correct=strict,
+        strict_accuracy=None if strict is None else strict / total,
         paper_correct=paper,
         paper_accuracy=None if paper is None else paper / total,
         norm_correct=norm,
@@ -245,10 +281,26 @@ def summarise(records: Iterable[Record]) -> Score:
         seen_correct=sum(seen),
         near_total=len(near),
         near_correct=sum(near),
-        unseen_total=total - len(seen) - len(near),
-        unseen_correct=right - sum(seen) - sum(near),
+        unseen_total=unseen_total,
+        unseen_correct=unseen_correct,
+        unseen_low=unseen_low,
+        unseen_high=unseen_high,
         unanswered=sum(row.extracted is None for row in rows),
     )
+
+
+def none_right(score: Score) -> str | None:
+    """One line for a set of which no answer is right: more often a fault of format than of knowledge."""
+    if score.correct:
+        return None
+    others = {"the strict reading": score.strict_correct, "the paper's rule": score.paper_correct}
+    other = next((f"; {count} by {name}" for name, count in others.items() if count), "")
+    if score.unanswered == score.total:
+        text = f"{score.task}: no answer could be read in any of its {score.total} responses{other}"
+    else:
+        unread = f", {score.unanswered} because none could be read" if score.unanswered else ""
+        text = f"{score.task}: all of its {score.total} answers are wrong{unread}{other}"
+    return f"{text}. Look at the responses before you believe it: --output keeps them"
 
 
 def _count(verdicts: list[bool | None]) -> int | None:

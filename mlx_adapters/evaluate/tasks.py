@@ -5,7 +5,6 @@ Folder layout (LLM-Adapters'): `DATA_DIR/NAME/test.json`, a JSON list of
 """
 
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from mlx_adapters.data.sources import read_rows
 from mlx_adapters.errors import ConfigError, DataError, unknown
-from mlx_adapters.evaluate.choices import KINDS, WORDS, Kind
+from mlx_adapters.evaluate.choices import KINDS, WORDS, Kind, as_label
 from mlx_adapters.evaluate.hub import HUB, pairs
 from mlx_adapters.parse import from_json
 
@@ -213,9 +212,9 @@ def load_file(file: Path, *, prompt: str | None = None, label: str = "answer") -
         raise DataError(f"{file}: has no items")
     items = [_own_row(row, prompt, label, f"{file}: {where}") for where, row in rows]
     answers = [row["answer"] for row in items]
-    kind = next((kind for kind in KINDS if all(_read_label(a, kind) is not None for a in answers)), None)
+    kind = next((kind for kind in KINDS if all(as_label(a, kind) is not None for a in answers)), None)
     if kind is None:
-        odd = next((i for i, a in enumerate(answers) if not any(_read_label(a, k) for k in KINDS)), 0)
+        odd = next((i for i, a in enumerate(answers) if not any(as_label(a, k) for k in KINDS)), 0)
         raise DataError(
             f"{file}: {rows[odd][0]}: field {label!r}: the answers must be all of one kind: numbers, "
             f"letters A-E, {', '.join(KINDS[2:])}; found {answers[odd]!r}"
@@ -258,25 +257,10 @@ def _item(row: Any, kind: Kind, where: str) -> Item:
         raise DataError(f"{where}: field 'input' must be text, found {extra!r}")
     if "answer" not in row:
         raise DataError(f"{where}: field 'answer' is missing; found {sorted(row)}")
-    label = _read_label(row["answer"], kind)
+    label = as_label(row["answer"], kind)
     if label is None:
         wanted = {"number": "a number", "letter": "a letter A-E"}.get(
             kind
         ) or f"one of {'/'.join(WORDS[kind])}"
         raise DataError(f"{where}: field 'answer' must be {wanted}, found {row['answer']!r}")
     return Item(instruction, extra, label)
-
-
-def _read_label(answer: Any, kind: Kind) -> str | None:
-    """The answer as a label of that kind; None when it is none."""
-    text = str(answer).strip()
-    if kind == "letter":
-        return text.upper() if len(text) == 1 and text.upper() in "ABCDE" else None
-    if kind != "number":
-        return text.lower() if text.lower() in WORDS[kind] else None
-    text = text.replace(",", "")
-    try:
-        fine = not isinstance(answer, bool) and math.isfinite(float(text))
-    except ValueError:
-        fine = False
-    return text if fine else None

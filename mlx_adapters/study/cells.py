@@ -19,7 +19,7 @@ from typing import Any
 from mlx_adapters.errors import OutputError, writing_to
 from mlx_adapters.study.grid import GENERATED, Cell, Study
 
-__all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "write_json"]
+__all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "same_rules", "write_json"]
 
 BASE = "base"
 Train = Callable[[Any], float]
@@ -45,6 +45,16 @@ def finished(output: Path, name: str) -> dict[str, Any] | None:
     file = cell_folder(output, name) / "cell.json"
     found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
     return found
+
+
+def same_rules(study: Study, measured: dict[str, Any], file: Path) -> None:
+    """Raise OutputError where a cell's answers were read by other rules than the study's other cells are."""
+    if measured.get("reading") != study.settings.rules:
+        before = measured.get("reading") or "those of an earlier version"
+        raise OutputError(
+            f"{file}: its answers were read by other rules ({before}; now {study.settings.rules}), and one "
+            f"table must not hold both. Remove {file.parent}/cell.json and eval.json to measure it again"
+        )
 
 
 def run_cell(
@@ -76,6 +86,7 @@ def run_cell(
         "seed": cell.train.seed if cell else None,
         **trained,
         "scores": scores,
+        "reading": study.settings.rules,
         "eval_seconds": seconds,
     }
     write_json(folder / "cell.json", result)
@@ -156,6 +167,7 @@ def _measured(
     settings, file = study.settings, folder / "eval.json"
     if file.exists():  # killed between the answers and the result
         report = json.loads(file.read_text())
+        same_rules(study, report, file)
         return report["scores"], report["seconds"]
     sets = tasks.load(
         settings.tasks,
@@ -166,8 +178,17 @@ def _measured(
     loaded = model.load(study.model, answering=True)
     meta = adapters.load(loaded, folder / "adapter") if adapter else None
     template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
+    decoding = Decoding(kind=settings.decoding)
+    about = {
+        "model": study.model,
+        "template": template,
+        "decoding": settings.decoding,
+        "settings": asdict(decoding) | {"max_tokens": settings.max_tokens},
+        "reading": settings.rules,
+    }
     started, scores, answers = time.perf_counter(), [], []
-    with RecordFile(file, {"study": study.common(), "template": template}, resume=True) as records:
+    answered_by = {"study": study.common(), "template": template, "reading": settings.rules}
+    with RecordFile(file, answered_by, resume=True) as records:
         for task, items in sets:
             kept, score, _ = answer(
                 loaded,
@@ -178,12 +199,13 @@ def _measured(
                 batch_size=settings.batch_size,
                 max_tokens=settings.max_tokens or task.max_tokens,
                 seen=frozenset(meta.seen) if meta else frozenset(),
-                decoding=Decoding(kind=settings.decoding),
+                decoding=decoding,
+                reading=settings.reading,
             )
             scores.append(asdict(score))
             answers += [asdict(record) for record in kept]
         seconds = time.perf_counter() - started
-        records.finish({"template": template, "scores": scores, "seconds": seconds, "records": answers})
+        records.finish(about | {"scores": scores, "seconds": seconds, "records": answers})
     return scores, seconds
 
 

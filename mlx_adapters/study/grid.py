@@ -7,7 +7,7 @@
     seeds: [0, 1]
     grid:
       - method: lora
-        set: {alpha: 16}                               fields of the method
+        set: {alpha: 2*rank}                           fields of the method; one may be N times another
         placement: {attn: {targets: attn}, mlp: {targets: mlp}}    a name for each choice of fields
         size: {rank: [4, 8]}                           one field and its values
         lr: [1.0e-3, 3.0e-4]
@@ -17,12 +17,16 @@ Each entry of `grid` stands for the product of its placements, sizes, rates and 
 """
 
 import dataclasses
+import re
+import typing
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.evaluate.answers import RULES, Extraction
+from mlx_adapters.evaluate.protocol import DEFAULTS, PROTOCOLS, chosen
 from mlx_adapters.fields import field, parse_fields
 from mlx_adapters.parse import from_yaml
 from mlx_adapters.train.config import TrainConfig
@@ -47,6 +51,7 @@ class Settings:
     max_tokens: int | None = field(None, "longest answer")
     batch_size: int | None = field(None, "rows decoded together, by default what memory allows")
     decoding: str = field("greedy", "greedy or beam")
+    protocol: str | None = field(None, "paper: beams, template, longest answers and reading as in the paper")
     test_seed: int = field(1, "draws the items of limit")
     base: bool = field(True, "measure the base model too")
 
@@ -56,6 +61,17 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.decoding not in ("greedy", "beam"):
             raise ConfigError(unknown("decoding", self.decoding, ("greedy", "beam")))
+
+    @property
+    def reading(self) -> Extraction:
+        """Which reading of an answer counts."""
+        reading: Extraction = (PROTOCOLS[self.protocol] if self.protocol else DEFAULTS)["reading"]
+        return reading
+
+    @property
+    def rules(self) -> str:
+        """How reports name that reading; another name means that it changed."""
+        return RULES[self.reading]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +100,8 @@ class Study:
         """What two runs of the study must share, besides a cell's own settings."""
         shared = asdict(self.settings)
         del shared["name"], shared["base"]
+        if self.settings.protocol is None:
+            del shared["protocol"]  # as in the folders of versions that had none
         return {"model": self.model, **shared}
 
 
@@ -104,11 +122,15 @@ def read(
     if not isinstance(grid, list) or not grid:
         raise ConfigError(f"{file}: key 'grid' must be a list of methods, found {grid!r}")
     settings = _checked(Settings, {k: v for k, v in content.items() if k in own}, str(file))
+    asked = {name: content.get(name) for name in ("decoding", "max_tokens")}
+    settings = replace(settings, decoding=_settled(settings.protocol, asked, str(file))["decoding"])
     train = _mapping(content.get("train", {}), f"{file}: key 'train'")
     seeds = _values(content.get("seeds", [0]), f"{file}: key 'seeds'")
     cells: dict[str, Cell] = {}
     for number, entry in enumerate(grid, start=1):
         for cell in _cells(entry, train, seeds, f"{file}: grid entry {number}"):
+            template = _settled(settings.protocol, {"template": cell.train.template}, str(file))
+            cell = replace(cell, train=replace(cell.train, template=template.get("template")))
             if cell.id in cells:
                 raise ConfigError(f"{file}: grid entry {number}: the cell {cell.id} is there already")
             cells[cell.id] = _budgeted(cell, max_steps)
@@ -120,6 +142,13 @@ def read(
         settings=replace(settings, limit=limit or settings.limit, name=settings.name or file.stem),
         cells=tuple(cells.values()),
     )
+
+
+def _settled(protocol: str | None, given: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return chosen(protocol, given)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _load(file: Path) -> Any:
@@ -151,9 +180,9 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
     rates = _values(entry["lr"], f"{where}: key 'lr'") if "lr" in entry else [run.get("lr")]
     cells = []
     for (place, fields), size, rate, seed in product(places.items(), values or [None], rates, seeds):
-        chosen = fixed | _mapping(fields, f"{where}: placement {place!r}") | (dict([size]) if size else {})
+        given = fixed | _mapping(fields, f"{where}: placement {place!r}") | (dict([size]) if size else {})
         try:
-            made = asdict(methods.make_config(method, chosen))
+            made = asdict(methods.make_config(method, _computed(method, given)))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         config = _checked(
@@ -165,6 +194,34 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
         name = "-".join("".join(c if c.isalnum() or c in "_.+" else "_" for c in p) for p in parts if p)
         cells.append(Cell(id=name, method=method, placement=str(place), size=text, fields=made, train=config))
     return cells
+
+
+_PRODUCT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*\*\s*([A-Za-z_]\w*)\s*")
+
+
+def _computed(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with each number that is written as a multiple of another one ("2*rank") computed."""
+    from mlx_adapters import methods
+
+    kind = methods.config_class(method)
+    hints, known = typing.get_type_hints(kind), {one.name: one.default for one in dataclasses.fields(kind)}
+    found = dict(given)
+    for name, value in given.items():
+        times = _PRODUCT.fullmatch(value) if isinstance(value, str) else None
+        if times is None or not {int, float} & {hints.get(name), *typing.get_args(hints.get(name))}:
+            continue
+        other = times[2]
+        if other not in known:
+            raise ConfigError(f"{name}={value!r}: " + unknown(f"field of {method}", other, known))
+        base = given.get(other, known[other])
+        try:
+            number = float(times[1]) * float(str(base))
+        except ValueError:
+            raise ConfigError(
+                f"{method}: {name}={value!r} needs {other} to be a number, found {base!r}"
+            ) from None
+        found[name] = int(number) if number.is_integer() else number
+    return found
 
 
 def _budgeted(cell: Cell, max_steps: int | None) -> Cell:

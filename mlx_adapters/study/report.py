@@ -19,7 +19,7 @@ from mlx_adapters.study.cells import BASE, cell_folder, finished
 from mlx_adapters.study.grid import Study
 from mlx_adapters.study.plots import draw
 
-__all__ = ["average", "cells_of", "columns", "write"]
+__all__ = ["average", "cells_of", "columns", "none_right", "write"]
 
 Result = dict[str, Any]
 
@@ -41,7 +41,9 @@ def write(study: Study, folder: Path) -> list[Result]:
             json.dumps({"about": dict(facts), "cells": results}, indent=1) + "\n", encoding="utf-8"
         )
         (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
-        (folder / "results.md").write_text(_markdown(study, heads, rows, facts), encoding="utf-8")
+        (folder / "results.md").write_text(
+            _markdown(study, heads, rows, facts, none_right(results)), encoding="utf-8"
+        )
         for title, picture in plots.items():
             (folder / f"{title.replace(' ', '-')}.png").write_bytes(picture)
         page = _page(study, heads, rows, facts, plots, results)
@@ -52,13 +54,38 @@ def write(study: Study, folder: Path) -> list[Result]:
 def average(scores: Sequence[Result]) -> dict[str, float]:
     """The mean accuracy over the sets, each weighing the same, with a 95 % interval (shares of one).
 
-    One set: its Wilson interval. Several: normal, from the sets' own errors.
+    One set: its Wilson interval. Of k sets Price and Bonett's (2004, doi.org/10.1016/S0167-9473(03)00007-0),
+    with p_i = (right_i + 2/k) / (n_i + 4/k), as if some more answers were right and as many wrong:
+
+        sum p_i / k  +-  1.96 sqrt(sum p_i (1 - p_i) / (n_i + 4/k)) / k
+
+    It is no point where no answer, or every one, is right.
     """
-    mean = sum(score["accuracy"] for score in scores) / len(scores)
-    if len(scores) == 1:
+    k = len(scores)
+    mean = sum(score["accuracy"] for score in scores) / k
+    if k == 1:
         return {"accuracy": mean, "low": scores[0]["low"], "high": scores[0]["high"]}
-    half = Z95 * math.sqrt(sum(score["stderr"] ** 2 for score in scores)) / len(scores)
-    return {"accuracy": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+    items = [score["total"] + 4 / k for score in scores]
+    shares = [(score["correct"] + 2 / k) / n for score, n in zip(scores, items)]
+    half = Z95 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares, items))) / k
+    centre = sum(shares) / k
+    return {"accuracy": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+
+
+def none_right(results: Sequence[Result]) -> list[str]:
+    """A line for each set of which no answer is right in some cell."""
+    lines = []
+    for name in _sets(results):
+        scores = [(row["id"], s) for row in results for s in row.get("scores", []) if s["task"] == name]
+        wrong = [cell for cell, score in scores if score["correct"] == 0]
+        unread = [cell for cell, score in scores if score["unanswered"] == score["total"]]
+        if wrong:
+            read = f"; in {', '.join(unread)} no answer could be read" if unread else ""
+            lines.append(
+                f"{name}: no answer is right in {', '.join(wrong)}{read}. Look at the responses in "
+                "cells/ID/eval.json before you believe it"
+            )
+    return lines
 
 
 def columns(results: Sequence[Result]) -> list[str]:
@@ -116,9 +143,13 @@ def _facts(study: Study, results: Sequence[Result]) -> list[tuple[str, str]]:
         ("Overlap of training and test", _overlap(done)),
         (
             "Answers",
-            f"{settings.decoding} decoding, strict reading of the answer; the paper's reading in JSON",
+            f"{settings.decoding} decoding, {settings.reading} reading of the answer; both readings in JSON",
         ),
-        ("Intervals", "95 %, Wilson; they cover the choice of items, not that of the training seed"),
+        (
+            "Intervals",
+            "95 %, Wilson; of an average over sets, Price and Bonett's (2004). They cover the choice of "
+            "items, not that of the training seed",
+        ),
         ("Seeds", _numbers(sorted({cell.train.seed for cell in study.cells}))),
         ("Cells", f"{len(done)} of {len(study.cells) + settings.base} done"),
         ("Work", f"{seconds[0]:.1f} min of training, {seconds[1]:.1f} min of testing"),
@@ -148,8 +179,11 @@ def _numbers(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values)) or "none"
 
 
-def _markdown(study: Study, heads: list[str], rows: list[list[str]], facts: list[tuple[str, str]]) -> str:
+def _markdown(
+    study: Study, heads: list[str], rows: list[list[str]], facts: list[tuple[str, str]], wrong: list[str]
+) -> str:
     lines = [f"# {study.settings.name}", "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows), ""]
+    lines += [line for text in wrong for line in (text, "")]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts), ""])
 
 
@@ -184,6 +218,7 @@ def _page(
 <p class="note">Percent, with 95 % intervals. Two cells compare by <code>mlx-adapters compare</code> on their
 cells/ID/eval.json.
 Click a head to sort.</p>
+{"".join(f"<p>{e(line)}.</p>" for line in none_right(results))}
 {"<h2>Failed cells</h2><ul>" + errors + "</ul>" if failed else ""}
 <h2>Seen in training and not</h2>{_seen_table(results)}
 <h2>Plots</h2><div class="plots">{figures}</div>
