@@ -48,6 +48,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _model(folder: Path) -> dict[str, Any]:
+    from mlx_adapters.convert import files
     from mlx_adapters.model import read_config
     from mlx_adapters.models import sites
 
@@ -65,7 +66,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
         "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
-        **_weights(folder, "model*.safetensors"),
+        **_weights(files.weight_files(folder)),
         "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
     }
 
@@ -86,14 +87,13 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "training": meta.training or None,
         "seen": questions(meta.seen) if meta.seen else None,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
-        **_weights(folder, adapter.WEIGHTS),
+        **_weights([file for file in (folder / adapter.WEIGHTS,) if file.exists()]),
     }
 
 
-def _weights(folder: Path, pattern: str) -> dict[str, Any]:
+def _weights(found: list[Path]) -> dict[str, Any]:
     from mlx_adapters.convert import files
 
-    found = sorted(folder.glob(pattern))
     entries = [
         entry
         for file in found

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.build import build
 from mlx_adapters.parse import from_json
 
 __all__ = ["MODES", "RECIPES", "Converted", "check_options", "convert", "copy_tokenizer", "write_mlx"]
@@ -88,7 +88,8 @@ def convert(
     quantize = check_options(bits, group_size, mode, recipe, dtype)
     with files.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
-        model, config = _build(source)
+        config = dict(source.config)
+        model = build(config, source.weights, source.name)
         if dtype is not None:
             _cast(model, models.DTYPES[dtype])
         if quantize:
@@ -167,11 +168,13 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
         return _gguf(Path(src), keep_quantized=keep_quantized)
     folder = models.locate(src, revision=revision)
     config = _with_generation_eos(models.read_config(folder), folder)
-    weights = _read_weights(folder)
+    weights = files.read_weights(folder) or _read_bins(folder)
     if not weights and not Path(src).exists():
-        weights = _read_weights(_download_bin(src, revision))
+        weights = _read_bins(_download_bin(src, revision))
     if not weights:
-        raise CheckpointError(f"{folder}: has no weights (model*.safetensors or pytorch_model*.bin)")
+        raise CheckpointError(
+            f"{src}: has no weights ({files.SINGLE}, {files.SINGLE_BIN}, or the index of either)"
+        )
     return _Source(
         name=src, config=config, weights=weights, write_tokenizer=lambda to: copy_tokenizer(folder, to)
     )
@@ -191,33 +194,13 @@ def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
     )
 
 
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    found = files.weight_files(folder)
-    weights: dict[str, mx.array] = {}
-    for file in found:
-        try:
-            arrays: Any = mx.load(str(file))
-            weights |= arrays
-        except Exception as error:  # a header that is whole, in a type MLX does not know
-            raise CheckpointError(f"{file}: cannot be read ({error})") from None
-    return weights if found else _read_bins(folder)
-
-
 def _read_bins(folder: Path) -> dict[str, mx.array]:
-    shards = sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        return {}
     from mlx_adapters.convert.torch_bin import read_bin
 
-    index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        shards = files.shards_of(folder, index)
-    weights: dict[str, Any] = {}
-    for shard in shards:
+    weights: dict[str, mx.array] = {}
+    for shard in files.bin_files(folder):
         weights |= read_bin(shard)
-    return {
-        name: array if isinstance(array, mx.array) else mx.array(array) for name, array in weights.items()
-    }
+    return weights
 
 
 def _download_bin(src: str, revision: str | None) -> Path:
@@ -255,63 +238,6 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 # Models ----------------------------------------------------------------------------------------------------
-
-
-def _build(source: _Source) -> tuple[Any, dict[str, Any]]:
-    """The model with the source's weights in it, still on disk where the format allows that."""
-    config = dict(source.config)
-    model_class, args_class = model_config.classes(config)
-    try:
-        model = model_class(args_class.from_dict(config))
-        weights = model.sanitize(source.weights) if hasattr(model, "sanitize") else source.weights
-        quantization = config.get("quantization")
-        if quantization:
-            _quantized_modules(model, quantization, weights)
-    except AdaptersError:
-        raise
-    except Exception as error:  # a shape or a name mlx-lm stumbles over
-        raise CheckpointError(
-            f"{source.name}: the weights do not fit config.json ({_first_line(error)})"
-        ) from None
-    _compare_names(source.name, dict(tree_flatten(model.parameters())), weights)
-    model.eval()
-    model.load_weights(list(weights.items()), strict=True)
-    return model, config
-
-
-def _quantized_modules(model: Any, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
-    def predicate(path: str, module: Any) -> Any:
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
-            return False
-        return quantization.get(path, True)
-
-    nn.quantize(
-        model,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=predicate,
-    )
-
-
-def _compare_names(name: str, wanted: dict[str, mx.array], given: dict[str, mx.array]) -> None:
-    shapes = [
-        f"{path} {tuple(given[path].shape)} instead of {tuple(array.shape)}"
-        for path, array in wanted.items()
-        if path in given and given[path].shape != array.shape
-    ]
-    found = {
-        "missing": [path for path in wanted if path not in given],
-        "unknown": [path for path in given if path not in wanted],
-        "wrong shape": shapes,
-    }
-    said = [f"{len(paths)} {what}: {_some(paths)}" for what, paths in found.items() if paths]
-    if said:
-        raise CheckpointError(f"{name}: the weights do not fit config.json ({'; '.join(said)})")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _cast(model: Any, dtype: mx.Dtype) -> None:

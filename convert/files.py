@@ -10,12 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_adapters.errors import CheckpointError, OutputError
 from mlx_adapters.parse import from_json
 
-__all__ = ["INDEX", "folder_bytes", "header", "require_space", "shards_of", "weight_files", "writing"]
+__all__ = [
+    "INDEX",
+    "bin_files",
+    "folder_bytes",
+    "header",
+    "read_weights",
+    "require_space",
+    "weight_files",
+    "writing",
+]
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WIDTHS = {
     "F64": 8,
     "I64": 8,
@@ -78,18 +90,45 @@ def require_space(dst: Path, needed: int) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, each checked to be whole; [] when it has none.
+    """The safetensors files that a folder's model is made of, each checked to be whole; [] without any.
 
-    With an index, every shard it names must be in the folder, and every tensor in the shard it names.
-    CheckpointError names the file that is missing, outside, truncated or broken.
+    The rule is transformers': model.safetensors, else the shards that the index names, and no other file,
+    whatever else lies in the folder. Every shard named must be there, and every tensor in the shard that is
+    named for it. CheckpointError names the file that is missing, outside, truncated or broken.
     """
-    index = folder / INDEX
-    if index.exists():
-        return _indexed(folder, index)
-    files = sorted(folder.glob("model*.safetensors"))
-    for file in files:
-        header(file)
-    return files
+    if (folder / SINGLE).is_file():
+        header(folder / SINGLE)
+        return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        return _indexed(folder, folder / INDEX)
+    strays = sorted(file.name for file in folder.glob("model*.safetensors"))
+    if strays and not bin_files(folder):
+        raise CheckpointError(
+            f"{folder}: has {strays[0]}, but neither {SINGLE} nor {INDEX}, which says what the model is made "
+            "of. Download that file too, or rename the one weight file"
+        )
+    return []
+
+
+def bin_files(folder: Path) -> list[Path]:
+    """The `.bin` files of a model, by the same rule; [] when there are none. They count where no safetensors
+    files do."""
+    if (folder / SINGLE_BIN).is_file():
+        return [folder / SINGLE_BIN]
+    index = folder / INDEX_BIN
+    return _shards(folder, _weight_map(folder, index)) if index.exists() else []
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a folder's safetensors files, each read from disk when it is first used."""
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(folder):
+        try:
+            arrays: Any = mx.load(str(file))
+        except Exception as error:  # a header that is whole, in a type MLX does not know
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
+        weights |= arrays
+    return weights
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -133,9 +172,8 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
         )
 
 
-def shards_of(folder: Path, index: Path) -> list[Path]:
-    """The shards an index names; CheckpointError if one is missing or lies outside the folder."""
-    return [folder / shard for shard in sorted(set(_weight_map(folder, index).values()))]
+def _shards(folder: Path, mapping: dict[str, str]) -> list[Path]:
+    return [folder / shard for shard in sorted(set(mapping.values()))]
 
 
 def _weight_map(folder: Path, index: Path) -> dict[str, str]:
@@ -160,12 +198,12 @@ def _weight_map(folder: Path, index: Path) -> dict[str, str]:
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
     mapping = _weight_map(folder, index)
-    shards = sorted(set(mapping.values()))
-    held = {shard: header(folder / shard) for shard in shards}
+    shards = _shards(folder, mapping)
+    held = {shard.name: header(shard) for shard in shards}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]
     if lost:
         raise CheckpointError(f"{index}: says '{lost[0]}' is in {mapping[lost[0]]}, which does not hold it")
-    return [folder / shard for shard in shards]
+    return shards
 
 
 def _refuse_existing(dst: Path) -> None:

@@ -11,8 +11,10 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import backend
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
+from mlx_adapters.convert.files import read_weights, weight_files
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError, reading
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.build import build
 from mlx_adapters.parse import from_json
 
 __all__ = ["DTYPES", "Loaded", "describe", "fingerprint", "load", "locate", "read_config", "read_tokenizer"]
@@ -68,7 +70,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{file}: field 'model_type' is missing, so the architecture is unknown")
     with reading(file, CheckpointError):
-        return model_config.normalise(raw)
+        config = model_config.normalise(raw)
+    if (extra := folder / "hf_quant_config.json").exists() and not config.get("quantization"):
+        raise UnsupportedError(
+            f"{extra}: says the weights are quantized by ModelOpt, which is not read here; use the model's "
+            "unquantized checkpoint and --bits"
+        )
+    return config
 
 
 def load(
@@ -87,18 +95,19 @@ def load(
     would write them out again. With `lazy` a weight is read from disk when it is first used.
     Raises CheckpointError or UnsupportedError.
     """
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import dequantize_model, load_config
 
     folder = locate(source, revision=revision)
     config = read_config(folder)
-    if not list(folder.glob("model*.safetensors")):
+    weights = read_weights(folder)
+    if not weights:
         raise CheckpointError(
-            f"{folder}: has no model*.safetensors. Convert it first: mlx-adapters convert {folder} DST"
+            f"{source}: has no safetensors weights. Convert it first: mlx-adapters convert {source} DST"
         )
     try:
-        model, config = load_model(
-            folder, lazy=True, model_config=config, get_model_classes=model_config.classes
-        )
+        config = load_config(folder) | config  # generation_config.json may name the end tokens
+        model = build(config, weights, str(folder))
+        del weights  # a tensor that was read would stay in memory
         _cast(model, _wanted(dtype))
         if answering and _room_for_dense(model):
             model = dequantize_model(model)
@@ -166,7 +175,7 @@ def fingerprint(folder: Path) -> str:
     """A short hash of a model folder's configuration and weights, from their sizes and their ends: enough to
     notice another model at the same place, whatever the place is called."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
+    for file in [folder / "config.json", *weight_files(folder)]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

@@ -236,12 +236,13 @@ def _index(folder: Path, mapping: Any) -> None:
 
 
 def test_the_index_is_checked(llama: Path, tmp_path: Path) -> None:
-    _index(llama, {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"})
+    (llama / "model.safetensors").rename(llama / "part.safetensors")
+    _index(llama, {"a": "model-00001-of-00002.safetensors", "b": "part.safetensors"})
     refused(llama, tmp_path, r"1 of 2 shards are missing \(model-00001-of-00002\.safetensors\)")
     _index(llama, {"a": "../secret.safetensors"})
     refused(llama, tmp_path, "outside the folder")
-    _index(llama, {"a": "model.safetensors"})
-    refused(llama, tmp_path, "'a' is in model.safetensors, which does not hold it")
+    _index(llama, {"a": "part.safetensors"})
+    refused(llama, tmp_path, "'a' is in part.safetensors, which does not hold it")
     _index(llama, 3)
     refused(llama, tmp_path, "weight_map")
 

@@ -88,6 +88,10 @@ def normalise(config: Config) -> Config:
         raise UnsupportedError(
             "config.json: field 'model_file' asks to run code from the checkpoint; refused"
         )
+    if config.get("transformers_weights"):
+        raise UnsupportedError(
+            "config.json: field 'transformers_weights' names weight files of its own, which is not read here"
+        )
     _refuse_foreign_quantization(config)
     if isinstance(config.get("text_config"), dict):
         if isinstance(config["text_config"].get("model_type"), str):
@@ -335,7 +339,9 @@ def _name(config: Config) -> str:
 
 
 def _refuse_foreign_quantization(config: Config) -> None:
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    inner = config.get("text_config")
+    sections = [part.get("quantization_config") for part in (config, inner) if isinstance(part, dict)]
+    method = next((part["quant_method"] for part in sections if part and part.get("quant_method")), None)
     if method is None or config.get("quantization"):
         return
     if method not in _NATIVE:
