@@ -23,7 +23,16 @@ from mlx_adapters.models import config as model_config
 from mlx_adapters.models.build import build
 from mlx_adapters.parse import from_json
 
-__all__ = ["MODES", "RECIPES", "Converted", "check_options", "convert", "copy_tokenizer", "write_mlx"]
+__all__ = [
+    "MODES",
+    "RECIPES",
+    "Converted",
+    "check_options",
+    "convert",
+    "copy_tokenizer",
+    "refuse_not_finite",
+    "write_mlx",
+]
 
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # What MLX's kernels exist for: mode -> (bits, group sizes)
@@ -64,6 +73,8 @@ class _Source:
     name: str
     config: dict[str, Any]
     weights: dict[str, mx.array]
+    again: Callable[[], dict[str, mx.array]]
+    """The weights once more, which stay in memory only if `weights` do."""
     write_tokenizer: Callable[[Path], None]
 
 
@@ -89,6 +100,8 @@ def convert(
     with files.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
         config = dict(source.config)
+        if quantize:
+            _refuse_broken(source)  # among groups of four bits a NaN would be lost
         model = build(config, source.weights, source.name)
         if dtype is not None:
             _cast(model, models.DTYPES[dtype])
@@ -98,6 +111,7 @@ def convert(
         files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
+        refuse_not_finite(folder, source.name, dtype)
     return Converted(
         path=dst,
         bytes=files.folder_bytes(dst),
@@ -121,6 +135,8 @@ def write_mlx(
     from mlx_lm.utils import dequantize_model
 
     model = dequantize_model(loaded.model)
+    if quantize and (found := files.not_finite(dict(tree_flatten(model.parameters())))):
+        raise CheckpointError(_broken(str(loaded.path), *found))
     _cast(model, models.DTYPES[dtype])
     config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
     if quantize is not None:
@@ -132,6 +148,7 @@ def write_mlx(
         name=str(loaded.path),
         config=config,
         weights={},
+        again=dict,
         write_tokenizer=lambda to: copy_tokenizer(loaded.path, to),
     )
     _save(folder, model, config, source)
@@ -176,7 +193,11 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
             f"{src}: has no weights ({files.SINGLE}, {files.SINGLE_BIN}, or the index of either)"
         )
     return _Source(
-        name=src, config=config, weights=weights, write_tokenizer=lambda to: copy_tokenizer(folder, to)
+        name=src,
+        config=config,
+        weights=weights,
+        again=lambda: files.read_weights(folder) or dict(weights),
+        write_tokenizer=lambda to: copy_tokenizer(folder, to),
     )
 
 
@@ -190,7 +211,11 @@ def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
     if found.quantization:
         config |= {"quantization": found.quantization}
     return _Source(
-        name=str(file), config=config, weights=found.weights, write_tokenizer=found.write_tokenizer
+        name=str(file),
+        config=config,
+        weights=found.weights,
+        again=lambda: dict(found.weights),
+        write_tokenizer=found.write_tokenizer,
     )
 
 
@@ -238,6 +263,33 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 # Models ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_broken(source: _Source) -> None:
+    """CheckpointError for NaN or infinity in the weights that the model takes of its source."""
+    model = build(dict(source.config), source.again(), source.name)
+    weights = dict(tree_flatten(model.parameters()))
+    del model
+    if found := files.not_finite(weights):
+        raise CheckpointError(_broken(source.name, *found))
+
+
+def refuse_not_finite(folder: Path, name: str, dtype: str | None) -> None:
+    """CheckpointError for NaN or infinity in what was written to `folder`: the model `name` in `dtype`."""
+    for file in files.weight_files(folder):
+        written: Any = mx.load(str(file))
+        if found := files.not_finite(written):
+            tensor, what = found
+            if what == "infinity" and dtype == "float16":
+                raise CheckpointError(
+                    f"{name}: {tensor} has values beyond 65504, the largest of float16. Use bfloat16 or "
+                    "float32"
+                )
+            raise CheckpointError(_broken(name, *found))
+
+
+def _broken(name: str, tensor: str, what: str) -> str:
+    return f"{name}: {tensor} holds {what}: the checkpoint is damaged, or its training diverged"
 
 
 def _cast(model: Any, dtype: mx.Dtype) -> None:

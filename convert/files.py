@@ -20,6 +20,7 @@ __all__ = [
     "bin_files",
     "folder_bytes",
     "header",
+    "not_finite",
     "read_weights",
     "require_space",
     "weight_files",
@@ -129,6 +130,16 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
             raise CheckpointError(f"{file}: cannot be read ({error})") from None
         weights |= arrays
     return weights
+
+
+def not_finite(tensors: dict[str, mx.array]) -> tuple[str, str] | None:
+    """(name, "NaN" or "infinity") of the first tensor that holds such a value. Empties `tensors`, so that no
+    more than one of them need be in memory."""
+    for name in list(tensors):
+        array = tensors.pop(name)
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            return name, "NaN" if mx.isnan(array).any().item() else "infinity"
+    return None
 
 
 def header(file: Path) -> dict[str, Any]:

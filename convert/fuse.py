@@ -18,7 +18,7 @@ from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
-from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_mlx
+from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, refuse_not_finite, write_mlx
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
     dequantized_weights,
@@ -98,10 +98,12 @@ def fuse(
                 loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
             )
             del loaded
+            refuse_not_finite(place, str(dst), kept)
             fused = logits(_opened(place), prompts)
         else:
             files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
+            refuse_not_finite(place, str(dst), kept)
             copy_tokenizer(loaded.path, place)
             sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
             del loaded
@@ -201,7 +203,11 @@ def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray],
     with quiet_transformers(), torch.no_grad():
         try:
             network, said = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         except Exception as error:  # whatever transformers raises for a model it does not know
             reason = " ".join(str(error).split())[:200]

@@ -173,7 +173,7 @@ def _compare(
 
     def opened(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
+            path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         ).eval()
 
     peft_model = PeftModel.from_pretrained(opened(base), folder).eval()

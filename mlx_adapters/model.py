@@ -127,9 +127,20 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     from mlx_lm.utils import load_tokenizer
 
     try:
-        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        # unless told, transformers asks on the terminal whether to run the folder's code
+        return load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(_needs_code(folder)) from None
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
+
+
+def _needs_code(folder: Path) -> str:
+    if (folder / "tokenizer.model").exists():
+        remedy = f"Convert the folder, which makes a tokenizer.json: mlx-adapters convert {folder} DST"
+    else:
+        remedy = "Save the tokenizer in PyTorch as a fast one, and copy its tokenizer.json there"
+    return f"{folder}: its tokenizer is code of its own (auto_map), which is never run. {remedy}"
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:

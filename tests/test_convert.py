@@ -248,6 +248,31 @@ def test_the_index_is_checked(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "options", "match"),
+    [
+        (1e5, {"dtype": "float16"}, r"values beyond 65504, the largest of float16\. Use bfloat16"),
+        (float("nan"), {}, "holds NaN"),
+        (float("nan"), {"bits": 4, "group_size": 32}, "holds NaN"),
+        (float("inf"), {"bits": 4, "group_size": 32}, "holds infinity"),
+        (float("-inf"), {"dtype": "bfloat16"}, "holds infinity"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_finite_are_not_written(
+    value: float, options: dict[str, Any], match: str, llama: Path, tmp_path: Path
+) -> None:
+    """Four bits would hide a NaN: the scale of its group is the largest of the others."""
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def change(weights: dict[str, mx.array]) -> None:
+        weights[name][0, 0] = value
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.array([float("inf")])  # not taken
+
+    _rewrite(llama, change)
+    refused(llama, tmp_path, f"{name} .*{match}", **options)
+
+
+@pytest.mark.parametrize(
     ("absent", "match"),
     [
         ("config.json", "no config.json"),
