@@ -179,7 +179,7 @@ class _Chat:
         tokenizer = self.loaded.tokenizer
         meta = self.metas.get(self.name)
         fallback = "chat" if tokenizer.has_chat_template else "alpaca"
-        template = self.template or (meta.template if meta else "") or fallback
+        template = self.template or (meta.template if meta else "") or self.loaded.template or fallback
         if template == "chat":
             text = tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
         else:  # these templates know single questions; the turns before stand in front

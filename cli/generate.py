@@ -20,7 +20,8 @@ def command(
     template: Annotated[
         str | None,
         typer.Option(
-            help="default: the adapter's, else chat if there is one", autocompletion=complete.templates
+            help="default: the adapter's (a fused one's too), else chat if there is one",
+            autocompletion=complete.templates,
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
@@ -42,7 +43,7 @@ def command(
     meta = adapters.load(loaded, adapter) if adapter else None
     loaded.model.eval()
     fallback = "chat" if loaded.tokenizer.has_chat_template else "plain"
-    name = template or (meta.template if meta else "") or fallback
+    name = template or (meta.template if meta else "") or loaded.template or fallback
     text = prompt_for(prompt, template=name, tokenizer=loaded.tokenizer, phase="eval")
     ids = prompt_ids(text, loaded.tokenizer)
     if not ids:

@@ -51,6 +51,7 @@ def _model(folder: Path) -> dict[str, Any]:
     from mlx_adapters.convert import files
     from mlx_adapters.model import read_config
     from mlx_adapters.models import sites
+    from mlx_adapters.models.origin import remembered
 
     config = read_config(folder)
     quantization = config.get("quantization") or {}
@@ -61,7 +62,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "kind": "model",
         "folder": str(folder),
         "architecture": config["model_type"],
-        "source": config.get("_name_or_path"),
+        "source": remembered(config).get("source"),
         "layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),

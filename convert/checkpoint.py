@@ -21,6 +21,7 @@ from mlx_adapters.convert import files
 from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.build import build
+from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.parse import from_json
 
 __all__ = [
@@ -88,8 +89,9 @@ def convert(
     mode: str = "affine",
     recipe: str | None = None,
     dtype: str | None = None,
+    hub_id: str | None = None,
 ) -> Converted:
-    """Convert `src` to the new folder `dst`.
+    """Convert `src` to the new folder `dst`, which remembers the hub id of `src`, or else `hub_id`.
 
     Without `bits`, `recipe` or another `mode` than affine nothing is quantized, and without `dtype` the
     source's precision is kept. The folder appears only when it is whole. Raises ConfigError (options),
@@ -100,6 +102,8 @@ def convert(
     with files.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
         config = dict(source.config)
+        if hub_id is not None and "source" not in remembered(config):
+            config = remember(config, source=hub_id)
         if quantize:
             _refuse_broken(source)  # among groups of four bits a NaN would be lost
         model = build(config, source.weights, source.name)
@@ -184,7 +188,8 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     if Path(src).suffix == ".gguf":
         return _gguf(Path(src), keep_quantized=keep_quantized)
     folder = models.locate(src, revision=revision)
-    config = _with_generation_eos(models.read_config(folder), folder)
+    config = models.from_hub(models.read_config(folder), src, revision)
+    config = _with_generation_eos(config, folder)
     weights = files.read_weights(folder) or _read_bins(folder)
     if not weights and not Path(src).exists():
         weights = _read_bins(_download_bin(src, revision))

@@ -6,7 +6,7 @@ the fused model anew is possible, and then the report says what that changed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
+from mlx_adapters.convert.card import fused_card
 from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, refuse_not_finite, write_mlx
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
@@ -25,6 +26,7 @@ from mlx_adapters.convert.to_transformers import (
     write_transformers,
 )
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
+from mlx_adapters.models.origin import remember, remembered
 
 __all__ = ["TARGETS", "Fused", "fuse"]
 
@@ -90,9 +92,11 @@ def fuse(
     loaded.model.eval()
     apart = logits(loaded.model, prompts)
     layers = _merge(loaded.model, meta.method)
+    card, loaded = _handed_on(loaded, meta)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
     torch_diff = None
     with files.writing(dst) as place:
+        (place / "README.md").write_text(card, encoding="utf-8")
         if to == "mlx":
             write_mlx(
                 loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
@@ -143,6 +147,17 @@ def _check_request(
             "--verify opens the result with transformers: leave it out, or give --to transformers"
         )
     return quantize
+
+
+def _handed_on(loaded: models.Loaded, meta: adapter.AdapterMeta) -> tuple[str, models.Loaded]:
+    """(card, the model with a config that remembers how it is prompted).
+
+    It does not remember the hub id of its base: it is another model now.
+    """
+    about = remembered(loaded.config)
+    template = meta.template or about.get("template", "")
+    card = fused_card(meta.method, about.get("source"), template)
+    return card, replace(loaded, config=remember(loaded.config, template=template))
 
 
 def _merge(model: Any, method: str) -> int:

@@ -15,9 +15,20 @@ from mlx_adapters.convert.files import read_weights, weight_files
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError, reading
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.build import build
+from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.parse import from_json
 
-__all__ = ["DTYPES", "Loaded", "describe", "fingerprint", "load", "locate", "read_config", "read_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "Loaded",
+    "describe",
+    "fingerprint",
+    "from_hub",
+    "load",
+    "locate",
+    "read_config",
+    "read_tokenizer",
+]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -33,6 +44,11 @@ class Loaded:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
+
+    @property
+    def template(self) -> str:
+        """The prompt template of an adapter that was fused into the model; empty where there is none."""
+        return remembered(self.config).get("template", "")
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
@@ -98,7 +114,7 @@ def load(
     from mlx_lm.utils import dequantize_model, load_config
 
     folder = locate(source, revision=revision)
-    config = read_config(folder)
+    config = from_hub(read_config(folder), source, revision)
     weights = read_weights(folder)
     if not weights:
         raise CheckpointError(
@@ -135,6 +151,17 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
 
 
+def from_hub(config: dict[str, Any], source: str | Path, revision: str | None) -> dict[str, Any]:
+    """`config`, which remembers the hub id that its model was asked for by, unless it remembers one already.
+
+    Weights in MLX's quantization are not remembered: PyTorch cannot load them by any name.
+    """
+    if Path(source).exists() or config.get("quantization") or "source" in remembered(config):
+        return config
+    template = remembered(config).get("template")
+    return remember(config, source=str(source), revision=revision, template=template)
+
+
 def _needs_code(folder: Path) -> str:
     if (folder / "tokenizer.model").exists():
         remedy = f"Convert the folder, which makes a tokenizer.json: mlx-adapters convert {folder} DST"
@@ -146,8 +173,12 @@ def _needs_code(folder: Path) -> str:
 def describe(loaded: Loaded) -> dict[str, Any]:
     """What an adapter must remember of its base, to refuse another one."""
     config = loaded.config
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path")
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     described = {key: config[key] for key in keys if config.get(key) is not None}
+    about = remembered(config)
+    if "source" in about:
+        described["_name_or_path"] = about["source"]
+        described |= {"revision": about["revision"]} if "revision" in about else {}
     if quantization := config.get("quantization"):
         described["quantization"] = {
             k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization

@@ -185,7 +185,8 @@ class Engine:
             return ask.prompt
         tokenizer = self.loaded.tokenizer
         meta = self.metas.get(ask.model)
-        template = (meta.template if meta else "") or ("chat" if tokenizer.has_chat_template else "plain")
+        fallback = "chat" if tokenizer.has_chat_template else "plain"
+        template = (meta.template if meta else "") or self.loaded.template or fallback
         if template == "chat":
             return _chat(list(ask.messages), tokenizer)
         # the other templates know single questions; what was said before stands in front

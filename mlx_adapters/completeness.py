@@ -1,0 +1,129 @@
+"""Whether the tensors of an adapter's file are all there, and where the configuration says they are."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods.base import LINEARS, plain_weight
+from mlx_adapters.methods.experts import EXPERT_NAMES, is_stack
+from mlx_adapters.methods.modules import EMBEDDINGS
+from mlx_adapters.methods.peft_fields import is_target
+from mlx_adapters.models import sites
+
+__all__ = ["check_copies", "check_places", "check_targets", "copies_of_base"]
+
+Arrays = dict[str, mx.array]
+_ROUNDED, _QUANTIZED = 0.01, 0.1  # how far a copy may be off, by the mean size of the values
+
+
+def copies_of_base(grouped: dict[str, Arrays], whole: str | None, model_type: str) -> dict[str, Arrays]:
+    """Take out of `grouped` what a file holds of the base: {path: {"weight" or "bias": array}}.
+
+    PEFT writes the embedding and the head beside an adapter on them, and a whole state dict holds everything.
+    `whole` names PEFT's modules_to_save, whose weights are the adapter's own; None where the method has none.
+    """
+    copies: dict[str, Arrays] = {}
+    for path, own in list(grouped.items()):
+        found = {name: own.pop(f"base.{name}") for name in ("weight", "bias") if f"base.{name}" in own}
+        if (
+            own
+            and own.keys() <= {"weight", "bias"}
+            and whole is not None
+            and not _saved(path, whole, model_type)
+        ):
+            found |= own
+            own.clear()
+        if found:
+            copies[path] = found
+        if not own:
+            del grouped[path]
+    if not grouped:
+        raise AdapterError("its tensors are the base's, there is none of an adapter")
+    return copies
+
+
+def _saved(path: str, whole: str, model_type: str) -> bool:
+    """PEFT's rule: a name is the end of the path, and need not begin where a module's name does."""
+    names = [name.strip() for name in whole.split(",") if name.strip()]
+    return any(sites.to_hf(path, model_type).endswith(name) for name in names)
+
+
+def check_places(model: nn.Module, paths: Iterable[str], name: str) -> None:
+    """AdapterError for tensors of layers that the model does not have."""
+    present = {path for path, _ in model.named_modules()}
+    strange = sorted({path for path in paths if path and path not in present})
+    if not strange:
+        return
+    if sites.tied(model) and all(map(sites.is_head, strange)):
+        raise AdapterError(
+            f"it adapts the output head {strange[0]}, which in {name} is the token embedding itself (tied): "
+            "an adapter of the head alone is not read"
+        )
+    raise AdapterError(
+        f"{len(strange)} layers are not in {name}, e.g. {strange[0]}: this adapter belongs to another model"
+    )
+
+
+def check_copies(model: nn.Module, copies: dict[str, Arrays]) -> None:
+    """AdapterError for what a file holds of the base and this base has otherwise: PyTorch would take it."""
+    modules = dict(model.named_modules())
+    for path, copy in copies.items():
+        base = modules[path if path in modules else sites.embedding(model)]  # a tied head is that
+        for name, theirs in copy.items():
+            own = plain_weight(base) if name == "weight" else base.get(name)
+            if own is None or own.shape != theirs.shape:
+                found = "none" if own is None else list(own.shape)
+                raise AdapterError(
+                    f"it brings the base's {path}.{name} along, {list(theirs.shape)}, and this base has "
+                    f"{found}: resize the base in PyTorch as for the training (its vocabulary, most likely), "
+                    "and convert that"
+                )
+            near = _QUANTIZED if "scales" in base else _ROUNDED
+            apart = float(mx.abs(theirs - own).mean())
+            if apart > near * float(mx.abs(own).mean()):
+                raise AdapterError(
+                    f"it brings the base's {path}.{name} along with other values than this base has: put "
+                    "them into the base in PyTorch, and convert that"
+                )
+
+
+def check_targets(
+    model: nn.Module, model_type: str, fields: dict[str, Any], grouped: dict[str, Arrays]
+) -> None:
+    """AdapterError where PEFT's configuration names layers that have no tensors, or tensors stand at layers
+    that it does not name: PyTorch would leave out both without a word."""
+    if not isinstance(fields.get("target_modules"), list | str):
+        return
+    names = ",".join(fields.get("modules_to_save") or ())
+    weighted = {path for path, module in model.named_modules() if "weight" in module}
+    whole = {path for path in weighted if names and _saved(path, names, model_type)}
+    places = _places(model, str(fields["peft_type"])) - whole
+    named = {path for path in places if is_target(fields, sites.to_hf(path, model_type))} | whole
+    if lost := sorted(named - grouped.keys()):
+        raise AdapterError(
+            f"{len(lost)} of {len(named)} layers that the configuration names have no tensors here, e.g. "
+            f"{lost[0]}: the file is not complete. Save the adapter again"
+        )
+    if strange := sorted((places & grouped.keys()) - named):
+        raise AdapterError(
+            f"{len(strange)} layers have tensors, e.g. {strange[0]}, but target_modules does not name them, "
+            "so PEFT leaves them out: one of the two was changed"
+        )
+
+
+def _places(model: nn.Module, peft_type: str) -> set[str]:
+    """The layers on which PEFT's rule can be checked here."""
+    modules = dict(model.named_modules())
+    if peft_type == "LN_TUNING":
+        return {p for p, m in modules.items() if "weight" in m and "norm" in type(m).__name__.lower()}
+    places = set(sites.linears(model))
+    places |= {path for path, m in modules.items() if sites.is_head(path) and isinstance(m, LINEARS)}
+    if peft_type == "LORA":
+        places |= {path for path, m in modules.items() if sites.is_table(path) and isinstance(m, EMBEDDINGS)}
+    if any(is_stack(module) for module in modules.values()):
+        # among stacked experts PEFT reads these names in another way
+        places = {path for path in places if path.rpartition(".")[2] not in EXPERT_NAMES}
+    return places
