@@ -31,6 +31,7 @@ __all__ = [
     "check_options",
     "convert",
     "copy_tokenizer",
+    "refuse_links",
     "refuse_not_finite",
     "write_mlx",
 ]
@@ -188,6 +189,7 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     if Path(src).suffix == ".gguf":
         return _gguf(Path(src), keep_quantized=keep_quantized)
     folder = models.locate(src, revision=revision)
+    refuse_links(folder)
     config = models.from_hub(models.read_config(folder), src, revision)
     config = _with_generation_eos(config, folder)
     weights = files.read_weights(folder) or _read_bins(folder)
@@ -252,11 +254,19 @@ def _with_generation_eos(config: dict[str, Any], folder: Path) -> dict[str, Any]
     return config | ({"eos_token_id": ends} if ends is not None else {})
 
 
+def refuse_links(folder: Path) -> None:
+    """CheckpointError where what is read of a model folder lies outside it."""
+    settings = [folder / name for name in ("config.json", "generation_config.json")]
+    files.refuse_links_out(folder, [*settings, *files.weight_files(folder), *files.bin_files(folder)])
+
+
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copy the tokenizer's files and the generation settings; CheckpointError where there are none."""
     if not any((folder / name).exists() for name in _KINDS):
         raise CheckpointError(f"{folder}: has no tokenizer ({' or '.join(_KINDS)}); copy it there first")
-    for file in {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}:
+    found = {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}
+    files.refuse_links_out(folder, found)
+    for file in found:
         if file.suffix != ".py":
             shutil.copyfile(file, to / file.name)
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():

@@ -38,6 +38,7 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
+    adapter.refuse_links(source)
     if format == "peft":
         return peft.export(source, dst, base=base).bytes
     _OTHERS[format].export(source, dst, base=base)
@@ -74,6 +75,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     """
     with reading(source, AdapterError), writing(dst) as folder:
         found = detect(source)
+        adapter.refuse_links(source)
         if found in _OTHERS:
             imported: AdapterMeta = _OTHERS[found].import_adapter(source, folder, loaded=loaded)
             return imported

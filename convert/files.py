@@ -5,14 +5,14 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters.errors import CheckpointError, OutputError
+from mlx_adapters.errors import AdaptersError, CheckpointError, OutputError
 from mlx_adapters.parse import from_json
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "header",
     "not_finite",
     "read_weights",
+    "refuse_links_out",
     "require_space",
     "weight_files",
     "writing",
@@ -88,6 +89,24 @@ def require_space(dst: Path, needed: int) -> None:
             f"{dst}: needs about {_size(needed)}, and {_size(free)} are free on its disk. "
             "Free some space or choose another place"
         )
+
+
+def refuse_links_out(
+    folder: Path, files: Iterable[Path], kind: type[AdaptersError] = CheckpointError
+) -> None:
+    """Raise `kind` where one of `files` is a link that leads out of `folder`.
+
+    Somebody else's folder could link to any file of this machine, and what is written would hold its content.
+    The hub's cache is the exception: its snapshots are links to the blobs beside them.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for file in files:
+        real = file.resolve()
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise kind(
+                f"{file}: is a link that leads out of its folder, to {real}; refused. Copy the file there"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

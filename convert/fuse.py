@@ -19,7 +19,13 @@ from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
 from mlx_adapters.convert.card import fused_card
-from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, refuse_not_finite, write_mlx
+from mlx_adapters.convert.checkpoint import (
+    check_options,
+    copy_tokenizer,
+    refuse_links,
+    refuse_not_finite,
+    write_mlx,
+)
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
     dequantized_weights,
@@ -79,6 +85,8 @@ def fuse(
     """
     quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
+    refuse_links(loaded.path)
+    adapter.refuse_links(folder)
     unchecked = to == "transformers" and loaded.config["model_type"] not in CHECKED
     if unchecked or verify:
         kind = loaded.config["model_type"]

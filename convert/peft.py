@@ -89,6 +89,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     adapter remembers. Nothing written names a folder of this machine. Raises AdapterError for a folder that
     is no adapter or remembers no hub id, OutputError for a `dst` that is not empty.
     """
+    adapter.refuse_links(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
     fields["base_model_name_or_path"] = base = base_name(source, fields, base)

@@ -32,6 +32,7 @@ from mlx_adapters.adapter_files import (
     read_fields,
     read_json,
     read_tensors,
+    refuse_links,
 )
 from mlx_adapters.completeness import check_copies, check_places, check_targets, copies_of_base
 from mlx_adapters.errors import AdapterError, reading, writing_to
@@ -59,6 +60,7 @@ __all__ = [
     "read_fields",
     "read_meta",
     "read_tensors",
+    "refuse_links",
     "save",
     "tensors",
     "write",

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_adapters import methods
-from mlx_adapters.convert.files import header
+from mlx_adapters.convert.files import header, refuse_links_out
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.base import AdapterLayer
 from mlx_adapters.models import sites
@@ -20,6 +20,7 @@ from mlx_adapters.parse import from_json
 
 __all__ = [
     "CONFIG",
+    "MEMBERS",
     "META",
     "PREFIX",
     "SEEN",
@@ -28,6 +29,7 @@ __all__ = [
     "read_fields",
     "read_json",
     "read_tensors",
+    "refuse_links",
     "sound",
 ]
 
@@ -37,6 +39,8 @@ CONFIG, WEIGHTS, META, SEEN = (
     "mlx_adapters.json",
     "seen.txt",
 )
+MEMBERS = "members"
+"""The folder below an adapter's that holds the adapters it is made of."""
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(
     r"^module\.|(?:^|(?<=\.))_(?:fsdp_wrapped_module|orig_mod|checkpoint_wrapped_module)\."
@@ -51,6 +55,14 @@ _OF_BASE = {
     "weight": "base.weight",
     "bias": "base.bias",
 }
+
+
+def refuse_links(folder: Path) -> None:
+    """AdapterError where a file of an adapter folder, in whatever format, lies outside it."""
+    kinds = (".bin", ".json", ".safetensors")
+    own = [file for file in folder.glob("*") if file.suffix in kinds]
+    refuse_links_out(folder, [*own, *folder.rglob(SEEN), folder / MEMBERS], AdapterError)
+    refuse_links_out(folder, (folder / MEMBERS).rglob("*"), AdapterError)
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

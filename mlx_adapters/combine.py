@@ -139,6 +139,7 @@ def _check(
 
 
 def _member(folder: Path) -> _Member:
+    adapter.refuse_links(folder)
     meta = adapter.read_meta(folder)
     if meta.method != "lora":
         raise AdapterError(f"{folder}: is a {meta.method} adapter: only LoRA adapters can be combined")
