@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from mlx_adapters.methods.experts import EXPERT_NAMES
-from mlx_adapters.models.sites import EXPERTS
+from mlx_adapters.models.sites import EXPERTS, SHIFTED_NORMS
 
 __all__ = ["closed"]
 
@@ -50,6 +50,8 @@ def _is_closed(method: str, model_type: str, path: str) -> bool:
     if method not in _ON_LAYERS:
         return False
     if path.startswith(_INSIDE) or re.search(rf"(?:^|\.)(?:{_ABSENT.get(model_type, '(?!)')})$", path):
+        return True
+    if model_type in SHIFTED_NORMS and "norm" in name:
         return True
     if method in ("lora", "dora") and model_type in _STATE_SPACE and name == "out_proj":
         return True

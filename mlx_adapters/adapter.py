@@ -34,7 +34,7 @@ from mlx_adapters.adapter_files import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.completeness import check_copies, check_places, check_targets, copies_of_base
+from mlx_adapters.completeness import check_copies, check_norms, check_places, check_targets, copies_of_base
 from mlx_adapters.errors import AdapterError, reading, writing_to
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.methods.peft_fields import check_fields
@@ -286,7 +286,9 @@ def _build(
     with reading(folder / WEIGHTS, AdapterError):
         heads = {path for path in copies if sites.is_head(path)} if sites.tied(model) else set()
         check_places(model, {*grouped, *(copies.keys() - heads)}, name)
-        check_copies(model, copies)
+        check_copies(model, model_type, copies)
+        if not (folder / META).exists():  # written by PyTorch
+            check_norms(model_type, grouped)
         if hasattr(module, "PEFT_FIELDS"):
             check_targets(model, model_type, read_fields(folder), grouped)
     model.freeze()

@@ -13,7 +13,7 @@ from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.models import sites
 
-__all__ = ["check_copies", "check_places", "check_targets", "copies_of_base"]
+__all__ = ["check_copies", "check_norms", "check_places", "check_targets", "copies_of_base"]
 
 Arrays = dict[str, mx.array]
 _ROUNDED, _QUANTIZED = 0.01, 0.1  # how far a copy may be off, by the mean size of the values
@@ -67,12 +67,23 @@ def check_places(model: nn.Module, paths: Iterable[str], name: str) -> None:
     )
 
 
-def check_copies(model: nn.Module, copies: dict[str, Arrays]) -> None:
+def check_norms(model_type: str, grouped: dict[str, Arrays]) -> None:
+    """AdapterError for norms that PyTorch trained, where mlx-lm keeps their weights otherwise."""
+    norms = [path for path in grouped if "norm" in path.rpartition(".")[2]]
+    if norms and model_type in sites.SHIFTED_NORMS:
+        raise AdapterError(
+            f"it holds a trained {norms[0]}, which mlx-lm keeps one larger in a {model_type} model: not read"
+        )
+
+
+def check_copies(model: nn.Module, model_type: str, copies: dict[str, Arrays]) -> None:
     """AdapterError for what a file holds of the base and this base has otherwise: PyTorch would take it."""
     modules = dict(model.named_modules())
+    turned = sites.linears(model) if sites.sites(model_type, model).conv1d else {}
     for path, copy in copies.items():
         base = modules[path if path in modules else sites.embedding(model)]  # a tied head is that
         for name, theirs in copy.items():
+            theirs = theirs.T if path in turned else theirs
             own = plain_weight(base) if name == "weight" else base.get(name)
             if own is None or own.shape != theirs.shape:
                 found = "none" if own is None else list(own.shape)

@@ -182,6 +182,10 @@ def test_a_fused_model_is_prompted_as_its_adapter(to: str, hub: Path, data: Path
     of_fused = json.loads(cli("generate", tmp_path / "f", *ask).stdout)
     assert of_fused == of_adapter
     assert of_fused["template"] == "alpaca"
+    if to == "transformers":  # which leaves the section of config.json alone
+        from transformers import AutoConfig
+
+        assert AutoConfig.from_pretrained(tmp_path / "f").mlx_adapters == {"template": "alpaca"}
     assert 'prompt = "Below is an instruction' in (tmp_path / "f" / "README.md").read_text()
     assert named(tmp_path / "f", tmp_path) == []
     loaded = model.load(tmp_path / "f")

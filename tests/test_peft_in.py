@@ -114,7 +114,7 @@ def rewritten(source: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) 
     from safetensors.torch import load_file, save_file
 
     file = source / "adapter_model.safetensors"
-    save_file({name: array.contiguous() for name, array in change(load_file(file)).items()}, file)
+    save_file({name: array.clone().contiguous() for name, array in change(load_file(file)).items()}, file)
 
 
 WRAPPED: dict[str, Callable[[str], str]] = {
@@ -157,11 +157,24 @@ def test_a_plain_state_dict_is_read(
     assert any(".modules_to_save.default." in name for name in state)
     rewritten(source, lambda _: state)
     np.testing.assert_allclose(ours(folders["llama"], source), expected, atol=bound(expected))
+    if not whole:  # PEFT reads these names too, but for those of modules_to_save
+        rewritten(source, lambda _: {n.replace(".modules_to_save.default", ""): a for n, a in state.items()})
+        again = peft.PeftModel.from_pretrained(base(folders["llama"]), source).eval()
+        np.testing.assert_allclose(run(again), expected, atol=bound(expected))
     if whole:
         other = {name: 2 * array if ".norm." in name else array for name, array in state.items()}
         rewritten(source, lambda _: other)
         with pytest.raises(AdapterError, match=r"base's model\.norm\.weight along with other values"):
             ours(folders["llama"], source)
+
+
+def test_so_it_is_where_pytorch_keeps_matrices_turned(folders: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2's, whose head is the embedding besides."""
+    network = trained(folders["gpt2"], lora(target_modules=["c_attn"], fan_in_fan_out=True))
+    network.save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda _: network.state_dict())
+    expected = run(network)
+    np.testing.assert_allclose(ours(folders["gpt2"], tmp_path), expected, atol=bound(expected))
 
 
 # What is in the file ----------------------------------------------------------------------------------------
@@ -243,6 +256,26 @@ def test_an_adapter_of_a_tied_head_is_named(tmp_path: Path) -> None:
         adapter.load(model.load(folder), tmp_path / "peft")
 
 
+def test_norms_that_mlx_keeps_otherwise_are_not_read(tmp_path: Path) -> None:
+    """qwen3_next's are stored from zero; mlx-lm adds one when it reads a checkpoint."""
+    from mlx_adapters.convert import exchange
+    from mlx_adapters.models import samples
+
+    network, about = samples.sample("qwen3_next"), samples.sample_config("qwen3_next")
+    config = methods.make_config("ln_tuning", {"targets": "input_layernorm"})
+    adapter.attach(network, "ln_tuning", config, base=about)
+    meta = adapter.AdapterMeta(method="ln_tuning", config=vars(config), base=about)
+    adapter.save(tmp_path / "a", network, meta=meta)
+    adapter.build(samples.sample("qwen3_next"), "qwen3_next", tmp_path / "a", name="it")
+    with pytest.raises(
+        AdapterError, match="PEFT opens no ln_tuning on input_layernorm of a qwen3_next model"
+    ):
+        exchange.export(tmp_path / "a", tmp_path / "p", format="peft", base="owner/base")
+    (tmp_path / "a" / "mlx_adapters.json").unlink()
+    with pytest.raises(AdapterError, match="which mlx-lm keeps one larger in a qwen3_next model"):
+        adapter.build(samples.sample("qwen3_next"), "qwen3_next", tmp_path / "a", name="it")
+
+
 # What the configuration says --------------------------------------------------------------------------------
 
 FIELDS = [
@@ -271,6 +304,7 @@ FIELDS = [
     ("lora", {"trainable_token_indices": [3]}, "trainable_token_indices"),
     ("lora", {"target_parameters": ["mlp.weight"]}, "target_parameters"),
     ("lora", {"a_field_of_next_year": {"on": True}}, "a_field_of_next_year"),
+    ("lora", {"modules_to_save": "lm_head"}, "not a list of names"),
     ("dora", {"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ("dora", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ("ia3", {"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -349,7 +349,10 @@ def from_peft(fields: dict[str, Any]) -> Config:
     own: dict[str, Any] = {
         name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
     }
-    own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
+    whole = fields.get("modules_to_save") or []
+    if not isinstance(whole, list):
+        raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
+    own["modules_to_save"] = ",".join(whole)
     told = fields.get("target_parameters") or []
     kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
     if odd := [name for name in told if not re.search(rf"(^|\.){kinds}", name)]:

@@ -68,7 +68,17 @@ def _short(value: Any) -> str:
 
 
 def is_target(fields: dict[str, Any], path: str) -> bool:
-    """Whether PEFT adapts the module at a Hugging Face path, by the configuration's own rule."""
+    """Whether PEFT adapts the module at a Hugging Face path, by the configuration's own rule; AdapterError
+    where it holds a pattern that is none."""
+    try:
+        return _is_target(fields, path)
+    except re.error as error:
+        raise AdapterError(
+            f"a pattern among its target_modules is not a regular expression: {error}"
+        ) from None
+
+
+def _is_target(fields: dict[str, Any], path: str) -> bool:
     chosen = fields.get("target_modules")
     if not chosen or _named(fields.get("exclude_modules"), path):
         return False

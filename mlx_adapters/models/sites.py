@@ -17,6 +17,7 @@ from mlx_adapters.models.discover import discover
 
 __all__ = [
     "EXPERTS",
+    "SHIFTED_NORMS",
     "TABLE",
     "Site",
     "Sites",
@@ -204,6 +205,9 @@ EXPERTS = {
     "dots1": "mlp.experts",
     **dict.fromkeys(("deepseek_v2", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"), "mlp.switch_mlp"),
 }
+
+# Where mlx-lm keeps the norms' weights one larger than the checkpoint has them: no file of both worlds fits.
+SHIFTED_NORMS = frozenset(("qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5"))
 
 _EMBEDDINGS = (
     *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings"),
