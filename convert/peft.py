@@ -154,10 +154,13 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[str, mx.array]) -> None:
     """AdapterError for layers at which PEFT does not open the method."""
-    model_type = meta.base.get("model_type")
-    if not model_type or not methods.in_peft(meta.method):
+    if not methods.in_peft(meta.method):
         return
-    paths, _ = adapter.by_layer(tensors, meta.method, model_type, source)
+    model_type = meta.base.get("model_type", "")
+    try:
+        paths, _ = adapter.by_layer(tensors, meta.method, model_type, source, plain=True)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. Write it anew first: mlx-adapters import SRC DST") from None
     if found := closed(meta.method, model_type, [sites.to_hf(path, model_type) for path in paths]):
         more = " ..." if len(found) > 6 else ""
         raise AdapterError(

@@ -34,7 +34,7 @@ from mlx_adapters.adapter_files import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.completeness import check_copies, check_norms, check_places, check_targets, copies_of_base
+from mlx_adapters.completeness import Model, check_tensors
 from mlx_adapters.errors import AdapterError, reading, writing_to
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.methods.peft_fields import check_fields
@@ -281,16 +281,14 @@ def _build(
     if hasattr(module, "kept"):
         config = module.kept(folder, config)
     grouped, shared = by_layer(arrays, meta.method, model_type, folder)
-    whole = getattr(config, "modules_to_save", "")
-    copies = copies_of_base(grouped, whole if hasattr(config, "modules_to_save") else None, model_type)
     with reading(folder / WEIGHTS, AdapterError):
-        heads = {path for path in copies if sites.is_head(path)} if sites.tied(model) else set()
-        check_places(model, {*grouped, *(copies.keys() - heads)}, name)
-        check_copies(model, model_type, copies)
-        if not (folder / META).exists():  # written by PyTorch
-            check_norms(model_type, grouped)
-        if hasattr(module, "PEFT_FIELDS"):
-            check_targets(model, model_type, read_fields(folder), grouped)
+        check_tensors(
+            grouped,
+            Model(model, model_type, name),
+            whole=getattr(config, "modules_to_save", None),
+            fields=read_fields(folder) if hasattr(module, "PEFT_FIELDS") else {},
+            from_torch=not (folder / META).exists(),
+        )
     model.freeze()
     paths = [path for path in grouped if path]
     placed = methods.place(meta.method, model, model_type, config, paths or None)

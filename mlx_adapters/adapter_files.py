@@ -105,14 +105,15 @@ def sound(arrays: dict[str, mx.array], file: Path) -> dict[str, mx.array]:
 
 
 def by_layer(
-    arrays: dict[str, mx.array], method: str, model_type: str, folder: Path
+    arrays: dict[str, mx.array], method: str, model_type: str, folder: Path, *, plain: bool = False
 ) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
     """({path: {attribute: array}}, {name of a shared tensor: array}) of the tensors of a folder.
 
     The path of a rooted layer is empty. What the file holds of the base itself has the attributes
-    `base.weight` and `base.bias`. AdapterError for names the method does not have.
+    `base.weight` and `base.bias`. With `plain`, names are read as PEFT itself reads them. AdapterError for
+    names the method does not have.
     """
-    classes = methods.layer_classes(method)
+    classes, in_peft = methods.layer_classes(method), methods.in_peft(method)
     grouped: dict[str, dict[str, mx.array]] = {}
     shared, strange = {}, []
     for key, array in arrays.items():
@@ -120,7 +121,7 @@ def by_layer(
         in_common = [one for layer in classes for one in layer.SHARED.values()]
         if (common := next((n for n in (name, name.rpartition(".")[0]) if n in in_common), None)) is not None:
             shared[common] = array.astype(mx.float32)
-        elif (found := _attribute(name, classes, methods.in_peft(method))) is None:
+        elif (plain and name != key) or (found := _attribute(name, classes, in_peft, not plain)) is None:
             strange.append(key)
         else:
             path, attribute = found
@@ -140,7 +141,9 @@ def by_layer(
     return grouped, shared
 
 
-def _attribute(key: str, classes: tuple[type[AdapterLayer], ...], in_peft: bool) -> tuple[str, str] | None:
+def _attribute(
+    key: str, classes: tuple[type[AdapterLayer], ...], in_peft: bool, named: bool
+) -> tuple[str, str] | None:
     """(Hugging Face path, attribute) of a tensor's name; the longest suffix that fits counts."""
     suffixes: list[tuple[str, str]] = []
     for layer in classes:
@@ -153,20 +156,20 @@ def _attribute(key: str, classes: tuple[type[AdapterLayer], ...], in_peft: bool)
     fits = [
         (found[1], attribute)
         for attribute, suffix in suffixes
-        if (found := _ending(suffix, in_peft).fullmatch(key)) and not _LORA.search(found[1])
+        if (found := _ending(suffix, in_peft and named).fullmatch(key)) and not _LORA.search(found[1])
     ]
     return min(fits, key=lambda fit: len(fit[0]), default=None)
 
 
 @cache
-def _ending(suffix: str, in_peft: bool) -> re.Pattern[str]:
-    """A name that ends with `suffix`; PEFT's may have the adapter's name in it: lora_A.default.weight."""
+def _ending(suffix: str, named: bool) -> re.Pattern[str]:
+    """A name that ends with `suffix`; if `named`, with or without the adapter's: lora_A.default.weight."""
     stem, _, last = suffix.rpartition(".")
-    named, end = (r"(?:\.[^.]+)?" if in_peft else ""), re.escape(suffix)
-    if suffix in ("weight", "bias"):
-        end = rf"(?:modules_to_save\.[^.]+\.)?{suffix}" if in_peft else suffix
-    elif suffix not in _OF_BASE:
-        end = rf"{re.escape(stem)}{named}\.{last}" if last in ("weight", "bias") else rf"{end}{named}"
+    end, between = re.escape(suffix), r"(?:\.[^.]+)?"
+    if named and suffix in ("weight", "bias"):
+        end = rf"(?:modules_to_save\.[^.]+\.)?{suffix}"
+    elif named and suffix not in _OF_BASE:
+        end = rf"{re.escape(stem)}{between}\.{last}" if last in ("weight", "bias") else rf"{end}{between}"
     return re.compile(rf"{re.escape(PREFIX)}(.+?)\.{end}")
 
 
