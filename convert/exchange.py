@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter_files import sound
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.torch_bin import read_bin
@@ -94,7 +95,7 @@ def _with_safetensors(source: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-import-") as name:
         copy = Path(name)
         shutil.copyfile(source / adapter.CONFIG, copy / adapter.CONFIG)
-        mx.save_safetensors(str(copy / adapter.WEIGHTS), read_bin(source / _BIN))
+        mx.save_safetensors(str(copy / adapter.WEIGHTS), sound(read_bin(source / _BIN), source / _BIN))
         try:
             yield copy
         except AdapterError as error:

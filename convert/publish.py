@@ -70,7 +70,7 @@ def prepare(
     measured = [_Measured.read(report, source) for report in reports]  # a wrong one before any writing
     meta = adapter.read_meta(source)
     if base is not None and not is_hub_id(base):
-        raise ConfigError(f"--base {base!r}: others cannot load it. Give the base's hub id, OWNER/NAME")
+        raise ConfigError(f"--base {base!r}: is a name which others cannot load. Give a hub id, OWNER/NAME")
     peft.export(source, dst, base=base)
     _write_card(dst / "README.md", repo, meta, measured, license)
     return Prepared(dst, tuple(_files(dst)))

@@ -284,7 +284,7 @@ def test_an_adapter_file_cut_short(model: Path, adapter: Path, tmp_path: Path) -
     for arguments in (
         ["eval", model, "--adapter", broken, "--task", "wordproblems", "--limit", "1"],
         ["generate", model, "--adapter", broken, "--prompt", "x"],
-        ["export", broken, tmp_path / "out"],
+        ["export", broken, tmp_path / "out", "--base", "owner/base"],
         ["info", broken],
     ):
         assert str(weights) in refused(*arguments)
@@ -328,7 +328,7 @@ def test_an_output_that_holds_something_is_left_alone(
     for arguments in (
         ["convert", model, full],
         ["train", model, "--data", data, "--output", full],
-        ["export", adapter, full],
+        ["export", adapter, full, "--base", "owner/base"],
         ["quickstart", "--dir", full, "--model", model],
         ["eval", model, "--task", "wordproblems", "--limit", "1", "--output", full / "mine.txt"],
     ):
