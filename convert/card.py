@@ -34,13 +34,13 @@ Trained with mlx-adapters on Apple MLX; {files}.{_precision(meta)}
 |---|---|
 {rows}
 
-{_prompt(meta.template)}
 ## Load it in PyTorch
 
 ```python
 {(_WITH_PEFT if in_peft else _WITHOUT).format(base=_arguments(base, meta))}
 ```
 {_ALSO if in_peft else ""}
+{_prompt(meta.template)}
 ## Load it in MLX
 
 ```
