@@ -9,7 +9,7 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.templates import TEMPLATES, prompt_for
 from mlx_adapters.models.origin import is_hub_id
 
-__all__ = ["LOCAL", "adapter_card", "cell", "fused_card", "short_card"]
+__all__ = ["LOCAL", "adapter_card", "fused_card", "short_card"]
 
 LOCAL = "PATH/OF/THIS/FOLDER"
 _INSTRUCTION = "YOUR INSTRUCTION"
@@ -19,14 +19,14 @@ def adapter_card(meta: AdapterMeta, base: str, training: dict[str, Any]) -> str:
     """The card of an adapter in PEFT's format; `training` is what strangers may know of how it was made."""
     in_peft = methods.in_peft(meta.method)
     rows = "\n".join(
-        f"| {cell(name)} | {cell(value)} |" for name, value in {**meta.config, **training}.items()
+        f"| {_cell(name)} | {_cell(value)} |" for name, value in {**meta.config, **training}.items()
     )
     front = "---\n" + ("library_name: peft\n" if in_peft else "") + f"tags: [{meta.method}, mlx-adapters]\n"
     front += f"base_model: {json.dumps(base)}\n---\n\n" if is_hub_id(base) else "---\n\n"
     files = (
         "the files are PEFT's" if in_peft else f"PEFT has no {meta.method}, the folder brings its own loader"
     )
-    return f"""{front}# {meta.method} adapter for {cell(base)}
+    return f"""{front}# {meta.method} adapter for {_cell(base)}
 
 Trained with mlx-adapters on Apple MLX; {files}.{_precision(meta)}
 
@@ -49,15 +49,16 @@ mlx-adapters generate {shlex.quote(base)} --adapter {LOCAL} --prompt "..."
 """
 
 
-def short_card(meta: AdapterMeta, library: str, base: str | None) -> str:
-    """The card of an adapter in another library's format."""
-    title = f"# {meta.method} adapter" + (f" for {cell(base)}" if base else "")
-    return f"{title}\n\nTrained with mlx-adapters; the files are for {library}.\n\n{_prompt(meta.template)}"
+def short_card(meta: AdapterMeta, library: str, base: str | None, note: str = "") -> str:
+    """The card of an adapter in another library's format; `note` is about prompts there."""
+    title = f"# {meta.method} adapter" + (f" for {_cell(base)}" if base else "")
+    made = f"Trained with mlx-adapters; the files are for {library}."
+    return f"{title}\n\n{made}\n\n{_prompt(meta.template)}" + (f"\n{note}\n" if note else "")
 
 
 def fused_card(method: str, base: str | None, template: str) -> str:
     """The card of a model with an adapter in its weights."""
-    title = f"# {cell(base) if base else 'A model'} with a {method} adapter in its weights"
+    title = f"# {_cell(base) if base else 'A model'} with a {method} adapter in its weights"
     return f"{title}\n\nFused with mlx-adapters.\n\n{_prompt(template)}"
 
 
@@ -86,7 +87,7 @@ def _arguments(base: str, meta: AdapterMeta) -> str:
 def _prompt(template: str) -> str:
     """How a prompt looks, as code: every blank and line break of it counts."""
     if template not in TEMPLATES:
-        return f"## The prompt\n\nThe prompt template was `{cell(template) or 'unknown'}`.\n"
+        return f"## The prompt\n\nThe prompt template was `{_cell(template) or 'unknown'}`.\n"
     head = f"## The prompt\n\nThe prompt template was `{template}`. It answers as trained to these prompts:"
     if template == "chat":
         code = (
@@ -99,7 +100,7 @@ def _prompt(template: str) -> str:
     return f"{head}\n\n```python\n{code}\n```\n"
 
 
-def cell(value: Any) -> str:
+def _cell(value: Any) -> str:
     """A value as one cell of a table, or part of a line."""
     return " ".join(str(value).replace("|", "\\|").replace("`", "'").split())
 

@@ -30,6 +30,9 @@ __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
 _CONFIG, _WEIGHTS = adapter.CONFIG, "adapters.safetensors"
 METHODS = ("lora", "dora")
+_PROMPTS = (
+    "`mlx_lm.generate` puts a prompt into the chat template, unless it is given --ignore-chat-template."
+)
 # ours -> theirs; the magnitude is a vector, the matrices are transposed
 _NAMES = {"lora_a": "lora_a", "lora_b": "lora_b", "magnitude": "m"}
 
@@ -70,7 +73,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     if base := base or parts.meta.hub_id:
         fields["model"] = base
     with writing(dst) as folder:
-        (folder / "README.md").write_text(short_card(parts.meta, "mlx-lm", base), encoding="utf-8")
+        note = "" if parts.meta.template == "chat" else _PROMPTS
+        (folder / "README.md").write_text(short_card(parts.meta, "mlx-lm", base, note), encoding="utf-8")
         (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         mx.save_safetensors(str(folder / _WEIGHTS), tensors)
 
