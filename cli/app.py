@@ -58,6 +58,8 @@ class _Group(TyperGroup):
             _fail(" ".join(str(error).split()), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
+        except SystemExit as error:  # typer's own ends are no SystemExit: this is a library's
+            _fail(f"a library ended the program ({error.code})", 2)
         except BrokenPipeError:
             # the reader (head, say) has seen enough; keep Python from complaining at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

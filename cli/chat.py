@@ -186,7 +186,8 @@ class _Chat:
         from mlx_adapters.data.tokens import prompt_ids
 
         tokenizer, meta = self.loaded.tokenizer, self.metas.get(self.name)
-        template = chosen_template(self.template, meta.template if meta else None, tokenizer=tokenizer)
+        trained = meta.template if meta else None
+        template = chosen_template(self.template, trained, self.loaded.template, tokenizer=tokenizer)
         text = conversation(self.turns, template=template, tokenizer=tokenizer, kwargs=self.kwargs)
         return prompt_ids(text, tokenizer)
 

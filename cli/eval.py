@@ -109,7 +109,8 @@ def command(
     from mlx_adapters.evaluate import tasks
     from mlx_adapters.evaluate.answers import RULES
     from mlx_adapters.evaluate.score import none_right
-    from mlx_adapters.model import locate
+    from mlx_adapters.model import locate, read_config
+    from mlx_adapters.models.origin import remembered
 
     if resume and output is None:
         raise ConfigError("--resume goes on with the records of --output: give the same --output")
@@ -121,7 +122,9 @@ def command(
         options["reading"] = reading
     sets = tasks.load(task, data_dir=data_dir, limit=limit, seed=seed, prompt=prompt, label=label)
     meta = _meta(adapter)
-    used = _template(meta, settled.get("template"), force_template)
+    folder = locate(model)
+    fused = remembered(read_config(folder)).get("template", "")
+    used = _template((meta.template if meta else "") or fused, settled.get("template"), force_template)
     settings = {
         "model": model,
         "adapter": str(adapter) if adapter else None,
@@ -135,7 +138,6 @@ def command(
         "limit": limit,
         "seed": seed,
     }
-    folder = locate(model)
     count = processes or _processes(folder, sum(len(items) for _, items in sets))
     with _records(output, settings, resume) as file, _answering(folder, adapter, count) as loaded:
         common = {
@@ -315,12 +317,11 @@ def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[Lo
     yield loaded
 
 
-def _template(meta: "AdapterMeta | None", wish: str | None, force: bool) -> str:
+def _template(trained: str, wish: str | None, force: bool) -> str:
     from mlx_adapters.data.templates import TEMPLATES, chosen_template
 
     if wish is not None and wish not in TEMPLATES:
         raise ConfigError(unknown("template", wish, TEMPLATES))
-    trained = meta.template if meta else ""
     if trained and wish and wish != trained and not force:
         raise ConfigError(
             f"the adapter was trained with the template {trained}, not {wish}. "

@@ -27,7 +27,10 @@ def command(
             help="peft, adapterhub, llm-adapters or mlx-lm", autocompletion=complete.among(complete.FORMATS)
         ),
     ] = "peft",
-    base: Annotated[str | None, typer.Option(help="hub id PyTorch users load the base from")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="hub id PyTorch users load the base from [default: the one it was named by]"),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
     model: Annotated[
         Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")

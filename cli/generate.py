@@ -21,7 +21,7 @@ def command(
     template: Annotated[
         str | None,
         typer.Option(
-            help="default: the adapter's, else chat if there is one, else plain",
+            help="default: the adapter's (a fused one's too), else chat if there is one, else plain",
             autocompletion=complete.templates,
         ),
     ] = None,
@@ -45,7 +45,8 @@ def command(
     loaded = models.load(model, answering=True)
     meta = adapters.load(loaded, adapter) if adapter else None
     loaded.model.eval()
-    name = chosen_template(template, meta.template if meta else None, tokenizer=loaded.tokenizer)
+    trained = meta.template if meta else None
+    name = chosen_template(template, trained, loaded.template, tokenizer=loaded.tokenizer)
     turns = [{"role": "user", "content": prompt}]
     asked = conversation(turns, template=name, tokenizer=loaded.tokenizer, kwargs=kwargs)
     ids = prompt_ids(asked, loaded.tokenizer)

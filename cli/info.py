@@ -48,8 +48,10 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _model(folder: Path) -> dict[str, Any]:
+    from mlx_adapters.convert import files
     from mlx_adapters.model import read_config
     from mlx_adapters.models import sites
+    from mlx_adapters.models.origin import remembered
 
     config = read_config(folder)
     quantization = config.get("quantization") or {}
@@ -60,12 +62,12 @@ def _model(folder: Path) -> dict[str, Any]:
         "kind": "model",
         "folder": str(folder),
         "architecture": config["model_type"],
-        "source": config.get("_name_or_path"),
+        "source": remembered(config).get("source"),
         "layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
         "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
-        **_weights(folder, "model*.safetensors"),
+        **_weights(files.weight_files(folder)),
         "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
     }
 
@@ -86,14 +88,13 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "training": meta.training or None,
         "seen": questions(meta.seen) if meta.seen else None,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
-        **_weights(folder, adapter.WEIGHTS),
+        **_weights([file for file in (folder / adapter.WEIGHTS,) if file.exists()]),
     }
 
 
-def _weights(folder: Path, pattern: str) -> dict[str, Any]:
+def _weights(found: list[Path]) -> dict[str, Any]:
     from mlx_adapters.convert import files
 
-    found = sorted(folder.glob(pattern))
     entries = [
         entry
         for file in found

@@ -15,7 +15,9 @@ __all__ = ["command"]
 def command(
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there")],
-    base: Annotated[str | None, typer.Option(help="hub id of the base [default: the one it names]")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="hub id of the base [default: the one it was named by]")
+    ] = None,
     eval: Annotated[
         list[Path] | None, typer.Option(help="report of eval --output, for the card; may be repeated")
     ] = None,

@@ -51,7 +51,7 @@ def command(
     if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
         raise OutputError(f"{dir}: is not empty. Remove it, or choose another folder with --dir")
     source, base_id = source_of(model)
-    converted, loaded = _convert(source, dir / "model")
+    converted, loaded = _convert(source, dir / "model", base_id)
     say(f"\n2. Measure the base on {_TEST_ROWS} generated word problems")
     before = _measure(loaded, seed, frozenset())
     say("\n3. Train LoRA")
@@ -113,12 +113,13 @@ def source_of(model: str | None) -> tuple[str, str]:
     return str(file), "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def _convert(source: str, folder: Path) -> "tuple[Converted, Loaded]":
+def _convert(source: str, folder: Path, base_id: str) -> "tuple[Converted, Loaded]":
     from mlx_adapters import model as models
     from mlx_adapters.convert.checkpoint import convert
+    from mlx_adapters.models.origin import is_hub_id
 
     say(f"1. Convert {Path(source).name} to MLX")
-    done = convert(source, folder)
+    done = convert(source, folder, hub_id=base_id if is_hub_id(base_id) else None)
     say(f"   {_size(done)}, {duration(done.seconds)}")
     return done, models.load(folder, answering=True)
 

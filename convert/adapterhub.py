@@ -18,6 +18,8 @@ import mlx.core as mx
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter_files import sound
+from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.convert.torch_bin import read_bin
@@ -153,12 +155,13 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         "name": _NAME,
         "version": _VERSION,
         "model_type": kind,
-        "model_name": base or parts.meta.base.get("_name_or_path") or "",
+        "model_name": (base := base or parts.meta.hub_id) or "",
         "model_class": "",
         "hidden_size": width,
         "config": form,
     }
     with writing(dst) as folder:
+        (folder / "README.md").write_text(short_card(parts.meta, "AdapterHub", base), encoding="utf-8")
         (folder / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         mx.save_safetensors(str(folder / _WEIGHTS), tensors, metadata={"format": "pt"})
         write_bin(folder / _BIN, tensors)
@@ -292,4 +295,4 @@ def _read_form(source: Path) -> dict[str, Any]:
 def _read_tensors(source: Path) -> dict[str, mx.array]:
     if (source / _WEIGHTS).exists():
         return adapter.read_tensors(source, _WEIGHTS)
-    return read_bin(source / _BIN)
+    return sound(read_bin(source / _BIN), source / _BIN)

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_adapters import ends
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.build import build
+from mlx_adapters.models.origin import remember, remembered
 
 __all__ = [
     "MODES",
@@ -30,6 +31,8 @@ __all__ = [
     "check_options",
     "convert",
     "copy_tokenizer",
+    "refuse_links",
+    "refuse_not_finite",
     "write_ends",
     "write_mlx",
 ]
@@ -73,6 +76,8 @@ class _Source:
     name: str
     config: dict[str, Any]
     weights: dict[str, mx.array]
+    again: Callable[[], dict[str, mx.array]]
+    """The weights once more, which stay in memory only if `weights` do."""
     write_tokenizer: Callable[[Path], None]
 
 
@@ -86,8 +91,9 @@ def convert(
     mode: str = "affine",
     recipe: str | None = None,
     dtype: str | None = None,
+    hub_id: str | None = None,
 ) -> Converted:
-    """Convert `src` to the new folder `dst`.
+    """Convert `src` to the new folder `dst`, which remembers the hub id of `src`, or else `hub_id`.
 
     Without `bits`, `recipe` or another `mode` than affine nothing is quantized, and without `dtype` the
     source's precision is kept. The folder appears only when it is whole. Raises ConfigError (options),
@@ -97,7 +103,12 @@ def convert(
     quantize = check_options(bits, group_size, mode, recipe, dtype)
     with files.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
-        model, config = _build(source)
+        config = dict(source.config)
+        if hub_id is not None and "source" not in remembered(config):
+            config = remember(config, source=hub_id)
+        if quantize:
+            _refuse_broken(source)  # among groups of four bits a NaN would be lost
+        model = build(config, source.weights, source.name)
         if dtype is not None:
             _cast(model, models.DTYPES[dtype])
         if quantize:
@@ -106,6 +117,7 @@ def convert(
         files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
+        refuse_not_finite(folder, source.name, dtype)
     return Converted(
         path=dst,
         bytes=files.folder_bytes(dst),
@@ -129,6 +141,8 @@ def write_mlx(
     from mlx_lm.utils import dequantize_model
 
     model = dequantize_model(loaded.model)
+    if quantize and (found := files.not_finite(dict(tree_flatten(model.parameters())))):
+        raise CheckpointError(_broken(str(loaded.path), *found))
     _cast(model, models.DTYPES[dtype])
     config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
     if quantize is not None:
@@ -140,6 +154,7 @@ def write_mlx(
         name=str(loaded.path),
         config=config,
         weights={},
+        again=dict,
         write_tokenizer=lambda to: copy_tokenizer(loaded.path, to),
     )
     _save(folder, model, config, source)
@@ -175,14 +190,21 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     if Path(src).suffix == ".gguf":
         return _gguf(Path(src), keep_quantized=keep_quantized)
     folder = models.locate(src, revision=revision)
-    config = models.read_config(folder)
-    weights = _read_weights(folder)
+    refuse_links(folder)
+    config = models.from_hub(models.read_config(folder), src, revision)
+    weights = files.read_weights(folder) or _read_bins(folder)
     if not weights and not Path(src).exists():
-        weights = _read_weights(_download_bin(src, revision))
+        weights = _read_bins(_download_bin(src, revision))
     if not weights:
-        raise CheckpointError(f"{folder}: has no weights (model*.safetensors or pytorch_model*.bin)")
+        raise CheckpointError(
+            f"{src}: has no weights ({files.SINGLE}, {files.SINGLE_BIN}, or the index of either)"
+        )
     return _Source(
-        name=src, config=config, weights=weights, write_tokenizer=lambda to: copy_tokenizer(folder, to)
+        name=src,
+        config=config,
+        weights=weights,
+        again=lambda: files.read_weights(folder) or dict(weights),
+        write_tokenizer=lambda to: copy_tokenizer(folder, to),
     )
 
 
@@ -196,37 +218,21 @@ def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
     if found.quantization:
         config |= {"quantization": found.quantization}
     return _Source(
-        name=str(file), config=config, weights=found.weights, write_tokenizer=found.write_tokenizer
+        name=str(file),
+        config=config,
+        weights=found.weights,
+        again=lambda: dict(found.weights),
+        write_tokenizer=found.write_tokenizer,
     )
 
 
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    found = files.weight_files(folder)
-    weights: dict[str, mx.array] = {}
-    for file in found:
-        try:
-            arrays: Any = mx.load(str(file))
-            weights |= arrays
-        except Exception as error:  # a header that is whole, in a type MLX does not know
-            raise CheckpointError(f"{file}: cannot be read ({error})") from None
-    return weights if found else _read_bins(folder)
-
-
 def _read_bins(folder: Path) -> dict[str, mx.array]:
-    shards = sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        return {}
     from mlx_adapters.convert.torch_bin import read_bin
 
-    index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        shards = files.shards_of(folder, index)
-    weights: dict[str, Any] = {}
-    for shard in shards:
+    weights: dict[str, mx.array] = {}
+    for shard in files.bin_files(folder):
         weights |= read_bin(shard)
-    return {
-        name: array if isinstance(array, mx.array) else mx.array(array) for name, array in weights.items()
-    }
+    return weights
 
 
 def _download_bin(src: str, revision: str | None) -> Path:
@@ -238,11 +244,19 @@ def _download_bin(src: str, revision: str | None) -> Path:
         raise CheckpointError(f"{src}: the hub did not give its weights ({_first_line(error)})") from None
 
 
+def refuse_links(folder: Path) -> None:
+    """CheckpointError where what is read of a model folder lies outside it."""
+    settings = [folder / name for name in ("config.json", "generation_config.json")]
+    files.refuse_links_out(folder, [*settings, *files.weight_files(folder), *files.bin_files(folder)])
+
+
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copy the tokenizer's files and the generation settings; CheckpointError where there are none."""
     if not any((folder / name).exists() for name in _KINDS):
         raise CheckpointError(f"{folder}: has no tokenizer ({' or '.join(_KINDS)}); copy it there first")
-    for file in {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}:
+    found = {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}
+    files.refuse_links_out(folder, found)
+    for file in found:
         if file.suffix != ".py":
             shutil.copyfile(file, to / file.name)
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
@@ -259,68 +273,38 @@ def write_ends(folder: Path, source: str | Path) -> None:
     config = models.read_config(folder)
     try:
         ends.store(folder, ends.stop_tokens(folder, config, models.read_tokenizer(folder, config)))
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(folder), str(source))) from None
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(str(error).replace(str(folder), str(source))) from None
 
 
 # Models ----------------------------------------------------------------------------------------------------
 
 
-def _build(source: _Source) -> tuple[Any, dict[str, Any]]:
-    """The model with the source's weights in it, still on disk where the format allows that."""
-    config = dict(source.config)
-    model_class, args_class = model_config.classes(config)
-    try:
-        model = model_class(args_class.from_dict(config))
-        weights = model.sanitize(source.weights) if hasattr(model, "sanitize") else source.weights
-        quantization = config.get("quantization")
-        if quantization:
-            _quantized_modules(model, quantization, weights)
-    except AdaptersError:
-        raise
-    except Exception as error:  # a shape or a name mlx-lm stumbles over
-        raise CheckpointError(
-            f"{source.name}: the weights do not fit config.json ({_first_line(error)})"
-        ) from None
-    _compare_names(source.name, dict(tree_flatten(model.parameters())), weights)
-    model.eval()
-    model.load_weights(list(weights.items()), strict=True)
-    return model, config
+def _refuse_broken(source: _Source) -> None:
+    """CheckpointError for NaN or infinity in the weights that the model takes of its source."""
+    model = build(dict(source.config), source.again(), source.name)
+    weights = dict(tree_flatten(model.parameters()))
+    del model
+    if found := files.not_finite(weights):
+        raise CheckpointError(_broken(source.name, *found))
 
 
-def _quantized_modules(model: Any, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
-    def predicate(path: str, module: Any) -> Any:
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
-            return False
-        return quantization.get(path, True)
-
-    nn.quantize(
-        model,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=predicate,
-    )
-
-
-def _compare_names(name: str, wanted: dict[str, mx.array], given: dict[str, mx.array]) -> None:
-    shapes = [
-        f"{path} {tuple(given[path].shape)} instead of {tuple(array.shape)}"
-        for path, array in wanted.items()
-        if path in given and given[path].shape != array.shape
-    ]
-    found = {
-        "missing": [path for path in wanted if path not in given],
-        "unknown": [path for path in given if path not in wanted],
-        "wrong shape": shapes,
-    }
-    said = [f"{len(paths)} {what}: {_some(paths)}" for what, paths in found.items() if paths]
-    if said:
-        raise CheckpointError(f"{name}: the weights do not fit config.json ({'; '.join(said)})")
+def refuse_not_finite(folder: Path, name: str, dtype: str | None) -> None:
+    """CheckpointError for NaN or infinity in what was written to `folder`: the model `name` in `dtype`."""
+    for file in files.weight_files(folder):
+        written: Any = mx.load(str(file))
+        if found := files.not_finite(written):
+            tensor, what = found
+            if what == "infinity" and dtype == "float16":
+                raise CheckpointError(
+                    f"{name}: {tensor} has values beyond 65504, the largest of float16. Use bfloat16 or "
+                    "float32"
+                )
+            raise CheckpointError(_broken(name, *found))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+def _broken(name: str, tensor: str, what: str) -> str:
+    return f"{name}: {tensor} holds {what}: the checkpoint is damaged, or its training diverged"
 
 
 def _cast(model: Any, dtype: mx.Dtype) -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter_files import sound
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.torch_bin import read_bin
@@ -38,6 +39,7 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
+    adapter.refuse_links(source)
     if format == "peft":
         return peft.export(source, dst, base=base).bytes
     _OTHERS[format].export(source, dst, base=base)
@@ -74,6 +76,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     """
     with reading(source, AdapterError), writing(dst) as folder:
         found = detect(source)
+        adapter.refuse_links(source)
         if found in _OTHERS:
             imported: AdapterMeta = _OTHERS[found].import_adapter(source, folder, loaded=loaded)
             return imported
@@ -92,7 +95,7 @@ def _with_safetensors(source: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-import-") as name:
         copy = Path(name)
         shutil.copyfile(source / adapter.CONFIG, copy / adapter.CONFIG)
-        mx.save_safetensors(str(copy / adapter.WEIGHTS), read_bin(source / _BIN))
+        mx.save_safetensors(str(copy / adapter.WEIGHTS), sound(read_bin(source / _BIN), source / _BIN))
         try:
             yield copy
         except AdapterError as error:

@@ -5,17 +5,31 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import CheckpointError, OutputError
+import mlx.core as mx
+
+from mlx_adapters.errors import AdaptersError, CheckpointError, OutputError
 from mlx_adapters.parse import from_json
 
-__all__ = ["INDEX", "folder_bytes", "header", "require_space", "shards_of", "weight_files", "writing"]
+__all__ = [
+    "INDEX",
+    "bin_files",
+    "folder_bytes",
+    "header",
+    "not_finite",
+    "read_weights",
+    "refuse_links_out",
+    "require_space",
+    "weight_files",
+    "writing",
+]
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WIDTHS = {
     "F64": 8,
     "I64": 8,
@@ -77,19 +91,74 @@ def require_space(dst: Path, needed: int) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, each checked to be whole; [] when it has none.
+def refuse_links_out(
+    folder: Path, files: Iterable[Path], kind: type[AdaptersError] = CheckpointError
+) -> None:
+    """Raise `kind` where one of `files` is a link that leads out of `folder`.
 
-    With an index, every shard it names must be in the folder, and every tensor in the shard it names.
-    CheckpointError names the file that is missing, outside, truncated or broken.
+    Somebody else's folder could link to any file of this machine, and what is written would hold its content.
+    The hub's cache is the exception: its snapshots are links to the blobs beside them.
     """
-    index = folder / INDEX
-    if index.exists():
-        return _indexed(folder, index)
-    files = sorted(folder.glob("model*.safetensors"))
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     for file in files:
-        header(file)
-    return files
+        real = file.resolve()
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise kind(
+                f"{file}: is a link that leads out of its folder, to {real}; refused. Copy the file there"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's model is made of, each checked to be whole; [] without any.
+
+    The rule is transformers': model.safetensors, else the shards that the index names, and no other file,
+    whatever else lies in the folder. Every shard named must be there, and every tensor in the shard that is
+    named for it. CheckpointError names the file that is missing, outside, truncated or broken.
+    """
+    if (folder / SINGLE).is_file():
+        header(folder / SINGLE)
+        return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        return _indexed(folder, folder / INDEX)
+    strays = sorted(file.name for file in folder.glob("model*.safetensors"))
+    if strays and not bin_files(folder):
+        raise CheckpointError(
+            f"{folder}: has {strays[0]}, but neither {SINGLE} nor {INDEX}, which says what the model is made "
+            "of. Download that file too, or rename the one weight file"
+        )
+    return []
+
+
+def bin_files(folder: Path) -> list[Path]:
+    """The `.bin` files of a model, by the same rule; [] when there are none. They count where no safetensors
+    files do."""
+    if (folder / SINGLE_BIN).is_file():
+        return [folder / SINGLE_BIN]
+    index = folder / INDEX_BIN
+    return _shards(folder, _weight_map(folder, index)) if index.exists() else []
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a folder's safetensors files, each read from disk when it is first used."""
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(folder):
+        try:
+            arrays: Any = mx.load(str(file))
+        except Exception as error:  # a header that is whole, in a type MLX does not know
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
+        weights |= arrays
+    return weights
+
+
+def not_finite(tensors: dict[str, mx.array]) -> tuple[str, str] | None:
+    """(name, "NaN" or "infinity") of the first tensor that holds such a value. Empties `tensors`, so that no
+    more than one of them need be in memory."""
+    for name in list(tensors):
+        array = tensors.pop(name)
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            return name, "NaN" if mx.isnan(array).any().item() else "infinity"
+    return None
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -133,9 +202,8 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
         )
 
 
-def shards_of(folder: Path, index: Path) -> list[Path]:
-    """The shards an index names; CheckpointError if one is missing or lies outside the folder."""
-    return [folder / shard for shard in sorted(set(_weight_map(folder, index).values()))]
+def _shards(folder: Path, mapping: dict[str, str]) -> list[Path]:
+    return [folder / shard for shard in sorted(set(mapping.values()))]
 
 
 def _weight_map(folder: Path, index: Path) -> dict[str, str]:
@@ -160,12 +228,12 @@ def _weight_map(folder: Path, index: Path) -> dict[str, str]:
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
     mapping = _weight_map(folder, index)
-    shards = sorted(set(mapping.values()))
-    held = {shard: header(folder / shard) for shard in shards}
+    shards = _shards(folder, mapping)
+    held = {shard.name: header(shard) for shard in shards}
     lost = [name for name, shard in mapping.items() if name not in held[shard]]
     if lost:
         raise CheckpointError(f"{index}: says '{lost[0]}' is in {mapping[lost[0]]}, which does not hold it")
-    return [folder / shard for shard in shards]
+    return shards
 
 
 def _refuse_existing(dst: Path) -> None:

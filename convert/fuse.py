@@ -6,7 +6,7 @@ the fused model anew is possible, and then the report says what that changed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,22 @@ from mlx_adapters import adapter
 from mlx_adapters import model as models
 from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
-from mlx_adapters.convert.checkpoint import check_options, copy_tokenizer, write_ends, write_mlx
+from mlx_adapters.convert.card import fused_card
+from mlx_adapters.convert.checkpoint import (
+    check_options,
+    copy_tokenizer,
+    refuse_links,
+    refuse_not_finite,
+    write_ends,
+    write_mlx,
+)
 from mlx_adapters.convert.to_transformers import (
     CHECKED,
     dequantized_weights,
     write_transformers,
 )
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
+from mlx_adapters.models.origin import remember, remembered
 
 __all__ = ["TARGETS", "Fused", "fuse"]
 
@@ -77,6 +86,8 @@ def fuse(
     """
     quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
+    refuse_links(loaded.path)
+    adapter.refuse_links(folder)
     unchecked = to == "transformers" and loaded.config["model_type"] not in CHECKED
     if unchecked or verify:
         kind = loaded.config["model_type"]
@@ -90,18 +101,22 @@ def fuse(
     loaded.model.eval()
     apart = logits(loaded.model, prompts)
     layers = _merge(loaded.model, meta.method)
+    card, loaded = _handed_on(loaded, meta)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
     torch_diff = None
     with files.writing(dst) as place:
+        (place / "README.md").write_text(card, encoding="utf-8")
         if to == "mlx":
             write_mlx(
                 loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
             )
             del loaded
+            refuse_not_finite(place, str(dst), kept)
             fused = logits(_opened(place), prompts)
         else:
             files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
+            refuse_not_finite(place, str(dst), kept)
             copy_tokenizer(loaded.path, place)
             write_ends(place, loaded.path)
             sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
@@ -142,6 +157,17 @@ def _check_request(
             "--verify opens the result with transformers: leave it out, or give --to transformers"
         )
     return quantize
+
+
+def _handed_on(loaded: models.Loaded, meta: adapter.AdapterMeta) -> tuple[str, models.Loaded]:
+    """(card, the model with a config that remembers how it is prompted).
+
+    It does not remember the hub id of its base: it is another model now.
+    """
+    about = remembered(loaded.config)
+    template = meta.template or about.get("template", "")
+    card = fused_card(meta.method, about.get("source"), template)
+    return card, replace(loaded, config=remember(loaded.config, template=template))
 
 
 def _merge(model: Any, method: str) -> int:
@@ -202,7 +228,11 @@ def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray],
     with quiet_transformers(), torch.no_grad():
         try:
             network, said = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         except Exception as error:  # whatever transformers raises for a model it does not know
             reason = " ".join(str(error).split())[:200]

@@ -14,17 +14,23 @@ from pathlib import Path
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter_files import sound
+from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import assemble, need, take_apart
+from mlx_adapters.convert.peft import base_name
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, AdaptersError
+from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.model import Loaded
+from mlx_adapters.models import sites
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.bin"
 METHODS = ("lora", "series", "parallel")
+_UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora")
 # The architectures the fork knows, and the layers on which it knows a series adapter's side.
 _MODELS = ("llama", "bloom", "chatglm", "gptj", "gpt_neo", "opt")
 _SIDES = (
@@ -66,11 +72,15 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     )
     fields = adapter.read_fields(source)
     if method == "lora":
-        need(not fields.get("use_rslora"), source, "LLM-Adapters has no rsLoRA: its scale is alpha / rank")
         plain = all(own.keys() == {"lora_a", "lora_b"} for own in parts.arrays.values())
         need(plain, source, "LLM-Adapters has LoRA on linear layers only")
-        ranks = {own["lora_a"].shape[0] for own in parts.arrays.values()}
-        need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {sorted(ranks)}")
+        # it reads no patterns and no use_rslora: one rank, and alpha / rank as the one scale
+        sizes = {parts.config.at(sites.to_hf(path, parts.model_type)) for path in parts.arrays}
+        ranks, scales = (sorted(set(values)) for values in zip(*sizes, strict=True))
+        need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {ranks}")
+        need(len(scales) == 1, source, f"LLM-Adapters has one scale, this adapter has {scales}")
+        fields = {name: fields[name] for name in fields if name not in _UNREAD}
+        fields |= {"r": ranks[0], "lora_alpha": ranks[0] * scales[0]}
         fields |= {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
         if isinstance(fields["target_modules"], list) and len(fields["target_modules"]) == 1:
             fields["target_modules"] = rf"(.*\.)?{re.escape(fields['target_modules'][0])}"
@@ -80,9 +90,9 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         )
         odd = [name for name in names if name not in _SIDES]
         need(not odd, source, f"LLM-Adapters knows no series adapter on {', '.join(odd)}")
-    if base is not None:
-        fields["base_model_name_or_path"] = base
+    fields["base_model_name_or_path"] = base = base_name(source, fields, base)
     with writing(dst) as folder:
+        (folder / "README.md").write_text(short_card(parts.meta, "LLM-Adapters", base), encoding="utf-8")
         (folder / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_bin(folder / _WEIGHTS, adapter.read_tensors(source))
 
@@ -92,10 +102,12 @@ def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
     fields = adapter.read_fields(source)
     try:
         method = methods.by_peft_fields(fields)
+        if known := getattr(methods.get(method), "PEFT_FIELDS", None):
+            check_fields({name: value for name, value in fields.items() if name != "enable_lora"}, known)
         need(fields.get("enable_lora") in (None, []), source, "enable_lora: only whole matrices are read")
         config = methods.get(method).from_peft(fields)
         arrays, shared = adapter.by_layer(
-            read_bin(source / _WEIGHTS), method, loaded.config["model_type"], source
+            sound(read_bin(source / _WEIGHTS), source / _WEIGHTS), method, loaded.config["model_type"], source
         )
     except AdapterError as error:
         raise AdapterError(f"{source / _CONFIG}: {error}") from None

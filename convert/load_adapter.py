@@ -67,7 +67,8 @@ def changes(model: Any, folder: Path) -> dict[nn.Module, tuple[str, Any]]:
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith("base_model.vera_")}
     own = grouped(tensors, modules)
     for path in own if kind not in ("LN_TUNING", "LOREFT") else ():
-        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)):
+        whole_norm = kind == "LORA" and own[path].keys() <= {"weight", "bias"}
+        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)) and not whole_norm:
             what = type(modules[path]).__name__
             raise ValueError(f"{path}: is a {what}, no linear layer. PeftModel.from_pretrained may open it")
     return {
@@ -94,6 +95,8 @@ def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str,
 def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
     """y + scale B A x;  DoRA: y + (g - 1) W x + g scale B A x with g = m / ||W + scale B A||."""
     layer = modules[path]
+    if "weight" in own and not isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)):
+        return norm(modules, path, {f"ln_tuning_layers.{name}": own[name] for name in own}, config)
     if "weight" in own:  # trained whole
         return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(
             y.dtype

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.errors import AdapterError
@@ -29,6 +30,9 @@ __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
 _CONFIG, _WEIGHTS = adapter.CONFIG, "adapters.safetensors"
 METHODS = ("lora", "dora")
+_PROMPTS = (
+    "`mlx_lm.generate` puts a prompt into the chat template, unless it is given --ignore-chat-template."
+)
 # ours -> theirs; the magnitude is a vector, the matrices are transposed
 _NAMES = {"lora_a": "lora_a", "lora_b": "lora_b", "magnitude": "m"}
 
@@ -65,9 +69,12 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
             "dropout": parts.config.dropout,
             "keys": sorted(layers),
         },
-        "model": base or parts.meta.base.get("_name_or_path") or parts.meta.base.get("path", ""),
     }
+    if base := base or parts.meta.hub_id:
+        fields["model"] = base
     with writing(dst) as folder:
+        note = "" if parts.meta.template == "chat" else _PROMPTS
+        (folder / "README.md").write_text(short_card(parts.meta, "mlx-lm", base, note), encoding="utf-8")
         (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         mx.save_safetensors(str(folder / _WEIGHTS), tensors)
 

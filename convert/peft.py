@@ -25,14 +25,16 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
+from mlx_adapters.convert.card import adapter_card
 from mlx_adapters.convert.files import folder_bytes, writing
+from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.methods.experts import EXPERT_NAMES
-from mlx_adapters.models.sites import EXPERTS
+from mlx_adapters.models import sites
+from mlx_adapters.models.origin import is_hub_id
 from mlx_adapters.virtual import start_cache, with_virtual
 
-__all__ = ["HUB_DATA", "Exported", "Verdict", "export", "public", "verify"]
+__all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
 
 _PROMPTS = (
     "Tom has 3 apples and buys 4 more. How many apples does he have?",
@@ -83,52 +85,88 @@ class Verdict:
 def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     """Write the adapter in `source` to `dst` as a PEFT folder with a model card.
 
-    `base` is the hub id (or path) that PyTorch users will load the base from. Raises AdapterError for a
-    folder that is no adapter, OutputError for a `dst` that is not empty.
+    `base` is the hub id (or path) that PyTorch users will load the base from; by default the one that the
+    adapter remembers. Nothing written names a folder of this machine. Raises AdapterError for a folder that
+    is no adapter or remembers no hub id, OutputError for a `dst` that is not empty.
     """
+    adapter.refuse_links(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
-    if base is not None:
-        fields["base_model_name_or_path"] = base
-    if not fields.get("base_model_name_or_path"):
-        raise AdapterError(
-            f"{source}: does not name its base model. Say which one PyTorch shall load: --base OWNER/NAME"
-        )
-    names = list(adapter.read_tensors(source))
-    if any(name.endswith(".experts") for name in names):
+    fields["base_model_name_or_path"] = base = base_name(source, fields, base)
+    tensors = adapter.read_tensors(source)
+    if any(name.endswith(".experts") for name in tensors):
         raise AdapterError(
             f"{source}: adapts stacked experts matrix by matrix, which PEFT does not. Write a checkpoint "
             "with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm"
         )
-    _refuse_unreadable(source, meta, fields)
+    _refuse_unreadable(source, meta, tensors)
     with writing(dst) as folder:
-        (folder / adapter.CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / adapter.CONFIG, fields)
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
         if (source / "members").is_dir():  # a fusion keeps the adapters it is made of
             shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
-        (folder / "README.md").write_text(_card(meta, fields), encoding="utf-8")
-    size = folder_bytes(dst)
-    return Exported(dst, len(names), size, fields["base_model_name_or_path"])
+        for file in folder.rglob(adapter.META):
+            _forget_paths(file)
+        for file in (folder / "members").rglob(adapter.CONFIG):
+            _write_json(file, adapter.read_fields(file.parent) | {"base_model_name_or_path": base})
+        training = meta.training | (
+            {"data": public(str(data))} if (data := meta.training.get("data")) else {}
+        )
+        (folder / "README.md").write_text(adapter_card(meta, base, training), encoding="utf-8")
+    return Exported(dst, len(tensors), folder_bytes(dst), base)
 
 
-def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, fields: dict[str, Any]) -> None:
-    """AdapterError for layers of a mixture of experts that PEFT opens for plain LoRA alone.
-
-    The router is no linear layer to transformers 5, and LoRA's names in `EXPERT_NAMES` are taken for the
-    experts (but for qwen2_moe), where PEFT has no DoRA.
-    """
-    model_type = meta.base.get("model_type")
-    if model_type not in EXPERTS or meta.method == "lora" or not methods.in_peft(meta.method):
-        return
-    closed = EXPERT_NAMES if meta.method == "dora" and model_type != "qwen2_moe" else ("gate",)
-    named = {name.rpartition(".")[2] for name in fields.get("target_modules") or []}
-    if found := sorted(named & {*closed}):
+def base_name(source: Path, fields: dict[str, Any], base: str | None) -> str:
+    """The base as others load it: what was given, else the hub id in `fields`; AdapterError where that is
+    none, but a folder of this machine."""
+    named = base or fields.get("base_model_name_or_path")
+    if base is None and not (isinstance(named, str) and is_hub_id(named)):
         raise AdapterError(
-            f"{source}: PEFT opens no {meta.method} on {', '.join(found)} of a mixture of experts. Write a "
-            "checkpoint with mlx-adapters fuse, or train with targets attn"
+            f"{source}: names its base {named or 'not at all'}, which others cannot load. "
+            "Give its hub id with --base OWNER/NAME"
+        )
+    return str(named)
+
+
+def public(data: str) -> str:
+    """Where training data came from, for strangers: of a file its name, and not this machine's folders."""
+    return data if HUB_DATA.fullmatch(data) else data.replace("\\", "/").rpartition("/")[2]
+
+
+def _forget_paths(file: Path) -> None:
+    """Leave out of mlx_adapters.json where base and data lay on this machine."""
+    meta: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if isinstance(meta.get("base"), dict):
+        meta["base"].pop("path", None)
+        if not is_hub_id(str(meta["base"].get("_name_or_path", ""))):
+            meta["base"].pop("_name_or_path", None)
+    if isinstance(meta.get("training"), dict) and "data" in meta["training"]:
+        meta["training"]["data"] = public(str(meta["training"]["data"]))
+    _write_json(file, meta)
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[str, mx.array]) -> None:
+    """AdapterError for layers at which PEFT does not open the method."""
+    if not methods.in_peft(meta.method):
+        return
+    model_type = meta.base.get("model_type", "")
+    try:
+        paths, _ = adapter.by_layer(tensors, meta.method, model_type, source, plain=True)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. Write it anew first: mlx-adapters import SRC DST") from None
+    if found := closed(meta.method, model_type, [sites.to_hf(path, model_type) for path in paths]):
+        more = " ..." if len(found) > 6 else ""
+        raise AdapterError(
+            f"{source}: PEFT opens no {meta.method} on {', '.join(found[:6])}{more} of a {model_type} model. "
+            "Write a checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm, or train "
+            "with other targets"
         )
 
 
@@ -173,7 +211,7 @@ def _compare(
 
     def opened(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
+            path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         ).eval()
 
     peft_model = PeftModel.from_pretrained(opened(base), folder).eval()
@@ -247,76 +285,3 @@ def _with_base(folder: Path, copy: Path, base: Path) -> Path:
     (copy / adapter.CONFIG).write_text(json.dumps(fields), encoding="utf-8")
     shutil.copyfile(folder / adapter.WEIGHTS, copy / adapter.WEIGHTS)
     return copy
-
-
-def _card(meta: adapter.AdapterMeta, fields: dict[str, Any]) -> str:
-    base, in_peft = fields["base_model_name_or_path"], methods.in_peft(meta.method)
-    training = {**meta.training}
-    if data := training.get("data"):
-        training["data"] = public(data)
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in {**meta.config, **training}.items())
-    library = "library_name: peft\n" if in_peft else ""
-    front = f"---\n{library}tags: [{meta.method}, mlx-adapters]\n"
-    front += (
-        f"base_model: {base}\n---\n\n"
-        if base.count("/") == 1 and not base.startswith(("/", "."))
-        else "---\n\n"
-    )
-    files = (
-        "the files are PEFT's" if in_peft else f"PEFT has no {meta.method}, the folder brings its own loader"
-    )
-    return f"""{front}# {meta.method} adapter for {base}
-
-Trained with mlx-adapters on Apple MLX; {files}.
-The prompt template was `{meta.template or "unknown"}`.{_precision(meta)}
-
-| setting | value |
-|---|---|
-{rows}
-
-## Load it in PyTorch
-
-```python
-{(_WITH_PEFT if in_peft else _WITHOUT).format(base=base)}
-```
-{_ALSO if in_peft else ""}
-## Load it in MLX
-
-```
-mlx-adapters generate {base} --adapter PATH/OF/THIS/FOLDER --prompt "..."
-```
-"""
-
-
-_WITH_PEFT = """from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")"""
-_WITHOUT = """from transformers import AutoModelForCausalLM
-from load_adapter import load_adapter  # the file in this folder; it needs torch, safetensors, transformers
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = load_adapter(base, "PATH/OF/THIS/FOLDER")"""
-_ALSO = """
-Without PEFT: `load_adapter(base, "PATH/OF/THIS/FOLDER")` from the file `load_adapter.py` in this folder.
-"""
-
-
-def public(data: str) -> str:
-    """Where training data came from, for strangers: of a file its name, and not this machine's folders."""
-    return data if HUB_DATA.fullmatch(data) else data.replace("\\", "/").rpartition("/")[2]
-
-
-def _cell(value: Any) -> str:
-    """A value as one cell of a table."""
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _precision(meta: adapter.AdapterMeta) -> str:
-    if not (quantization := meta.base.get("quantization")):
-        return ""
-    return (
-        f"\nThe base was quantized while training ({quantization.get('bits')} bits): on a full-precision "
-        "base the outputs differ by what that rounding changed."
-    )

@@ -4,7 +4,6 @@ The token is the hub client's own (`hf auth login`, HF_TOKEN): it is never read 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
-from mlx_adapters.errors import AdapterError, ConfigError, DataError, OutputError
+from mlx_adapters.convert.card import LOCAL
+from mlx_adapters.errors import ConfigError, DataError, OutputError
 from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
 from mlx_adapters.evaluate.score import Score, summarise
+from mlx_adapters.models.origin import is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 __all__ = ["Prepared", "check_name", "prepare", "upload"]
 
-_LOCAL = "PATH/OF/THIS/FOLDER"  # as the export's card says it
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -69,17 +69,9 @@ def prepare(
         )
     measured = [_Measured.read(report, source) for report in reports]  # a wrong one before any writing
     meta = adapter.read_meta(source)
-    named = base or json.loads((source / adapter.CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    if not named or named.count("/") != 1 or named.startswith(("/", ".", "~")) or Path(named).exists():
-        raise AdapterError(
-            f"{source}: names its base {named or 'not at all'}, which others cannot load. "
-            "Give its hub id with --base OWNER/NAME"
-        )
-    peft.export(source, dst, base=named)
-    for file in dst.rglob(adapter.META):
-        _forget_paths(file)
-    for file in (dst / "members").rglob(adapter.CONFIG):
-        _name_base(file, named)
+    if base is not None and not is_hub_id(base):
+        raise ConfigError(f"--base {base!r}: is a name which others cannot load. Give a hub id, OWNER/NAME")
+    peft.export(source, dst, base=base)
     _write_card(dst / "README.md", repo, meta, measured, license)
     return Prepared(dst, tuple(_files(dst)))
 
@@ -90,13 +82,13 @@ def _write_card(
     """Complete the export's card: what the hub reads in its head, how to fetch it, scores, hashes."""
     from huggingface_hub import ModelCard
 
-    fetch = f"hf download {repo} --local-dir {_LOCAL}"
+    fetch = f"hf download {repo} --local-dir {LOCAL}"
     text = file.read_text("utf-8").rstrip("\n") + f"\n\nFetch it first: `{fetch}`\n"
-    text = text.replace(f'from_pretrained(base, "{_LOCAL}")', f'from_pretrained(base, "{repo}")')
+    text = text.replace(f'from_pretrained(base, "{LOCAL}")', f'from_pretrained(base, "{repo}")')
     if "adapterhub" in exchange.formats(meta.method):
         text += (
             f"\n## Load it in AdapterHub\n\n```\n{fetch}\n"
-            f"mlx-adapters export {_LOCAL} FOR-ADAPTERHUB --format adapterhub\n```\n\n"
+            f"mlx-adapters export {LOCAL} FOR-ADAPTERHUB --format adapterhub\n```\n\n"
             '```python\nimport adapters\n\nadapters.init(base)\nbase.load_adapter("FOR-ADAPTERHUB", '
             "set_active=True)\n```\n"
         )
@@ -202,24 +194,6 @@ class _Measured:
         limit = f", {self.settings['limit']} items of each" if self.settings.get("limit") else ""
         limit += ", answers read by the paper's rule" if self.settings.get("reading") == "paper" else ""
         return f"decoding {self.settings.get('decoding')}, template {self.settings.get('template')}{limit}"
-
-
-def _forget_paths(file: Path) -> None:
-    """Where base and data lay on this machine is nobody's business."""
-    meta: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    if isinstance(meta.get("base"), dict):
-        meta["base"].pop("path", None)
-        if str(meta["base"].get("_name_or_path", "")).startswith(("/", "~", ".")):
-            meta["base"].pop("_name_or_path")
-    if isinstance(meta.get("training"), dict) and "data" in meta["training"]:
-        meta["training"]["data"] = peft.public(str(meta["training"]["data"]))
-    file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-def _name_base(file: Path, base: str) -> None:
-    fields: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    fields["base_model_name_or_path"] = base
-    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path, *without: Path) -> list[tuple[str, int, str]]:

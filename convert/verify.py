@@ -100,7 +100,7 @@ def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.n
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **options
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False, **options
     ).eval()
     with torch.no_grad():
         return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]

@@ -22,14 +22,31 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import __version__, methods
-from mlx_adapters.convert.files import header
+from mlx_adapters.adapter_files import (
+    CONFIG,
+    META,
+    PREFIX,
+    SEEN,
+    WEIGHTS,
+    by_layer,
+    read_fields,
+    read_json,
+    read_tensors,
+    refuse_links,
+)
+from mlx_adapters.completeness import Model, check_tensors
 from mlx_adapters.errors import AdapterError, reading, writing_to
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
+from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
-from mlx_adapters.parse import from_json
+from mlx_adapters.models.origin import is_hub_id
 
 __all__ = [
+    "CONFIG",
+    "META",
+    "SEEN",
+    "WEIGHTS",
     "AdapterMeta",
     "attach",
     "build",
@@ -43,18 +60,11 @@ __all__ = [
     "read_fields",
     "read_meta",
     "read_tensors",
+    "refuse_links",
     "save",
     "tensors",
     "write",
 ]
-
-CONFIG, WEIGHTS, META, SEEN = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "mlx_adapters.json",
-    "seen.txt",
-)
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,12 @@ class AdapterMeta:
     loss_on: str = ""
     seen: list[str] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub id that the base is known by, if there is one."""
+        name = self.base.get("_name_or_path")
+        return name if isinstance(name, str) and is_hub_id(name) else None
 
 
 def attach(
@@ -144,6 +160,7 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
         "peft_type": module.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": meta.base.get("_name_or_path") or meta.base.get("path", ""),
+        **({"revision": revision} if (revision := meta.base.get("revision")) else {}),
         "inference_mode": True,
         **_target_modules(model, meta.base["model_type"]),
         **fields,
@@ -193,26 +210,39 @@ def read_meta(folder: Path) -> AdapterMeta:
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
     with reading(folder / CONFIG, AdapterError):
         method = methods.by_peft_fields(fields)
-        config = methods.get(method).from_peft(fields)
+        module = methods.get(method)
+        if hasattr(module, "PEFT_FIELDS"):
+            check_fields(fields, module.PEFT_FIELDS)
+        config = module.from_peft(fields)
     if not (folder / META).exists():
         name = fields.get("base_model_name_or_path")
         return AdapterMeta(method=method, config=asdict(config), base={"_name_or_path": name} if name else {})
-    about = _json(folder / META, "")
+    about = read_json(folder / META, "")
     about.pop("mlx_adapters", None)
     if about.get("method") != method:
         raise AdapterError(
             f"{folder / CONFIG}: describes {method} (peft_type, use_dora), but {META} says "
             f"{about.get('method')}: one of the two was changed"
         )
+    with reading(folder / META, AdapterError):
+        _must_agree(fields, module.to_peft(module.Config(**about["config"])), folder)
     # an adapter made of others keeps theirs below: what they have seen, it has seen
     seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
     with reading(folder / META, AdapterError):
         return AdapterMeta(**about, seen=seen)
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
-    """The `adapter_config.json` of an adapter folder."""
-    return _json(folder / CONFIG, "so it is not an adapter folder")
+# What PyTorch computes with: the file it reads and ours must not say different things.
+_COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def _must_agree(fields: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    for name in _COMPUTED:
+        if (found := fields.get(name) or None) != (wanted := ours.get(name) or None):
+            raise AdapterError(
+                f"{folder / CONFIG}: {name} is {found!r}, but by {META} it is {wanted!r}: one of the two was "
+                "changed"
+            )
 
 
 def load(loaded: Loaded, folder: Path) -> AdapterMeta:
@@ -251,11 +281,13 @@ def _build(
     if hasattr(module, "kept"):
         config = module.kept(folder, config)
     grouped, shared = by_layer(arrays, meta.method, model_type, folder)
-    present = {path for path, _ in model.named_modules()}
-    if strange := [path for path in grouped if path and path not in present]:
-        raise AdapterError(
-            f"{folder / WEIGHTS}: {len(strange)} layers are not in {name}, e.g. {strange[0]}: "
-            "this adapter belongs to another model"
+    with reading(folder / WEIGHTS, AdapterError):
+        check_tensors(
+            grouped,
+            Model(model, model_type, name),
+            whole=getattr(config, "modules_to_save", None),
+            fields=read_fields(folder) if hasattr(module, "PEFT_FIELDS") else {},
+            from_torch=not (folder / META).exists(),
         )
     model.freeze()
     paths = [path for path in grouped if path]
@@ -307,7 +339,7 @@ def fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Pat
         names = ", ".join(layer.TENSORS[name] for name in missing)
         raise AdapterError(f"{folder / WEIGHTS}: {path} has no {names}")
     if strange := sorted(set(given) - set(own)):
-        names = ", ".join(layer.TENSORS[name] for name in strange)
+        names = ", ".join(layer.TENSORS.get(name, name) for name in strange)
         raise AdapterError(f"{folder / WEIGHTS}: {path} has {names}, which its configuration does not")
     for name, array in given.items():
         if array.shape != own[name].shape:
@@ -318,78 +350,10 @@ def fill(layer: AdapterLayer, given: dict[str, mx.array], path: str, folder: Pat
     layer.fill({name: array.astype(mx.float32) for name, array in given.items()})
 
 
-def by_layer(
-    arrays: dict[str, mx.array], method: str, model_type: str, folder: Path
-) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
-    """({path: {attribute: array}}, {name of a shared tensor: array}) of the tensors of a folder.
-
-    The path of a rooted layer is empty. AdapterError for names the method does not have.
-    """
-    classes = methods.layer_classes(method)
-    grouped: dict[str, dict[str, mx.array]] = {}
-    shared, strange = {}, []
-    for key, array in arrays.items():
-        if any(key in layer.SHARED.values() for layer in classes):
-            shared[key] = array.astype(mx.float32)
-        elif (found := _attribute(key, classes)) is None:
-            strange.append(key)
-        else:
-            path, attribute = found
-            grouped.setdefault(sites.from_hf(path, model_type), {})[attribute] = array
-    if strange or not grouped:
-        what = f"{len(strange)} unexpected tensors, e.g. {strange[0]}" if strange else "no tensors"
-        known = next(iter(classes[0].TENSORS.values()))
-        raise AdapterError(
-            f"{folder / WEIGHTS}: {what}. Expected names like "
-            f"{known if classes[0].ROOTED else f'{PREFIX}...{known}'}"
-        )
-    return grouped, shared
-
-
-def _attribute(key: str, classes: tuple[type[AdapterLayer], ...]) -> tuple[str, str] | None:
-    """(Hugging Face path, attribute) of a tensor's name; the longest suffix that fits counts."""
-    fits = []
-    for layer in classes:
-        for attribute, suffix in [*layer.TENSORS.items(), *layer.ALIASES.items()]:
-            if layer.ROOTED and key == suffix:
-                return "", attribute
-            if not layer.ROOTED and key.startswith(PREFIX) and key.endswith("." + suffix):
-                fits.append((key[len(PREFIX) : -len(suffix) - 1], attribute))
-    return min(fits, key=lambda fit: len(fit[0]), default=None)
-
-
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
     wrapped = {path for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
     names = short_names(wrapped, model, model_type)
     return {"target_modules": sorted(set(names.values()))} if wrapped else {}
-
-
-def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, mx.array]:
-    """The tensors of an adapter folder, by their names in the safetensors file `name`."""
-    file = folder / name
-    if not file.exists():
-        raise AdapterError(f"{folder}: has no {name}")
-    try:
-        header(file)  # MLX would make room for whatever size the header says
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-        mx.eval(arrays)
-    except Exception as error:
-        raise AdapterError(
-            f"{file}: cannot be read as safetensors ({error}). Was it copied completely?"
-        ) from None
-    return arrays
-
-
-def _json(file: Path, otherwise: str) -> dict[str, Any]:
-    try:
-        value = from_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{file.parent}: has no {file.name}, {otherwise}") from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{file}: is not a JSON object")
-    return value
 
 
 def _replace(file: Path, text: str) -> None:

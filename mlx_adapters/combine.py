@@ -27,6 +27,7 @@ import numpy as np
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter_files import PREFIX
 from mlx_adapters.errors import AdapterError, ConfigError, OutputError, unknown
 from mlx_adapters.methods import lora
 from mlx_adapters.models import sites
@@ -111,8 +112,8 @@ def combine(
                 if path in member.factors
             ]
             a, b = _merged(parts, how, rank, density, noise)
-            arrays[f"{adapter.PREFIX}{path}.lora_A.weight"] = a
-            arrays[f"{adapter.PREFIX}{path}.lora_B.weight"] = b
+            arrays[f"{PREFIX}{path}.lora_A.weight"] = a
+            arrays[f"{PREFIX}{path}.lora_B.weight"] = b
         mx.eval(arrays)
     _write(dst, arrays, paths, members, list(weights), how, rank)
     return Combined(dst, len(paths), rank)
@@ -138,14 +139,15 @@ def _check(
 
 
 def _member(folder: Path) -> _Member:
+    adapter.refuse_links(folder)
     meta = adapter.read_meta(folder)
     if meta.method != "lora":
         raise AdapterError(f"{folder}: is a {meta.method} adapter: only LoRA adapters can be combined")
     config = lora.Config(**meta.config)
     found: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(folder).items():
-        path, dot, factor = name.removeprefix(adapter.PREFIX).rpartition(".lora_")
-        if not dot or factor not in ("A.weight", "B.weight") or not name.startswith(adapter.PREFIX):
+        path, dot, factor = name.removeprefix(PREFIX).rpartition(".lora_")
+        if not dot or factor not in ("A.weight", "B.weight") or not name.startswith(PREFIX):
             raise AdapterError(f"{folder / adapter.WEIGHTS}: {name} is not a LoRA factor of a linear layer")
         found.setdefault(path, {})[factor] = array.astype(mx.float32)
     factors = {}

@@ -11,12 +11,25 @@ from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import backend
+from mlx_adapters.convert.files import read_weights, weight_files
 from mlx_adapters.ends import stop_tokens
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError, reading
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.build import build
+from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.parse import from_json
 
-__all__ = ["DTYPES", "Loaded", "describe", "fingerprint", "load", "locate", "read_config", "read_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "Loaded",
+    "describe",
+    "fingerprint",
+    "from_hub",
+    "load",
+    "locate",
+    "read_config",
+    "read_tokenizer",
+]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -32,6 +45,11 @@ class Loaded:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
+
+    @property
+    def template(self) -> str:
+        """The prompt template of an adapter that was fused into the model; empty where there is none."""
+        return remembered(self.config).get("template", "")
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
@@ -69,7 +87,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{file}: field 'model_type' is missing, so the architecture is unknown")
     with reading(file, CheckpointError):
-        return model_config.normalise(raw)
+        config = model_config.normalise(raw)
+    if (extra := folder / "hf_quant_config.json").exists() and not config.get("quantization"):
+        raise UnsupportedError(
+            f"{extra}: says the weights are quantized by ModelOpt, which is not read here; use the model's "
+            "unquantized checkpoint and --bits"
+        )
+    return config
 
 
 def load(
@@ -88,18 +112,18 @@ def load(
     would write them out again. With `lazy` a weight is read from disk when it is first used.
     Raises CheckpointError or UnsupportedError.
     """
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import dequantize_model
 
     folder = locate(source, revision=revision)
-    config = read_config(folder)
-    if not list(folder.glob("model*.safetensors")):
+    config = from_hub(read_config(folder), source, revision)
+    weights = read_weights(folder)
+    if not weights:
         raise CheckpointError(
-            f"{folder}: has no model*.safetensors. Convert it first: mlx-adapters convert {folder} DST"
+            f"{source}: has no safetensors weights. Convert it first: mlx-adapters convert {source} DST"
         )
     try:
-        model, config = load_model(
-            folder, lazy=True, model_config=config, get_model_classes=model_config.classes
-        )
+        model = build(config, weights, str(folder))
+        del weights  # a tensor that was read would stay in memory
         _cast(model, _wanted(dtype))
         if answering and _room_for_dense(model):
             model = dequantize_model(model)
@@ -119,18 +143,44 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     from mlx_lm.utils import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(folder)
+        # unless told, transformers asks on the terminal whether to run the folder's code
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(_needs_code(folder)) from None
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, *stop_tokens(folder, config, tokenizer)}
     return tokenizer
 
 
+def from_hub(config: dict[str, Any], source: str | Path, revision: str | None) -> dict[str, Any]:
+    """`config`, which remembers the hub id that its model was asked for by, unless it remembers one already.
+
+    Weights in MLX's quantization are not remembered: PyTorch cannot load them by any name.
+    """
+    if Path(source).exists() or config.get("quantization") or "source" in remembered(config):
+        return config
+    template = remembered(config).get("template")
+    return remember(config, source=str(source), revision=revision, template=template)
+
+
+def _needs_code(folder: Path) -> str:
+    if (folder / "tokenizer.model").exists():
+        remedy = f"Convert the folder, which makes a tokenizer.json: mlx-adapters convert {folder} DST"
+    else:
+        remedy = "Save the tokenizer in PyTorch as a fast one, and copy its tokenizer.json there"
+    return f"{folder}: its tokenizer is code of its own (auto_map), which is never run. {remedy}"
+
+
 def describe(loaded: Loaded) -> dict[str, Any]:
     """What an adapter must remember of its base, to refuse another one."""
     config = loaded.config
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path")
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     described = {key: config[key] for key in keys if config.get(key) is not None}
+    about = remembered(config)
+    if "source" in about:
+        described["_name_or_path"] = about["source"]
+        described |= {"revision": about["revision"]} if "revision" in about else {}
     if quantization := config.get("quantization"):
         described["quantization"] = {
             k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization
@@ -169,7 +219,7 @@ def fingerprint(folder: Path) -> str:
     """A short hash of a model folder's configuration and weights, from their sizes and their ends: enough to
     notice another model at the same place, whatever the place is called."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
+    for file in [folder / "config.json", *weight_files(folder)]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

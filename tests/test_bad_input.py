@@ -64,6 +64,55 @@ def train(model: Path, data: object, output: Path, *more: object) -> str:
 # Data ------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_whose_tokenizer_is_code_asks_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ChatGLM's: transformers would ask on the terminal whether to run it."""
+    folder, asked = tmp_path / "chatglm", []
+    shutil.copytree(model, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"")
+    code = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    settings = {"tokenizer_class": "ChatGLMTokenizer", "auto_map": code}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "n")
+    said = refused("generate", folder, "--prompt", "tom")
+    assert "its tokenizer is code of its own (auto_map), which is never run. Convert the folder" in said
+    assert asked == []
+
+
+def test_a_library_that_ends_the_program_is_an_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ends(*_: Any, **__: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", ends)
+    assert "a library ended the program (1)" in refused("generate", model, "--prompt", "tom")
+
+
+def test_a_hub_repository_with_bin_files_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice can be followed: the name that was given, not the folder of the cache, is converted."""
+    from safetensors.torch import load_file
+    from torch import save
+
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(model, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    said = refused("generate", "me/tiny", "--prompt", "tom")
+    assert said == ("me/tiny: has no safetensors weights. Convert it first: mlx-adapters convert me/tiny DST")
+    result = CliRunner().invoke(app, ["convert", "me/tiny", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+
+
 def test_a_missing_data_file(model: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "no.jsonl") in train(model, tmp_path / "no.jsonl", tmp_path / "a")
 
@@ -235,7 +284,7 @@ def test_an_adapter_file_cut_short(model: Path, adapter: Path, tmp_path: Path) -
     for arguments in (
         ["eval", model, "--adapter", broken, "--task", "wordproblems", "--limit", "1"],
         ["generate", model, "--adapter", broken, "--prompt", "x"],
-        ["export", broken, tmp_path / "out"],
+        ["export", broken, tmp_path / "out", "--base", "owner/base"],
         ["info", broken],
     ):
         assert str(weights) in refused(*arguments)
@@ -279,7 +328,7 @@ def test_an_output_that_holds_something_is_left_alone(
     for arguments in (
         ["convert", model, full],
         ["train", model, "--data", data, "--output", full],
-        ["export", adapter, full],
+        ["export", adapter, full, "--base", "owner/base"],
         ["quickstart", "--dir", full, "--model", model],
         ["eval", model, "--task", "wordproblems", "--limit", "1", "--output", full / "mine.txt"],
     ):

@@ -322,7 +322,7 @@ def test_a_verification_that_fails_has_code_1(adapter: Path, model: Path, tmp_pa
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peft, "verify", lambda folder, model: verdict)
-        said = cli("export", adapter, tmp_path / "peft", "--verify", code=1).stdout
+        said = cli("export", adapter, tmp_path / "peft", "--base", "o/n", "--verify", code=1).stdout
     assert "FAILED" in said
 
 

@@ -11,6 +11,7 @@ from tiny import ARCHS, make_tiny
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.samples import sample_config
 
 torch = pytest.importorskip("torch")
 
@@ -157,6 +158,26 @@ def test_what_mlx_lm_would_get_wrong_is_refused(
     with pytest.raises(UnsupportedError, match=culprit) as raised:
         _constructed(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "gpt_oss"},
+        {"model_type": "phimoe", "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 4}},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_biases_that_a_model_always_has_are_no_field_unread(fields: dict[str, Any]) -> None:
+    """Its ModelArgs has no attention_bias, its attention has."""
+    model = _constructed(sample_config(fields["model_type"]) | fields | {"attention_bias": True})
+    assert all("bias" in layer.self_attn.q_proj for layer in model.layers)
+
+
+def test_a_model_file_that_ends_the_program_is_an_error() -> None:
+    """mlx-lm's olmo calls sys.exit where a package of its own is missing."""
+    with pytest.raises(UnsupportedError, match=r"'olmo', whose file in mlx-lm .*pip install ai2-olmo"):
+        model_config.normalise({"model_type": "olmo", "hidden_size": 32})
 
 
 @pytest.mark.parametrize(

@@ -236,14 +236,40 @@ def _index(folder: Path, mapping: Any) -> None:
 
 
 def test_the_index_is_checked(llama: Path, tmp_path: Path) -> None:
-    _index(llama, {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"})
+    (llama / "model.safetensors").rename(llama / "part.safetensors")
+    _index(llama, {"a": "model-00001-of-00002.safetensors", "b": "part.safetensors"})
     refused(llama, tmp_path, r"1 of 2 shards are missing \(model-00001-of-00002\.safetensors\)")
     _index(llama, {"a": "../secret.safetensors"})
     refused(llama, tmp_path, "outside the folder")
-    _index(llama, {"a": "model.safetensors"})
-    refused(llama, tmp_path, "'a' is in model.safetensors, which does not hold it")
+    _index(llama, {"a": "part.safetensors"})
+    refused(llama, tmp_path, "'a' is in part.safetensors, which does not hold it")
     _index(llama, 3)
     refused(llama, tmp_path, "weight_map")
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "match"),
+    [
+        (1e5, {"dtype": "float16"}, r"values beyond 65504, the largest of float16\. Use bfloat16"),
+        (float("nan"), {}, "holds NaN"),
+        (float("nan"), {"bits": 4, "group_size": 32}, "holds NaN"),
+        (float("inf"), {"bits": 4, "group_size": 32}, "holds infinity"),
+        (float("-inf"), {"dtype": "bfloat16"}, "holds infinity"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_finite_are_not_written(
+    value: float, options: dict[str, Any], match: str, llama: Path, tmp_path: Path
+) -> None:
+    """Four bits would hide a NaN: the scale of its group is the largest of the others."""
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def change(weights: dict[str, mx.array]) -> None:
+        weights[name][0, 0] = value
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.array([float("inf")])  # not taken
+
+    _rewrite(llama, change)
+    refused(llama, tmp_path, f"{name} .*{match}", **options)
 
 
 @pytest.mark.parametrize(

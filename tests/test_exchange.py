@@ -321,7 +321,7 @@ def test_torch_reads_the_bin(tmp_path: Path) -> None:
         ("llm-adapters", "dora", "llama", "not dora"),
         ("llm-adapters", "series", "gpt2", "not gpt2"),
         ("llm-adapters", "series-all", "llama", "q_proj"),
-        ("llm-adapters", "lora-rslora", "llama", "rsLoRA"),
+        ("llm-adapters", "lora-patterns", "llama", "one rank"),
         ("adapterhub", "series", "llama", "variant P"),
         ("adapterhub", "lora", "llama", "no counterpart of lora"),
         ("adapterhub", "parallel", "gpt_neo", "no counterpart of parallel"),

@@ -234,7 +234,16 @@ def test_a_failed_verification_is_a_document_too(
     )  # fmt: skip
     monkeypatch.setattr(peft, "verify", lambda folder, model: verdict)
     text = cli(
-        "export", root / "a", tmp_path / "out", "--verify", "--model", root / "model", "--json", code=1
+        "export",
+        root / "a",
+        tmp_path / "out",
+        "--base",
+        "o/n",
+        "--verify",
+        "--model",
+        root / "model",
+        "--json",
+        code=1,
     ).stdout
     assert "NaN" not in text  # JSON has no such word
     assert json.loads(text)["verify"] == {

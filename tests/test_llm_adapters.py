@@ -51,7 +51,7 @@ def exported(folder: Path, method: str, fields: dict[str, Any], place: Path) -> 
     adapter.attach(loaded.model, method, config, base=base)
     meta = adapter.AdapterMeta(method=method, config=vars(config), base=base)
     adapter.save(place / "a", loaded.model, meta=meta)
-    llm_adapters.export(place / "a", place / "theirs")
+    llm_adapters.export(place / "a", place / "theirs", base="owner/base")
     return place / "theirs"
 
 

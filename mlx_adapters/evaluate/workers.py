@@ -32,9 +32,10 @@ def processes_for(folder: Path, items: int) -> int:
     """
     if not backend.on_cpu() or backend.cores() < 2 or backend.limited() or items < _MANY:
         return 1
+    from mlx_adapters.convert.files import weight_files
     from mlx_adapters.model import read_config  # late: a worker first hides torch from it
 
-    stored = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    stored = sum(file.stat().st_size for file in weight_files(folder))
     written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
     return 2 if 4 * written_out < backend.free_memory() else 1
 

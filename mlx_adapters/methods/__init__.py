@@ -9,6 +9,7 @@ Optional, each in the method's file:
     LAYERS              the layer classes when there are more than `Layer`
     claims(fields)      whether PEFT's configuration is this method's, where several share a `PEFT_TYPE`
     peft_extra(layers, model, model_type)   fields of `adapter_config.json` that depend on the model
+    PEFT_FIELDS         what is known of PEFT's configuration (methods/peft_fields.py); the rest is refused
     IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
     AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
     rates(config)       how many times faster than the others an attribute learns
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _OUTSIDE: dict[str, ModuleType] = {}
-_SHARED = {"base", "bottleneck", "experts", "modules", "patterns", "pissa"}
+_SHARED = {"base", "bottleneck", "experts", "modules", "patterns", "peft_fields", "pissa"}
 """Files of the folder that are not methods but what several of them share."""
 
 

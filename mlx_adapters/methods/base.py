@@ -175,11 +175,12 @@ def site_of(path: str, model: nn.Module, model_type: str) -> Site:
 
 def short_names(paths: set[str], model: nn.Module, model_type: str) -> dict[str, str]:
     """What to call each of `paths` in a list of targets: the last part of the name where such parts say
-    exactly which linear layers are meant, the whole Hugging Face path where they do not."""
+    exactly which linear layers are meant, the whole Hugging Face path where they do not (the number of a
+    module in a list would name a block too)."""
     everything = {path.removesuffix(".base") for path in table.linears(model)}
     short = {path: path.rpartition(".")[2] for path in paths}
     meant = {path for path in everything if path.rpartition(".")[2] in short.values()}
-    if meant <= paths:
+    if meant <= paths and not any(name.isdigit() for name in short.values()):
         return short
     return {path: table.to_hf(path, model_type) for path in paths}
 

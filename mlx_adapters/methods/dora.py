@@ -31,6 +31,7 @@ from mlx_adapters.methods.base import (
 )
 
 PEFT_TYPE = "LORA"
+PEFT_FIELDS = {**lora.SHARED_FIELDS, "use_dora": (True,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,4 +128,4 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 def from_peft(fields: dict[str, Any]) -> Config:
     """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    return Config(**lora.read_peft({**fields, "use_dora": False}))
+    return Config(**lora.read_peft(fields))

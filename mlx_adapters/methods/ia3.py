@@ -26,9 +26,11 @@ from mlx_adapters.methods.base import (
     resolve_targets,
     short_names,
 )
+from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "IA3"
+PEFT_FIELDS: Known = {**COMMON, "feedforward_modules": None, "init_ia3_weights": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +103,16 @@ def to_peft(config: Config) -> dict[str, Any]:
 
 
 def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """The layers whose input is scaled, named as the targets are."""
+    """The layers whose input is scaled, named as the targets are: whole paths where a last part of them
+    would name layers of both kinds."""
     scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
     names = short_names(set(layers), model, model_type)
-    return {"feedforward_modules": sorted({names[path] for path in scaled})}
+    if {names[path] for path in scaled} & {names[path] for path in layers.keys() - scaled}:
+        names = {path: sites.to_hf(path, model_type) for path in layers}
+    return {
+        "target_modules": sorted(set(names.values())),
+        "feedforward_modules": sorted({names[path] for path in scaled}),
+    }
 
 
 def from_peft(fields: dict[str, Any]) -> Config:

@@ -15,9 +15,11 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import AdapterLayer, peft_targets
+from mlx_adapters.methods.peft_fields import COMMON
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "LN_TUNING"
+PEFT_FIELDS = COMMON
 
 
 @dataclass(frozen=True, kw_only=True)

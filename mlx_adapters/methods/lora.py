@@ -40,8 +40,9 @@ from mlx_adapters.methods.experts import (
     is_block,
     is_stack,
 )
-from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved, SavedNorm, saved
 from mlx_adapters.methods.patterns import as_text, fits, matching, parse
+from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
 
@@ -157,7 +158,7 @@ class Layer(AdapterLayer):
         return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a))
 
 
-LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, Saved)
+LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, Saved, SavedNorm)
 
 
 def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
@@ -172,9 +173,9 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
         (rank, scale), *others = map(config.at, _names(path, modules[path], model_type))
         if path in whole:
             _refuse_tied(model, path, isinstance(modules[path], EMBEDDINGS))
-            placed[path] = Saved(modules[path], path)
+            placed[path] = saved(modules[path], path)
         elif isinstance(modules[path], EMBEDDINGS):
-            placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=_tied(model))
+            placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=sites.tied(model))
         elif is_block(modules[path]):
             gate_up, (down,) = (rank, scale), others
             placed[path] = Experts(modules[path], gate_up=gate_up, down=down, dropout=config.dropout)
@@ -224,7 +225,8 @@ def _all_matched(config: Config, paths: list[str]) -> None:
 
 def _whole(modules: dict[str, nn.Module], config: Config, model_type: str) -> list[str]:
     names = [name.strip() for name in config.modules_to_save.split(",") if name.strip()]
-    found = {n: [p for p in modules if sites.matches(sites.to_hf(p, model_type), n)] for n in names}
+    # PEFT's rule: a name is the end of a path, and "norm" names every input_layernorm too
+    found = {n: [p for p in modules if sites.to_hf(p, model_type).endswith(n)] for n in names}
     if missing := [name for name, paths in found.items() if not paths]:
         raise ConfigError(
             f"lora: modules_to_save names {', '.join(missing)}, which this {model_type} model does not have"
@@ -238,13 +240,8 @@ def _whole(modules: dict[str, nn.Module], config: Config, model_type: str) -> li
     return [path for paths in found.values() for path in paths]
 
 
-def _tied(model: nn.Module) -> bool:
-    heads = ("lm_head", "embed_out", "output_layer")
-    return not any(path.rpartition(".")[2] in heads for path, _ in model.named_modules())
-
-
 def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
-    if embeds and _tied(model):
+    if embeds and sites.tied(model):
         raise UnsupportedError(
             f"modules_to_save: {path} is the output head too in this model, and PyTorch would train only one "
             "of the two. Use LoRA on the embedding: targets=embed_tokens,..."
@@ -328,18 +325,22 @@ def peft_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-# PEFT fields that change the function and are not supported yet, with the values that leave it alone.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "lora_bias": (False, None),
-    "alora_invocation_tokens": (None, []),
+# What LoRA and DoRA read of PEFT's configuration, or may leave alone.
+SHARED_FIELDS: Known = {
+    **COMMON,
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora")),
+    "bias": ("none",),
+    # these leave the base alone; pissa, olora, corda, lora_ga and loftq start from what they take out of it
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+    # settings of such starts, of GPTQ's and Megatron's layers and of moving memory: nothing is left of them
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config")),
+    **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size")),
+    # of PEFT 0.3 and the code of LLM-Adapters
+    "merge_weights": None,
+}
+PEFT_FIELDS: Known = {
+    **SHARED_FIELDS,
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")),
 }
 
 
@@ -348,33 +349,22 @@ def from_peft(fields: dict[str, Any]) -> Config:
     own: dict[str, Any] = {
         name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
     }
-    own["modules_to_save"] = ",".join(fields.get("modules_to_save") or [])
+    whole = fields.get("modules_to_save") or []
+    if not isinstance(whole, list):
+        raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
+    own["modules_to_save"] = ",".join(whole)
     told = fields.get("target_parameters") or []
     kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
-    experts = bool(told) and all(re.search(rf"(^|\.){kinds}", name) for name in told)
-    read = {*own, "target_parameters"} if experts else own.keys()
-    shared = read_peft({name: value for name, value in fields.items() if name not in read})
-    if experts:
+    if odd := [name for name in told if not re.search(rf"(^|\.){kinds}", name)]:
+        raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
+    shared = read_peft(fields)
+    if told:
         shared["targets"] = f"{shared['targets']},experts" if fields.get("target_modules") else "experts"
     return Config(**shared, **own)
 
 
 def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
     """The values of PEFT's fields that LoRA and DoRA share."""
-    for name, neutral in _NEUTRAL.items():
-        if name in fields and fields[name] not in neutral:
-            raise AdapterError(
-                f"{name}={fields[name]!r} is not supported, and without it the adapter is another function"
-            )
-    if isinstance(init := fields.get("init_lora_weights"), str) and init.lower() in (
-        "pissa",
-        "olora",
-        "corda",
-        "loftq",
-    ):
-        raise AdapterError(
-            f"init_lora_weights={init!r} changes the base's weights: save it in PEFT as plain LoRA first"
-        )
     missing = [name for name in ("r", "lora_alpha") if name not in fields]
     if missing:
         raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")

@@ -5,10 +5,11 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
+from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.methods import ln_tuning
 from mlx_adapters.methods.base import LINEARS, AdapterLayer, OnEmbedding, dims, linear_like, plain_weight
 
-__all__ = ["EMBEDDINGS", "EmbeddingLayer", "Saved"]
+__all__ = ["EMBEDDINGS", "EmbeddingLayer", "Saved", "SavedNorm", "saved"]
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -23,8 +24,6 @@ class EmbeddingLayer(OnEmbedding):
         "lora_embedding_a": "lora_embedding_A",
         "lora_embedding_b": "lora_embedding_B",
     }
-    # PEFT writes the base's table beside the update of an embedding called embed_tokens
-    ALIASES: ClassVar[dict[str, str]] = {"table": "base_layer.weight"}
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
         super().__init__()
@@ -40,18 +39,6 @@ class EmbeddingLayer(OnEmbedding):
         low = self.lora_embedding_a.T[ids] * self.scale
         return y + (low @ self.lora_embedding_b.T).astype(y.dtype)
 
-    def accept(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        own, table = plain_weight(self.base), arrays.get("table")
-        # the same up to the rounding of a quantized base
-        if table is not None and not (
-            table.shape == own.shape and float(mx.abs(table - own).mean()) <= 0.1 * float(mx.abs(own).mean())
-        ):
-            raise AdapterError(
-                f"the file holds an embedding table of its own {list(table.shape)}, which is not the base's "
-                f"{list(own.shape)}: convert the base with that table (vocabulary) first"
-            )
-        return {name: array for name, array in arrays.items() if name != "table"}
-
     def merge(self) -> nn.Module:
         """A plain embedding with the update in it; ConfigError where the head shares its weight."""
         if self.tied:
@@ -64,19 +51,33 @@ class EmbeddingLayer(OnEmbedding):
         return merged
 
 
-class Saved(AdapterLayer):
-    """A linear layer or an embedding whose own weight (and bias) is trained; PEFT's `modules_to_save`."""
+def saved(base: nn.Module, path: str) -> AdapterLayer:
+    """The layer for a module of PEFT's `modules_to_save`; UnsupportedError for one of another kind."""
+    if isinstance(base, LINEARS + EMBEDDINGS):
+        return Saved(base)
+    if "weight" in base and "norm" in type(base).__name__.lower():
+        return SavedNorm(base)
+    raise UnsupportedError(
+        f"modules_to_save: {path} is a {type(base).__name__}: only linear layers, embeddings and norms are "
+        "trained whole"
+    )
+
+
+class SavedNorm(ln_tuning.Layer):
+    """A norm whose own weight (and bias) is trained."""
 
     TENSORS: ClassVar[dict[str, str]] = {"weight": "weight", "bias": "bias"}
     TARGET: ClassVar[bool] = False
 
-    def __init__(self, base: nn.Module, path: str) -> None:
+
+class Saved(AdapterLayer):
+    """A linear layer or an embedding whose own weight (and bias) is trained."""
+
+    TENSORS: ClassVar[dict[str, str]] = {"weight": "weight", "bias": "bias"}
+    TARGET: ClassVar[bool] = False
+
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        if not isinstance(base, LINEARS + EMBEDDINGS):
-            raise UnsupportedError(
-                f"modules_to_save: {path} is neither a linear layer nor an embedding; norms are trained by "
-                "method ln_tuning"
-            )
         self.base = base
         self.embeds = isinstance(base, EMBEDDINGS)
         self.weight = mx.array(plain_weight(base)).astype(mx.float32)

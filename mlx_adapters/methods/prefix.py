@@ -18,8 +18,13 @@ from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
 from mlx_adapters.methods.base import AdapterLayer
+from mlx_adapters.methods.peft_fields import Known
 
 PEFT_TYPE = "PREFIX_TUNING"
+PEFT_FIELDS: Known = {
+    **prompt.SHAPE_FIELDS,
+    **dict.fromkeys(("encoder_hidden_size", "prefix_projection", "init_weights")),
+}
 AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
 
 INITS = ("activations", "random")

@@ -17,9 +17,21 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import AdapterLayer, OnEmbedding, dims
+from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "PROMPT_TUNING"
+# sizes of the model, which the table's own shape is compared with
+SHAPE_FIELDS: Known = {
+    **COMMON,
+    **dict.fromkeys(("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")),
+    "num_transformer_submodules": (1,),
+}
+PEFT_FIELDS: Known = {
+    **SHAPE_FIELDS,
+    **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text")),
+    **dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs")),
+}
 AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
 
 INITS = ("vocabulary", "random", "text")
@@ -192,6 +204,10 @@ def from_peft(fields: dict[str, Any]) -> Config:
 
 def virtual_tokens(fields: dict[str, Any]) -> int:
     """`num_virtual_tokens` of a PEFT configuration; ConfigError where it is missing."""
+    if not fields.get("task_type"):
+        raise ConfigError(
+            "task_type is not CAUSAL_LM: without it PEFT applies no prompt, so none was learned"
+        )
     if not isinstance(number := fields.get("num_virtual_tokens"), int):
         raise ConfigError("num_virtual_tokens missing: not a PEFT configuration of a prompt method")
     return number

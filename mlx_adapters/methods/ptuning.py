@@ -18,9 +18,15 @@ from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
 from mlx_adapters.methods.base import AdapterLayer, Dropout, dims
+from mlx_adapters.methods.peft_fields import Known
 from mlx_adapters.models import sites
 
 PEFT_TYPE = "P_TUNING"
+PEFT_FIELDS: Known = {
+    **prompt.SHAPE_FIELDS,
+    **dict.fromkeys(("encoder_reparameterization_type", "encoder_hidden_size")),
+    **dict.fromkeys(("encoder_num_layers", "encoder_dropout")),
+}
 AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
 
 ENCODERS = ("MLP", "LSTM")

@@ -25,8 +25,15 @@ from mlx_adapters.methods.base import (
     plain_weight,
     resolve_targets,
 )
+from mlx_adapters.methods.peft_fields import COMMON, Known
 
 PEFT_TYPE = "VERA"
+PEFT_FIELDS: Known = {
+    **COMMON,
+    **dict.fromkeys(("r", "vera_dropout", "d_initial", "init_weights")),
+    **dict.fromkeys(("projection_prng_key", "save_projection")),
+    "bias": ("none",),
+}
 AUTO_MODEL = False  # transformers' load_adapter refuses VeRA; PeftModel opens it
 
 
@@ -124,8 +131,6 @@ def from_peft(fields: dict[str, Any]) -> Config:
             "save_projection=false: the random matrices are not in the file, and only PyTorch can make them "
             "again. Save it in PEFT with save_projection=True"
         )
-    if fields.get("bias") not in ("none", None):
-        raise AdapterError(f"bias={fields['bias']!r} is not supported: train with bias none")
     if "r" not in fields:
         raise AdapterError("r missing: not a PEFT VeRA configuration")
     return Config(

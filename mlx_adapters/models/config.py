@@ -6,8 +6,10 @@ differ from transformers', and refuses what mlx-lm would silently compute otherw
 the modules themselves is put right by `mlx_adapters.models.fixes`.
 """
 
+import contextlib
 import importlib
 import inspect
+import io
 import math
 from typing import Any
 
@@ -68,8 +70,6 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 _LAYERS = 1000  # eight times the deepest published model
-# A field left out of ModelArgs is never read: these change the function when they are not the neutral value.
-_UNREAD: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 _NATIVE: dict[str, Config] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -87,6 +87,10 @@ def normalise(config: Config) -> Config:
     if config.get("model_file"):
         raise UnsupportedError(
             "config.json: field 'model_file' asks to run code from the checkpoint; refused"
+        )
+    if config.get("transformers_weights"):
+        raise UnsupportedError(
+            "config.json: field 'transformers_weights' names weight files of its own, which is not read here"
         )
     _refuse_foreign_quantization(config)
     if isinstance(config.get("text_config"), dict):
@@ -132,8 +136,16 @@ def _plain_classes(config: Config) -> tuple[Any, Any]:
     if config["model_type"] in OWN:
         module = importlib.import_module(f"mlx_adapters.models.{config['model_type']}")
         return module.Model, module.ModelArgs
+    said = io.StringIO()
     try:
-        return _get_classes(config)
+        with contextlib.redirect_stdout(said):
+            return _get_classes(config)
+    except SystemExit:  # what mlx-lm's olmo does without a package of its own
+        reason = " ".join(said.getvalue().split()) or "it says no reason"
+        raise UnsupportedError(
+            f"config.json: field 'model_type' is {config['model_type']!r}, whose file in mlx-lm refuses to "
+            f"load ({reason})"
+        ) from None
     except ValueError:
         own = " Its own code (auto_map) is never run." if config.get("auto_map") else ""
         raise UnsupportedError(
@@ -283,11 +295,7 @@ def _agreed(name: str, *values: Any) -> Any:
 def _refuse(config: Config, fields: dict[str, bool]) -> None:
     kind = config["model_type"]
     whose = "our" if kind in OWN else "mlx-lm's"
-    rules = dict(_FIXED.get(kind, {}))
-    rules |= {
-        n: allowed for n, allowed in _UNREAD.items() if n not in fields and kind not in fixes.OWN_BIASES
-    }
-    for name, allowed in rules.items():
+    for name, allowed in _FIXED.get(kind, {}).items():
         if config.get(name) not in allowed:
             raise UnsupportedError(_ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}"))
     if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
@@ -335,7 +343,9 @@ def _name(config: Config) -> str:
 
 
 def _refuse_foreign_quantization(config: Config) -> None:
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    inner = config.get("text_config")
+    sections = [part.get("quantization_config") for part in (config, inner) if isinstance(part, dict)]
+    method = next((part["quant_method"] for part in sections if part and part.get("quant_method")), None)
     if method is None or config.get("quantization"):
         return
     if method not in _NATIVE:

@@ -4,7 +4,9 @@ Each correction edits the modules right after mlx-lm has built them and before t
 parameters keep their names. A field that cannot be corrected raises UnsupportedError.
 """
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Container
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["OWN_BIASES", "OWN_PARTIAL", "activation", "corrected"]
+__all__ = ["OWN_PARTIAL", "activation", "corrected"]
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
@@ -59,7 +61,8 @@ _WIDTHS = {
     "gptj": ("n_inner", "n_embd"),
     "gpt_neox": ("intermediate_size", "hidden_size"),
 }
-OWN_BIASES = ("gpt_neox",)
+# Fields that say whether a block's layers have biases, and where in the tree these layers are.
+_BIASES = {"attention_bias": "attn|attention", "mlp_bias": "mlp|feed_forward|ffn"}
 # mlx-lm rotates whole heads here, whatever part of them the config says.
 OWN_PARTIAL = ("glm",)
 
@@ -80,6 +83,7 @@ def corrected(model: Any, args: Any, config: Config) -> tuple[Any, Any]:
         def __init__(self, values: Any) -> None:
             nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen then
             super().__init__(values)
+            _refuse_lost_biases(self, config, inspect.signature(args).parameters)
             _correct(self, config, windowed)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -97,6 +101,22 @@ def _gpt2_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     named = {name.removeprefix("transformer."): array for name, array in weights.items()}
     tied = ("lm_head.weight",)
     return {n: a for n, a in named.items() if n not in tied and not n.endswith(".attn.masked_bias")}
+
+
+def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> None:
+    """UnsupportedError for biases that the config has and the model, which does not read the field, has not.
+
+    Some model files do not read it because they always have them.
+    """
+    for field, place in _BIASES.items():
+        if not config.get(field) or field in fields:
+            continue
+        layers = [m for path, m in model.named_modules() if re.search(place, path) and "weight" in m]
+        if not any("bias" in layer and layer.weight.ndim > 1 for layer in layers):
+            raise UnsupportedError(
+                f"config.json: field {field!r} is {config[field]!r}, but mlx-lm's {config['model_type']} has "
+                "no such biases: the results would be silently wrong; refused"
+            )
 
 
 def _correct(model: Any, config: Config, windowed: list[bool]) -> None:

@@ -17,16 +17,20 @@ from mlx_adapters.models.discover import discover
 
 __all__ = [
     "EXPERTS",
+    "SHIFTED_NORMS",
     "TABLE",
     "Site",
     "Sites",
     "embedding",
     "from_hf",
+    "is_head",
+    "is_table",
     "layer_index",
     "linears",
     "matches",
     "side",
     "sites",
+    "tied",
     "to_hf",
 ]
 
@@ -202,10 +206,14 @@ EXPERTS = {
     **dict.fromkeys(("deepseek_v2", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe"), "mlp.switch_mlp"),
 }
 
+# Where mlx-lm keeps the norms' weights one larger than the checkpoint has them: no file of both worlds fits.
+SHIFTED_NORMS = frozenset(("qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5"))
+
 _EMBEDDINGS = (
     *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings"),
     *("embeddings", "embedding", "embed"),
 )
+_HEADS = ("lm_head", "embed_out", "output_layer")
 _POSITIONS = re.compile(r"(?:wpe|embed_positions|position_embeddings)$")
 # gemma3n and kimi_k3 do not call these layers: they read their weights
 _READ = re.compile(r"\.altup\.|_res_proj$")
@@ -249,7 +257,7 @@ def embedding(model: nn.Module, *, alone: bool = False) -> str:
     vocabulary mean nothing there.
     """
     tables = [p for p, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
-    found = [path for path in tables if path.rpartition(".")[2] in _EMBEDDINGS]
+    found = [path for path in tables if is_table(path)]
     if not found:
         raise UnsupportedError(f"no token embedding named {' or '.join(_EMBEDDINGS)} was found in this model")
     others = [path for path in tables if path != found[0] and not _POSITIONS.search(path)]
@@ -259,6 +267,21 @@ def embedding(model: nn.Module, *, alone: bool = False) -> str:
             "tokens. Use lora"
         )
     return found[0]
+
+
+def is_table(path: str) -> bool:
+    """Whether `path` has the name of a token embedding."""
+    return path.rpartition(".")[2] in _EMBEDDINGS
+
+
+def is_head(path: str) -> bool:
+    """Whether `path` has the name of an output head."""
+    return path.rpartition(".")[2] in _HEADS
+
+
+def tied(model: nn.Module) -> bool:
+    """Whether the output head is the token embedding."""
+    return not any(is_head(path) for path, _ in model.named_modules())
 
 
 def layer_index(path: str) -> int | None:

@@ -204,7 +204,8 @@ class Engine:
         if ask.prompt is not None:
             return ask.prompt
         tokenizer, meta = self.loaded.tokenizer, self.metas.get(ask.model)
-        template = chosen_template(meta.template if meta else None, tokenizer=tokenizer)
+        trained = meta.template if meta else None
+        template = chosen_template(trained, self.loaded.template, tokenizer=tokenizer)
         try:
             return conversation(
                 ask.messages, template=template, tokenizer=tokenizer, kwargs=ask.template_kwargs

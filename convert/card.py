@@ -1,0 +1,114 @@
+"""The README.md that leaves with an adapter or a fused model: what it is, and how to load and prompt it."""
+
+import json
+import shlex
+from typing import Any
+
+from mlx_adapters import methods
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.data.templates import TEMPLATES, prompt_for
+from mlx_adapters.models.origin import is_hub_id
+
+__all__ = ["LOCAL", "adapter_card", "fused_card", "short_card"]
+
+LOCAL = "PATH/OF/THIS/FOLDER"
+_INSTRUCTION = "YOUR INSTRUCTION"
+
+
+def adapter_card(meta: AdapterMeta, base: str, training: dict[str, Any]) -> str:
+    """The card of an adapter in PEFT's format; `training` is what strangers may know of how it was made."""
+    in_peft = methods.in_peft(meta.method)
+    rows = "\n".join(
+        f"| {_cell(name)} | {_cell(value)} |" for name, value in {**meta.config, **training}.items()
+    )
+    front = "---\n" + ("library_name: peft\n" if in_peft else "") + f"tags: [{meta.method}, mlx-adapters]\n"
+    front += f"base_model: {json.dumps(base)}\n---\n\n" if is_hub_id(base) else "---\n\n"
+    files = (
+        "the files are PEFT's" if in_peft else f"PEFT has no {meta.method}, the folder brings its own loader"
+    )
+    return f"""{front}# {meta.method} adapter for {_cell(base)}
+
+Trained with mlx-adapters on Apple MLX; {files}.{_precision(meta)}
+
+| setting | value |
+|---|---|
+{rows}
+
+## Load it in PyTorch
+
+```python
+{(_WITH_PEFT if in_peft else _WITHOUT).format(base=_arguments(base, meta))}
+```
+{_ALSO if in_peft else ""}
+{_prompt(meta.template)}
+## Load it in MLX
+
+```
+mlx-adapters generate {shlex.quote(base)} --adapter {LOCAL} --prompt "..."
+```
+"""
+
+
+def short_card(meta: AdapterMeta, library: str, base: str | None, note: str = "") -> str:
+    """The card of an adapter in another library's format; `note` is about prompts there."""
+    title = f"# {meta.method} adapter" + (f" for {_cell(base)}" if base else "")
+    made = f"Trained with mlx-adapters; the files are for {library}."
+    return f"{title}\n\n{made}\n\n{_prompt(meta.template)}" + (f"\n{note}\n" if note else "")
+
+
+def fused_card(method: str, base: str | None, template: str) -> str:
+    """The card of a model with an adapter in its weights."""
+    title = f"# {_cell(base) if base else 'A model'} with a {method} adapter in its weights"
+    return f"{title}\n\nFused with mlx-adapters.\n\n{_prompt(template)}"
+
+
+_WITH_PEFT = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")"""
+_WITHOUT = """from transformers import AutoModelForCausalLM
+from load_adapter import load_adapter  # the file in this folder; it needs torch, safetensors, transformers
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = load_adapter(base, "PATH/OF/THIS/FOLDER")"""
+_ALSO = """
+Without PEFT: `load_adapter(base, "PATH/OF/THIS/FOLDER")` from the file `load_adapter.py` in this folder.
+"""
+
+
+def _arguments(base: str, meta: AdapterMeta) -> str:
+    """What stands between the brackets of `from_pretrained`: a name from somewhere else is data, not code."""
+    revision = meta.base.get("revision")
+    same = revision and base == meta.base.get("_name_or_path")
+    return json.dumps(base) + (f", revision={json.dumps(str(revision))}" if same else "")
+
+
+def _prompt(template: str) -> str:
+    """How a prompt looks, as code: every blank and line break of it counts."""
+    if template not in TEMPLATES:
+        return f"## The prompt\n\nThe prompt template was `{_cell(template) or 'unknown'}`.\n"
+    head = f"## The prompt\n\nThe prompt template was `{template}`. It answers as trained to these prompts:"
+    if template == "chat":
+        code = (
+            f'messages = [{{"role": "user", "content": {json.dumps(_INSTRUCTION)}}}]\n'
+            "prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+        )
+    else:
+        text = prompt_for(_INSTRUCTION, template=template, tokenizer=None, phase="eval")
+        code = f"prompt = {json.dumps(text)}"
+    return f"{head}\n\n```python\n{code}\n```\n"
+
+
+def _cell(value: Any) -> str:
+    """A value as one cell of a table, or part of a line."""
+    return " ".join(str(value).replace("|", "\\|").replace("`", "'").split())
+
+
+def _precision(meta: AdapterMeta) -> str:
+    if not (quantization := meta.base.get("quantization")):
+        return ""
+    return (
+        f"\nThe base was quantized while training ({quantization.get('bits')} bits): on a full-precision "
+        "base the outputs differ by what that rounding changed."
+    )

@@ -1,0 +1,37 @@
+"""What a model folder remembers of where it came from: the section `mlx_adapters` of its config.json.
+
+    source     the hub id it was converted from, by which PyTorch users load it
+    revision   the branch, tag or commit of it, if one was asked for
+    template   the prompt template it answers by: that of the adapter that was fused into it
+
+A config's own `_name_or_path` is no such memory: it says where somebody once loaded the weights from.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["is_hub_id", "remember", "remembered"]
+
+_SECTION, _NAMES = "mlx_adapters", ("source", "revision", "template")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is an OWNER/NAME that everybody can load, as far as that can be told here."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def remembered(config: dict[str, Any]) -> dict[str, str]:
+    """What the config of a model says of its origin, by the names above; absent ones are left out."""
+    section = config.get(_SECTION)
+    if not isinstance(section, dict):
+        return {}
+    return {name: section[name] for name in _NAMES if isinstance(section.get(name), str) and section[name]}
+
+
+def remember(config: dict[str, Any], **said: str | None) -> dict[str, Any]:
+    """A copy of `config` that remembers this, and nothing else."""
+    section = {name: value for name, value in said.items() if value}
+    without = {name: value for name, value in config.items() if name != _SECTION}
+    return without | ({_SECTION: section} if section else {})
