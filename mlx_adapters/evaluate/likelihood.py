@@ -15,6 +15,7 @@ import numpy as np
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.prefill import (
     Prefix,
+    leaves_window,
     logprobs,
     prefill,
     reorder,
@@ -83,12 +84,12 @@ def scored(
     training = model.training
     model.eval()
     try:
-        cached = splits(model)
         rows = all_with_virtual(model, (prompt for prompt, _ in items))
+        longest = max(map(len, rows), default=1)
+        answer = max((len(text) for _, texts in items for text in texts), default=0)
+        cached = splits(model) and not leaves_window(model, longest + answer)
         prefix = shared_prefix(model, rows) if cached else None
         if batch_size is None:
-            longest = max(map(len, rows), default=1)
-            answer = max((len(text) for _, texts in items for text in texts), default=0)
             most = max((len(texts) for _, texts in items), default=1)
             batch_size = max(1, rows_that_fit(model, longest, answer) // most)
         counts = [_tokens(items[index][1]) for index in order]

@@ -214,10 +214,17 @@ _LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer inside the decoder's blocks, by path; the output head is not one of them."""
+    unused = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if getattr(module, "is_kv_shared_layer", False)  # gemma3n: its keys and values are another layer's
+        for name in ("k_proj", "v_proj")
+    }
     found = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        if path not in unused
+        and isinstance(module, (nn.Linear, nn.QuantizedLinear))
         and layer_index(path) is not None
         # a model file's own kind of linear layer computes something else: afm7's returns a list
         and not type(module).__module__.startswith("mlx_lm.")
