@@ -19,7 +19,7 @@ from mlx_adapters.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.loop import Step
+    from mlx_adapters.train.loop import Run, Step
     from mlx_adapters.train.session import Session
 
 __all__ = ["command", "run"]
@@ -131,6 +131,20 @@ def describe(session: "Session") -> None:
     if session.encoded.dropped:
         counts += f"; {session.encoded.dropped} dropped: nothing to learn within the cutoff"
     say(counts)
+    _say_length(session.run)
+
+
+def _say_length(run: "Run") -> None:
+    """What a user who chose no number of steps, or too many of warm-up, would not expect."""
+    from mlx_adapters.train.length import EPOCHS, epochs
+
+    config = run.config
+    if config.steps is None and config.epochs is None:
+        passes = epochs(run.examples, config, run.processes.size)
+        if passes > EPOCHS:
+            say(f"few rows: {passes} epochs instead of {EPOCHS}, {run.total} steps. --epochs chooses others")
+    if run.warmup == run.total:
+        say(f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup")
 
 
 def _train(

@@ -12,22 +12,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import backend
-from mlx_adapters.data.batches import Batch, batch, batches, groups
+from mlx_adapters.data.batches import Batch, batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.gradient import Gradient, compiling
+from mlx_adapters.train.length import epoch_groups, total_steps, warmup_steps
 from mlx_adapters.train.loss import Head, Targets, loss_sum, split_head, targets
 from mlx_adapters.train.noise import add_noise
-from mlx_adapters.train.optimizers import learning_rate, make_optimizer
+from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
 from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 from mlx_adapters.train.shared_prefix import can_share
 from mlx_adapters.train.update import Update
 
-__all__ = ["Progress", "Run", "Step", "total_steps", "validate"]
+__all__ = ["Progress", "Run", "Step", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -83,17 +84,6 @@ class Progress:
         return True
 
 
-def total_steps(examples: Sequence[Example], config: TrainConfig, processes: int = 1) -> int:
-    """How many optimizer steps the run has."""
-    if config.steps:
-        return config.steps
-    rows = config.batch_size * processes
-    if not config.packing:  # every epoch has as many
-        return config.epochs * math.ceil(math.ceil(len(examples) / rows) / config.accumulation)
-    lengths = [len(_groups(examples, config, processes, epoch)) for epoch in range(config.epochs)]
-    return sum(math.ceil(length / config.accumulation) for length in lengths)
-
-
 def validate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -146,18 +136,21 @@ class Run:
         self.folder = folder / "checkpoints" if folder else None
         self.processes = processes or Processes()
         self.total = total_steps(examples, config, self.processes.size)
+        self.warmup = warmup_steps(config, self.total)
         model.eval()
         self._packing = Packing(model) if config.packing else None
         if config.neftune:
             add_noise(model, config.neftune)
         if config.gradient_checkpointing:
             recompute_blocks(model)
-        self.optimizer = make_optimizer(config, self.total, model.trainable_parameters(), rates)
+        trained, kinds = model.trainable_parameters(), kinds_of(model)
+        self.optimizer = make_optimizer(config, self.total, trained, rates, kinds)
         self.step = 0
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
         self._apply = Update(model, self.optimizer, clip=config.clip, compiled=self.compiles)
         self._head: Head | None = None
+        self._start = checkpoint.digest(model)
         self._gradient = Gradient(model, packing=self._packing)
         self._stop = self._stopping = False
 
@@ -186,6 +179,11 @@ class Run:
             return self.step
         checkpoint.load_adapter(self.folder, self.model, step=self.progress.best_step)
         return self.progress.best_step
+
+    @property
+    def moved(self) -> bool:
+        """Whether what trains is other than at the run's beginning."""
+        return checkpoint.digest(self.model) != self._start
 
     def stop(self) -> None:
         """End after the current step, in every process."""
@@ -335,8 +333,7 @@ class Run:
             epoch += 1
 
     def _order(self, epoch: int) -> list[list[list[int]]]:
-        """The batches of an epoch, of all processes: rows, each the examples it holds."""
-        return _groups(self.examples, self.config, self.processes.size, epoch)
+        return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
     def _parts(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
@@ -392,18 +389,6 @@ class Run:
         if self._packing:
             cache = self._packing.caches()
         return loss_sum(self.model, given, head=self._head, cache=cache)
-
-
-def _groups(
-    examples: Sequence[Example], config: TrainConfig, processes: int, epoch: int
-) -> list[list[list[int]]]:
-    return groups(
-        examples,
-        batch_size=config.batch_size * processes,
-        seed=config.seed,
-        epoch=epoch,
-        pack=config.cutoff if config.packing else None,
-    )
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
@@ -23,7 +24,7 @@ from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hash
 from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, read_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
-from mlx_adapters.errors import DataError, OutputError, writing_to
+from mlx_adapters.errors import DataError, OutputError, TrainingError, writing_to
 from mlx_adapters.evaluate.tasks import load_file
 from mlx_adapters.model import Loaded, describe, fingerprint
 from mlx_adapters.train import metrics
@@ -69,7 +70,10 @@ class Session:
         self._save_adapter(self.run.step)
 
     def finish(self) -> int:
-        """Save the adapter, of the best step if configured so, and draw the losses; returns its step."""
+        """Save the adapter, of the best step if configured so, and draw the losses; returns its step.
+
+        Raises TrainingError when what was saved is where the run began: it changes nothing.
+        """
         config = self.run.config
         if not self.run.processes.writes:
             return self.run.step
@@ -78,11 +82,22 @@ class Session:
         rows = metrics.read(self.output / METRICS)
         with writing_to(self.output / PLOT):
             metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+        if not self.run.moved:
+            raise TrainingError(
+                f"{self.output}: {step} steps have not changed the adapter, which is saved as it began. Give "
+                f"more --steps, or a higher --lr than {config.lr:g}"
+            )
         return step
 
     def _save_adapter(self, step: int) -> None:
         if not self.run.processes.writes:
             return
+        for name, array in tree_flatten(self.loaded.model.trainable_parameters()):
+            if not mx.isfinite(array).all().item():
+                raise TrainingError(
+                    f"{self.output}: not saved, since after step {step} the adapter's {name} holds values "
+                    "that are not numbers. Lower --lr"
+                )
         training = {**self.meta.training, "steps_done": step}
         adapter.save(self.output, self.loaded.model, meta=replace(self.meta, training=training))
 
