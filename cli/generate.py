@@ -36,7 +36,8 @@ def command(
     from mlx_adapters import model as models
     from mlx_adapters.data.templates import prompt_for
     from mlx_adapters.data.tokens import prompt_ids
-    from mlx_adapters.virtual import start_cache, with_virtual
+    from mlx_adapters.models.limits import check_length
+    from mlx_adapters.virtual import before_text, start_cache, with_virtual
 
     loaded = models.load(model, answering=True)
     meta = adapters.load(loaded, adapter) if adapter else None
@@ -47,12 +48,14 @@ def command(
     ids = prompt_ids(text, loaded.tokenizer)
     if not ids:
         raise ConfigError("--prompt is empty: give the instruction to answer")
+    row = with_virtual(loaded.model, ids, loaded.tokenizer)
+    check_length(loaded.model, len(ids) + before_text(loaded.model), max_tokens)
     mx.random.seed(seed)
     text, last = "", None
     for last in stream_generate(
         loaded.model,
         loaded.tokenizer,
-        with_virtual(loaded.model, ids),
+        row,
         max_tokens=max_tokens,
         sampler=make_sampler(temp=temperature),
         prompt_cache=start_cache(loaded.model),

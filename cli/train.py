@@ -118,6 +118,8 @@ def run(session: "Session") -> float:
 
 def describe(session: "Session") -> None:
     """Say what will be trained, before it is."""
+    from mlx_adapters.models.limits import made_for
+
     names = sorted({path.rpartition(".")[2] for path in session.paths})
     share = session.trainable / session.parameters
     say(f"{session.meta.method} on {len(session.paths)} layers ({', '.join(names)})")
@@ -128,9 +130,19 @@ def describe(session: "Session") -> None:
         counts += f"; {session.excluded} left out because they stand in the excluded files"
     if session.encoded.truncated:
         counts += f"; {session.encoded.truncated} cut at {session.run.config.cutoff} tokens"
-    if session.encoded.dropped:
-        counts += f"; {session.encoded.dropped} dropped: nothing to learn within the cutoff"
+    encoded = session.encoded
+    if encoded.dropped:
+        counts += f"; {encoded.dropped} dropped: nothing to learn within the cutoff"
+    if encoded.empty:
+        counts += f"; {encoded.empty} with an empty answer"
+    if encoded.repeated:
+        counts += f"; {encoded.repeated} the same as an earlier row"
     say(counts)
+    if encoded.endless:
+        say("the tokenizer has no end token: answers will not learn where to end")
+    long = made_for(session.loaded.config)
+    if long and (over := sum(len(example.ids) > long for example in session.run.examples)):
+        say(f"{over} rows are longer than the {long} tokens that the model was made for")
     _say_length(session.run)
 
 

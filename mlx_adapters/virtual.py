@@ -16,10 +16,12 @@ import mlx.nn as nn
 
 from mlx_adapters.backend import rounding
 from mlx_adapters.methods.base import AdapterLayer
+from mlx_adapters.models import limits
 
 __all__ = [
     "all_with_virtual",
     "apart",
+    "before_text",
     "close",
     "forward",
     "needs_cache",
@@ -36,15 +38,25 @@ def virtual_ids(model: nn.Module) -> list[int]:
     return [token for layer in _layers(model) for token in layer.virtual_ids()]
 
 
-def with_virtual(model: nn.Module, row: Sequence[int]) -> list[int]:
-    """A row of token ids as the model wants it."""
-    return [*virtual_ids(model), *row]
+def with_virtual(model: nn.Module, row: Sequence[int], tokenizer: Any = None) -> list[int]:
+    """A row of token ids as the model wants it. Raises CheckpointError for an id that the model does not
+    have, which a `tokenizer` names."""
+    return all_with_virtual(model, [row], tokenizer)[0]
 
 
-def all_with_virtual(model: nn.Module, rows: Iterable[Sequence[int]]) -> list[list[int]]:
+def all_with_virtual(
+    model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: Any = None
+) -> list[list[int]]:
     """`with_virtual` of many rows. The model's layers are walked once: that takes a millisecond."""
-    front = virtual_ids(model)
+    front, rows = virtual_ids(model), list(rows)
+    limits.check_ids(model, rows, tokenizer)
     return [[*front, *row] for row in rows]
+
+
+def before_text(model: nn.Module) -> int:
+    """How many places stand before a text: virtual tokens, or the keys of a prefix."""
+    cache = start_cache(model)
+    return len(virtual_ids(model)) + (int(cache[0].offset) if cache else 0)
 
 
 def start_cache(model: nn.Module, rows: int = 1) -> list[Any] | None:

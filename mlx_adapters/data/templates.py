@@ -8,11 +8,17 @@
 | plain | the prompt as it is |
 """
 
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from typing import Any, Literal
 
 from mlx_adapters.errors import ConfigError, DataError, unknown
 
-__all__ = ["TEMPLATES", "default_template", "prompt_for", "render"]
+__all__ = ["TEMPLATES", "default_template", "prompt_for", "render", "written_at"]
 
 TEMPLATES = ("alpaca", "llm-adapters", "chat", "plain")
 Phase = Literal["train", "eval"]
@@ -21,6 +27,34 @@ _TASK = "Below is an instruction that describes a task"
 _CONTEXT = ", paired with an input that provides further context"
 _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
+
+
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_moment: ContextVar[datetime | None] = ContextVar("moment", default=None)
+
+
+@contextmanager
+def written_at(moment: datetime) -> Iterator[None]:
+    """Let chat templates that write today's date write that of `moment`: the rows of a run that is resumed
+    tomorrow are today's."""
+    token = _moment.set(moment)
+    try:
+        yield
+    finally:
+        _moment.reset(token)
+
+
+def _dated(tokenizer: Any) -> dict[str, str]:
+    """The chat template to render in `written_at`: with that date where it asks for today's.
+
+    transformers turns a function among a template's variables into text, so the question is answered in the
+    template's own text.
+    """
+    moment, template = _moment.get(), tokenizer.chat_template
+    if moment is None or not isinstance(template, str) or not _TODAY.search(template):
+        return {}
+    written = _TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
+    return {"chat_template": written}
 
 
 def default_template(fmt: str) -> str:
@@ -105,7 +139,9 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)
+        )
     except TemplateError as error:  # many templates refuse roles, or an order of them
         raise DataError(f"{_named(tokenizer)}: its chat template refuses these messages ({error})") from None
     except Exception as error:  # or are none

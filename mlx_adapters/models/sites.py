@@ -22,6 +22,8 @@ __all__ = [
     "Sites",
     "embedding",
     "from_hf",
+    "is_embedding",
+    "is_position",
     "layer_index",
     "linears",
     "matches",
@@ -266,6 +268,16 @@ def embedding(model: nn.Module, *, alone: bool = False) -> str:
             "tokens. Use lora"
         )
     return found[0]
+
+
+def is_embedding(path: str) -> bool:
+    """Whether `path` is called as the embedding of tokens is, or stands below an adapter in its place."""
+    return any(part in _EMBEDDINGS for part in path.split("."))
+
+
+def is_position(path: str) -> bool:
+    """Whether `path` is called as a table of learned positions is."""
+    return bool(_POSITIONS.search(path))
 
 
 def layer_index(path: str) -> int | None:

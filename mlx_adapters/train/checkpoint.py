@@ -27,7 +27,7 @@ from mlx_adapters.convert.files import header
 from mlx_adapters.errors import TrainingError, writing_to
 from mlx_adapters.parse import from_json
 
-__all__ = ["digest", "latest", "load_adapter", "restore", "save"]
+__all__ = ["digest", "latest", "load_adapter", "restore", "save", "setting"]
 
 _ARRAYS, _FACTS = "state.safetensors", "state.json"
 
@@ -71,6 +71,16 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint below `folder`."""
     found = _all(folder)
     return found[-1] if found else None
+
+
+def setting(folder: Path, name: str) -> Any:
+    """What the newest checkpoint that can be read says of a setting of its run; None if nothing."""
+    for checkpoint in reversed(_all(folder)):
+        try:
+            return from_json((checkpoint / _FACTS).read_text())["settings"].get(name)
+        except Exception:  # as in `restore`
+            continue
+    return None
 
 
 def restore(

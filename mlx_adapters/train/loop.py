@@ -15,6 +15,7 @@ from mlx_adapters import backend
 from mlx_adapters.data.batches import Batch, batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
+from mlx_adapters.models.limits import check_ids, check_length
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -27,8 +28,9 @@ from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 from mlx_adapters.train.shared_prefix import can_share
 from mlx_adapters.train.update import Update
+from mlx_adapters.virtual import before_text
 
-__all__ = ["Progress", "Run", "Step", "validate"]
+__all__ = ["CHECKPOINTS", "Progress", "Run", "Step", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -39,6 +41,7 @@ _FIXED = (
 # Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
 # is written out for every pass, and products of few rows are slower.
 _CPU_TOKENS = 640
+CHECKPOINTS = "checkpoints"  # below a run's folder
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
 
@@ -133,7 +136,11 @@ class Run:
     ) -> None:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
-        self.folder = folder / "checkpoints" if folder else None
+        self.folder = folder / CHECKPOINTS if folder else None
+        rows = [example.ids for example in (*examples, *validation)]
+        check_ids(model, [*rows, [pad_id]])
+        longest = max(map(len, rows), default=0) + before_text(model)
+        check_length(model, longest, advice="cut it (--cutoff)")
         self.processes = processes or Processes()
         self.total = total_steps(examples, config, self.processes.size)
         self.warmup = warmup_steps(config, self.total)
