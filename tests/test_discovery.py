@@ -16,7 +16,7 @@ from mlx_adapters import adapter, methods, virtual
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.evaluate import prefill
-from mlx_adapters.models import fixes, samples, sites, support
+from mlx_adapters.models import fixes, limits, samples, sites, support
 from mlx_adapters.models.discover import discover
 
 METHODS = ("lora", "series", "parallel")
@@ -126,6 +126,7 @@ def test_every_linear_layer_can_be_wrapped(name: str) -> None:
 def test_roles_reach_every_block_and_no_router(name: str) -> None:
     """Default targets are in every block that mixes tokens, and each name of a row means something."""
     network = samples.sample(name)
+    assert limits.vocabulary(network) == samples.sample_config(name)["vocab_size"]
     row, linears = sites.sites(name, network), list(sites.linears(network))
     if name in _PACKED:
         assert not row.lora
