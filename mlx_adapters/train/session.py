@@ -32,6 +32,7 @@ from mlx_adapters.models.limits import check_ids, vocabulary
 from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import Logger, open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run, Step
 
@@ -133,11 +134,7 @@ def prepare(
     earlier = adapter.read_meta(start) if start else None
     template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
     moment = _moment(output, resume, processes)
-    with written_at(moment):
-        encoded = encode(
-            kept, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on
-        )
-    check_ids(loaded.model, (example.ids for example in encoded.examples), loaded.tokenizer)
+    encoded = _encoded(kept, loaded, template, config, moment)
     training, validation = _split(encoded.examples, config)
     mx.random.seed(config.seed)
     base = describe(loaded)
@@ -150,8 +147,6 @@ def prepare(
         paths = adapter.attach(loaded.model, method, method_config, base=base)
     mx.eval(loaded.model.parameters())
     trainable, parameters = adapter.count(loaded.model)
-    if processes.writes:
-        output.mkdir(parents=True, exist_ok=True)
     run = Run(
         loaded.model,
         training,
@@ -170,6 +165,8 @@ def prepare(
             "base": fingerprint(loaded.path),
         },
     )
+    if processes.writes:
+        output.mkdir(parents=True, exist_ok=True)
     if resume:
         _resume(run, output, warn)
     seen = set(seen_hashes(rows_texts(kept)))
@@ -182,6 +179,8 @@ def prepare(
         seen=sorted(seen | set(earlier.seen if earlier else ())),
         training={
             **asdict(config),
+            "epochs": None if config.steps else epochs(training, config, processes.size),
+            "warmup": run.warmup,
             "template": template,
             "data": kept.origin,
             "data_sha256": digest(kept.rows),
@@ -200,6 +199,15 @@ def prepare(
         parameters=parameters,
         loggers=open_loggers(log, output, meta.training) if processes.writes else [],
     )
+
+
+def _encoded(rows: Rows, loaded: Loaded, template: str, config: TrainConfig, moment: datetime) -> Encoded:
+    with written_at(moment):
+        encoded = encode(
+            rows, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on
+        )
+    check_ids(loaded.model, (example.ids for example in encoded.examples), loaded.tokenizer)
+    return encoded
 
 
 def _moment(output: Path, resume: bool, processes: Processes) -> datetime:
