@@ -64,7 +64,7 @@ def test_eight_rows_are_learned_with_the_defaults(wide: Path, tmp_path: Path) ->
     data = rows(tmp_path, counted(8))
     done = train(wide, data)
     assert done.exit_code == 0, done.output
-    assert f"few rows: {LEAST_STEPS} epochs instead of 3, {LEAST_STEPS} steps" in done.stderr
+    assert f"few rows: {LEAST_STEPS} epochs instead of 3 make {LEAST_STEPS} steps" in done.stderr
     assert len(losses(data)) == LEAST_STEPS
     assert losses(data)[-1] < losses(data)[0] / 2
 
