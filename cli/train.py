@@ -154,7 +154,7 @@ def _say_length(run: "Run") -> None:
     if config.steps is None and config.epochs is None:
         passes = epochs(run.examples, config, run.processes.size)
         if passes > EPOCHS:
-            say(f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps; --epochs chooses others")
+            say(f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps. --epochs chooses")
     if run.warmup == run.total:
         say(f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup")
 

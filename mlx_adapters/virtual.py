@@ -84,21 +84,23 @@ def forward(
         front = []
     if front:
         ids = mx.concatenate([mx.broadcast_to(mx.array(front), (ids.shape[0], len(front))), ids], axis=1)
-    cache = cache or start_cache(model, ids.shape[0]) or (_empty_cache(model) if needs_cache(model) else None)
+    rows = ids.shape[0]
+    cache = cache or start_cache(model, rows) or (_empty_cache(model) if needs_cache(model, rows) else None)
     out: mx.array = call(ids, cache=cache)  # also None: some backbones have no default for it
     return out[:, len(front) :]
 
 
-def needs_cache(model: nn.Module) -> bool:
+def needs_cache(model: nn.Module, rows: int = 1) -> bool:
     """Whether a text that is read at once needs an empty cache to be read as in generation.
 
-    Tried once per model, on a short text; call it before a function that is traced calls `forward`.
+    Tried once per model, on a short text (of so many `rows`, where each has an adapter of its own); call it
+    before a function that is traced calls `forward`.
     """
     known: bool | None = getattr(model, "_needs_cache", None)
     if known is None:
         training = model.training
         model.eval()  # dropout would tell the two apart
-        probe = mx.array(_PROBE)
+        probe = mx.array(_PROBE * rows)
         plain, cached = model(probe), model(probe, cache=_empty_cache(model))
         known = model._needs_cache = not close(plain, cached)
         model.train(training)
