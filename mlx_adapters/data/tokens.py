@@ -36,7 +36,7 @@ class Encoded:
 
 
 def end_id(tokenizer: Any) -> int | None:
-    """The token that ends an answer: the tokenizer's, else the first that the model's configuration names."""
+    """The token that ends an answer: the tokenizer's, else the lowest that the configuration names."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     ends = [id for id in getattr(tokenizer, "eos_token_ids", ()) if id is not None]

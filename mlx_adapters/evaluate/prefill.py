@@ -39,7 +39,7 @@ def splits(model: nn.Module) -> bool:
     """Whether rows of different lengths can share a cache: tried once per model, by what each row has alone.
 
     Some state-space layers' caches have no batched form, others take padding into their state, and mlx-lm's
-    code for a few models does not take a mask for each row (phi3small, and gemma2 as mlx-lm has it).
+    code for a few models does not take a mask for each row (gpt_bigcode, and gemma2 as mlx-lm has it).
     """
     known: bool | None = getattr(model, "_splits", None)
     if known is None:

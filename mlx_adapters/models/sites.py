@@ -272,7 +272,7 @@ def embedding(model: nn.Module, *, alone: bool = False) -> str:
 
 def is_embedding(path: str) -> bool:
     """Whether `path` is called as the embedding of tokens is, or stands below an adapter in its place."""
-    return any(part in _EMBEDDINGS for part in path.split("."))
+    return any(part in _EMBEDDINGS for part in path.split(".")) and not is_position(path)
 
 
 def is_position(path: str) -> bool:

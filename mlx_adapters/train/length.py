@@ -10,7 +10,8 @@ from mlx_adapters.train.config import TrainConfig
 __all__ = ["EPOCHS", "LEAST_STEPS", "epoch_groups", "epochs", "total_steps", "warmup_steps"]
 
 EPOCHS = 3  # the paper's, for its thousands of rows
-# Steps of a run whose length nobody chose: eight rows make three steps in three epochs, and learn nothing.
+# Steps of a run whose length nobody chose. Eight rows make three steps in three epochs, and learn nothing; at
+# LoRA's default rate SmolLM2-135M's loss on them fell from 4.8 to 3.4 in 20 steps, and to 0.9 in 60.
 LEAST_STEPS = 50
 _WARMUP = 10
 

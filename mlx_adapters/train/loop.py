@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import backend
-from mlx_adapters.data.batches import Batch, batch, batches
+from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
-from mlx_adapters.models.limits import check_ids, check_length
+from mlx_adapters.models.limits import check_ids, check_length, positions
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -94,6 +94,7 @@ def validate(
     batch_size: int,
     pad_id: int,
     processes: Processes | None = None,
+    multiple: int = MULTIPLE,
 ) -> float:
     """Mean loss per supervised token over all `examples`, without dropout."""
     processes = processes or Processes()
@@ -102,8 +103,9 @@ def validate(
     head = split_head(model)
     total, count = 0.0, 0
     share = (processes.rank, processes.size)
-    rows = batch_size * processes.size
-    for given in batches(examples, batch_size=rows, pad_id=pad_id, shuffle=False, share=share):
+    batch_size *= processes.size
+    options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
+    for given in batches(examples, batch_size=batch_size, **options):
         value = loss_sum(model, targets(given), head=head, gradient=False)
         total += float(processes.sums([value], {})[0][0])
         count += given.targets
@@ -141,6 +143,8 @@ class Run:
         check_ids(model, [*rows, [pad_id]])
         longest = max(map(len, rows), default=0) + before_text(model)
         check_length(model, longest, advice="cut it (--cutoff)")
+        limit = positions(model)  # padding may not go past it either
+        self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
         self.total = total_steps(examples, config, self.processes.size)
         self.warmup = warmup_steps(config, self.total)
@@ -277,6 +281,7 @@ class Run:
             batch_size=self.config.batch_size,
             pad_id=self.pad_id,
             processes=self.processes,
+            multiple=self._multiple,
         )
         if self.progress.measured(self.step, loss):
             self._save(best=True)
@@ -322,7 +327,8 @@ class Run:
     def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
         position, epoch, size = 0, 0, self.config.accumulation
-        share = (self.processes.rank, self.processes.size)
+        options: dict[str, Any] = {"pad_id": self.pad_id, "multiple": self._multiple}
+        options |= {"packed": self.config.packing, "share": (self.processes.rank, self.processes.size)}
         while position < self.total:
             order = self._order(epoch)
             for first in range(0, len(order), size):
@@ -332,7 +338,7 @@ class Run:
                 if position <= self.step:
                     continue
                 window = [
-                    batch(self.examples, part, pad_id=self.pad_id, packed=self.config.packing, share=share)
+                    batch(self.examples, part, **options)
                     for group in order[first : first + size]
                     for part in self._parts(group)
                 ]
