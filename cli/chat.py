@@ -166,9 +166,12 @@ class _Chat:
         """The tokens the model has not read yet, with the cache cut back to what it shares with `ids`."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-        from mlx_adapters.virtual import start_cache, virtual_ids, with_virtual
+        from mlx_adapters.models.limits import check_length
+        from mlx_adapters.virtual import before_text, start_cache, virtual_ids, with_virtual
 
         model = self.loaded.model
+        row = with_virtual(model, ids, self.loaded.tokenizer)
+        check_length(model, len(ids) + before_text(model), self.max_tokens)
         same = 0
         while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
             same += 1
@@ -179,7 +182,7 @@ class _Chat:
                 return ids[same:]
         self.cache = start_cache(model) or make_prompt_cache(model)
         self._front = int(self.cache[0].offset) if hasattr(self.cache[0], "offset") else 0
-        return with_virtual(model, ids)
+        return row
 
     def _ids(self) -> list[int]:
         from mlx_adapters.data.templates import chosen_template, conversation

@@ -37,9 +37,10 @@ def command(
     from mlx_adapters import model as models
     from mlx_adapters.data.templates import chosen_template, conversation
     from mlx_adapters.data.tokens import prompt_ids
+    from mlx_adapters.models.limits import check_length
     from mlx_adapters.sampling import sampler
     from mlx_adapters.stream import stream
-    from mlx_adapters.virtual import start_cache, with_virtual
+    from mlx_adapters.virtual import before_text, start_cache, with_virtual
 
     kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
     loaded = models.load(model, answering=True)
@@ -52,11 +53,13 @@ def command(
     ids = prompt_ids(asked, loaded.tokenizer)
     if not ids:
         raise ConfigError("--prompt is empty: give the instruction to answer")
+    row = with_virtual(loaded.model, ids, loaded.tokenizer)
+    check_length(loaded.model, len(ids) + before_text(loaded.model), max_tokens)
     text, last = "", None
     for last in stream(
         loaded.model,
         loaded.tokenizer,
-        with_virtual(loaded.model, ids),
+        row,
         prompt=ids,
         max_tokens=max_tokens,
         sampler=sampler(seed, temperature=temperature),

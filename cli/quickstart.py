@@ -154,7 +154,6 @@ def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
     config = TrainConfig(
         steps=steps,
         lr=2e-3,
-        warmup=min(10, steps),
         template="alpaca",
         seed=seed,
         validation=16,

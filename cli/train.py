@@ -19,7 +19,7 @@ from mlx_adapters.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.loop import Step
+    from mlx_adapters.train.loop import Run, Step
     from mlx_adapters.train.session import Session
 
 __all__ = ["command", "run"]
@@ -116,6 +116,8 @@ def run(session: "Session") -> float:
 
 def describe(session: "Session") -> None:
     """Say what will be trained, before it is."""
+    from mlx_adapters.models.limits import made_for
+
     names = sorted({path.rpartition(".")[2] for path in session.paths})
     share = session.trainable / session.parameters
     say(f"{session.meta.method} on {len(session.paths)} layers ({', '.join(names)})")
@@ -126,9 +128,33 @@ def describe(session: "Session") -> None:
         counts += f"; {session.excluded} left out because they stand in the excluded files"
     if session.encoded.truncated:
         counts += f"; {session.encoded.truncated} cut at {session.run.config.cutoff} tokens"
-    if session.encoded.dropped:
-        counts += f"; {session.encoded.dropped} dropped: nothing to learn within the cutoff"
+    encoded = session.encoded
+    if encoded.dropped:
+        counts += f"; {encoded.dropped} dropped: nothing to learn within the cutoff"
+    if encoded.empty:
+        counts += f"; {encoded.empty} with an empty answer"
+    if encoded.repeated:
+        counts += f"; {encoded.repeated} the same as an earlier row"
     say(counts)
+    if encoded.endless:
+        say("the tokenizer has no end token: answers will not learn where to end")
+    long = made_for(session.loaded.config)
+    if long and (over := sum(len(example.ids) > long for example in session.run.examples)):
+        say(f"{over} rows are longer than the {long} tokens that the model was made for")
+    _say_length(session.run)
+
+
+def _say_length(run: "Run") -> None:
+    """What a user who chose no number of steps, or too many of warm-up, would not expect."""
+    from mlx_adapters.train.length import EPOCHS, epochs
+
+    config = run.config
+    if config.steps is None and config.epochs is None:
+        passes = epochs(run.examples, config, run.processes.size)
+        if passes > EPOCHS:
+            say(f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps. --epochs chooses")
+    if run.warmup == run.total:
+        say(f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup")
 
 
 def _train(

@@ -76,7 +76,7 @@ def trained(folder: Path, method: str, steps: int) -> dict[str, Any]:
     print(f"\n{method}", flush=True)
     fields, lr = SETTINGS[method]
     rows = Rows(wordproblems.generate(ROWS, seed=0), "instruction", "generated word problems")
-    config = TrainConfig(steps=steps, lr=lr, warmup=min(10, steps), template="alpaca")
+    config = TrainConfig(steps=steps, lr=lr, template="alpaca")
     output = folder / f"{method}-{steps}"
     session = prepare(
         model.load(folder / "model"), rows, method=method, fields=fields, config=config, output=output

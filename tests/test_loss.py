@@ -1,6 +1,6 @@
 """The loss over supervised targets: against a plain float64 computation, and what the head split refuses."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,7 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.train import loss as losses
 from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
+from mlx_adapters.virtual import needs_cache
 
 VOCAB = 48
 
@@ -124,6 +125,15 @@ def test_logits_only_where_something_is_predicted(monkeypatch: pytest.MonkeyPatc
     assert sum(seen) < given.ids.size
 
 
+class Backbone(nn.Embedding):
+    """Hidden states that are the embeddings, from a call that models have."""
+
+    layers: ClassVar[list[nn.Module]] = []
+
+    def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+        return super().__call__(ids)
+
+
 def head_of(kind: str, vocab: int, width: int) -> nn.Module:
     mx.random.seed(1)
     if kind.startswith("tied"):
@@ -153,8 +163,9 @@ def test_chunked_loss_and_gradient_are_the_definition(
     monkeypatch.setattr(losses, "_LOGITS", dict.fromkeys(("cpu", "gpu"), 0))
     layer = head_of(kind, 300, 32)  # in parts of 64 words, the last one smaller
     picked = targets(batch(seed=3, rows=40))
-    backbone = nn.Embedding(300, 32)
+    backbone = Backbone(300, 32)
     backbone.weight = mx.random.normal(backbone.weight.shape) * size
+    assert not needs_cache(backbone)  # which is asked before anything is traced
     head = Head(backbone, layer)
     assert head.frozen
     computed = mx.value_and_grad(lambda w: loss_sum(_with(backbone, w), picked, head=head))

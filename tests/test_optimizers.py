@@ -1,19 +1,23 @@
 """Optimizers by name: against torch where it has them, groups with rates of their own, what is refused."""
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from test_train import config, examples, flat, tiny
 
+from mlx_adapters import adapter, methods, model
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.models import sites
 from mlx_adapters.train.config import OPTIMIZER_NAMES
 from mlx_adapters.train.loop import Run
-from mlx_adapters.train.optimizers import OPTIMIZERS, make_optimizer
+from mlx_adapters.train.optimizers import OPTIMIZERS, kinds_of, make_optimizer
 
 START = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 SLOPES = np.random.default_rng(1).normal(size=(8, 6, 5)).astype(np.float32)
@@ -138,6 +142,44 @@ def test_arrays_left_out_of_weight_decay_stay() -> None:
     after = make_optimizer(settings, 4, tree).apply_gradients(slopes, tree)
     assert after["lora_a"].max().item() == pytest.approx(0.95)
     assert after["norm"]["weight"].min().item() == after["bias"].min().item() == 1.0
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "gemma", "phi", "qwen3"])
+@pytest.mark.parametrize("method", ["ln_tuning", "lora"])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT of a norm, which it does support
+def test_weight_decay_is_on_the_parameters_that_transformers_decays(
+    method: str, arch: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its trainer goes by type (gpt2, gptj and gpt_neo call their norms ln_1) and by name."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Trainer
+
+    loaded = model.load(folders[arch])
+    chosen, base = methods.make_config(method, {}), model.describe(loaded)
+    adapter.attach(loaded.model, method, chosen, base=base)
+    meta = adapter.AdapterMeta(method=method, config=asdict(chosen), base=base)
+    adapter.save(tmp_path, loaded.model, meta=meta)
+    theirs = AutoModelForCausalLM.from_pretrained(folders[arch] / "torch")
+    theirs = PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
+    decayed = Trainer.get_decay_parameter_names(None, theirs)
+    expected = {
+        name.replace(".default", ""): name in decayed
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    ones = tree_map(mx.ones_like, loaded.model.trainable_parameters())
+    settings = config(weight_decay=0.5, warmup=0, schedule="constant", lr=0.1)
+    optimizer = make_optimizer(settings, 4, ones, kinds=kinds_of(loaded.model))
+    after = optimizer.apply_gradients(tree_map(mx.zeros_like, ones), ones)
+    inside = {"own.weight": "ln_tuning_layers.weight", "own.bias": "ln_tuning_layers.bias"}
+    inside |= {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    found = {}
+    for path, array in tree_flatten(after):
+        tail = next(tail for tail in inside if path.endswith("." + tail))
+        name = sites.to_hf(path.removesuffix("." + tail), arch)
+        found[f"base_model.model.{name}.{inside[tail]}"] = bool(array.max() < 1)
+    assert found == expected
+    assert any(expected.values()) == (method == "lora")
 
 
 @pytest.mark.parametrize(

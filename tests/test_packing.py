@@ -17,7 +17,8 @@ from mlx_adapters.data.batches import Batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import Dropout
-from mlx_adapters.train.loop import Run, total_steps
+from mlx_adapters.train.length import total_steps
+from mlx_adapters.train.loop import Run
 from mlx_adapters.train.packing import Packing
 
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path

@@ -1,5 +1,6 @@
 """Gradient checkpointing: the same loss and gradients, whatever the method, in less memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_adapters.data.batches import pad
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import Dropout
+from mlx_adapters.models import support
 from mlx_adapters.train.loss import loss_sum, split_head, targets
 from mlx_adapters.train.recompute import recompute_blocks
 
@@ -58,6 +60,54 @@ def test_same_loss_and_gradients(case: str) -> None:
     for name, gradient in plain.items():
         assert np.abs(gradient).max() > 0
         np.testing.assert_allclose(recomputed[name], gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("name", ["afm7", "gemma3n", "gemma4_text", "hunyuan", "kimi_k3"])
+def test_what_blocks_hand_on_beside_their_result_keeps_its_gradient(name: str) -> None:
+    """Keys and values as arguments and results, in a cache, or in an object of the model's own."""
+    model = support.attached(name, "lora")
+    support._change(model)
+    model.train()
+    loss, plain = gradients(model)
+    recompute_blocks(model)
+    again, recomputed = gradients(model)
+    assert again == pytest.approx(loss, rel=1e-6)
+    for path, gradient in plain.items():
+        np.testing.assert_allclose(recomputed[path], gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def handing_on(call: Callable[[list[Any], mx.array], mx.array]) -> Any:
+    """A model whose blocks return what `call` makes of (their results so far, their own)."""
+    model, results = attached("lora"), []
+    kind = type(model.layers[0])
+
+    class Handing(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **named: Any) -> mx.array:
+            results.append(super().__call__(*args, **named))
+            return call(results[:-1], results[-1])
+
+    for block in model.layers:
+        block.__class__ = Handing
+    return model
+
+
+def test_blocks_whose_gradient_would_be_wrong_are_refused() -> None:
+    """What a block takes from a list is no argument: nothing tells it that a gradient belongs there."""
+    model = handing_on(lambda earlier, own: own + earlier[-1] if len(earlier) % 3 else own)
+    with pytest.raises(
+        UnsupportedError, match=r"llama cannot .* gradient of .* would be wrong. Leave it off"
+    ):
+        recompute_blocks(model)
+
+
+def test_blocks_that_cannot_be_traced_again_are_refused() -> None:
+    def once(earlier: list[Any], own: mx.array) -> mx.array:
+        if len(earlier) > 10:  # nine calls of blocks come before
+            raise RuntimeError("once more than it can")
+        return own
+
+    with pytest.raises(UnsupportedError, match=r"llama cannot .* \(once more than it can\). Leave it off"):
+        recompute_blocks(handing_on(once))
 
 
 def test_dropout_draws_the_same_mask_in_the_second_pass() -> None:

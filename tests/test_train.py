@@ -17,7 +17,9 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.loop import Run, total_steps, validate
+from mlx_adapters.train.length import LEAST_STEPS, epochs, total_steps, warmup_steps
+from mlx_adapters.train.loop import Run, validate
+from mlx_adapters.train.optimizers import learning_rate
 
 
 def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -131,12 +133,51 @@ def test_not_a_number_stops_before_the_update(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_rates_rise_then_fall() -> None:
-    for schedule, last in (("linear", 0.1), ("cosine", 0.025), ("constant", 1.0)):
-        steps = list(Run(tiny(), examples(), config=config(steps=14, warmup=4, lr=1.0e-3, schedule=schedule)))
-        rates = [s.lr for s in steps]
-        assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=1e-4, abs=1e-9)
-        assert rates[-1] == pytest.approx(last * 1e-3, rel=0.05)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 14])
+def test_rates_are_those_of_transformers_without_its_first_step(schedule: str, warmup: int) -> None:
+    """Which has the rate 0: with it a run of one step would train nothing."""
+    import torch
+    from transformers import get_scheduler
+
+    total, lr = 14, 1e-3
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup + 1, num_training_steps=total + 1)
+    expected = []
+    for _ in range(total):
+        optimizer.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    settings = config(steps=total, warmup=warmup, lr=lr, schedule=schedule)
+    rates = [learning_rate(settings, total)(mx.array(step)).item() for step in range(total)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert min(rates) > 0
+
+
+def test_a_run_takes_those_rates() -> None:
+    steps = list(Run(tiny(), examples(), config=config(steps=14, warmup=4, lr=1.0e-3)))
+    assert [step.lr for step in steps[:6]] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 9e-4], rel=1e-4)
+
+
+def test_a_warm_up_that_nobody_chose_is_at_most_a_tenth_of_the_run() -> None:
+    lengths = (1, 3, 9, 10, 40, 100, 5000)
+    assert [warmup_steps(TrainConfig(), total) for total in lengths] == [0, 0, 0, 1, 4, 10, 10]
+    assert warmup_steps(TrainConfig(warmup=100), 40) == 40
+
+
+def test_few_rows_make_enough_steps_unless_the_length_was_chosen() -> None:
+    def run(count: int, **chosen: Any) -> tuple[int, int]:
+        fields, rows = TrainConfig(**chosen), examples(count)
+        return epochs(rows, fields), total_steps(rows, fields)
+
+    assert run(8) == (LEAST_STEPS, LEAST_STEPS)
+    assert run(20) == (math.ceil(LEAST_STEPS / 3), 3 * math.ceil(LEAST_STEPS / 3))
+    many = 8 * LEAST_STEPS
+    assert run(many) == (3, 3 * LEAST_STEPS)
+    assert run(8, epochs=2) == (2, 2)
+    assert run(8, steps=5)[1] == 5
+    assert run(8, packing=True)[1] >= LEAST_STEPS
 
 
 def test_every_wrong_setting_is_named() -> None:

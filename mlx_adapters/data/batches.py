@@ -10,11 +10,12 @@ import numpy as np
 
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["Batch", "batch", "batches", "groups", "pad"]
+__all__ = ["MULTIPLE", "Batch", "batch", "batches", "groups", "pad"]
 
 # Lengths are sorted within a window of this many batches: enough to save the padding, little enough that
 # an epoch stays well mixed.
 _WINDOW = 32
+MULTIPLE = 8  # lengths are rounded up to it: fewer shapes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
-    multiple: int = 8,
+    multiple: int = MULTIPLE,
     pack: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
@@ -83,7 +84,7 @@ def batch(
     group: Sequence[Sequence[int]],
     *,
     pad_id: int,
-    multiple: int = 8,
+    multiple: int = MULTIPLE,
     packed: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
@@ -106,7 +107,7 @@ def batch(
     )
 
 
-def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 8) -> Batch:
+def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = MULTIPLE) -> Batch:
     """One batch of the given examples, one a row."""
     return _pad([[example] for example in examples], pad_id=pad_id, multiple=multiple, packed=False)
 

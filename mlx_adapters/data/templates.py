@@ -9,8 +9,12 @@
 """
 
 import inspect
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from typing import Any, Literal
 
 from mlx_adapters.errors import ConfigError, DataError, unknown
@@ -25,6 +29,7 @@ __all__ = [
     "default_template",
     "prompt_for",
     "render",
+    "written_at",
 ]
 
 TEMPLATES = ("alpaca", "llm-adapters", "chat", "plain")
@@ -38,6 +43,37 @@ _INDENT = " " * 16
 
 class Rendered(str):
     """Text that a chat template wrote: every special token is in it, so encoding it adds none."""
+
+
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_moment: ContextVar[datetime | None] = ContextVar("moment", default=None)
+
+
+@contextmanager
+def written_at(moment: datetime) -> Iterator[None]:
+    """Let chat templates that write today's date write that of `moment`: the rows of a run that is resumed
+    tomorrow are today's."""
+    token = _moment.set(moment)
+    try:
+        yield
+    finally:
+        _moment.reset(token)
+
+
+def _dated(tokenizer: Any, tools: Any) -> dict[str, str]:
+    """The chat template to render in `written_at`: with that date where it asks for today's.
+
+    transformers turns a function among a template's variables into text, so the question is answered in the
+    template's own text.
+    """
+    moment = _moment.get()
+    if moment is None or not tokenizer.chat_template:
+        return {}
+    template = tokenizer.get_chat_template(tools=tools)
+    if not _TODAY.search(template):
+        return {}
+    written = _TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
+    return {"chat_template": written}
 
 
 def default_template(fmt: str) -> str:
@@ -155,7 +191,13 @@ def chat_prompt(
     if wrong := sorted((arguments - {"tools", "documents", "args", "kwargs"}) & {*kwargs}):
         raise DataError(f"chat_template_kwargs {wrong[0]!r} is not the template's: leave it out")
     try:
-        text: str = write(list(messages), tokenize=False, add_generation_prompt=answer, **kwargs)
+        text: str = write(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=answer,
+            **_dated(tokenizer, kwargs.get("tools")),
+            **kwargs,
+        )
     except TemplateError as error:  # many templates refuse roles, or an order of them
         raise DataError(f"{_named(tokenizer)}: its chat template refuses these messages ({error})") from None
     except Exception as error:  # or are none

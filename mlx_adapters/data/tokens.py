@@ -8,7 +8,7 @@ from mlx_adapters.data.sources import Rows, check_fields
 from mlx_adapters.data.templates import Rendered, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 
-__all__ = ["LOSS_ON", "Encoded", "Example", "encode", "prompt_ids"]
+__all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
 
 LOSS_ON = ("completion", "all")
 
@@ -23,12 +23,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples, and what the cutoff did: `truncated` lost their end (at least the end token), `dropped`
-    had nothing left to learn."""
+    """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
+    cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
+    one. `endless` where the tokenizer has no end token to learn."""
 
     examples: list[Example]
     truncated: int
     dropped: int
+    empty: int = 0
+    repeated: int = 0
+    endless: bool = False
+
+
+def end_id(tokenizer: Any) -> int | None:
+    """The token that ends an answer: the tokenizer's, else the lowest that the configuration names."""
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    ends = [id for id in getattr(tokenizer, "eos_token_ids", ()) if id is not None]
+    return int(min(ends)) if ends else None
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
@@ -57,7 +69,8 @@ def encode(
     if loss_on not in LOSS_ON:
         raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
     examples: list[Example] = []
-    truncated = dropped = 0
+    truncated = dropped = empty = 0
+    seen: set[tuple[str, str]] = set()
     for index, row in enumerate(rows.rows):
         try:
             check_fields(row, rows.format)
@@ -65,6 +78,8 @@ def encode(
         except DataError as error:
             raise DataError(f"{rows.origin}: row {index}: {error}") from None
         example, cut = _example(prompt, completion, tokenizer, cutoff, loss_on)
+        seen.add((prompt, completion))
+        empty += not completion.strip()
         truncated += cut
         if example is None:
             dropped += 1
@@ -72,16 +87,23 @@ def encode(
             examples.append(example)
     if not examples:
         raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
-    return Encoded(examples, truncated, dropped)
+    return Encoded(
+        examples,
+        truncated,
+        dropped,
+        empty=empty,
+        repeated=len(rows.rows) - len(seen),
+        endless=end_id(tokenizer) is None,
+    )
 
 
 def _example(
     prompt: str, completion: str, tokenizer: Any, cutoff: int, loss_on: str
 ) -> tuple[Example | None, bool]:
     before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(completion, tokenizer)
-    ids = [*before, *tokenizer.encode(completion, add_special_tokens=False)]
-    if len(ids) == len(before) or ids[-1] != tokenizer.eos_token_id:  # the text may bring its own
-        ids.append(tokenizer.eos_token_id)
+    ids, end = [*before, *tokenizer.encode(completion, add_special_tokens=False)], end_id(tokenizer)
+    if end is not None and (len(ids) == len(before) or ids[-1] != end):  # the text may bring its own
+        ids.append(end)
     cut = len(ids) > cutoff
     ids = ids[:cutoff]
     start = max(1, len(before) if loss_on == "completion" else 1)

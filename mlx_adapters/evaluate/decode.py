@@ -21,8 +21,9 @@ from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.beam import beam_search
 from mlx_adapters.evaluate.continuous import Sampler, answer_many
 from mlx_adapters.evaluate.prefill import rows_that_fit, splits
+from mlx_adapters.models.limits import check_ids, check_length
 from mlx_adapters.sampling import sampler
-from mlx_adapters.virtual import all_with_virtual, start_cache
+from mlx_adapters.virtual import all_with_virtual, before_text, start_cache
 
 __all__ = ["DECODINGS", "Decoding", "generate", "generate_ids"]
 
@@ -70,9 +71,11 @@ def generate(
     `tokenizer` is mlx-lm's wrapper: its `eos_token_ids` stop a row and are not part of the text.
     `batch_size` rows go together, by default as many as memory allows, of which a prompt takes as many as
     there are beams. `keys` are the prompts' numbers for sampling, by default their places.
-    Raises DataError for an empty prompt, ConfigError for a limit below one.
+    Raises DataError for an empty prompt, ConfigError for a limit below one, CheckpointError for a token and
+    UnsupportedError for a length that the model does not have.
     """
     stop = frozenset(int(token) for token in tokenizer.eos_token_ids)
+    check_ids(model, prompts, tokenizer)
     options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "decoding": decoding}
     for index, ids in generate_ids(model, prompts, stop=stop, keys=keys, **options):
         yield index, tokenizer.decode(ids, skip_special_tokens=True)
@@ -102,6 +105,7 @@ def generate_ids(
     model.eval()  # adapter dropout would make answers random
     try:
         rows = all_with_virtual(model, prompts)
+        check_length(model, max(map(len, prompts), default=0) + before_text(model), max_tokens)
         if batch_size is None:
             batch_size = rows_that_fit(model, max(map(len, rows), default=1), max_tokens)
         if decoding.kind == "beam":

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data.templates import chat_writer
+from mlx_adapters.data.tokens import end_id
 from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.evaluate.decode import Decoding, generate_ids
 from mlx_adapters.evaluate.likelihood import scored
 from mlx_adapters.model import Loaded
+from mlx_adapters.models.limits import made_for
+from mlx_adapters.virtual import before_text
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -40,11 +43,14 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.loaded, self.batch_size = loaded, batch_size
         self.tokenizer = loaded.tokenizer
-        self.max_length = int(loaded.config.get("max_position_embeddings") or _LONGEST)
+        self.max_length = (made_for(loaded.config) or _LONGEST) - before_text(loaded.model)
 
     @property
     def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        end = end_id(self.tokenizer)
+        if end is None:
+            raise UnsupportedError("the tokenizer has no end token, which this task needs")
+        return end
 
     @property
     def prefix_token_id(self) -> int:
@@ -120,7 +126,8 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         given = normalize_gen_kwargs(dict(settings), _ANSWER)
-        eos = self.tokenizer.decode([self.eot_token_id])
+        end = end_id(self.tokenizer)
+        eos = None if end is None else self.tokenizer.decode([end])
         stops = handle_stop_sequences(given.get("until"), eos=eos)
         limit = int(given["max_gen_toks"])
         room = self.max_length - limit

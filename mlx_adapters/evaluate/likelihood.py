@@ -15,6 +15,7 @@ import numpy as np
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.prefill import (
     Prefix,
+    leaves_window,
     logprobs,
     prefill,
     reorder,
@@ -23,7 +24,8 @@ from mlx_adapters.evaluate.prefill import (
     shared_prefix,
     splits,
 )
-from mlx_adapters.virtual import all_with_virtual, forward
+from mlx_adapters.models.limits import check_ids, check_length
+from mlx_adapters.virtual import all_with_virtual, before_text, forward
 
 __all__ = ["choice_ids", "loglikelihoods", "pick", "scored"]
 
@@ -83,12 +85,16 @@ def scored(
     training = model.training
     model.eval()
     try:
-        cached = splits(model)
         rows = all_with_virtual(model, (prompt for prompt, _ in items))
+        longest = max(map(len, rows), default=1)
+        answer = max((len(text) for _, texts in items for text in texts), default=0)
+        check_ids(model, (text for _, texts in items for text in texts))
+        check_length(
+            model, max((len(prompt) for prompt, _ in items), default=0) + before_text(model) + answer
+        )
+        cached = splits(model) and not leaves_window(model, longest + answer)
         prefix = shared_prefix(model, rows) if cached else None
         if batch_size is None:
-            longest = max(map(len, rows), default=1)
-            answer = max((len(text) for _, texts in items for text in texts), default=0)
             most = max((len(texts) for _, texts in items), default=1)
             batch_size = max(1, rows_that_fit(model, longest, answer) // most)
         counts = [_tokens(items[index][1]) for index in order]

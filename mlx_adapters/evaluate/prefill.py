@@ -8,15 +8,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_adapters import backend
-from mlx_adapters.virtual import start_cache
+from mlx_adapters.virtual import close, start_cache
 
 __all__ = [
     "Prefix",
     "common_prefix",
     "fill",
+    "leaves_window",
     "logprobs",
     "prefill",
     "read",
@@ -35,26 +36,41 @@ _SIMILAR = 0.85  # of the longest prompt's length, what one that is read with it
 
 
 def splits(model: nn.Module) -> bool:
-    """Whether rows of different lengths can share a cache.
+    """Whether rows of different lengths can share a cache: tried once per model, by what each row has alone.
 
-    Some state-space layers' caches have no batched form, and mlx-lm's code for a few models does not take a
-    mask for each row (phi3small). Tried; MLX is lazy, so only shapes are computed.
+    Some state-space layers' caches have no batched form, others take padding into their state, and mlx-lm's
+    code for a few models does not take a mask for each row (gpt_bigcode, and gemma2 as mlx-lm has it).
     """
-    count = 13  # no model has 13 heads, which a mask of 13 rows could be mistaken for
-    rows = [make_prompt_cache(model) for _ in range(count)]
-    if not all(hasattr(cache, "merge") for cache in rows[0]):
-        return False
-    batch = [layer[0].merge(layer) for layer in zip(*rows)]
-    try:
-        for cache in batch:
-            cache.prepare(lengths=[1] + [2] * (count - 1), right_padding=[1] + [0] * (count - 1))
-        model(mx.zeros((count, 2), dtype=mx.int32), cache=batch)
-        for cache in batch:
-            cache.finalize()
-        model(mx.zeros((count, 1), dtype=mx.int32), cache=batch)
-    except (ValueError, TypeError, AttributeError, NotImplementedError):
-        return False
+    known: bool | None = getattr(model, "_splits", None)
+    if known is None:
+        try:
+            known = _reads_rows_apart(model)
+        except (ValueError, TypeError, AttributeError, NotImplementedError):
+            known = False
+        model._splits = known
+    return known
+
+
+def _reads_rows_apart(model: nn.Module) -> bool:
+    """Two rows, read in a padded batch and one token on, against each alone."""
+    rows, after = [[1, 2, 3, 4, 3, 2, 1, 2, 4, 1, 3, 2], [4, 3, 1]], [[4], [2]]
+    _, cache = prefill(model, rows)
+    found = model(mx.array(after), cache=cache)
+    for number, (row, token) in enumerate(zip(rows, after)):
+        own = start_cache(model) or make_prompt_cache(model)
+        model(mx.array([row]), cache=own)
+        if not close(found[number : number + 1], model(mx.array([token]), cache=own)):
+            return False
     return True
+
+
+def leaves_window(model: nn.Module, tokens: int) -> bool:
+    """Whether a row of so many tokens is longer than what some layer keeps of it.
+
+    mlx-lm's batched cache of such a layer goes on by single tokens only: of several at once it masks others.
+    """
+    cache = start_cache(model) or make_prompt_cache(model)
+    return any(isinstance(layer, RotatingKVCache) and tokens > layer.max_size for layer in cache)
 
 
 @dataclass(frozen=True)

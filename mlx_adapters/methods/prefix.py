@@ -19,6 +19,7 @@ from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
 from mlx_adapters.methods.base import AdapterLayer
 from mlx_adapters.methods.peft_fields import Known
+from mlx_adapters.models import limits
 
 PEFT_TYPE = "PREFIX_TUNING"
 PEFT_FIELDS: Known = {
@@ -131,7 +132,7 @@ def _activations(
             f"prefix: a {model_type} model has layers that keep {', '.join(odd)} instead of all keys and "
             "values (a sliding window, or no attention), where a prefix would be lost. Use lora or prompt"
         )
-    words = vocabulary or _vocabulary(model)
+    words = vocabulary or limits.vocabulary(model) or 2
     model(mx.random.randint(0, words, (1, count)), cache=caches)
     states = [state[0, :, :count] for cache in caches for state in (cache.keys, cache.values)]
     if len({state.shape for state in states}) != 1:
@@ -141,12 +142,6 @@ def _activations(
     flat = [state.transpose(1, 0, 2).reshape(count, heads * width) for state in states]
     table = mx.concatenate(flat, axis=1).astype(mx.float32)
     return table, Keys(len(caches), heads, width, states[0].dtype)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    from mlx_adapters.models import sites
-
-    return int(dict(model.named_modules())[sites.embedding(model)].weight.shape[0])
 
 
 def to_peft(config: Config) -> dict[str, Any]:

@@ -164,6 +164,11 @@ def _start(base: nn.Module, config: Config, by: float) -> mx.array:
         ids = mx.random.randint(0, base.weight.shape[0], (n,))
     else:
         given = [int(token) for token in (config.init_ids or "0").split(",")]
+        if wrong := [token for token in given if not 0 <= token < base.weight.shape[0]]:
+            raise ConfigError(
+                f"prompt: init_ids: the model's embedding has rows for 0 to {base.weight.shape[0] - 1}, not "
+                f"for {wrong[0]}. Choose another init_text"
+            )
         ids = mx.array((given * -(-n // len(given)))[:n])
     return base(ids).astype(mx.float32) * by
 

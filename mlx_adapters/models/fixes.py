@@ -123,6 +123,8 @@ def _correct(model: Any, config: Config, windowed: list[bool]) -> None:
     kind = config["model_type"]
     if kind == "gemma3_text":
         model.model.__class__ = _exactly_scaled(type(model.model))
+    if kind == "plamo3":  # its mask reaches one token further back than its cache, and than PLaMo's own code
+        model.model.layers.window_size -= 1
     for index, layer in enumerate(model.layers):
         if kind in _WIDTHS:
             _resize(layer.mlp, config, _UNGATED[kind], *_WIDTHS[kind])
@@ -132,6 +134,8 @@ def _correct(model: Any, config: Config, windowed: list[bool]) -> None:
             _rotate_part(layer.self_attn, config)
         if kind == "gpt2":
             _scale(layer.attn, config, index)
+        if kind == "phi3small":
+            layer.self_attn.__class__ = _causal(type(layer.self_attn))
         if kind == "gemma2" and layer.self_attn.repeats > 1:
             layer.self_attn.__class__ = _masked_by_row(type(layer.self_attn))
         if kind == "gpt_neox" and config.get("attention_bias") is False:
@@ -218,6 +222,20 @@ def _masked_by_row(base: type) -> type:
         return base.__call__(self, x, mask, cache)
 
     return type(base.__name__, (base,), {"__call__": call})
+
+
+def _causal(base: Any) -> type:
+    """Phi-3-small's attention with the boolean mask that mlx-lm makes as a mask: mlx-lm's block-sparse layers
+    add it to the scores as 1 and 0, and see what comes later."""
+
+    def attend(self: Any, queries: Any, keys: Any, values: Any, scale: Any, mask: Any) -> mx.array:
+        if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+            mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
+            mask = mask if mask.ndim == 2 else mask[:, None]  # scores: [rows, kv heads, queries of each, ..]
+        result: mx.array = base._block_sparse_attention(self, queries, keys, values, scale, mask)
+        return result
+
+    return type(base.__name__, (base,), {"_block_sparse_attention": attend})
 
 
 def _rotate_part(attention: Any, config: Config) -> None:

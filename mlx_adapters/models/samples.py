@@ -51,7 +51,8 @@ _COMMON: Fields = {
         ("final_logit_softcapping logits_soft_cap", 30.0),
         # positions
         ("max_position_embeddings n_positions n_ctx block_size model_max_length", 256),
-        ("sliding_window sliding_window_size attention_window_size window_size", 128),
+        # shorter than the texts: what a layer does beyond its window is tried too
+        ("sliding_window sliding_window_size attention_window_size window_size", 4),
         ("sliding_window_pattern", 2),
         ("layer_types", [_FULL] * _LAYERS),
         ("rope_theta swa_rope_theta rotary_emb_base rope_local_base_freq", 10000.0),
@@ -81,7 +82,8 @@ _COMMON: Fields = {
         ("time_step_limit", (0.001, 100.0)),
         ("full_attention_interval layer_group_size", 2),
         # sparse attention
-        ("index_head_dim index_topk", 8),
+        ("index_head_dim", 8),
+        ("index_topk", 4),
         ("index_n_heads", 2),
     )
     for name in names.split()
@@ -90,6 +92,8 @@ _COMMON: Fields = {
 _KDA = {"kda_layers": [1], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 _SCALED = _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
 _YARN = _ROPE | {"type": "yarn", "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+# the last two of four layers attend to the keys of the first two
+_SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [_SLIDING, _FULL] * 2}
 
 _PACKED = [f"model.layers.{i}.mlp.{name}_proj" for i in range(_LAYERS) for name in ("gate", "up", "down")] + [
     *(f"model.layers.0.linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")),
@@ -107,9 +111,8 @@ _OWN: dict[str, Fields] = {
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"is_moe_layer": [False, True], "layer_types": [_SLIDING, _FULL]},
     "gemma3n": {
-        "num_kv_shared_layers": 0,
-        "layer_types": [_SLIDING, _FULL],
-        "activation_sparsity_pattern": [0.5, 0.0],
+        **_SHARED,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         "hidden_size_per_layer_input": 8,
         "altup_num_inputs": 2,
         "altup_coef_clip": 120.0,
@@ -118,9 +121,8 @@ _OWN: dict[str, Fields] = {
         "laurel_rank": 4,
     },
     "gemma4_text": {
-        "num_kv_shared_layers": 0,
+        **_SHARED,
         "hidden_size_per_layer_input": 8,
-        "layer_types": [_SLIDING, _FULL],
         "rope_parameters": _BY_KIND,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -148,7 +150,7 @@ _OWN: dict[str, Fields] = {
     "lille-130m": {"n_embd": 96},  # its MLP is a multiple of 256 wide
     "llama4": {
         "num_hidden_layers": 4,
-        "attention_chunk_size": 128,
+        "attention_chunk_size": 4,
         "interleave_moe_layer_step": 2,
         "num_experts_per_tok": 1,
     },

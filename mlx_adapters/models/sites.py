@@ -23,7 +23,9 @@ __all__ = [
     "Sites",
     "embedding",
     "from_hf",
+    "is_embedding",
     "is_head",
+    "is_position",
     "is_table",
     "layer_index",
     "linears",
@@ -222,10 +224,17 @@ _LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer inside the decoder's blocks, by path; the output head is not one of them."""
+    unused = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if getattr(module, "is_kv_shared_layer", False)  # gemma3n: its keys and values are another layer's
+        for name in ("k_proj", "v_proj")
+    }
     found = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        if path not in unused
+        and isinstance(module, (nn.Linear, nn.QuantizedLinear))
         and layer_index(path) is not None
         # a model file's own kind of linear layer computes something else: afm7's returns a list
         and not type(module).__module__.startswith("mlx_lm.")
@@ -282,6 +291,16 @@ def is_head(path: str) -> bool:
 def tied(model: nn.Module) -> bool:
     """Whether the output head is the token embedding."""
     return not any(is_head(path) for path, _ in model.named_modules())
+
+
+def is_embedding(path: str) -> bool:
+    """Whether `path` is called as the embedding of tokens is, or stands below an adapter in its place."""
+    return any(part in _EMBEDDINGS for part in path.split(".")) and not is_position(path)
+
+
+def is_position(path: str) -> bool:
+    """Whether `path` is called as a table of learned positions is."""
+    return bool(_POSITIONS.search(path))
 
 
 def layer_index(path: str) -> int | None:

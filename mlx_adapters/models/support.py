@@ -1,7 +1,8 @@
 """What works with what, found by trying it on a tiny model of each architecture.
 
-No list says what is supported: every method is placed, run and differentiated, so the table cannot be wrong
-about a method, a model file or a version of mlx-lm that came later.
+No list says what is supported: every method is placed and takes a step of training, and the model must read
+a text the same at once, token by token, and in a batch with others. So the table cannot be wrong about a
+method, a model file or a version of mlx-lm that came later.
 """
 
 import math
@@ -11,16 +12,25 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_adapters import adapter, methods
+from mlx_adapters import adapter, backend, methods
+from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError
+from mlx_adapters.evaluate.decode import generate_ids
+from mlx_adapters.evaluate.likelihood import loglikelihoods
 from mlx_adapters.methods.base import LINEARS
 from mlx_adapters.models import sites
-from mlx_adapters.models.samples import IDS, architectures, sample, sample_config
-from mlx_adapters.virtual import forward
+from mlx_adapters.models.samples import IDS, architectures, file_of, sample, sample_config
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.loop import Run
+from mlx_adapters.virtual import apart, forward, start_cache
 
-__all__ = ["architectures", "attached", "stands_on", "support", "targets", "trial"]
+__all__ = ["architectures", "attached", "fault", "stands_on", "support", "targets", "trial"]
+
+_LENGTHS = (IDS.shape[1], 5)  # tokens of the two rows of the step: the second is padded
 
 
 def support(model_type: str) -> dict[str, str | None]:
@@ -29,8 +39,23 @@ def support(model_type: str) -> dict[str, str | None]:
     Raises UnsupportedError where no model of that architecture can be built or run here, with the reason.
     Draws from MLX's global random state, and sets it.
     """
-    sample(model_type)
-    return {name: trial(model_type, name) for name in methods.names()}
+    reason = fault(model_type)
+    return {name: reason or trial(model_type, name) for name in methods.names()}
+
+
+def fault(model_type: str) -> str | None:
+    """Why no answer of a `model_type` can be trusted, whatever the method; None if it can."""
+    network = sample(model_type)
+    try:
+        error = apart(_in_pieces(network, IDS), forward(network, IDS))
+        if not error <= backend.rounding(mx.float32):
+            return (
+                f"mlx-lm's {file_of(model_type)} reads a text otherwise at once than token by token (logits "
+                f"differ by {error:.0e})"
+            )
+        return None if _batches(network) else "a padded batch gives other answers than its rows alone"
+    except Exception as error:
+        return _plain(error)
 
 
 def trial(model_type: str, method: str) -> str | None:
@@ -38,11 +63,16 @@ def trial(model_type: str, method: str) -> str | None:
     try:
         network = attached(model_type, method)
         _change(network)
-        return _without_gradient(network)
-    except AdaptersError as error:
+        return _without_step(network)
+    except Exception as error:
+        return _plain(error)
+
+
+def _plain(error: Exception) -> str:
+    """What the user would see: one of mlx or of a model file may be of any kind."""
+    if isinstance(error, AdaptersError):
         return str(error)
-    except Exception as error:  # of mlx or of a model file: it is what the user would see
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def attached(model_type: str, method: str) -> nn.Module:
@@ -90,16 +120,46 @@ def _change(network: nn.Module) -> None:
     )
 
 
-def _without_gradient(network: nn.Module) -> str | None:
-    def loss() -> mx.array:
-        out = forward(network, IDS).astype(mx.float32)
-        return nn.losses.cross_entropy(out[:, :-1], IDS[:, 1:]).sum()
+def _without_step(network: nn.Module) -> str | None:
+    """Take a step of training: why it is not the one to take, if it is not."""
+    rows: list[list[int]] = IDS.tolist()  # type: ignore[assignment]
+    expected = _loss(_in_pieces(network, IDS))
+    before = dict(tree_flatten(network.trainable_parameters()))
+    examples = [Example(row[:length], 1) for row, length in zip(rows, _LENGTHS)]
+    config = TrainConfig(steps=1, batch_size=len(examples), warmup=0, lr=1e-2)
+    (step,) = Run(network, examples, config=config)
+    if not math.isclose(step.loss, expected, rel_tol=backend.rounding(mx.float32)):
+        return f"the loss of its first step is {step.loss:.4f}; read as for an answer it is {expected:.4f}"
+    after = tree_flatten(network.trainable_parameters())
+    lost = [name for name, array in after if mx.array_equal(array, before[name])]
+    return f"no gradient reaches {len(lost)} of {len(before)} arrays, e.g. {lost[0]}" if lost else None
 
-    value, gradients = nn.value_and_grad(network, loss)()
-    sizes: dict[str, Any] = {
-        name: mx.abs(gradient).max().item() for name, gradient in tree_flatten(gradients)
-    }
-    if not all(map(math.isfinite, [value.item(), *sizes.values()])):
-        return "the loss or its gradient is not a number"
-    lost = [name for name, size in sizes.items() if size == 0]
-    return f"no gradient reaches {len(lost)} of {len(sizes)} arrays, e.g. {lost[0]}" if lost else None
+
+def _batches(network: nn.Module) -> bool:
+    """Whether prompts of several lengths give the same answers and likelihoods together as alone."""
+    rows: list[list[int]] = IDS.tolist()  # type: ignore[assignment]
+    prompts = [rows[0], rows[1][:3], rows[1][:1]]
+    answers: list[list[list[int]]] = []
+    scores: list[list[float]] = []
+    for size in (1, len(prompts)):
+        found = dict(generate_ids(network, prompts, stop=frozenset(), max_tokens=3, batch_size=size))
+        answers.append([found[index] for index in range(len(prompts))])
+        likely = dict(loglikelihoods(network, [(row, [row]) for row in prompts], batch_size=size))
+        scores.append([likely[index][0] for index in range(len(prompts))])
+    return answers[0] == answers[1] and np.allclose(scores[0], scores[1], rtol=backend.rounding(mx.float32))
+
+
+def _in_pieces(network: nn.Module, ids: mx.array) -> mx.array:
+    """The logits of texts that are read as generation does: some tokens at once, the others one by one."""
+    cache = start_cache(network, ids.shape[0]) or make_prompt_cache(network)
+    ends = [4, *range(5, ids.shape[1])]
+    return mx.concatenate(
+        [forward(network, part, cache=cache) for part in mx.split(ids, ends, axis=1)], axis=1
+    )
+
+
+def _loss(logits: mx.array) -> float:
+    """The mean over the targets of both rows."""
+    losses = nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), IDS[:, 1:])
+    parts = [row[: length - 1] for row, length in zip(losses, _LENGTHS)]
+    return float(mx.concatenate(parts).mean())

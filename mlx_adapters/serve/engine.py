@@ -18,6 +18,7 @@ from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import AdaptersError, DataError
 from mlx_adapters.model import Loaded
+from mlx_adapters.models.limits import made_for
 from mlx_adapters.sampling import fresh_seed, penalties, sampler
 from mlx_adapters.serve.requests import Ask, RequestError
 from mlx_adapters.several import activate, active
@@ -66,7 +67,7 @@ class Engine:
     ) -> None:
         loaded.model.eval()
         self.loaded, self.metas, self.name, self.parallel = loaded, dict(metas), name, parallel
-        self.context: int | None = loaded.config.get("max_position_embeddings")
+        self.context = made_for(loaded.config)
         self._new: queue.Queue[Job] = queue.Queue(maxsize=waiting)
         self._jobs: deque[Job] = deque()
         self._stop = threading.Event()
@@ -165,7 +166,7 @@ class Engine:
         ids = prompt_ids(self._text(ask), tokenizer)
         if not ids:
             raise RequestError(400, "the prompt has no tokens")
-        row = with_virtual(model, ids)
+        row = with_virtual(model, ids, tokenizer)
         cache = start_cache(model)
         front = int(getattr(cache[0], "offset", 0)) if cache else 0
         if self.context and front + len(row) + ask.max_tokens > self.context:

@@ -185,9 +185,9 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
             made = asdict(methods.make_config(method, _computed(method, given)))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        config = _checked(
-            TrainConfig, run | {"seed": seed} | ({"lr": rate} if rate is not None else {}), where
-        )
+        rate_of_cell = {"lr": rate} if rate is not None else {}
+        # the budget of every cell is what the file says, however few the rows
+        config = _checked(TrainConfig, {"epochs": 3} | run | {"seed": seed} | rate_of_cell, where)
         text = f"{size[0]} {size[1]}" if size else ""
         parts = [method, str(place), f"{size[0]}{size[1]}" if size else ""]
         parts += [f"lr{config.lr:g}" if len(rates) > 1 else "", f"seed{seed}" if len(seeds) > 1 else ""]
@@ -228,7 +228,7 @@ def _budgeted(cell: Cell, max_steps: int | None) -> Cell:
     """At most `max_steps` optimizer steps; a run counted in epochs gets just as many."""
     if max_steps is None or (cell.train.steps or max_steps + 1) <= max_steps:
         return cell
-    return replace(cell, train=replace(cell.train, steps=max_steps, warmup=min(cell.train.warmup, max_steps)))
+    return replace(cell, train=replace(cell.train, steps=max_steps))
 
 
 def _checked(kind: type, values: dict[str, Any], where: str) -> Any:

@@ -9,6 +9,7 @@ A checkpoint is written beside, synced and renamed: it is there whole or not at 
 from (seed, epoch) and the noise of dropout from (seed, step): the step alone says where the run stands.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -25,7 +27,7 @@ from mlx_adapters.convert.files import header
 from mlx_adapters.errors import TrainingError, writing_to
 from mlx_adapters.parse import from_json
 
-__all__ = ["latest", "load_adapter", "restore", "save"]
+__all__ = ["digest", "latest", "load_adapter", "restore", "save", "setting"]
 
 _ARRAYS, _FACTS = "state.safetensors", "state.json"
 
@@ -71,6 +73,16 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def setting(folder: Path, name: str) -> Any:
+    """What the newest checkpoint that can be read says of a setting of its run; None if nothing."""
+    for checkpoint in reversed(_all(folder)):
+        try:
+            return from_json((checkpoint / _FACTS).read_text())["settings"].get(name)
+        except Exception:  # as in `restore`
+            continue
+    return None
+
+
 def restore(
     folder: Path,
     model: nn.Module,
@@ -108,6 +120,15 @@ def load_adapter(folder: Path, model: nn.Module, *, step: int) -> None:
         raise TrainingError(f"{file}: the best adapter cannot be read ({error})") from None
     found = [(k.removeprefix("adapter."), v) for k, v in arrays.items() if k.startswith("adapter.")]
     model.update(tree_unflatten(found))
+
+
+def digest(model: nn.Module) -> str:
+    """What trains in `model` in a few letters: the same for the same bits."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, array in tree_flatten(model.trainable_parameters()):
+        found.update(name.encode())
+        found.update(np.array(array.reshape(-1).view(mx.uint8)).data)
+    return found.hexdigest()
 
 
 def _arrays(file: Path) -> dict[str, mx.array]:

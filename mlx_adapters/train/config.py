@@ -19,7 +19,7 @@ COMPILE = ("auto", "on", "off")
 class TrainConfig:
     """One run. Epochs, rate and cutoff default to the paper's."""
 
-    epochs: int = field(3, "passes over the data")
+    epochs: int | None = field(None, "passes over the data [default: 3, more for few rows]")
     steps: int | None = field(None, "optimizer steps; overrides epochs")
     batch_size: int = field(8, "rows per forward pass")
     accumulation: int = field(1, "forward passes per optimizer step")
@@ -32,10 +32,10 @@ class TrainConfig:
     optimizer_args: str | None = field(None, "its other arguments: momentum=0.9, betas=0.9:0.95 say")
     lr: float = field(3e-4, "peak learning rate")
     rates: str | None = field(None, "factors on the rate, by an array's name or path: lora_b=16,*.0.*=0.5")
-    warmup: int = field(10, "steps of linear warm-up")
+    warmup: int | None = field(None, "steps of linear warm-up [default: a tenth of them, at most 10]")
     schedule: str = field("linear", "after the warm-up: linear or cosine to zero, or constant")
     weight_decay: float = field(0.0, "weight decay")
-    no_decay: str | None = field("*bias,*norm*", "arrays without weight decay, by name or path")
+    no_decay: str | None = field("*bias,*norm*", "arrays without weight decay, by name, path or kind")
     clip: float = field(1.0, "largest norm of the gradient; 0 for no limit")
     on_bad_step: str = field("stop", "a step whose loss is no number, or a spike: stop, or skip it")
     spike: float = field(0.0, "a loss this many times the mean of the last 20 is bad too; 0 for never")

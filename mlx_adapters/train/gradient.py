@@ -31,7 +31,7 @@ from mlx_adapters.train.shared_prefix import (
     states_in,
     untrained,
 )
-from mlx_adapters.virtual import forward, virtual_ids
+from mlx_adapters.virtual import forward, needs_cache, virtual_ids
 
 __all__ = ["Gradient", "Loss", "compiling"]
 
@@ -58,6 +58,7 @@ class Gradient:
         # The loss, while it is traced. Kept, it would hold the run that holds this: a circle of references,
         # and the model's memory would not be free when the run is.
         self._losses: list[Loss] = []
+        needs_cache(model)  # is tried before anything is traced
         self._fixed = untrained(model) if shares else 0
         self._virtual = len(virtual_ids(model))
         self._functions: dict[str, Callable[..., Any]] = {}

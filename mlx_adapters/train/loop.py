@@ -12,22 +12,25 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import backend
-from mlx_adapters.data.batches import Batch, batch, batches, groups
+from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
+from mlx_adapters.models.limits import check_ids, check_length, positions
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.gradient import Gradient, compiling
+from mlx_adapters.train.length import epoch_groups, total_steps, warmup_steps
 from mlx_adapters.train.loss import Head, Targets, loss_sum, split_head, targets
 from mlx_adapters.train.noise import add_noise
-from mlx_adapters.train.optimizers import learning_rate, make_optimizer
+from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
 from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 from mlx_adapters.train.shared_prefix import can_share
 from mlx_adapters.train.update import Update
+from mlx_adapters.virtual import before_text
 
-__all__ = ["Progress", "Run", "Step", "total_steps", "validate"]
+__all__ = ["CHECKPOINTS", "Progress", "Run", "Step", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -38,6 +41,7 @@ _FIXED = (
 # Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
 # is written out for every pass, and products of few rows are slower.
 _CPU_TOKENS = 640
+CHECKPOINTS = "checkpoints"  # below a run's folder
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
 
@@ -83,17 +87,6 @@ class Progress:
         return True
 
 
-def total_steps(examples: Sequence[Example], config: TrainConfig, processes: int = 1) -> int:
-    """How many optimizer steps the run has."""
-    if config.steps:
-        return config.steps
-    rows = config.batch_size * processes
-    if not config.packing:  # every epoch has as many
-        return config.epochs * math.ceil(math.ceil(len(examples) / rows) / config.accumulation)
-    lengths = [len(_groups(examples, config, processes, epoch)) for epoch in range(config.epochs)]
-    return sum(math.ceil(length / config.accumulation) for length in lengths)
-
-
 def validate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -101,6 +94,7 @@ def validate(
     batch_size: int,
     pad_id: int,
     processes: Processes | None = None,
+    multiple: int = MULTIPLE,
 ) -> float:
     """Mean loss per supervised token over all `examples`, without dropout."""
     processes = processes or Processes()
@@ -109,8 +103,9 @@ def validate(
     head = split_head(model)
     total, count = 0.0, 0
     share = (processes.rank, processes.size)
-    rows = batch_size * processes.size
-    for given in batches(examples, batch_size=rows, pad_id=pad_id, shuffle=False, share=share):
+    batch_size *= processes.size
+    options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
+    for given in batches(examples, batch_size=batch_size, **options):
         value = loss_sum(model, targets(given), head=head, gradient=False)
         total += float(processes.sums([value], {})[0][0])
         count += given.targets
@@ -143,21 +138,30 @@ class Run:
     ) -> None:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
-        self.folder = folder / "checkpoints" if folder else None
+        self.folder = folder / CHECKPOINTS if folder else None
+        rows = [example.ids for example in (*examples, *validation)]
+        check_ids(model, [*rows, [pad_id]])
+        longest = max(map(len, rows), default=0) + before_text(model)
+        check_length(model, longest, advice="cut it (--cutoff)")
+        limit = positions(model)  # padding may not go past it either
+        self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
         self.total = total_steps(examples, config, self.processes.size)
+        self.warmup = warmup_steps(config, self.total)
         model.eval()
         self._packing = Packing(model) if config.packing else None
         if config.neftune:
             add_noise(model, config.neftune)
         if config.gradient_checkpointing:
             recompute_blocks(model)
-        self.optimizer = make_optimizer(config, self.total, model.trainable_parameters(), rates)
+        trained, kinds = model.trainable_parameters(), kinds_of(model)
+        self.optimizer = make_optimizer(config, self.total, trained, rates, kinds)
         self.step = 0
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
         self._apply = Update(model, self.optimizer, clip=config.clip, compiled=self.compiles)
         self._head: Head | None = None
+        self._start = checkpoint.digest(model)
         self._gradient = Gradient(model, packing=self._packing)
         self._stop = self._stopping = False
 
@@ -186,6 +190,11 @@ class Run:
             return self.step
         checkpoint.load_adapter(self.folder, self.model, step=self.progress.best_step)
         return self.progress.best_step
+
+    @property
+    def moved(self) -> bool:
+        """Whether what trains is other than at the run's beginning."""
+        return checkpoint.digest(self.model) != self._start
 
     def stop(self) -> None:
         """End after the current step, in every process."""
@@ -272,6 +281,7 @@ class Run:
             batch_size=self.config.batch_size,
             pad_id=self.pad_id,
             processes=self.processes,
+            multiple=self._multiple,
         )
         if self.progress.measured(self.step, loss):
             self._save(best=True)
@@ -317,7 +327,8 @@ class Run:
     def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
         position, epoch, size = 0, 0, self.config.accumulation
-        share = (self.processes.rank, self.processes.size)
+        options: dict[str, Any] = {"pad_id": self.pad_id, "multiple": self._multiple}
+        options |= {"packed": self.config.packing, "share": (self.processes.rank, self.processes.size)}
         while position < self.total:
             order = self._order(epoch)
             for first in range(0, len(order), size):
@@ -327,7 +338,7 @@ class Run:
                 if position <= self.step:
                     continue
                 window = [
-                    batch(self.examples, part, pad_id=self.pad_id, packed=self.config.packing, share=share)
+                    batch(self.examples, part, **options)
                     for group in order[first : first + size]
                     for part in self._parts(group)
                 ]
@@ -335,8 +346,7 @@ class Run:
             epoch += 1
 
     def _order(self, epoch: int) -> list[list[list[int]]]:
-        """The batches of an epoch, of all processes: rows, each the examples it holds."""
-        return _groups(self.examples, self.config, self.processes.size, epoch)
+        return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
     def _parts(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
@@ -392,18 +402,6 @@ class Run:
         if self._packing:
             cache = self._packing.caches()
         return loss_sum(self.model, given, head=self._head, cache=cache)
-
-
-def _groups(
-    examples: Sequence[Example], config: TrainConfig, processes: int, epoch: int
-) -> list[list[list[int]]]:
-    return groups(
-        examples,
-        batch_size=config.batch_size * processes,
-        seed=config.seed,
-        epoch=epoch,
-        pack=config.cutoff if config.packing else None,
-    )
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from mlx_adapters import backend, exponential
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.quantized import dequantize
-from mlx_adapters.virtual import forward
+from mlx_adapters.virtual import apart, forward
 
 __all__ = ["Head", "Targets", "loss_sum", "split_head", "targets"]
 
@@ -98,8 +98,11 @@ def split_head(model: nn.Module) -> Head | None:
     if not callable(backbone) or any(getattr(arguments, name, None) for name in _TWISTS):
         return None
     probe = mx.array([[1, 2, 3, 4]])
-    expected = model(probe)
-    hidden = backbone(probe)
+    expected = forward(model, probe)
+    try:
+        hidden = forward(model, probe, backbone=backbone)
+    except TypeError:  # it wants more than token ids and a cache
+        return None
     if not isinstance(hidden, mx.array) or hidden.shape[:2] != probe.shape:
         return None
     for layer in _heads(model, backbone):
@@ -108,10 +111,8 @@ def split_head(model: nn.Module) -> Head | None:
             logits = head.project(hidden)
         except (ValueError, AttributeError):
             continue
-        if logits.shape == expected.shape:
-            scale = mx.abs(expected).max()
-            if (mx.abs(logits - expected).max() <= 1e-5 * scale).item():
-                return head
+        if logits.shape == expected.shape and apart(logits, expected) <= 1e-5:
+            return head
     return None
 
 
@@ -258,4 +259,4 @@ def _heads(model: nn.Module, backbone: Any) -> list[nn.Module]:
     for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"):
         if hasattr(backbone, name):
             found.append(getattr(backbone, name))
-    return found
+    return [layer for layer in found if isinstance(layer, nn.Module)]  # talkie's head is a bare array

@@ -7,13 +7,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.length import warmup_steps
 
-__all__ = ["OPTIMIZERS", "learning_rate", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "kinds_of", "learning_rate", "make_optimizer"]
 
 # name: (class, the arguments that differ from the class's defaults)
 OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
@@ -29,9 +31,9 @@ _CHOSEN_ELSEWHERE = {"learning_rate", "weight_decay"}
 
 
 def learning_rate(config: TrainConfig, total: int, factor: float = 1.0) -> Callable[[mx.array], mx.array]:
-    """`factor` times the rate by step, as transformers' schedules give it: a warm-up starts at 0, a decay
-    ends at 0."""
-    warmup = min(config.warmup, total)
+    """`factor` times the rate by step: transformers' schedules of one step more, without their first, whose
+    rate is 0. A warm-up of n steps goes by 1/(n+1) of the rate up to n/(n+1); a decay would end at 0."""
+    warmup = warmup_steps(config, total)
     rest = max(1, total - warmup)
     peak = config.lr * factor
     after = {
@@ -41,17 +43,23 @@ def learning_rate(config: TrainConfig, total: int, factor: float = 1.0) -> Calla
     }[config.schedule]()
     if not warmup:
         return after
-    return optim.join_schedules([optim.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return optim.join_schedules([optim.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
 def make_optimizer(
-    config: TrainConfig, total: int, parameters: Any, rates: Mapping[str, float] | None = None
+    config: TrainConfig,
+    total: int,
+    parameters: Any,
+    rates: Mapping[str, float] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> optim.Optimizer:
     """The optimizer of a run of `total` steps over the tree `parameters`, with its state.
 
     `rates` are the method's own factors on the rate by an array's last name; those of `config.rates` come
-    before them. Arrays of the same factor and the same share in the weight decay form a group. Raises
-    ConfigError for an unknown argument, or a pattern that no array has.
+    before them. `kinds` are those of the modules that hold the arrays, by path: weight decay leaves norms out
+    by what they are, as transformers' trainer does, for gpt2 calls one ln_1. Arrays of the same factor and
+    the same share in the weight decay form a group. Raises ConfigError for an unknown argument, or a pattern
+    that no array has.
     """
     paths = [path for path, _ in tree_flatten(parameters)]
     wanted = _factors(config.rates)
@@ -64,7 +72,9 @@ def make_optimizer(
         """(factor on the rate, whether it decays, whether it is a matrix)."""
         own = (rates or {}).get(path.rpartition(".")[2], 1.0)
         factor = next((by for pattern, by in wanted.items() if _matches(path, pattern)), own)
-        decays = config.weight_decay > 0 and not any(_matches(path, pattern) for pattern in excluded)
+        kind = (kinds or {}).get(path, "")
+        kept = any(_matches(path, pattern) or fnmatchcase(kind, pattern) for pattern in excluded)
+        decays = config.weight_decay > 0 and not kept
         return factor, decays, config.optimizer != "muon" or array.ndim > 1
 
     groups = list(dict.fromkeys(group(path, array) for path, array in tree_flatten(parameters)))
@@ -73,6 +83,16 @@ def make_optimizer(
     optimizer = members[0] if len(members) == 1 else optim.MultiOptimizer(members, filters)
     optimizer.init(parameters)
     return optimizer
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """The kind of module, in small letters, that holds each trained array."""
+    return {
+        f"{path}.{name}" if path else name: type(module).__name__.lower()
+        for path, module in model.named_modules()
+        for name, value in module.trainable_parameters().items()
+        if isinstance(value, mx.array)
+    }
 
 
 def _build(config: TrainConfig, total: int, factor: float, decays: bool, matrix: bool) -> optim.Optimizer:

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters import adapter, backend, methods, model
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
@@ -87,9 +88,8 @@ def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blo
     loaded = model.load(source, lazy=True)
     _cut(loaded.model, blocks)
     adapter.attach(loaded.model, method, chosen, base=model.describe(loaded))
-    rows = np.random.default_rng(0).integers(
-        0, loaded.config["vocab_size"], (config.batch_size, config.cutoff)
-    )
+    words = vocabulary(loaded.model) or loaded.config["vocab_size"]
+    rows = np.random.default_rng(0).integers(0, words, (config.batch_size, config.cutoff))
     start = 1 if config.loss_on == "all" else config.cutoff // 2
     steps = replace(config, steps=2, warmup=0, validation=0)
     mx.reset_peak_memory()

@@ -5,23 +5,26 @@ Between the blocks one hidden state per token and layer stays alive, and inside 
 activations: memory is exchanged for about a third more computation.
 
 A block is differentiated only with respect to what is passed to it; its second computation is a new trace.
-Three things follow that are easy to get silently wrong: the adapter's arrays go in as arguments, the keys and
-values of a prefix do too (in a closure their gradient would be exactly zero), and the block draws its dropout
-from a key that is an argument (else the second trace would draw another mask).
+Three things follow that are easy to get silently wrong: the adapter's arrays go in as arguments, what a cache
+or another object holds does too and comes out again (in a closure the gradient of a prefix, or of keys that
+blocks share, would be exactly zero), and the block draws its dropout from a key that is an argument (else the
+second trace would draw another mask). So the gradient is compared with the plain one before a run.
 
 Not by `mx.checkpoint`: it lets the second computation start as soon as the first is done. Blocks with custom
 gradients of their own were then all computed again at once, and twice the memory was alive.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
+from mlx_adapters.backend import rounding
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import drawing_from
+from mlx_adapters.virtual import forward, needs_cache
 
 __all__ = ["recompute_blocks"]
 
@@ -30,60 +33,118 @@ def recompute_blocks(model: nn.Module) -> int:
     """Let every block of `model.layers` recompute itself while training; returns how many there are.
 
     Only these modules change, not their classes: other models in the process stay as they are. Raises
-    UnsupportedError where the model has no list of blocks.
+    UnsupportedError where the model has no list of blocks, or where the gradient would be another one: that
+    is tried on a short text.
     """
     blocks = getattr(model, "layers", None)
     if not isinstance(blocks, list) or not blocks:
         raise UnsupportedError(
             f"{type(model).__name__} has no list of blocks: leave gradient checkpointing off"
         )
+    try:
+        plain = _gradient(model, blocks)
+    except ValueError:  # it has none at all, which the first step says
+        plain = {}
     for block in blocks:
         if not getattr(type(block), "_recomputes", False):
             block.__class__ = _recomputing(type(block))
+    if plain:
+        _compare(model, blocks, plain)
     return len(blocks)
+
+
+def _compare(model: nn.Module, blocks: list[nn.Module], plain: dict[str, mx.array]) -> None:
+    name = type(model).__module__.rpartition(".")[2]
+    refusal = f"gradient checkpointing: the blocks of mlx-lm's {name} cannot be computed again"
+    try:
+        again = _gradient(model, blocks)
+    except Exception as error:  # a block may take and return anything
+        raise UnsupportedError(f"{refusal} ({' '.join(str(error).split())}). Leave it off") from None
+    for path, gradient in plain.items():
+        apart = float(mx.abs(again[path] - gradient).max())
+        if not apart <= rounding(gradient.dtype) * float(mx.abs(gradient).max()):
+            raise UnsupportedError(f"{refusal}: the gradient of {path} would be wrong. Leave it off")
+
+
+def _gradient(model: nn.Module, blocks: list[nn.Module]) -> dict[str, mx.array]:
+    """Of a short text, without dropout: it draws other masks where blocks are computed again."""
+    probe, was_training = mx.array([[1, 2, 3, 4, 2]]), model.training
+    model.eval()
+    for block in blocks:
+        block._set_training_mode(True)  # not what is in it: only blocks in training recompute themselves
+
+    def loss() -> mx.array:
+        logits = forward(model, probe[:, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, probe[:, 1:]).sum()
+
+    needs_cache(model)
+    gradients = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
+    mx.eval(gradients)
+    model.train(was_training)
+    return gradients
 
 
 def _recomputing(base: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        arrays = [value for value in given if isinstance(value, mx.array)]
-        cache: Any = next((value for value in given if hasattr(value, "update_and_fetch")), None)
-        if not self.training or getattr(cache, "reads", False):  # the few tokens that rows share are kept
+        # a cache, say: what a block leaves there, other blocks may read
+        objects = [leaf for _, leaf in tree_flatten((args, kwargs)) if hasattr(leaf, "__dict__")]
+        if not self.training or any(getattr(one, "reads", False) for one in objects):  # few tokens, shared
             return base.__call__(self, *args, **kwargs)
-        start = [] if cache is None or cache.keys is None else [cache.keys, cache.values]
-        offset = getattr(cache, "offset", 0)
 
-        def block(parameters: Any, arrays: list[mx.array], start: list[mx.array], key: mx.array) -> Any:
+        def block(parameters: Any, given: Any, states: list[Any], key: mx.array) -> tuple[Any, list[Any]]:
             self.update(parameters)
-            if start:
-                cache.keys, cache.values, cache.offset = *start, offset
-            remaining = iter(arrays)
-            values = [next(remaining) if isinstance(value, mx.array) else value for value in given]
-            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            _set(objects, states)
+            args, kwargs = given
             with drawing_from(mx.stop_gradient(key)):
-                return base.__call__(self, *values[: len(args)], **named)
+                return base.__call__(self, *args, **kwargs), _states(objects)
 
         own = self.trainable_parameters()
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        result = _checkpoint(block)(own, arrays, start, key)
+        result, states = _checkpoint(block)(own, (args, kwargs), _states(objects), key)
         self.update(own)  # the trace left its own placeholders behind
+        _set(objects, states)
         return result
 
     return type(base.__name__, (base,), {"__call__": call, "_recomputes": True})
 
 
+def _states(objects: list[Any]) -> list[dict[str, Any]]:
+    return [dict(vars(one)) for one in objects]
+
+
+def _set(objects: list[Any], states: list[dict[str, Any]]) -> None:
+    for one, state in zip(objects, states, strict=True):
+        vars(one).update(state)
+
+
+_ARRAY = object()  # stands for an array of a tree
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def _form(tree: Any) -> Any:
+    """The tree without its arrays, which would keep alive what they were computed from."""
+    return tree_map(lambda leaf: _ARRAY if isinstance(leaf, mx.array) else leaf, tree)
+
+
+def _filled(form: Any, arrays: Sequence[mx.array]) -> Any:
+    remaining = iter(arrays)
+    return tree_map(lambda leaf: next(remaining) if leaf is _ARRAY else leaf, form)
+
+
 def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of trees of arrays, computed again once the gradient of its result is there."""
+    """`function` of trees, computed again once the gradient of the arrays in its result is there."""
 
     def call(*given: Any) -> Any:
-        named = tree_flatten(given)
-        names = [name for name, _ in named]
-        kept: list[str] = []  # names of the results; a single array has the name ""
+        taken, made = _form(given), None
 
         def flat(*arrays: mx.array) -> list[mx.array]:
-            results = tree_flatten(function(*tree_unflatten(list(zip(names, arrays, strict=True)))))
-            kept[:] = [name for name, _ in results]
-            return [array for _, array in results]
+            nonlocal made
+            results = function(*_filled(taken, arrays))
+            made = _form(results)
+            return _arrays(results)
 
         again = mx.custom_function(flat)
 
@@ -92,7 +153,7 @@ def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
             waiting = mx.depends(list(primals), list(cotangents))
             return mx.vjp(flat, waiting, list(cotangents))[1]
 
-        results = again(*[array for _, array in named])
-        return tree_unflatten(list(zip(kept, results, strict=True)))  # type: ignore[call-overload]
+        results: Any = again(*_arrays(given))
+        return _filled(made, results)
 
     return call

@@ -11,26 +11,30 @@ Iterating trains, a step at a time; `finish` saves.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
 from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, notes, read_rows
-from mlx_adapters.data.templates import default_template
-from mlx_adapters.data.tokens import Encoded, Example, encode
-from mlx_adapters.errors import DataError, OutputError, writing_to
+from mlx_adapters.data.templates import default_template, written_at
+from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
+from mlx_adapters.errors import DataError, OutputError, TrainingError, writing_to
 from mlx_adapters.evaluate.tasks import load_file
 from mlx_adapters.model import Loaded, describe, fingerprint
-from mlx_adapters.train import metrics
+from mlx_adapters.models.limits import check_ids, vocabulary
+from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import Logger, open_loggers
-from mlx_adapters.train.loop import Run, Step
+from mlx_adapters.train.loop import CHECKPOINTS, Run, Step
 
 __all__ = ["Session", "check_output", "excluded_hashes", "prepare"]
 
@@ -69,7 +73,10 @@ class Session:
         self._save_adapter(self.run.step)
 
     def finish(self) -> int:
-        """Save the adapter, of the best step if configured so, and draw the losses; returns its step."""
+        """Save the adapter, of the best step if configured so, and draw the losses; returns its step.
+
+        Raises TrainingError when what was saved is where the run began: it changes nothing.
+        """
         config = self.run.config
         if not self.run.processes.writes:
             return self.run.step
@@ -78,11 +85,22 @@ class Session:
         rows = metrics.read(self.output / METRICS)
         with writing_to(self.output / PLOT):
             metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+        if not self.run.moved:
+            raise TrainingError(
+                f"{self.output}: {step} steps have not changed the adapter, which is saved as it began. Give "
+                f"more --steps, or a higher --lr than {config.lr:g}"
+            )
         return step
 
     def _save_adapter(self, step: int) -> None:
         if not self.run.processes.writes:
             return
+        for name, array in tree_flatten(self.loaded.model.trainable_parameters()):
+            if not mx.isfinite(array).all().item():
+                raise TrainingError(
+                    f"{self.output}: not saved, since after step {step} the adapter's {name} holds values "
+                    "that are not numbers. Lower --lr"
+                )
         training = {**self.meta.training, "steps_done": step}
         adapter.save(self.output, self.loaded.model, meta=replace(self.meta, training=training))
 
@@ -117,7 +135,8 @@ def prepare(
     kept, excluded = _select(rows, config, exclude)
     earlier = adapter.read_meta(start) if start else None
     template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
-    encoded = encode(kept, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
+    moment = _moment(output, resume, processes)
+    encoded = _encoded(kept, loaded, template, config, moment)
     training, validation = _split(encoded.examples, config)
     mx.random.seed(config.seed)
     base = describe(loaded)
@@ -130,14 +149,12 @@ def prepare(
         paths = adapter.attach(loaded.model, method, method_config, base=base)
     mx.eval(loaded.model.parameters())
     trainable, parameters = adapter.count(loaded.model)
-    if processes.writes:
-        output.mkdir(parents=True, exist_ok=True)
     run = Run(
         loaded.model,
         training,
         validation,
         config=config,
-        pad_id=_pad_id(loaded.tokenizer),
+        pad_id=_pad_id(loaded),
         folder=output,
         processes=processes,
         rates=methods.get(method).rates(method_config) if hasattr(methods.get(method), "rates") else None,
@@ -146,9 +163,12 @@ def prepare(
             "fields": asdict(method_config),
             "template": template,
             "loss_on": config.loss_on,
+            "written": moment.isoformat(),
             "base": fingerprint(loaded.path),
         },
     )
+    if processes.writes:
+        output.mkdir(parents=True, exist_ok=True)
     if resume:
         _resume(run, output, warn)
     seen = set(seen_hashes(rows_texts(kept)))
@@ -161,6 +181,8 @@ def prepare(
         seen=sorted(seen | set(earlier.seen if earlier else ())),
         training={
             **asdict(config),
+            "epochs": None if config.steps else epochs(training, config, processes.size),
+            "warmup": run.warmup,
             "template": template,
             "data": kept.origin,
             "data_sha256": digest(kept.rows),
@@ -179,6 +201,25 @@ def prepare(
         parameters=parameters,
         loggers=open_loggers(log, output, meta.training) if processes.writes else [],
     )
+
+
+def _encoded(rows: Rows, loaded: Loaded, template: str, config: TrainConfig, moment: datetime) -> Encoded:
+    with written_at(moment):
+        encoded = encode(
+            rows, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on
+        )
+    check_ids(loaded.model, (example.ids for example in encoded.examples), loaded.tokenizer)
+    return encoded
+
+
+def _moment(output: Path, resume: bool, processes: Processes) -> datetime:
+    """When the rows are written, for templates that write a date: now, or as the run that is resumed had it.
+    The first process says, for another may be past midnight."""
+    said = checkpoint.setting(output / CHECKPOINTS, "written") if resume and processes.writes else None
+    moment = datetime.fromisoformat(said) if isinstance(said, str) else datetime.now()
+    parts = processes.from_first(mx.array(moment.timetuple()[:6], dtype=mx.int32)).tolist()
+    year, month, day, hour, minute, second = parts
+    return datetime(year, month, day, hour, minute, second)
 
 
 def _resume(run: Run, output: Path, warn: Callable[[str], None]) -> None:
@@ -246,5 +287,8 @@ def _split(examples: list[Example], config: TrainConfig) -> tuple[list[Example],
     )
 
 
-def _pad_id(tokenizer: Any) -> int:
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+def _pad_id(loaded: Loaded) -> int:
+    """What fills rows up, which no target and no token before it sees: any id that the model has."""
+    known = vocabulary(loaded.model)
+    wished = (loaded.tokenizer.pad_token_id, end_id(loaded.tokenizer))
+    return next((id for id in wished if id is not None and (known is None or 0 <= id < known)), 0)
