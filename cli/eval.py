@@ -151,6 +151,7 @@ def run_task(
     Items that `file` has a record of are not asked again; new records are added to it. `options` are those
     of `evaluate`, or of `evaluate_likelihood` when `scored` is among them.
     """
+    from mlx_adapters import threads
     from mlx_adapters.evaluate import score as scoring
     from mlx_adapters.evaluate.tasks import find
     from mlx_adapters.evaluate.workers import Workers
@@ -175,6 +176,8 @@ def run_task(
     def text(_: Any) -> str:
         return f"accuracy {sum(record.correct for record in done) / len(done):.1%}"
 
+    if words := threads.in_words():
+        say(words)
     if before:
         say(f"{task.name}: {before} of {len(items)} items are done already")
     try:

@@ -96,9 +96,14 @@ def command(
 
 def run(session: "Session") -> float:
     """Train a prepared session with progress on screen; Ctrl-C saves and exits 130. Returns seconds."""
-    started = time.perf_counter()
+    from mlx_adapters import threads
+
+    started, told = time.perf_counter(), threads.most()
     with _interruptible(session.run.stop), lines("train", session.run.total) as display:
         for step in session:
+            if threads.count() < told:
+                told = threads.count()
+                say(threads.in_words())
             display.update(step.step, _text(step))
             if step.validation_loss is not None:
                 say(f"step {step.step}: validation loss {step.validation_loss:.4f}")

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_adapters import backend
+from mlx_adapters import backend, threads
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
 from mlx_adapters.models import config as model_config
 from mlx_adapters.parse import from_json
@@ -104,6 +104,8 @@ def load(
             model = dequantize_model(model)
         if not lazy:
             mx.eval(model.parameters())
+            backend.warn_if_slow()
+            threads.settle()
     except AdaptersError:
         raise
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike

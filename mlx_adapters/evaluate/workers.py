@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_adapters import backend
+from mlx_adapters import backend, threads
 from mlx_adapters.errors import AdaptersError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ _MANY = 128  # items; with fewer, loading the model twice takes what is won
 def processes_for(folder: Path, items: int) -> int:
     """Two, where they pay and a second model leaves most of the free memory; otherwise one.
 
-    Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use.
+    Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use, nor
+    where other programs leave no second core.
     """
     if not backend.on_cpu() or backend.cores() < 2 or backend.limited() or items < _MANY:
         return 1
@@ -36,7 +37,9 @@ def processes_for(folder: Path, items: int) -> int:
 
     stored = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
-    return 2 if 4 * written_out < backend.free_memory() else 1
+    if 4 * written_out >= backend.free_memory():
+        return 1
+    return 2 if threads.most() == 1 or threads.settle() > 1 else 1
 
 
 class Workers:

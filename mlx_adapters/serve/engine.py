@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_adapters import threads
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.templates import prompt_for
 from mlx_adapters.data.tokens import prompt_ids
@@ -128,6 +129,7 @@ class Engine:
 
     def _turn(self, job: Job) -> None:
         """A few tokens of one answer; then it goes to the end of the line."""
+        threads.keep_up()
         try:
             done = job.cancelled or self._advance(job)
         except RequestError as error:

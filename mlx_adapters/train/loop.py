@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters import backend
+from mlx_adapters import backend, threads
 from mlx_adapters.data.batches import Batch, batch, batches, groups
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
@@ -66,13 +66,14 @@ class Step:
 @dataclass
 class Progress:
     """What a run remembers besides arrays: the best validation and how many were worse since, the losses of
-    the last steps, and how many bad ones came in a row."""
+    the last steps, how many bad ones came in a row, and how many BLAS threads: it decides the last bits."""
 
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0
     recent: list[float] = field(default_factory=list)
     bad: int = 0
+    threads: int = 0
 
     def measured(self, step: int, loss: float) -> bool:
         """Note a validation; True where it is the best so far."""
@@ -216,6 +217,7 @@ class Run:
         """Like iterating. `record` gets each step before its checkpoint is written: a run that is killed in
         between takes the step again, so that what `record` keeps never lacks one."""
         self.processes.agree(repr(self.settings), "settings or data")
+        self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
@@ -226,6 +228,7 @@ class Run:
         for epoch, window in self._windows():
             if self._out_of_patience:
                 break
+            self.progress.threads = threads.keep_up(self.progress.threads)
             step = self._step(epoch, window)
             record(step)
             if self.step == self.total or self._out_of_patience or self.step % self.config.save_every == 0:
@@ -300,19 +303,16 @@ class Run:
         if self.processes.size == 1:
             return
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        best = self.progress.best_loss
-        recent = self.progress.recent[-_RECENT:]
-        numbers = [self.step, best is not None, best or 0.0, self.progress.best_step, self.progress.worse]
-        numbers += [self.progress.bad, len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
+        own, best = self.progress, self.progress.best_loss
+        recent = own.recent[-_RECENT:]
+        numbers = [self.step, best is not None, best or 0.0, own.best_step, own.worse, own.bad, own.threads]
+        numbers += [len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
-        # rounded to float32 in every process: all must decide alike
-        step, known, best, best_step, worse, bad, length, *losses = shared["numbers"].tolist()
-        self.step = int(step)
-        self.progress = Progress(
-            best if known else None, int(best_step), int(worse), losses[: int(length)], int(bad)
-        )
+        step, known, best, *rest = shared["numbers"].tolist()  # float32 everywhere: all must decide alike
+        self.step, best_step, worse, bad, count, length = map(int, [step, *rest[:5]])
+        self.progress = Progress(best if known else None, best_step, worse, rest[5 : 5 + length], bad, count)
 
     def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
