@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mlx_adapters import __version__
+from mlx_adapters import __version__, children
 from mlx_adapters.cli import (
     chat,
     combine,
@@ -124,6 +124,7 @@ app.command("doctor")(doctor.command)
 
 def main() -> None:
     """The console script."""
+    children.follow()
     # transformers' and the hub's progress bars and hints would interleave with ours
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")

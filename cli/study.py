@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters import backend
+from mlx_adapters import backend, children
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
 from mlx_adapters.errors import AdaptersError, ConfigError, unknown, writing_to
@@ -174,7 +174,8 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
 
     names = [one.id if one else cells.BASE for one in left]
     running: dict[str, subprocess.Popen[bytes]] = {}
-    own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
+    own = [*_arguments(), "--output", str(folder)]
+    backend.warn_if_slow()
     # cells with as many threads as there are cores, each, would take them from each other
     environment = backend.share(jobs) | os.environ
     try:
@@ -184,12 +185,12 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
                 place = cells.cell_folder(folder, name)
                 place.mkdir(parents=True, exist_ok=True)
                 with (place / "log.txt").open("ab") as log:
-                    running[name] = subprocess.Popen(
+                    running[name] = children.start(
+                        "mlx_adapters.cli.app",
                         [*own, "--cell", name],
                         env=environment,
                         stdout=log,
                         stderr=log,
-                        start_new_session=True,  # Ctrl-C reaches it through this process alone, once
                     )
                 say(f"{name}: started")
             for name, process in list(running.items()):

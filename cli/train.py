@@ -87,8 +87,7 @@ def command(
     if processes > 1:
         run_config = _shared(run_config, processes)
         if not launched():
-            again = [sys.executable, "-m", "mlx_adapters.cli.app", *sys.argv[1:]]
-            raise typer.Exit(supervise(again, processes))
+            raise typer.Exit(supervise(sys.argv[1:], processes))
     _train(
         chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
     )

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_adapters import backend, threads
+from mlx_adapters import backend, children, threads
 from mlx_adapters.errors import AdaptersError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Workers:
     def __init__(self, model: str | Path, adapter: Path | None, count: int) -> None:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        backend.warn_if_slow()
         try:
             for _ in range(count):
                 self._start(str(model), adapter, count)
@@ -62,13 +63,13 @@ class Workers:
         """One more process. It is ready before the next begins: each looks how much memory is left."""
         ours, theirs = Pipe()
         hides_torch = "torch" in sys.modules and sys.modules["torch"] is None
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_adapters.evaluate.workers", str(theirs.fileno())],
+        process = children.start(
+            "mlx_adapters.evaluate.workers",
+            [str(theirs.fileno())],
             env=backend.share(count) | os.environ,
-            pass_fds=[theirs.fileno()],
+            pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the others
         )
         theirs.close()
         self._connections.append(ours)
@@ -159,5 +160,6 @@ def _work(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    children.follow()
     with suppress(EOFError, ConnectionError):  # the parent has ended
         _work(Connection(int(sys.argv[1])))
