@@ -3,12 +3,14 @@ folder they are started in.
 
 The first process holds the writing end of a pipe, which nothing is ever written to; the others read from it
 in a thread. The system closes it however the first process ends, SIGKILL included, on Linux and on macOS.
+The processes of `mlx.launch` have no such pipe: they ask once a second who their parent is.
 """
 
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,12 +42,20 @@ def start(
 
 
 def follow() -> None:
-    """In a process that `start` made: from now on end it, at once, when the one that started it has ended."""
+    """From now on this process ends, at once, when the one that started it among others has ended."""
     number = os.environ.pop(_LIFELINE, None)  # its own children have other descriptors
     if number is not None:
-        threading.Thread(target=_wait, args=(int(number),), daemon=True, name="lifeline").start()
+        threading.Thread(target=_read, args=(int(number),), daemon=True, name="lifeline").start()
+    elif "MLX_RANK" in os.environ:
+        threading.Thread(target=_ask, args=(os.getppid(),), daemon=True, name="lifeline").start()
 
 
-def _wait(descriptor: int) -> None:
+def _read(descriptor: int) -> None:
     os.read(descriptor, 1)
+    os._exit(1)
+
+
+def _ask(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)
