@@ -248,7 +248,7 @@ def _compare(chat: _Chat, line: str) -> None:
 
 
 def _order(chat: _Chat, line: str) -> None:
-    import json
+    from mlx_adapters.study.cells import write_json
 
     word, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -265,7 +265,7 @@ def _order(chat: _Chat, line: str) -> None:
             chat.forget()
             say("forgotten")
         elif word == "/save" and rest:
-            Path(rest).write_text(json.dumps(chat.turns, indent=1) + "\n", encoding="utf-8")
+            write_json(Path(rest), chat.turns)
             say(f"{rest}: {len(chat.turns)} turns")
         else:
             say(f"unknown command {word}: /help lists them")

@@ -13,7 +13,16 @@ from typing import Any
 from mlx_adapters.errors import CheckpointError, OutputError
 from mlx_adapters.parse import from_json
 
-__all__ = ["INDEX", "folder_bytes", "header", "require_space", "shards_of", "weight_files", "writing"]
+__all__ = [
+    "INDEX",
+    "folder_bytes",
+    "header",
+    "refuse_existing",
+    "require_space",
+    "shards_of",
+    "weight_files",
+    "writing",
+]
 
 INDEX = "model.safetensors.index.json"
 _WIDTHS = {
@@ -42,7 +51,7 @@ def writing(dst: Path) -> Iterator[Path]:
     disk fills up; the temporary folder is removed then, and an existing `dst` is untouched.
     """
     dst = Path(dst)
-    _refuse_existing(dst)
+    refuse_existing(dst)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".part", dir=dst.parent))
@@ -51,6 +60,8 @@ def writing(dst: Path) -> Iterator[Path]:
     try:
         yield temporary
         _publish(temporary, dst)
+    except OutputError as error:  # of what writes a folder, whose name here is not the user's
+        raise OutputError(str(error).replace(str(temporary), str(dst))) from None
     except (OSError, RuntimeError) as error:
         if _is_ours(error, temporary):
             raise _output_error(dst, error) from None
@@ -168,7 +179,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _refuse_existing(dst: Path) -> None:
+def refuse_existing(dst: Path) -> None:
+    """OutputError when `dst` holds something."""
     if dst.is_dir():
         if any(dst.iterdir()):
             raise OutputError(f"{dst}: exists and is not empty. Choose another folder, or remove it first")
@@ -181,7 +193,7 @@ def _publish(temporary: Path, dst: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o777 & ~mask)
-    _refuse_existing(dst)  # again: another process may have been faster
+    refuse_existing(dst)  # again: another process may have been faster
     if dst.is_dir():
         dst.rmdir()
     temporary.rename(dst)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
+from mlx_adapters.convert.files import writing
 from mlx_adapters.errors import AdapterError, ConfigError, DataError, OutputError
 from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
@@ -75,12 +76,13 @@ def prepare(
             f"{source}: names its base {named or 'not at all'}, which others cannot load. "
             "Give its hub id with --base OWNER/NAME"
         )
-    peft.export(source, dst, base=named)
-    for file in dst.rglob(adapter.META):
-        _forget_paths(file)
-    for file in (dst / "members").rglob(adapter.CONFIG):
-        _name_base(file, named)
-    _write_card(dst / "README.md", repo, meta, measured, license)
+    with writing(dst) as place:
+        peft.export(source, place, base=named)
+        for file in place.rglob(adapter.META):
+            _forget_paths(file)
+        for file in (place / "members").rglob(adapter.CONFIG):
+            _name_base(file, named)
+        _write_card(place / "README.md", repo, meta, measured, license)
     return Prepared(dst, tuple(_files(dst)))
 
 

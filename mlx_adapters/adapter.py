@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_adapters import __version__, methods
 from mlx_adapters.convert.files import header
 from mlx_adapters.errors import AdapterError, reading, writing_to
+from mlx_adapters.files import write_whole
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.model import Loaded, describe
 from mlx_adapters.models import sites
@@ -178,12 +179,15 @@ def _write(
     folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
-    _replace(folder / META, json.dumps(about, indent=2) + "\n")
-    _replace(folder / SEEN, "".join(f"{item}\n" for item in seen))
     temporary = folder / ".adapter_model.tmp.safetensors"
-    mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
-    temporary.replace(folder / WEIGHTS)
+    try:
+        mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
+        write_whole(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+        write_whole(folder / META, json.dumps(about, indent=2) + "\n")
+        write_whole(folder / SEEN, "".join(f"{item}\n" for item in seen))
+        temporary.replace(folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_meta(folder: Path) -> AdapterMeta:
@@ -390,9 +394,3 @@ def _json(file: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(f"{file}: is not a JSON object")
     return value
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name("." + file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

@@ -27,7 +27,8 @@ import numpy as np
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.errors import AdapterError, ConfigError, OutputError, unknown
+from mlx_adapters.convert.files import refuse_existing, writing
+from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.methods import lora
 from mlx_adapters.models import sites
 
@@ -94,8 +95,7 @@ def combine(
     if len(folders) == 1 and how != "svd":
         how = "linear"
     dst = Path(dst)
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise OutputError(f"{dst}: exists already. Choose a new folder")
+    refuse_existing(dst)
     members = [_member(Path(folder)) for folder in folders]
     _fit(members)
     rank = _rank(members, how, rank)
@@ -114,7 +114,8 @@ def combine(
             arrays[f"{adapter.PREFIX}{path}.lora_A.weight"] = a
             arrays[f"{adapter.PREFIX}{path}.lora_B.weight"] = b
         mx.eval(arrays)
-    _write(dst, arrays, paths, members, list(weights), how, rank)
+    with writing(dst) as place:
+        _write(place, arrays, paths, members, list(weights), how, rank)
     return Combined(dst, len(paths), rank)
 
 

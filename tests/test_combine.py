@@ -1,6 +1,7 @@
 """Weighted merges of LoRA adapters against PEFT's, on the same files; and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_adapters_that_do_not_fit(folders: dict[str, Path], loras: dict[str, Pat
     foreign = make_lora(folders["gpt2"], tmp_path / "foreign", {"rank": 4}, 1)
     with pytest.raises(AdapterError, match="model_type gpt2"):
         combine([loras["a"], foreign], [1.0, 1.0], tmp_path / "m")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="exists and is not empty"):
         combine([loras["a"]], [1.0], foreign)
     with pytest.raises(AdapterError, match="not an adapter folder"):
         combine([tmp_path / "nothing"], [1.0], tmp_path / "m")
@@ -328,3 +329,17 @@ def test_bad_input_is_one_line(
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_write_that_fails_leaves_no_half_folder(
+    loras: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration was there before the weights: a folder that looks like an adapter and is none."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[write] Unable to write 12 bytes to file")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OutputError, match=rf"^{re.escape(str(tmp_path / 'new'))}: cannot be written"):
+        combine([loras["a"], loras["a"]], [0.5, 0.5], tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

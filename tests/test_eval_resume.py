@@ -1,7 +1,9 @@
 """An interrupted evaluation goes on from its records and ends as an uninterrupted one."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from typer.testing import CliRunner, Result
 
 from mlx_adapters import backend, threads
 from mlx_adapters.cli.app import app
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import OutputError, UnsupportedError
 from mlx_adapters.evaluate import score as scoring
 from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.workers import Workers, processes_for
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
@@ -134,6 +137,29 @@ def test_a_killed_process_leaves_records_to_go_on_from(model: Path, sets: Path, 
     assert [record["index"] for record in records] == list(range(24))
     for line in kept.splitlines()[1:]:
         assert json.loads(line) in records
+
+
+def test_going_on_does_not_write_the_records_again(tmp_path: Path) -> None:
+    """The file was emptied and written anew: what stopped that halfway, a kill, say, lost answers.
+
+    Here the system stops it: it refuses files of over a thousand bytes.
+    """
+    record = {"task": "SVAMP", "index": 0, "item": "a" * 16, "correct": True, "label": "7"}
+    record |= {"prompt": "p", "response": "7", "extracted": "7"}
+    lines = [json.dumps({"model": "m"})] + [json.dumps(record | {"index": n}) for n in range(100)]
+    file = tmp_path / "report.partial.jsonl"
+    file.write_text("\n".join(lines) + "\n" + '{"task": "SV')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with (
+            contextlib.suppress(OutputError),
+            RecordFile(tmp_path / "report.json", {"model": "m"}, resume=True),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_text().split("\n") == [*lines, ""]
 
 
 def test_an_interrupted_evaluation_can_be_compared(

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_adapters import __version__
 from mlx_adapters.errors import writing_to
 from mlx_adapters.evaluate.score import Z95
+from mlx_adapters.files import write_whole
 from mlx_adapters.study.cells import BASE, cell_folder, finished
 from mlx_adapters.study.grid import Study
 from mlx_adapters.study.plots import draw
@@ -37,15 +38,13 @@ def write(study: Study, folder: Path) -> list[Result]:
     text = io.StringIO()
     csv.writer(text).writerows([heads, *rows])
     with writing_to(folder):
-        (folder / "results.json").write_text(
-            json.dumps({"about": dict(facts), "cells": results}, indent=1) + "\n", encoding="utf-8"
-        )
-        (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
-        (folder / "results.md").write_text(_markdown(study, heads, rows, facts), encoding="utf-8")
+        about = {"about": dict(facts), "cells": results}
+        write_whole(folder / "results.json", json.dumps(about, indent=1) + "\n")
+        write_whole(folder / "results.csv", text.getvalue())
+        write_whole(folder / "results.md", _markdown(study, heads, rows, facts))
         for title, picture in plots.items():
-            (folder / f"{title.replace(' ', '-')}.png").write_bytes(picture)
-        page = _page(study, heads, rows, facts, plots, results)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+            write_whole(folder / f"{title.replace(' ', '-')}.png", picture)
+        write_whole(folder / "report.html", _page(study, heads, rows, facts, plots, results))
     return results
 
 
