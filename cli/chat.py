@@ -9,6 +9,7 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
+from mlx_adapters.cli.signals import telling
 from mlx_adapters.errors import AdaptersError, ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def command(
         _page(loaded, metas, port, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         return
     mx.random.seed(seed)
-    _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p))
+    with telling(""):
+        _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p))
 
 
 def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
@@ -196,7 +198,8 @@ def _loop(chat: _Chat) -> None:
     import signal
     import sys
 
-    # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that
+    # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that; Ctrl-C ends an
+    # answer here, not the program: nothing is told
     signal.signal(signal.SIGINT, signal.default_int_handler)
     compare = False
     if sys.stdin.isatty():

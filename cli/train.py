@@ -14,6 +14,7 @@ from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
+from mlx_adapters.cli.signals import answered, telling
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.lock import locked
 from mlx_adapters.train.config import TrainConfig
@@ -258,16 +259,20 @@ def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
 def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C ends the run after the current step, when model and optimizer agree; a second ends it now."""
     pressed: list[int] = []
+    words = "stopping after this step ..."
 
     def note(number: int, frame: Any) -> None:
+        told = answered()
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
         stop()
-        say("stopping after this step ...")
+        if not told:
+            say(words)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield
+        with telling(words):
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
