@@ -10,7 +10,7 @@ from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
 from mlx_adapters.cli.signals import telling
-from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.errors import AdaptersError, ConfigError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -269,7 +269,7 @@ def _order(chat: _Chat, line: str) -> None:
             say("forgotten")
         elif word == "/save" and rest:
             write_json(Path(rest), chat.turns)
-            say(f"{rest}: {len(chat.turns)} turns")
+            say(f"{rest}: {counted(len(chat.turns), 'turn')}")
         else:
             say(f"unknown command {word}: /help lists them")
     except (AdaptersError, OSError) as error:

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import __version__, methods
 from mlx_adapters.convert.files import header
-from mlx_adapters.errors import AdapterError, reading, writing_to
+from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files import write_whole
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.model import Loaded, describe
@@ -258,7 +258,7 @@ def _build(
     present = {path for path, _ in model.named_modules()}
     if strange := [path for path in grouped if path and path not in present]:
         raise AdapterError(
-            f"{folder / WEIGHTS}: {len(strange)} layers are not in {name}, e.g. {strange[0]}: "
+            f"{folder / WEIGHTS}: {name} lacks {counted(len(strange), 'layer')} of it, e.g. {strange[0]}: "
             "this adapter belongs to another model"
         )
     model.freeze()
@@ -277,8 +277,8 @@ def _build(
             layer[attribute] = shared[tensor]
     if grouped:
         raise AdapterError(
-            f"{folder / WEIGHTS}: {len(grouped)} layers are no targets of {meta.method} here, "
-            f"e.g. {next(iter(grouped))}"
+            f"{folder / WEIGHTS}: has {counted(len(grouped), 'layer')} that {meta.method} does not target "
+            f"here, e.g. {next(iter(grouped))}"
         )
     mx.eval([module.parameters() for module in placed.values()])
     return meta, placed
@@ -341,7 +341,7 @@ def by_layer(
             path, attribute = found
             grouped.setdefault(sites.from_hf(path, model_type), {})[attribute] = array
     if strange or not grouped:
-        what = f"{len(strange)} unexpected tensors, e.g. {strange[0]}" if strange else "no tensors"
+        what = f"{counted(len(strange), 'unexpected tensor')}, e.g. {strange[0]}" if strange else "no tensors"
         known = next(iter(classes[0].TENSORS.values()))
         raise AdapterError(
             f"{folder / WEIGHTS}: {what}. Expected names like "

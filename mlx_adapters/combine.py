@@ -28,7 +28,7 @@ import numpy as np
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.files import refuse_existing, writing
-from mlx_adapters.errors import AdapterError, ConfigError, unknown
+from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
 from mlx_adapters.methods import lora
 from mlx_adapters.models import sites
 
@@ -127,7 +127,8 @@ def _check(
     if not folders:
         raise ConfigError("combine: no adapter is given")
     if len(weights) != len(folders):
-        raise ConfigError(f"combine: {len(weights)} weights for {len(folders)} adapters: give one each")
+        given = f"{counted(len(weights), 'weight')} for {counted(len(folders), 'adapter')}"
+        raise ConfigError(f"combine: {given}: give one each")
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise ConfigError(f"combine: weight {bad[0]} is not a finite number")
     if rank is not None and not how.endswith("svd"):

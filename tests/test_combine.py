@@ -248,7 +248,7 @@ def test_what_is_known_of_the_members_is_kept(loras: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize(
     ("names", "weights", "settings", "said"),
     [
-        ("a,c", [1.0], {}, "1 weights for 2 adapters"),
+        ("a,c", [1.0], {}, "1 weight for 2 adapters"),
         ("a,c", [1.0, float("nan")], {}, "nan"),
         ("a,c", [1.0, 1.0], {"how": "tise"}, "Did you mean 'ties'"),
         ("a,small", [1.0, 1.0], {}, "4, 2: use cat or svd"),
@@ -315,7 +315,7 @@ def test_weights_are_equal_shares_by_default(loras: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--weights", "0.7"], "1 weights for 2 adapters"),
+        (["--weights", "0.7"], "1 weight for 2 adapters"),
         (["--weights", "0.7;0.3"], "numbers joined by commas"),
         (["--how", "tise"], "ties"),
         (["--rank", "3"], "svd only"),

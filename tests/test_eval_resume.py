@@ -79,7 +79,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         interrupt_after(patch, 30)
         said = cli(*run, "--output", tmp_path / "cut.json", code=130)
-    assert "6 of 24 items of boolq are in" in said.stderr
+    assert "6 of 24 items of boolq, in" in said.stderr
     assert not (tmp_path / "cut.json").exists()
     lines = (tmp_path / "cut.partial.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 30
@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(scoring, "generate", counting)
     said = cli(*run, "--output", tmp_path / "cut.json", "--resume")
     assert answered == 48 - 30
-    assert "SVAMP: 24 of 24 items are done already" in said.stderr
+    assert "SVAMP: 24 of 24 items done already" in said.stderr
     assert report(tmp_path / "cut.json") == report(tmp_path / "whole.json")
     assert not (tmp_path / "cut.partial.jsonl").exists()
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_adapters.errors import DataError
+from mlx_adapters.errors import DataError, counted
 from mlx_adapters.evaluate.score import Z95, Record
 
 __all__ = ["Comparison", "compare", "mcnemar", "words"]
@@ -62,7 +62,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def words(found: Comparison, a: str, b: str, *, tests: int = 1) -> str:
     """The comparison as a sentence or two. With several `tests` the 5 % are shared among them."""
     shares = f"{a} {found.a_correct / found.total:.1%}, {b} {found.b_correct / found.total:.1%}"
-    text = f"{found.task}: {shares} on the same {found.total} items."
+    text = f"{found.task}: {shares} on the same {counted(found.total, 'item')}."
     n = found.only_a + found.only_b
     if n == 0:
         return f"{text} They are right and wrong on the same ones: no difference at all."
@@ -92,7 +92,7 @@ def _by_task(records: Sequence[Record], which: str) -> dict[str, dict[int, Recor
 def _paired(task: str, a: dict[int, Record], b: dict[int, Record]) -> list[tuple[bool, bool]]:
     if odd := sorted(a.keys() ^ b.keys()):
         raise DataError(
-            f"{task}: the reports have {len(a)} and {len(b)} items, {len(odd)} of them in one only "
+            f"{task}: one report has {counted(len(a), 'item')}, the other {len(b)}; {len(odd)} in one only "
             f"(e.g. item {odd[0]}). Only answers to the same items can be compared: use the same --limit and "
             "--seed, and let both runs finish"
         )

@@ -5,11 +5,12 @@ answers; both go through this package's batched decoding, whatever the method of
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
 from mlx_adapters.evaluate.decode import Decoding, generate_ids
 from mlx_adapters.evaluate.likelihood import scored
 from mlx_adapters.model import Loaded
@@ -169,7 +170,8 @@ def run_tasks(
     """lm_eval's results and samples as plain JSON values, by its own `simple_evaluate`.
 
     `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name.
-    Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
+    Raises ConfigError for a task that lm_eval does not know, DataError where it cannot load one: without a
+    network, say. Code that a task marks as unsafe is not run.
     """
     from lm_eval import simple_evaluate
 
@@ -179,6 +181,7 @@ def run_tasks(
             f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own, "
             "--include-path adds a folder of YAML files"
         )
+    manager.load = partial(_load, manager.load)
     found = simple_evaluate(
         model=HarnessModel(loaded, batch_size=batch_size),
         tasks=list(tasks),
@@ -190,6 +193,18 @@ def run_tasks(
     )
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     return plain
+
+
+def _load(load: Callable[[Any], Any], tasks: list[str]) -> Any:
+    """`load` with one line for all that the hub, a dataset or a YAML file may raise."""
+    try:
+        return load(tasks)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise DataError(
+            f"{', '.join(tasks)}: lm_eval cannot load it ({type(error).__name__}: {reason}). The data come "
+            "from the hub, once; without a network, name tasks over files of yours with --include-path"
+        ) from None
 
 
 def _managed(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import __version__
-from mlx_adapters.errors import writing_to
+from mlx_adapters.errors import counted, writing_to
 from mlx_adapters.evaluate.score import Z95
 from mlx_adapters.files import write_whole
 from mlx_adapters.study.cells import BASE, cell_folder, finished
@@ -106,12 +106,9 @@ def _facts(study: Study, results: Sequence[Result]) -> list[tuple[str, str]]:
     seconds = [sum(row.get(key, 0.0) for row in done) / 60 for key in ("train_seconds", "eval_seconds")]
     return [
         ("Model", study.model),
-        ("Training data", f"{settings.data}, {_numbers(rows)} rows"),
-        ("Training", f"{_numbers(steps)} steps; one run per cell and seed"),
-        (
-            "Tests",
-            f"{settings.tasks}; {_numbers(totals)} items each",
-        ),
+        ("Training data", f"{settings.data}, {_numbers(rows, 'row')}"),
+        ("Training", f"{_numbers(steps, 'step')}; one run per cell and seed"),
+        ("Tests", f"{settings.tasks}; {_numbers(totals, 'item')} each"),
         ("Overlap of training and test", _overlap(done)),
         (
             "Answers",
@@ -143,8 +140,10 @@ def _overlap(done: Sequence[Result]) -> str:
     return "; ".join(parts) or "nothing measured"
 
 
-def _numbers(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values)) or "none"
+def _numbers(values: Sequence[Any], noun: str = "") -> str:
+    """`8, 16 rows`."""
+    text = ", ".join(map(str, values)) or "none"
+    return f"{text} {noun if list(values) == [1] else noun + 's'}" if noun else text
 
 
 def _markdown(study: Study, heads: list[str], rows: list[list[str]], facts: list[tuple[str, str]]) -> str:
@@ -197,9 +196,8 @@ def _best(results: Sequence[Result]) -> str:
     if not adapted:
         return "<p>No adapter is done yet.</p>"
     best = max(adapted, key=lambda row: row["average"]["accuracy"])
-    text = (
-        f"Best of {len(adapted)} adapters here: <b>{html.escape(best['id'])}</b>, {_share(best['average'])}"
-    )
+    text = f"Best of {counted(len(adapted), 'adapter')} here: <b>{html.escape(best['id'])}</b>, "
+    text += _share(best["average"])
     base = [row for row in done if row["id"] == BASE]
     text += f"; the base model has {_share(base[0]['average'])}" if base else ""
     return f"<p class=lead>{text}. Chosen on the test items themselves, so a little flattered.</p>"

@@ -210,7 +210,7 @@ class Run:
         return self.step
 
     def __iter__(self) -> Iterator[Step]:
-        """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
+        """Train to the end, yielding after every step. Raises TrainingError when the loss is not a number."""
         return self.steps()
 
     def steps(self, record: Callable[[Step], None] = lambda step: None) -> Iterator[Step]:
