@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import backend, threads
-from mlx_adapters.data.batches import Batch, batch, batches, groups
+from mlx_adapters.data.batches import Batch, batch, batches, groups, rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train import checkpoint
@@ -35,9 +35,6 @@ _FIXED = (
     *("optimizer", "optimizer_args", "lr", "rates", "warmup", "schedule", "weight_decay", "no_decay"),
     *("clip", "on_bad_step", "spike", "neftune"),
 )
-# Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
-# is written out for every pass, and products of few rows are slower.
-_CPU_TOKENS = 640
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
 
@@ -344,10 +341,7 @@ class Run:
         if not backend.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        size = self.processes.size
-        most = max(1, _CPU_TOKENS // longest)
-        rows = math.ceil(len(group) / math.ceil(len(group) / most))  # parts of one size: 4 and 4, not 7 and 1
-        rows = size * max(1, round(rows / size))  # and of as many rows for each process
+        rows = rows_at_once(len(group), longest, self.processes.size)
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:
