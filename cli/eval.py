@@ -57,7 +57,7 @@ def command(
         typer.Option(
             min=1,
             help="share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 "
-            "items or more, where memory allows]",
+            "items or more, where memory allows and a second core is free]",
         ),
     ] = None,
     max_tokens: Annotated[
