@@ -9,7 +9,7 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
-from mlx_adapters.cli.signals import telling
+from mlx_adapters.cli.signals import instead, telling
 from mlx_adapters.errors import AdaptersError, ConfigError, counted
 
 if TYPE_CHECKING:
@@ -70,8 +70,6 @@ def command(
 
 def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
-    import signal
-
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, start
 
@@ -81,8 +79,7 @@ def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settin
         address = start(page, host="127.0.0.1", port=port)
     except OSError:
         raise ConfigError(f"port {port} is taken: give another with --port") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: engine.stop())
+    instead(engine.stop)
     say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
     try:
         engine.run()

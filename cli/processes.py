@@ -42,6 +42,8 @@ def supervise(arguments: list[str], count: int) -> int:
         started: list[subprocess.Popen[bytes]] = []
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                    continue
                 stack.callback(signal.signal, number, signal.getsignal(number))
                 signal.signal(number, lambda number, frame: _send(started, signal.SIGINT))
             for rank in range(count):

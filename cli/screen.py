@@ -1,6 +1,7 @@
 """What the user sees: progress on a terminal, plain lines in a log, tables, and sizes in words."""
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -74,12 +75,15 @@ def _write(text: str) -> None:
 
 def deaf() -> bool:
     """Whether nobody reads stdout any more; what is still to be printed is dropped then."""
+    poll = select.poll()
     try:
-        sys.stdout.flush()
-    except OSError:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file: that of a test
+        return False
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
         _drop(sys.stdout)
-        return True
-    return False
+    return gone
 
 
 def _drop(stream: Any) -> None:
@@ -139,7 +143,10 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(Text(column))
     for row in rows:
         drawn.add_row(*(Text(plain(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(drawn)
+    typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
 class Lines:

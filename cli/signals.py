@@ -10,13 +10,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mlx_adapters.cli.screen import say
 
-__all__ = ["answered", "listen", "telling"]
+__all__ = ["answered", "instead", "listen", "telling"]
 
 _MOMENT = 0.1  # seconds
 _words = "stopping ..."
@@ -48,6 +48,17 @@ def answered() -> bool:
     global _answered, _told
     told, _told, _answered = _told, False, time.monotonic()
     return told
+
+
+def instead(act: Callable[[], None]) -> None:
+    """From now on these signals call `act`."""
+
+    def handle(number: int, frame: Any) -> None:
+        answered()
+        act()
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP is passed on as SIGINT
+        signal.signal(number, handle)
 
 
 @contextmanager

@@ -181,7 +181,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".adapter_model.tmp.safetensors"
     try:
-        mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
+        with writing_to(folder / WEIGHTS):  # by far the largest
+            mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
         write_whole(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
         write_whole(folder / META, json.dumps(about, indent=2) + "\n")
         write_whole(folder / SEEN, "".join(f"{item}\n" for item in seen))

@@ -79,10 +79,11 @@ def _forced() -> list[Finding]:
 
 def _threads() -> list[Finding]:
     """How many threads a run would compute with now, and why."""
-    if threads.fixed():
-        return [Finding("BLAS threads", f"{threads.count()}, fixed by the environment")]
-    if threads.most() == 1:
+    if threads.most() == 0:
         return []
+    if threads.fixed() or threads.most() == 1:
+        why = "fixed by the environment" if threads.fixed() else "this machine has one core"
+        return [Finding("BLAS threads", f"{threads.count()}, {why}")]
     speeds = threads.speeds()
     used = threads.use(threads.fewest(speeds))
     found = f"{used} of {threads.most()}"

@@ -37,14 +37,14 @@ def fixed() -> bool:
 
 @cache
 def most() -> int:
-    """How many OpenBLAS takes by itself; 1 where there is nothing to choose."""
+    """How many OpenBLAS takes by itself; 0 where another library computes."""
     return count()
 
 
 def count() -> int:
-    """How many are in use; 1 where there is nothing to choose."""
+    """How many are in use; 0 where another library computes."""
     get = _function("get_num_threads")
-    return int(get()) if get else 1
+    return int(get()) if get else 0
 
 
 def use(threads: int) -> int:
@@ -70,7 +70,7 @@ def keep_up(limit: int = 0) -> int:
     """
     if limit:
         use(limit)
-    if fixed() or (limit or most()) == 1 or time.monotonic() - _last < _EVERY:
+    if fixed() or (limit or most()) <= 1 or time.monotonic() - _last < _EVERY:
         return count()
     import mlx.core as mx
 

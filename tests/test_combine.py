@@ -340,6 +340,9 @@ def test_a_write_that_fails_leaves_no_half_folder(
         raise RuntimeError("[write] Unable to write 12 bytes to file")
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(OutputError, match=rf"^{re.escape(str(tmp_path / 'new'))}: cannot be written"):
+    with pytest.raises(
+        OutputError,
+        match=rf"^{re.escape(str(tmp_path / 'new'))}/adapter_model.safetensors: cannot be written",
+    ):
         combine([loras["a"], loras["a"]], [0.5, 0.5], tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

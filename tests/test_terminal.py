@@ -150,6 +150,16 @@ def test_a_reader_who_leaves_does_not_end_the_run(training: list[str], tmp_path:
     assert (tmp_path / "out" / "loss.png").exists()
 
 
+@pytest.mark.parametrize("command", ["methods", "methods --json", "info MODEL"])
+def test_a_reader_who_leaves_before_the_result_is_no_error(command: str, model: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [str(model) if word == "MODEL" else word for word in command.split()]
+    done = subprocess.run([*COMMAND, *words], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_pipe_that_breaks_elsewhere_is_an_error() -> None:
     """Only a reader of the result who has gone is no error."""
     code = """

@@ -39,7 +39,7 @@ def processes_for(folder: Path, items: int) -> int:
     written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
     if 4 * written_out >= backend.free_memory():
         return 1
-    return 2 if threads.most() == 1 or threads.settle() > 1 else 1
+    return 2 if threads.most() <= 1 or threads.settle() > 1 else 1
 
 
 class Workers:
