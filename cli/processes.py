@@ -12,11 +12,13 @@ import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import backend, children
 from mlx_adapters.cli.screen import say
+from mlx_adapters.cli.signals import answered
 
 __all__ = ["launched", "supervise"]
 
@@ -45,7 +47,7 @@ def supervise(arguments: list[str], count: int) -> int:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
                     continue
                 stack.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, lambda number, frame: _send(started, signal.SIGINT))
+                signal.signal(number, partial(_interrupt, started))
             for rank in range(count):
                 place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
                 quiet: dict[str, Any] = {}
@@ -78,6 +80,13 @@ def _wait(started: list[subprocess.Popen[Any]]) -> int:
         child.wait()
     codes = [child.returncode for child in started if child.returncode > 0]
     return codes[0] if codes and died is None else 1
+
+
+def _interrupt(started: list[subprocess.Popen[Any]], number: int, frame: Any) -> None:
+    if number == signal.SIGHUP:  # see cli/signals.py
+        signal.signal(number, signal.SIG_IGN)
+    answered()
+    _send(started, signal.SIGINT)
 
 
 def _send(started: list[subprocess.Popen[Any]], number: int) -> None:

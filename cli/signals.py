@@ -92,6 +92,8 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _as_interrupt(number: int, frame: Any) -> None:
     """As Ctrl-C, also where the shell has Ctrl-C ignored."""
+    if number == signal.SIGHUP:  # the shell sends one and the system another: that is no second Ctrl-C
+        signal.signal(number, signal.SIG_IGN)
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
         _interrupt(number, frame)
     signal.raise_signal(signal.SIGINT)

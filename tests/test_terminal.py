@@ -16,7 +16,7 @@ from tiny import make_tiny
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 # What a step of training is on a busy machine: native code for seconds, which Ctrl-C does not end.
 SLOW = """
-import hashlib, sys
+import hashlib, sys, time
 from mlx_adapters.cli.app import main
 from mlx_adapters.train.loop import Run
 step = Run._step
@@ -24,6 +24,8 @@ def slow(self, *arguments):
     if self.step == 1:
         print("native", file=sys.stderr)
         hashlib.pbkdf2_hmac("sha256", b"", b"", {rounds})
+        print("rounds are done", file=sys.stderr)
+        time.sleep(0.3)
     return step(self, *arguments)
 Run._step = slow
 sys.argv[0] = "mlx-adapters"
@@ -92,7 +94,7 @@ for number in track("plan", range(9), 9, str):
     assert lines[9:] == ["error: interrupted"]
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP twice"])
 def test_ctrl_c_is_answered_at_once_while_native_code_computes(
     how: str, training: list[str], tmp_path: Path
 ) -> None:
@@ -103,10 +105,15 @@ def test_ctrl_c_is_answered_at_once_while_native_code_computes(
         at, pressed = len(terminal.text), time.monotonic()
         if how == "Ctrl-C":
             terminal.press(b"\x03")
-        else:
+        elif how == "SIGTERM":
             terminal.process.send_signal(signal.SIGTERM)
+        else:  # where a terminal is closed, its shell and the system both send one
+            terminal.process.send_signal(signal.SIGHUP)
         terminal.wait_for("stopping after this step ...", since=at)
         answered = time.monotonic() - pressed
+        if how == "SIGHUP twice":
+            terminal.wait_for("rounds are done", since=at)
+            terminal.process.send_signal(signal.SIGHUP)
         assert terminal.end() == 130
         ended = time.monotonic() - pressed
     assert answered < 0.3 or answered < ended / 4, (answered, ended)
