@@ -5,14 +5,13 @@ Nothing heavy is imported here: `mlx-adapters --help` must answer at once.
 """
 
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mlx_adapters import __version__
+from mlx_adapters import __version__, children
 from mlx_adapters.cli import (
     chat,
     combine,
@@ -33,11 +32,12 @@ from mlx_adapters.cli import (
     push,
     quickstart,
     serve,
+    signals,
     study,
     train,
 )
 from mlx_adapters.cli.options import App
-from mlx_adapters.cli.screen import plain
+from mlx_adapters.cli.screen import complain, deaf
 from mlx_adapters.errors import AdaptersError
 
 __all__ = ["app", "main"]
@@ -60,11 +60,9 @@ class _Group(TyperGroup):
             _fail("interrupted", 130)
         except SystemExit as error:  # typer's own ends are no SystemExit: this is a library's
             _fail(f"a library ended the program ({error.code})", 2)
-        except BrokenPipeError:
-            # the reader (head, say) has seen enough; keep Python from complaining at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except OSError as error:
+            if deaf() and isinstance(error, BrokenPipeError):
+                raise typer.Exit(0) from None  # the reader (head, say) has seen enough of the result
             if error.filename is None and error.errno is None:
                 raise
             place = f"{error.filename}: " if error.filename else ""
@@ -72,10 +70,9 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str, code: int) -> None:
-    message = plain(message)
     if len(message) > _LONGEST:  # a file can hold names of any length
         message = message[:_LONGEST] + " ..."
-    typer.echo(f"error: {message}", err=True)
+    complain(message)
     raise typer.Exit(code)
 
 
@@ -127,6 +124,7 @@ app.command("doctor")(doctor.command)
 
 def main() -> None:
     """The console script."""
+    children.follow()
     # transformers' and the hub's progress bars and hints would interleave with ours
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
@@ -140,16 +138,8 @@ def main() -> None:
         # transformers, read for its tokenizers, imports torch wherever that is installed: three seconds for
         # nothing. None in its place says that there is none; a process that has it already keeps it.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    if "MLX_RANK" not in os.environ:  # a process among others must end at once when the launcher says so
-        signal.signal(signal.SIGTERM, _as_interrupt)
+    signals.listen()
     app(prog_name="mlx-adapters")
-
-
-def _as_interrupt(number: int, frame: Any) -> None:
-    """SIGTERM saves and cleans up as Ctrl-C does, also where the shell has Ctrl-C ignored."""
-    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
-        raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

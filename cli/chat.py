@@ -9,7 +9,8 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import json_object, named_folders
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.cli.signals import instead, telling
+from mlx_adapters.errors import AdaptersError, ConfigError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -67,13 +68,12 @@ def command(
         asked = {"temperature": temperature, "top_p": top_p, "seed": seed, "template_kwargs": kwargs}
         _page(loaded, metas, port, max_tokens=max_tokens, **asked)
         return
-    _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p, seed=seed, kwargs=kwargs))
+    with telling(""):
+        _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p, seed=seed, kwargs=kwargs))
 
 
 def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
-    import signal
-
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, start
 
@@ -83,8 +83,7 @@ def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settin
         address = start(page, host="127.0.0.1", port=port)
     except OSError:
         raise ConfigError(f"port {port} is taken: give another with --port") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: engine.stop())
+    instead(engine.stop)
     say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
     try:
         engine.run()
@@ -199,7 +198,8 @@ def _loop(chat: _Chat) -> None:
     import signal
     import sys
 
-    # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that
+    # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that; Ctrl-C ends an
+    # answer here, not the program: nothing is told
     signal.signal(signal.SIGINT, signal.default_int_handler)
     compare = False
     if sys.stdin.isatty():
@@ -251,7 +251,7 @@ def _compare(chat: _Chat, line: str) -> None:
 
 
 def _order(chat: _Chat, line: str) -> None:
-    import json
+    from mlx_adapters.study.cells import write_json
 
     word, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -268,8 +268,8 @@ def _order(chat: _Chat, line: str) -> None:
             chat.forget()
             say("forgotten")
         elif word == "/save" and rest:
-            Path(rest).write_text(json.dumps(chat.turns, indent=1) + "\n", encoding="utf-8")
-            say(f"{rest}: {len(chat.turns)} turns")
+            write_json(Path(rest), chat.turns)
+            say(f"{rest}: {counted(len(chat.turns), 'turn')}")
         else:
             say(f"unknown command {word}: /help lists them")
     except (AdaptersError, OSError) as error:

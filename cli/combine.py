@@ -7,7 +7,7 @@ import typer
 
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, counted
 
 __all__ = ["command"]
 
@@ -41,7 +41,8 @@ def command(
     report(
         {"path": done.path, "how": how, "weights": numbers, "layers": done.layers, "rank": done.rank},
         lambda: typer.echo(
-            f"{done.path}: {how} of {len(adapters)} adapters, {done.layers} layers, rank {done.rank}"
+            f"{done.path}: {how} of {counted(len(adapters), 'adapter')}, {counted(done.layers, 'layer')}, "
+            f"rank {done.rank}"
         ),
     )
 

@@ -4,23 +4,25 @@ import typer
 
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
+from mlx_adapters.errors import counted
 
 __all__ = ["command"]
 
 
 @reporting("name", "value", "ok", "remedy", each=True)
 def command() -> None:
-    """Check this machine: device, BLAS, memory, versions. Exit code 1 if something is amiss."""
+    """Check this machine: device, BLAS, memory, versions. Exit code 1 if something needs attention."""
     from mlx_adapters.doctor import doctor
 
     findings = doctor()
-    amiss = [finding for finding in findings if not finding.ok]
+    wrong = sum(not finding.ok for finding in findings)
 
     def words() -> None:
-        rows = [["ok" if f.ok else "AMISS", f.name, f.value, f.remedy or ""] for f in findings]
+        rows = [["ok" if f.ok else "problem", f.name, f.value, f.remedy or ""] for f in findings]
         table(["", "what", "found", "what to do"], rows)
-        typer.echo(f"{len(amiss)} findings need attention" if amiss else "Ready to train.")
+        need = "needs" if wrong == 1 else "need"
+        typer.echo(f"{counted(wrong, 'problem')} {need} attention" if wrong else "Ready to train.")
 
     report(findings, words)
-    if amiss:
+    if wrong:
         raise typer.Exit(1)

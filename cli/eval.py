@@ -14,7 +14,7 @@ from mlx_adapters.cli import complete
 from mlx_adapters.cli.complete import DECODINGS
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
-from mlx_adapters.errors import ConfigError, unknown
+from mlx_adapters.errors import ConfigError, counted, unknown
 from mlx_adapters.evaluate.protocol import PROTOCOLS, chosen
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def command(
         typer.Option(
             min=1,
             help="share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 "
-            "items or more, where memory allows]",
+            "items or more, where memory allows and a second core is free]",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -140,7 +140,7 @@ def command(
     }
     count = processes or _processes(folder, sum(len(items) for _, items in sets))
     with _records(output, settings, resume) as file, _answering(folder, adapter, count) as loaded:
-        common = {
+        common: dict[str, Any] = {
             "template": used,
             "batch_size": batch_size,
             "seen": frozenset(meta.seen) if meta else frozenset(),
@@ -148,8 +148,9 @@ def command(
         records: list[Record] = []
         scores: list[Score] = []
         for row, items in sets:
-            limits = {} if decoding == "likelihood" else {"max_tokens": max_tokens or row.max_tokens}
-            kept, score, rate = run_task(loaded, items, row, file=file, **common, **options, **limits)
+            if decoding != "likelihood":
+                options["max_tokens"] = max_tokens or row.max_tokens
+            kept, score, rate = run_task(loaded, items, row, file=file, **common, **options)
             say(f"{row.name}: {rate:.2f} items/s")
             records += kept
             scores.append(score)
@@ -171,13 +172,16 @@ def run_task(
     task: "Task | str",
     *,
     file: "RecordFile | None" = None,
+    go_on: str = "go on with --resume",
     **options: Any,
 ) -> "tuple[list[Record], Score, float]":
     """Answer all items with progress on screen: (records in the items' order, score, items per second).
 
-    Items that `file` has a record of are not asked again; new records are added to it. `options` are those
-    of `evaluate`, or of `evaluate_likelihood` when `scored` is among them.
+    Items that `file` has a record of are not asked again; new records are added to it. `go_on` is what to do
+    after an interruption. `options` are those of `evaluate`, or of `evaluate_likelihood` when `scored` is
+    among them.
     """
+    from mlx_adapters import threads
     from mlx_adapters.evaluate import score as scoring
     from mlx_adapters.evaluate.tasks import find
     from mlx_adapters.evaluate.workers import Workers
@@ -202,14 +206,17 @@ def run_task(
     def text(_: Any) -> str:
         return f"accuracy {sum(record.correct for record in done) / len(done):.1%}"
 
+    if words := threads.in_words():
+        say(words)
     if before:
-        say(f"{task.name}: {before} of {len(items)} items are done already")
+        say(f"{task.name}: {before} of {counted(len(items), 'item')} done already")
     try:
         for _ in track(task.name, answered(), len(items) - before, text):
             pass
     except KeyboardInterrupt:
         if file is not None:
-            say(f"{len(done)} of {len(items)} items of {task.name} are in {file.path}: go on with --resume")
+            kept = f"{len(done)} of {counted(len(items), 'item')} of {task.name}"
+            say(f"saved: {kept}, in {file.path}; {go_on}")
         raise
     seconds = time.perf_counter() - started
     records = sorted(done, key=lambda record: record.index)

@@ -9,7 +9,7 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, size
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.convert.peft import Verdict
@@ -69,7 +69,7 @@ def command(
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
-        typer.echo(f"{done.path}: {done.tensors} tensors, {size(done.bytes)}, base {done.base}")
+        typer.echo(f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}")
         if not methods.in_peft(meta.method):
             others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
             typer.echo(

@@ -9,6 +9,7 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, size
+from mlx_adapters.errors import counted
 
 __all__ = ["command"]
 
@@ -54,7 +55,7 @@ def command(
     compared = done.torch_diff is not None
 
     def words() -> None:
-        typer.echo(f"{done.path}: {done.layers} layers fused, {done.dtype}, {size(done.bytes)}")
+        typer.echo(f"{done.path}: {counted(done.layers, 'layer')} fused, {done.dtype}, {size(done.bytes)}")
         typer.echo(
             f"logits on three prompts: the adapter moves them by up to {done.effect:.2g}, fusing by up to "
             f"{done.error:.2g} (rms {done.error_rms:.2g})"

@@ -1,7 +1,8 @@
 """`mlx-adapters plan MODEL`."""
 
 import re
-from typing import Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,12 +12,15 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, size, table, track
 from mlx_adapters.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mlx_adapters.train.plan import Plan
+
 __all__ = ["command"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-@reporting("memory", "process", "plans")
+@reporting("memory", "process", "plans", "command")
 def command(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     method: Annotated[
@@ -30,7 +34,7 @@ def command(
     ] = "completion",
     memory: Annotated[str | None, typer.Option(help="of the machine, 16GB say [default: this one]")] = None,
 ) -> None:
-    """Predict the memory of training, and which settings fit."""
+    """Predict the memory of training: which settings fit, and the command for the fastest of them."""
     import dataclasses
 
     from mlx_adapters import backend
@@ -39,20 +43,19 @@ def command(
 
     limit = backend.total_memory() if memory is None else _bytes(memory)
     tried = [(again, batch) for again in (False, True) for batch in _numbers(batch_sizes)]
-    say(f"running four and six blocks of {model} for each of {len(tried)} settings")
-    plans = [
-        plan.predict(
-            model,
-            method=method,
-            fields=dict(settings(set_ or [])),
-            config=TrainConfig(
-                batch_size=batch, cutoff=tokens, gradient_checkpointing=again, loss_on=loss_on
-            ),
-        )
-        for again, batch in track("plan", tried, len(tried), lambda setting: f"batch size {setting[1]}")
+    configs = [
+        TrainConfig(batch_size=batch, cutoff=tokens, gradient_checkpointing=again, loss_on=loss_on)
+        for again, batch in tried
     ]
+    say(f"running a step of four and of six blocks of {model}")
+    found = plan.predict_all(model, method=method, fields=dict(settings(set_ or [])), configs=configs)
+    plans = list(track("plan", found, len(tried), lambda one: f"batch size {one.batch_size}"))
     process = plan.overhead(plans)
     rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]
+    fitting = [p for p in plans if p.peak + process <= limit]
+    best = max(fitting, key=lambda p: (not p.gradient_checkpointing, p.batch_size), default=None)
+    arguments = _arguments(method, set_ or [], loss_on)
+    advice = f"mlx-adapters train {shlex.quote(model)} {_of(best)}{arguments}" if best else None
 
     def words() -> None:
         table(
@@ -78,8 +81,30 @@ def command(
             f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, "
             f"{size(plans[0].adapter)} for the adapter with gradient and optimizer, the rest activations"
         )
+        if advice is None:
+            typer.echo(
+                f"None fits {size(limit)}: try fewer --tokens, or a base of fewer bits (convert --bits 4)"
+            )
+        else:
+            typer.echo(f"The fastest that fits:\n    {advice}")
 
-    report({"memory": limit, "process": process, "plans": rows}, words)
+    report({"memory": limit, "process": process, "plans": rows, "command": advice}, words)
+
+
+def _of(best: "Plan") -> str:
+    """The options of a plan."""
+    words = f"--data my.jsonl --output my-adapter --batch-size {best.batch_size} --cutoff {best.tokens}"
+    return words + (" --gradient-checkpointing" if best.gradient_checkpointing else "")
+
+
+def _arguments(method: str, fields: list[str], loss_on: str) -> str:
+    """The other options, where they are not the default."""
+    words = [] if method == "lora" else ["--method", method]
+    for field in fields:
+        words += ["--set", field]
+    if loss_on != "completion":
+        words += ["--loss-on", loss_on]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _numbers(text: str) -> list[int]:

@@ -12,11 +12,13 @@ import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import backend
+from mlx_adapters import backend, children
 from mlx_adapters.cli.screen import say
+from mlx_adapters.cli.signals import answered
 
 __all__ = ["launched", "supervise"]
 
@@ -28,52 +30,67 @@ def launched() -> bool:
     return "MLX_RANK" in os.environ
 
 
-def supervise(command: list[str], count: int) -> int:
-    """Start the command `count` times, wait, and return its exit code.
+def supervise(arguments: list[str], count: int) -> int:
+    """Run `mlx-adapters` with these arguments in `count` processes, wait, and return their exit code.
 
-    Signals are passed on to all of them; where one fails the others are ended.
+    Signals are passed on to all of them; where one fails the others are ended. The first one speaks: an error
+    in the input is met by all. What another says is shown where it ended otherwise than the first.
     """
+    backend.warn_if_slow()
     with tempfile.TemporaryDirectory() as scratch:
         hosts = Path(scratch) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
         shared = backend.share(count) | os.environ
-        children = [
-            subprocess.Popen(
-                command,
-                env=shared | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches them through this process alone, once
-            )
-            for rank in range(count)
-        ]
+        started: list[subprocess.Popen[bytes]] = []
         with ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                    continue
                 stack.callback(signal.signal, number, signal.getsignal(number))
-                signal.signal(number, lambda number, frame: _send(children, signal.SIGINT))
-            return _wait(children)
+                signal.signal(number, partial(_interrupt, started))
+            for rank in range(count):
+                place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                quiet: dict[str, Any] = {}
+                if rank:
+                    errors = stack.enter_context((Path(scratch) / f"errors-{rank}").open("wb"))
+                    quiet = {"stdout": subprocess.DEVNULL, "stderr": errors}
+                started.append(children.start("mlx_adapters.cli.app", arguments, env=shared | place, **quiet))
+            code = _wait(started)
+        for rank, process in enumerate(started[1:], start=1):
+            said = (Path(scratch) / f"errors-{rank}").read_text(errors="replace").strip()
+            if said and process.returncode > 0 and process.returncode != started[0].returncode:
+                say(f"process {rank} of {count}: {said}")
+        return code
 
 
-def _wait(children: list[subprocess.Popen[Any]]) -> int:
-    while all(child.poll() in (None, 0) for child in children):
-        if all(child.poll() == 0 for child in children):
+def _wait(started: list[subprocess.Popen[Any]]) -> int:
+    while all(child.poll() in (None, 0) for child in started):
+        if all(child.poll() == 0 for child in started):
             return 0
         time.sleep(0.1)
     deadline = time.monotonic() + _GRACE
-    died = next((n for n, child in enumerate(children) if (child.poll() or 0) < 0), None)
+    died = next((n for n, child in enumerate(started) if (child.poll() or 0) < 0), None)
     if died is not None:
-        say(f"process {died} of {len(children)} died (signal {-children[died].returncode}): the run ends")
+        say(f"process {died} of {len(started)} died (signal {-started[died].returncode}): the run ends")
         deadline = 0.0
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    while any(child.poll() is None for child in started) and time.monotonic() < deadline:
         time.sleep(0.1)
-    _send(children, signal.SIGTERM)
-    for child in children:
+    _send(started, signal.SIGTERM)
+    for child in started:
         child.wait()
-    codes = [child.returncode for child in children if child.returncode > 0]
+    codes = [child.returncode for child in started if child.returncode > 0]
     return codes[0] if codes and died is None else 1
 
 
-def _send(children: list[subprocess.Popen[Any]], number: int) -> None:
-    for child in children:
+def _interrupt(started: list[subprocess.Popen[Any]], number: int, frame: Any) -> None:
+    if number == signal.SIGHUP:  # see cli/signals.py
+        signal.signal(number, signal.SIG_IGN)
+    answered()
+    _send(started, signal.SIGINT)
+
+
+def _send(started: list[subprocess.Popen[Any]], number: int) -> None:
+    for child in started:
         if child.poll() is None:
             child.send_signal(number)
 

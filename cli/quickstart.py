@@ -10,7 +10,7 @@ import typer
 
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
-from mlx_adapters.errors import ConfigError, OutputError
+from mlx_adapters.errors import ConfigError, OutputError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.convert.checkpoint import Converted
@@ -161,7 +161,8 @@ def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
     )
     session = prepare(loaded, rows, method="lora", fields=_METHOD, config=config, output=folder)
     train.describe(session)
-    say(f"   trained in {duration(train.run(session))}")
+    seconds = train.run(session, go_on=f"Remove {folder.parent} to start again")
+    say(f"   trained in {duration(seconds)}")
     return session
 
 
@@ -170,7 +171,7 @@ def _export(folder: Path, base_id: str) -> "Verdict | None":
     from mlx_adapters.convert import peft
 
     done = peft.export(folder / "adapter", folder / "peft", base=base_id)
-    say(f"   {done.path}: {done.tensors} tensors, {size(done.bytes)}")
+    say(f"   {done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}")
     if not _has_torch():
         return None
     verdict = peft.verify(folder / "peft", folder / "model")

@@ -1,5 +1,7 @@
 """What the user sees: progress on a terminal, plain lines in a log, tables, and sizes in words."""
 
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,13 +10,26 @@ from typing import Any
 
 import typer
 
-__all__ = ["Lines", "be_quiet", "duration", "lines", "plain", "say", "size", "table", "track"]
+__all__ = [
+    "Lines",
+    "be_quiet",
+    "complain",
+    "deaf",
+    "duration",
+    "lines",
+    "plain",
+    "say",
+    "size",
+    "table",
+    "track",
+]
 
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
 
 
 _quiet = False
+_live: Any = None  # the bar that is on the screen
 
 
 def be_quiet() -> None:
@@ -31,9 +46,72 @@ def plain(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line about the work, on stderr: stdout is for results."""
+    """A line about the work, on stderr: stdout is for results. It stands above the bar, if there is one.
+
+    Nobody may be there to read it (`2>&1 | head`, a closed terminal): the work goes on without a word.
+    """
     if not _quiet:
-        typer.echo(plain(text), err=True)
+        _write(text)
+
+
+def complain(text: str) -> None:
+    """An error, the last line: below the bar, and from quiet processes too."""
+    if _live is not None:
+        _live.stop()
+    _write(f"error: {text}")
+
+
+def _write(text: str) -> None:
+    try:
+        if _live is not None and _live.live.is_started:
+            from rich.text import Text
+
+            _live.console.print(Text(plain(text)), soft_wrap=True)
+        else:
+            typer.echo(plain(text), err=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def deaf() -> bool:
+    """Whether nobody reads stdout any more; what is still to be printed is dropped then."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file: that of a test
+        return False
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        _drop(sys.stdout)
+    return gone
+
+
+def _drop(stream: Any) -> None:
+    """Let what is written to the stream vanish; Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Patient:
+    """The stream of a bar, which takes what is written also where nobody reads it any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            _drop(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            _drop(self.stream)
 
 
 def size(count: float) -> str:
@@ -65,7 +143,10 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(Text(column))
     for row in rows:
         drawn.add_row(*(Text(plain(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(drawn)
+    typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
 class Lines:
@@ -97,6 +178,7 @@ class _Bar(Lines):
 @contextmanager
 def lines(title: str, total: int) -> Iterator[Lines]:
     """A live bar with the time left on a terminal, a plain line now and then elsewhere."""
+    global _live
     if _quiet or not sys.stderr.isatty():
         yield _Log(title, total)
         return
@@ -110,8 +192,12 @@ def lines(title: str, total: int) -> Iterator[Lines]:
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield _Bar(progress, progress.add_task(title, total=total, text=""))
+    console = Console(file=_Patient(sys.stderr))  # type: ignore[arg-type]
+    with Progress(*columns, console=console, redirect_stdout=False) as _live:
+        try:
+            yield _Bar(_live, _live.add_task(title, total=total, text=""))
+        finally:
+            _live = None
 
 
 def track(title: str, items: Iterable[Any], total: int, text: Callable[[Any], str]) -> Iterator[Any]:

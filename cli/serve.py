@@ -7,6 +7,7 @@ import typer
 
 from mlx_adapters.cli.options import named_folders
 from mlx_adapters.cli.screen import say
+from mlx_adapters.cli.signals import instead
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
@@ -26,7 +27,6 @@ def command(
 
     A request's `model` names which of them answers. A field that is not supported is refused by its name.
     """
-    import signal
     import threading
 
     from mlx_adapters import model as models
@@ -42,8 +42,7 @@ def command(
         server = Server(engine, host, port, max_tokens=max_tokens)
     except OSError as error:
         raise ConfigError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: engine.stop())
+    instead(engine.stop)
     # the arrays are this thread's: it answers, and HTTP goes to others
     threading.Thread(target=server.serve_forever, daemon=True).start()
     shown = f"[{host}]" if ":" in host else host

@@ -7,15 +7,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters import backend
+from mlx_adapters import backend, children
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
-from mlx_adapters.errors import AdaptersError, ConfigError, unknown, writing_to
+from mlx_adapters.errors import AdaptersError, ConfigError, counted, unknown, writing_to
 from mlx_adapters.lock import locked
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _print_cells(study: "Study") -> None:
                 row["id"],
                 f"{row['trainable']:,}",
                 f"{row['lr']:g}",
-                f"{row['steps']} steps" if row["steps"] else f"{row['epochs']} epochs",
+                counted(row["steps"], "step") if row["steps"] else counted(row["epochs"], "epoch"),
                 str(row["batch"]),
                 str(row["seed"]),
             ]
@@ -93,9 +94,9 @@ def _print_cells(study: "Study") -> None:
         ]
         table(["cell", "trainable", "lr", "budget", "batch", "seed"], rows)
         settings = study.settings
-        items = f"at most {settings.limit} items each" if settings.limit else "all items"
+        items = f"at most {counted(settings.limit, 'item')} each" if settings.limit else "all items"
         typer.echo(
-            f"{len(rows)} cells on {study.model}: trained on {settings.data}, "
+            f"{counted(len(rows), 'cell')} on {study.model}: trained on {settings.data}, "
             f"tested on {settings.tasks}, {items}"
         )
 
@@ -115,7 +116,7 @@ def _run(study: "Study", folder: Path, jobs: int) -> None:
             left.append(one)
         else:
             cells.same_rules(study, before, cells.cell_folder(folder, name) / "cell.json")
-    say(f"{study.settings.name}: {len(wanted)} cells, {len(wanted) - len(left)} done before")
+    say(f"{study.settings.name}: {counted(len(wanted), 'cell')}, {len(wanted) - len(left)} done before")
     if jobs > 1 and left:
         jobs = min(jobs, _fitting(study))
     if jobs > 1:
@@ -143,7 +144,9 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
 
     name = cell.id if cell else cells.BASE
     try:
-        result = cells.run_cell(study, cell, folder, train=run, answer=run_task, warn=say)
+        again = "Run the study again to go on"
+        train, answer = partial(run, go_on=again), partial(run_task, go_on=again)
+        result = cells.run_cell(study, cell, folder, train=train, answer=answer, warn=say)
     except (OutputError, typer.Exit):
         raise  # a full disk, or a folder of another study: the next cell would meet it too; or Ctrl-C
     except (AdaptersError, RuntimeError, ValueError, MemoryError) as error:
@@ -167,7 +170,7 @@ def _fitting(study: "Study") -> int:
     predicted = plan.predict(study.model, method=largest.method, fields=largest.fields, config=largest.train)
     each = predicted.peak + plan.overhead([predicted])
     fitting = max(1, backend.free_memory() // each)
-    say(f"the largest cell takes {size(each)}: {fitting} fit into the free memory")
+    say(f"the largest cell takes {size(each)}: the free memory is enough for {fitting} at once")
     return fitting
 
 
@@ -177,7 +180,8 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
 
     names = [one.id if one else cells.BASE for one in left]
     running: dict[str, subprocess.Popen[bytes]] = {}
-    own = [sys.executable, "-m", "mlx_adapters.cli.app", *_arguments(), "--output", str(folder)]
+    own = [*_arguments(), "--output", str(folder)]
+    backend.warn_if_slow()
     # cells with as many threads as there are cores, each, would take them from each other
     environment = backend.share(jobs) | os.environ
     try:
@@ -187,12 +191,12 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
                 place = cells.cell_folder(folder, name)
                 place.mkdir(parents=True, exist_ok=True)
                 with (place / "log.txt").open("ab") as log:
-                    running[name] = subprocess.Popen(
+                    running[name] = children.start(
+                        "mlx_adapters.cli.app",
                         [*own, "--cell", name],
                         env=environment,
                         stdout=log,
                         stderr=log,
-                        start_new_session=True,  # Ctrl-C reaches it through this process alone, once
                     )
                 say(f"{name}: started")
             for name, process in list(running.items()):
@@ -246,7 +250,8 @@ def _finish(study: "Study", folder: Path) -> None:
         table(page.columns(results), page.cells_of(results))
         for line in page.none_right(results):
             typer.echo(line)
-        typer.echo(f"{file}: {len(results) - len(failed)} cells, {duration(seconds)} of work")
+        done = counted(len(results) - len(failed), "cell")
+        typer.echo(f"{file}: {done}, {duration(seconds)} of work")
 
     report({"report": file, "cells": results, "failed": failed, "seconds": seconds}, words)
     if failed:

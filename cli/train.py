@@ -14,7 +14,8 @@ from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.cli.signals import answered, telling
+from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
@@ -85,18 +86,25 @@ def command(
     if processes > 1:
         run_config = _shared(run_config, processes)
         if not launched():
-            again = [sys.executable, "-m", "mlx_adapters.cli.app", *sys.argv[1:]]
-            raise typer.Exit(supervise(again, processes))
+            raise typer.Exit(supervise(sys.argv[1:], processes))
     _train(
         chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
     )
 
 
-def run(session: "Session") -> float:
-    """Train a prepared session with progress on screen; Ctrl-C saves and exits 130. Returns seconds."""
-    started = time.perf_counter()
+def run(session: "Session", *, go_on: str = "Go on with --resume") -> float:
+    """Train a prepared session with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130.
+
+    Returns seconds.
+    """
+    from mlx_adapters import threads
+
+    started, told = time.perf_counter(), threads.most()
     with _interruptible(session.run.stop), lines("train", session.run.total) as display:
         for step in session:
+            if threads.count() < told:
+                told = threads.count()
+                say(threads.in_words())
             display.update(step.step, _text(step))
             if step.validation_loss is not None:
                 say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
@@ -104,7 +112,7 @@ def run(session: "Session") -> float:
                 say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
             if step.stopped == "interrupted":
                 session.save()
-                say(f"interrupted at step {step.step}: saved in {session.output}. Go on with --resume")
+                say(f"interrupted at step {step.step}: saved in {session.output}. {go_on}")
                 raise typer.Exit(130)
             if step.stopped:
                 say(f"stopped at step {step.step}: {step.stopped}")
@@ -120,9 +128,10 @@ def describe(session: "Session") -> None:
 
     names = sorted({path.rpartition(".")[2] for path in session.paths})
     share = session.trainable / session.parameters
-    say(f"{session.meta.method} on {len(session.paths)} layers ({', '.join(names)})")
+    say(f"{session.meta.method} on {counted(len(session.paths), 'layer')} ({', '.join(names)})")
     say(f"trainable {session.trainable:,} of {session.parameters:,} parameters ({share:.3%})")
-    counts = f"{len(session.run.examples)} rows to train on, {len(session.run.validation)} held out"
+    rows, held = counted(len(session.run.examples), "row"), len(session.run.validation)
+    counts = f"{rows} to train on, {held} held out"
     counts += f", template {session.meta.template}, loss on {session.meta.loss_on}"
     if session.excluded:
         counts += f"; {session.excluded} left out because they stand in the excluded files"
@@ -182,7 +191,7 @@ def _train(
         be_quiet()  # the first process speaks for all
     rows = load_rows(chosen["data"])
     hashes = sessions.excluded_hashes(exclude)
-    say(f"{rows.origin}: {len(rows.rows)} rows of the form {rows.format}")
+    say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = model.load(chosen["model"], dtype=dtype)
     with ExitStack() as alone:
         if resume and together.writes:  # or it would go on from what another run is writing
@@ -212,7 +221,7 @@ def _train(
     result = _result(session, seconds)
 
     def words() -> None:
-        done = f"trained {result['steps']} steps in {duration(seconds)}"
+        done = f"trained {counted(result['steps'], 'step')} in {duration(seconds)}"
         if result["loss"] is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result['loss']:.4f} at step {result['step']}"
         typer.echo(f"{output}: {done}. Next:")
@@ -255,7 +264,7 @@ def _shared(config: TrainConfig, processes: int) -> TrainConfig:
 
 def _text(step: "Step") -> str:
     return (
-        f"loss {step.loss:.4f}  lr {step.lr:.1e}  {step.tokens_per_second:.0f} tokens/s  "
+        f"loss {step.loss:.4f}  lr {step.lr:.2g}  {step.tokens_per_second:.0f} tokens/s  "
         f"memory {size(step.memory)}"
     )
 
@@ -278,16 +287,20 @@ def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
 def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C ends the run after the current step, when model and optimizer agree; a second ends it now."""
     pressed: list[int] = []
+    words = "stopping after this step ..."
 
     def note(number: int, frame: Any) -> None:
+        told = answered()
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
         stop()
-        say("stopping after this step ...")
+        if not told:
+            say(words)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield
+        with telling(words):
+            yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -22,6 +22,7 @@ __all__ = [
     "header",
     "not_finite",
     "read_weights",
+    "refuse_existing",
     "refuse_links_out",
     "require_space",
     "weight_files",
@@ -56,7 +57,7 @@ def writing(dst: Path) -> Iterator[Path]:
     disk fills up; the temporary folder is removed then, and an existing `dst` is untouched.
     """
     dst = Path(dst)
-    _refuse_existing(dst)
+    refuse_existing(dst)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".part", dir=dst.parent))
@@ -65,6 +66,8 @@ def writing(dst: Path) -> Iterator[Path]:
     try:
         yield temporary
         _publish(temporary, dst)
+    except OutputError as error:  # of what writes a folder, whose name here is not the user's
+        raise OutputError(str(error).replace(str(temporary), str(dst))) from None
     except (OSError, RuntimeError) as error:
         if _is_ours(error, temporary):
             raise _output_error(dst, error) from None
@@ -236,7 +239,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     return shards
 
 
-def _refuse_existing(dst: Path) -> None:
+def refuse_existing(dst: Path) -> None:
+    """OutputError when `dst` holds something."""
     if dst.is_dir():
         if any(dst.iterdir()):
             raise OutputError(f"{dst}: exists and is not empty. Choose another folder, or remove it first")
@@ -249,7 +253,7 @@ def _publish(temporary: Path, dst: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o777 & ~mask)
-    _refuse_existing(dst)  # again: another process may have been faster
+    refuse_existing(dst)  # again: another process may have been faster
     if dst.is_dir():
         dst.rmdir()
     temporary.rename(dst)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.card import LOCAL
+from mlx_adapters.convert.files import writing
 from mlx_adapters.errors import ConfigError, DataError, OutputError
 from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
@@ -71,8 +72,9 @@ def prepare(
     meta = adapter.read_meta(source)
     if base is not None and not is_hub_id(base):
         raise ConfigError(f"--base {base!r}: is a name which others cannot load. Give a hub id, OWNER/NAME")
-    peft.export(source, dst, base=base)
-    _write_card(dst / "README.md", repo, meta, measured, license)
+    with writing(dst) as place:
+        peft.export(source, place, base=base)
+        _write_card(place / "README.md", repo, meta, measured, license)
     return Prepared(dst, tuple(_files(dst)))
 
 

@@ -35,7 +35,8 @@ from mlx_adapters.adapter_files import (
     refuse_links,
 )
 from mlx_adapters.completeness import Model, check_tensors
-from mlx_adapters.errors import AdapterError, reading, writing_to
+from mlx_adapters.errors import AdapterError, counted, reading, writing_to
+from mlx_adapters.files import write_whole
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.model import Loaded, describe
@@ -195,12 +196,16 @@ def _write(
     folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
-    _replace(folder / META, json.dumps(about, indent=2) + "\n")
-    _replace(folder / SEEN, "".join(f"{item}\n" for item in seen))
     temporary = folder / ".adapter_model.tmp.safetensors"
-    mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
-    temporary.replace(folder / WEIGHTS)
+    try:
+        with writing_to(folder / WEIGHTS):  # by far the largest
+            mx.save_safetensors(str(temporary), arrays, metadata={"format": "pt"})
+        write_whole(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+        write_whole(folder / META, json.dumps(about, indent=2) + "\n")
+        write_whole(folder / SEEN, "".join(f"{item}\n" for item in seen))
+        temporary.replace(folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_meta(folder: Path) -> AdapterMeta:
@@ -305,8 +310,8 @@ def _build(
             layer[attribute] = shared[tensor]
     if grouped:
         raise AdapterError(
-            f"{folder / WEIGHTS}: {len(grouped)} layers are no targets of {meta.method} here, "
-            f"e.g. {next(iter(grouped))}"
+            f"{folder / WEIGHTS}: has {counted(len(grouped), 'layer')} that {meta.method} does not target "
+            f"here, e.g. {next(iter(grouped))}"
         )
     mx.eval([module.parameters() for module in placed.values()])
     return meta, placed
@@ -354,9 +359,3 @@ def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
     wrapped = {path for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
     names = short_names(wrapped, model, model_type)
     return {"target_modules": sorted(set(names.values()))} if wrapped else {}
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name("." + file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

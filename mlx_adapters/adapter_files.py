@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_adapters import methods
 from mlx_adapters.convert.files import header, refuse_links_out
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, counted
 from mlx_adapters.methods.base import AdapterLayer
 from mlx_adapters.models import sites
 from mlx_adapters.parse import from_json
@@ -132,7 +132,7 @@ def by_layer(
                 )
             own[attribute] = array
     if strange or not grouped:
-        what = f"{len(strange)} unexpected tensors, e.g. {strange[0]}" if strange else "no tensors"
+        what = f"{counted(len(strange), 'unexpected tensor')}, e.g. {strange[0]}" if strange else "no tensors"
         known = next(iter(classes[0].TENSORS.values()))
         raise AdapterError(
             f"{folder / WEIGHTS}: {what}. Expected names like "

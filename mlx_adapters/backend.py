@@ -33,6 +33,7 @@ __all__ = [
     "compute_dtype",
     "cores",
     "free_memory",
+    "library",
     "limited",
     "load_fast_blas",
     "on_cpu",
@@ -41,11 +42,15 @@ __all__ = [
     "prepare_memory",
     "rounding",
     "share",
+    "shared_threads",
     "speed_up",
     "total_memory",
+    "warn_if_slow",
 ]
 
 _SHARING = "MLX_ADAPTERS_PROCESSES"  # how many share this machine
+_THREADS = "OPENBLAS_NUM_THREADS"
+_SHARED_THREADS = "MLX_ADAPTERS_THREADS"  # the same number, where it is no user's choice
 _NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _INSTALL = 'pip install "mlx-adapters[cpu]"'
 
@@ -61,11 +66,34 @@ class Blas:
 
 
 _status = Blas("system", None, "not looked at yet", None)
+_library: ctypes.CDLL | None = None
+_warned = False
 
 
 def blas() -> Blas:
     """The outcome of `load_fast_blas`."""
     return _status
+
+
+def warn_if_slow() -> None:
+    """Say on stderr, once, that MLX computes with its slow BLAS, where something can be done about it.
+
+    Processes that share this machine leave it to the one that started them.
+    """
+    global _warned
+    if _status.remedy is None or _warned or _SHARING in os.environ or not on_cpu():
+        return
+    _warned = True
+    print(
+        f"mlx-adapters: MLX computes with its reference BLAS, many times slower ({_status.reason}): "
+        f"{_status.remedy}",
+        file=sys.stderr,
+    )
+
+
+def library() -> ctypes.CDLL | None:
+    """What `load_fast_blas` loaded, for its further functions; None where MLX's own BLAS serves."""
+    return _library
 
 
 def load_fast_blas() -> None:
@@ -93,8 +121,11 @@ def load_fast_blas() -> None:
 
 
 def _load(wish: str) -> Blas:
+    global _library
     if wish:
-        _check(ctypes.CDLL(wish, mode=ctypes.RTLD_GLOBAL))
+        library = ctypes.CDLL(wish, mode=ctypes.RTLD_GLOBAL)
+        _check(library)
+        _library = library
         return Blas("custom", wish, "MLX_ADAPTERS_BLAS", None)
     spec = util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:
@@ -113,6 +144,7 @@ def _load(wish: str) -> Blas:
         _rename_symbols(source, copy)
         library = ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
     _check(library)
+    _library = library
     return Blas("OpenBLAS", str(copy), "scipy-openblas32", None)
 
 
@@ -276,12 +308,18 @@ def cores() -> int:
 def share(processes: int) -> dict[str, str]:
     """Environment that gives each of so many processes its share of this machine's cores and free memory."""
     own = str(max(1, cores() // processes))
-    return {"OPENBLAS_NUM_THREADS": own, "VECLIB_MAXIMUM_THREADS": own, _SHARING: str(processes)}
+    given = {_THREADS: own, "VECLIB_MAXIMUM_THREADS": own, _SHARING: str(processes)}
+    return given if limited() else given | {_SHARED_THREADS: own}
 
 
 def limited() -> bool:
     """Whether the environment says how many cores to use: `share` did, or the user."""
-    return "OPENBLAS_NUM_THREADS" in os.environ
+    return _THREADS in os.environ
+
+
+def shared_threads() -> bool:
+    """Whether `share`, and not the user, limits the threads of this process."""
+    return limited() and os.environ.get(_SHARED_THREADS) == os.environ[_THREADS]
 
 
 def total_memory() -> int:

@@ -28,7 +28,8 @@ import numpy as np
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter_files import PREFIX
-from mlx_adapters.errors import AdapterError, ConfigError, OutputError, unknown
+from mlx_adapters.convert.files import refuse_existing, writing
+from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
 from mlx_adapters.methods import lora
 from mlx_adapters.models import sites
 
@@ -95,8 +96,7 @@ def combine(
     if len(folders) == 1 and how != "svd":
         how = "linear"
     dst = Path(dst)
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise OutputError(f"{dst}: exists already. Choose a new folder")
+    refuse_existing(dst)
     members = [_member(Path(folder)) for folder in folders]
     _fit(members)
     rank = _rank(members, how, rank)
@@ -115,7 +115,8 @@ def combine(
             arrays[f"{PREFIX}{path}.lora_A.weight"] = a
             arrays[f"{PREFIX}{path}.lora_B.weight"] = b
         mx.eval(arrays)
-    _write(dst, arrays, paths, members, list(weights), how, rank)
+    with writing(dst) as place:
+        _write(place, arrays, paths, members, list(weights), how, rank)
     return Combined(dst, len(paths), rank)
 
 
@@ -127,7 +128,8 @@ def _check(
     if not folders:
         raise ConfigError("combine: no adapter is given")
     if len(weights) != len(folders):
-        raise ConfigError(f"combine: {len(weights)} weights for {len(folders)} adapters: give one each")
+        given = f"{counted(len(weights), 'weight')} for {counted(len(folders), 'adapter')}"
+        raise ConfigError(f"combine: {given}: give one each")
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise ConfigError(f"combine: weight {bad[0]} is not a finite number")
     if rank is not None and not how.endswith("svd"):

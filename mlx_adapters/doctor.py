@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata, util
 
-from mlx_adapters import __version__, backend
+from mlx_adapters import __version__, backend, threads
 
 __all__ = ["Finding", "doctor", "gflops"]
 
@@ -77,24 +77,47 @@ def _forced() -> list[Finding]:
     return [Finding("BLAS kernels", f"{kind}, forced by OPENBLAS_CORETYPE", False, remedy)]
 
 
+def _threads() -> list[Finding]:
+    """How many threads a run would compute with now, and why."""
+    if threads.most() == 0:
+        return []
+    if threads.fixed() or threads.most() == 1:
+        why = "fixed by the environment" if threads.fixed() else "this machine has one core"
+        return [Finding("BLAS threads", f"{threads.count()}, {why}")]
+    speeds = threads.speeds()
+    used = threads.use(threads.fewest(speeds))
+    found = f"{used} of {threads.most()}"
+    if used == threads.most():
+        return [Finding("BLAS threads", f"{found}: {speeds[used] / speeds[1]:.1f} times as fast as one")]
+    share = speeds[threads.most()] / speeds[used]
+    busy = f"{found}: other programs keep the cores busy, all would have {share:.0%} of the speed"
+    return [Finding("BLAS threads", busy, True, "close what computes beside this: a run takes what is free")]
+
+
 def _compute() -> list[Finding]:
     try:
         import mlx.core as mx
 
+        found = _threads()
         device = "CPU" if backend.on_cpu() else str(mx.device_info().get("device_name", "GPU"))
         speed = gflops()
     except Exception as error:  # a missing library, or a device that cannot compute
         reason = " ".join(str(error).split())
         return [Finding("device", f"MLX does not work ({reason})", False, 'pip install "mlx-adapters[cpu]"')]
-    found = [Finding("device", device)]
     if not backend.on_cpu():
-        return [*found, Finding("speed", f"{speed:.0f} GFLOP/s in float32")]
+        return [Finding("device", device), Finding("speed", f"{speed:.0f} GFLOP/s in float32")]
     blas = backend.blas()
     where = f", {blas.path}" if blas.path else ""
-    found.append(Finding("BLAS", f"{blas.name} ({blas.reason}{where})", blas.remedy is None, blas.remedy))
+    library = Finding("BLAS", f"{blas.name} ({blas.reason}{where})", blas.remedy is None, blas.remedy)
     slow = speed < _SLOW_GFLOPS
     remedy = blas.remedy or "is the machine busy? Try again" if slow else None
-    return [*found, *_forced(), Finding("speed", f"{speed:.0f} GFLOP/s in float32", not slow, remedy)]
+    return [
+        Finding("device", device),
+        library,
+        *_forced(),
+        *found,
+        Finding("speed", f"{speed:.0f} GFLOP/s in float32", not slow, remedy),
+    ]
 
 
 def _memory() -> Finding:

@@ -6,7 +6,7 @@
     ├── CheckpointError   a model folder, a weight file, a tokenizer, a config.json
     ├── AdapterError      an adapter folder, or an adapter that does not fit its base model
     ├── OutputError       the place to write to: exists, full, read-only
-    ├── TrainingError     a run that went wrong: the loss is no number, a checkpoint does not fit
+    ├── TrainingError     a run that went wrong: the loss is not a number, a checkpoint does not fit
     └── UnsupportedError  understood, but not possible here; says what is
 
 Every message names the culprit (file, field, line), what was found, and what to do.
@@ -26,6 +26,7 @@ __all__ = [
     "OutputError",
     "TrainingError",
     "UnsupportedError",
+    "counted",
     "reading",
     "unknown",
     "writing_to",
@@ -70,6 +71,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(choices)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`: a number with its noun. The plural takes an s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_adapters import backend
+from mlx_adapters import backend, threads
 from mlx_adapters.convert.files import read_weights, weight_files
 from mlx_adapters.ends import stop_tokens
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError, reading
@@ -129,6 +129,8 @@ def load(
             model = dequantize_model(model)
         if not lazy:
             mx.eval(model.parameters())
+            backend.warn_if_slow()
+            threads.settle()
     except AdaptersError:
         raise
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike

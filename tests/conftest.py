@@ -1,4 +1,4 @@
-"""Import mlx_adapters before any test imports mlx: the fast BLAS must be loaded first."""
+"""What every test starts from: an environment of the tests' own, and mlx_adapters imported before mlx."""
 
 import os
 from importlib.util import find_spec
@@ -7,14 +7,32 @@ from runpy import run_path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mlx_adapters.cli.app.main
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would take the other's core
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+# No test may depend on what this machine's user has set: all but these is taken away, before it is read.
+_KEPT = ("HOME", "LOGNAME", "PATH", "SHELL", "TEMP", "TMP", "TMPDIR", "USER", "VIRTUAL_ENV")
+_KEPT += ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")  # pip builds a wheel
+_KEPT_TOO = ("COV", "DYLD_", "LD_", "PIP_", "PYTEST", "SSL_", "MLX_ADAPTERS_HUB_", "MLX_ADAPTERS_T451_")
+_OWN = Path(__file__).parents[1] / ".pytest_cache" / "user"
+_SET = {
+    "COLUMNS": "80",
+    "HF_HUB_OFFLINE": "1",  # no test may depend on a network
+    "LANG": "C.UTF-8",
+    "LINES": "24",
+    "NO_PROXY": "127.0.0.1,localhost",
+    # one thread: the other core is another worker's, and the last bits of a product depend on their number
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # see mlx_adapters.cli.app.main
+    "OPENBLAS_NUM_THREADS": "1",
+    "TERM": "xterm-256color",
+    "TOKENIZERS_PARALLELISM": "false",
+    "XDG_CACHE_HOME": str(_OWN / "cache"),  # the hub's models and tokens too
+    "XDG_CONFIG_HOME": str(_OWN / "config"),
+}
+for _name in list(os.environ):
+    if _name not in _KEPT and not _name.startswith(_KEPT_TOO):
+        del os.environ[_name]
+os.environ.update(_SET)
 
-import mlx_adapters  # noqa: F401
+import mlx_adapters  # noqa: E402, F401
 
 
 class Models(dict[str, Path]):

@@ -1,5 +1,6 @@
 """A run that stops and goes on equals one that never stopped, bit for bit; what does not fit is refused."""
 
+import contextlib
 from pathlib import Path
 
 import mlx.core as mx
@@ -69,3 +70,28 @@ def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
 def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no readable checkpoint"):
         Run(tiny(), examples(), config=config(), folder=tmp_path).resume()
+
+
+def test_saving_a_step_again_never_leaves_it_unsaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after the step's checkpoint saves it once more; a kill there lost the only one."""
+    run = Run(tiny(), examples(), config=config(steps=4, save_every=4, keep=1), folder=tmp_path)
+    list(run)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.save()
+    assert Run(tiny(), examples(), config=config(steps=4), folder=tmp_path).resume() == 4
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+    run = Run(tiny(), examples(), config=config(steps=4, save_every=4), folder=tmp_path)
+    list(run)
+    arrays = tmp_path / "checkpoints" / "step-000004" / "state.safetensors"
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:-100])
+    run.save()
+    assert arrays.read_bytes() == whole

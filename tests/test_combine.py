@@ -1,6 +1,7 @@
 """Weighted merges of LoRA adapters against PEFT's, on the same files; and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_what_is_known_of_the_members_is_kept(loras: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize(
     ("names", "weights", "settings", "said"),
     [
-        ("a,c", [1.0], {}, "1 weights for 2 adapters"),
+        ("a,c", [1.0], {}, "1 weight for 2 adapters"),
         ("a,c", [1.0, float("nan")], {}, "nan"),
         ("a,c", [1.0, 1.0], {"how": "tise"}, "Did you mean 'ties'"),
         ("a,small", [1.0, 1.0], {}, "4, 2: use cat or svd"),
@@ -275,7 +276,7 @@ def test_adapters_that_do_not_fit(folders: dict[str, Path], loras: dict[str, Pat
     foreign = make_lora(folders["gpt2"], tmp_path / "foreign", {"rank": 4}, 1)
     with pytest.raises(AdapterError, match="model_type gpt2"):
         combine([loras["a"], foreign], [1.0, 1.0], tmp_path / "m")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="exists and is not empty"):
         combine([loras["a"]], [1.0], foreign)
     with pytest.raises(AdapterError, match="not an adapter folder"):
         combine([tmp_path / "nothing"], [1.0], tmp_path / "m")
@@ -314,7 +315,7 @@ def test_weights_are_equal_shares_by_default(loras: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--weights", "0.7"], "1 weights for 2 adapters"),
+        (["--weights", "0.7"], "1 weight for 2 adapters"),
         (["--weights", "0.7;0.3"], "numbers joined by commas"),
         (["--how", "tise"], "ties"),
         (["--rank", "3"], "svd only"),
@@ -328,3 +329,20 @@ def test_bad_input_is_one_line(
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_write_that_fails_leaves_no_half_folder(
+    loras: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration was there before the weights: a folder that looks like an adapter and is none."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[write] Unable to write 12 bytes to file")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(
+        OutputError,
+        match=rf"^{re.escape(str(tmp_path / 'new'))}/adapter_model.safetensors: cannot be written",
+    ):
+        combine([loras["a"], loras["a"]], [0.5, 0.5], tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,9 @@
 """An interrupted evaluation goes on from its records and ends as an uninterrupted one."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ import pytest
 from tiny import make_tiny
 from typer.testing import CliRunner, Result
 
-from mlx_adapters import backend
+from mlx_adapters import backend, threads
 from mlx_adapters.cli.app import app
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import OutputError, UnsupportedError
 from mlx_adapters.evaluate import score as scoring
 from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.workers import Workers, processes_for
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
@@ -76,7 +79,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         interrupt_after(patch, 30)
         said = cli(*run, "--output", tmp_path / "cut.json", code=130)
-    assert "6 of 24 items of boolq are in" in said.stderr
+    assert "6 of 24 items of boolq, in" in said.stderr
     assert not (tmp_path / "cut.json").exists()
     lines = (tmp_path / "cut.partial.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 30
@@ -94,7 +97,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(scoring, "generate", counting)
     said = cli(*run, "--output", tmp_path / "cut.json", "--resume")
     assert answered == 48 - 30
-    assert "SVAMP: 24 of 24 items are done already" in said.stderr
+    assert "SVAMP: 24 of 24 items done already" in said.stderr
     assert report(tmp_path / "cut.json") == report(tmp_path / "whole.json")
     assert not (tmp_path / "cut.partial.jsonl").exists()
 
@@ -134,6 +137,29 @@ def test_a_killed_process_leaves_records_to_go_on_from(model: Path, sets: Path, 
     assert [record["index"] for record in records] == list(range(24))
     for line in kept.splitlines()[1:]:
         assert json.loads(line) in records
+
+
+def test_going_on_does_not_write_the_records_again(tmp_path: Path) -> None:
+    """The file was emptied and written anew: what stopped that halfway, a kill, say, lost answers.
+
+    Here the system stops it: it refuses files of over a thousand bytes.
+    """
+    record = {"task": "SVAMP", "index": 0, "item": "a" * 16, "correct": True, "label": "7"}
+    record |= {"prompt": "p", "response": "7", "extracted": "7"}
+    lines = [json.dumps({"model": "m"})] + [json.dumps(record | {"index": n}) for n in range(100)]
+    file = tmp_path / "report.partial.jsonl"
+    file.write_text("\n".join(lines) + "\n" + '{"task": "SV')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with (
+            contextlib.suppress(OutputError),
+            RecordFile(tmp_path / "report.json", {"model": "m"}, resume=True),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_text().split("\n") == [*lines, ""]
 
 
 def test_an_interrupted_evaluation_can_be_compared(
@@ -226,6 +252,9 @@ def test_two_processes_are_the_default_where_they_pay(model: Path, monkeypatch: 
     facts = {"on_cpu": True, "cores": 2, "limited": False, "free_memory": 1 << 34}
     for name in facts:
         monkeypatch.setattr(backend, name, lambda name=name: facts[name])
+    useful = [2]  # threads
+    monkeypatch.setattr(threads, "most", lambda: 2)
+    monkeypatch.setattr(threads, "settle", lambda: useful[0])
     assert processes_for(model, 128) == 2
     assert processes_for(model, 127) == 1
     size = sum(file.stat().st_size for file in model.glob("model*.safetensors"))
@@ -233,12 +262,15 @@ def test_two_processes_are_the_default_where_they_pay(model: Path, monkeypatch: 
         with monkeypatch.context() as changed:
             changed.setitem(facts, name, other)
             assert processes_for(model, 128) == 1
+    useful[0] = 1  # other programs keep the second core busy
+    assert processes_for(model, 128) == 1
 
 
 def test_what_eval_chose_is_said_and_can_be_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "settle", lambda: 2)  # an idle machine
     run = ["eval", model, "--task", "wordproblems", "--limit", 128, "--max-tokens", 1]
     one = cli(*run, "--processes", 1, "--output", tmp_path / "one.json")
     two = cli(*run, "--output", tmp_path / "two.json")

@@ -178,9 +178,11 @@ def test_sigterm_reaches_the_cells_of_a_study(model: Path, data: Path, tmp_path:
         _, said = process.communicate(timeout=90)
     assert process.returncode == 130, said
     assert "FAILED" not in said
+    assert "--resume" not in said, "study has no such option"
+    assert jobs == 2 or "Run the study again to go on" in said
     assert len(list(metrics.rglob("metrics.jsonl"))) == jobs  # no other cell was begun
     for log in metrics.rglob("log.txt"):
-        assert "Go on with" in log.read_text() or "interrupted" in log.read_text()
+        assert "Run the study again to go on" in log.read_text() or "interrupted" in log.read_text()
     left = subprocess.run(["pgrep", "-f", str(output)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
 

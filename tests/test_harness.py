@@ -186,3 +186,16 @@ def test_what_it_refuses(tmp_path: Path, tasks: Path) -> None:
         result = CliRunner().invoke(app, ["harness", str(tmp_path), *options])
         assert result.exit_code == 2
         assert said in result.stderr
+
+
+@pytest.mark.parametrize("path", ["owner/of-no-data", "json"])
+def test_data_that_cannot_be_loaded_are_one_line(path: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Offline: eighty lines of traceback."""
+    text = f"task: away\ndataset_path: {path}\ntest_split: test\n" + TASKS["ours_choice"]
+    if path == "json":
+        text += f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'nothing.jsonl'}}}}}\n"
+    (tmp_path / "away.yaml").write_text(text)
+    command = ["harness", str(folders["llama"]), "--tasks", "away", "--include-path", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.splitlines()[-1].startswith("error: away: lm_eval cannot load it (")

@@ -1,6 +1,7 @@
 """The package as it is installed: complete, typed, quick to start, and without stray top-level names."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -119,3 +120,21 @@ def test_the_readme_holds_the_two_commands_and_ci_runs_the_second() -> None:
     ]
     assert len(commands) == 1
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tests_see_nothing_of_the_users_environment() -> None:
+    """OPENBLAS_CORETYPE made `doctor`, and with it the test of the documentation, fail."""
+    hostile = {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_NUM_THREADS": "7", "COLUMNS": "20", "NO_COLOR": "1"}
+    hostile |= {"HF_HOME": "/nowhere", "HF_TOKEN": "secret", "XDG_CACHE_HOME": "/nowhere", "LC_ALL": "C"}
+    hostile |= {"MLX_ADAPTERS_BLAS": "off", "MLX_RANK": "1", "PYTHONSAFEPATH": "1", "MKL_NUM_THREADS": "3"}
+    code = "import json, conftest, os; print(json.dumps(dict(os.environ)))"
+    clean, seen = (
+        json.loads(
+            subprocess.check_output(
+                [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {code}"],
+                env=os.environ | more,
+            )
+        )
+        for more in ({}, hostile)
+    )
+    assert seen == clean

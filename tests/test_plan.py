@@ -1,7 +1,9 @@
 """The memory plan against what a run then takes."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,12 +11,13 @@ import pytest
 from tiny import make_tiny
 from typer.testing import CliRunner
 
-from mlx_adapters import adapter, methods, model
+from mlx_adapters import adapter, backend, methods, model
 from mlx_adapters.cli.app import app
 from mlx_adapters.data.tokens import Example
+from mlx_adapters.train import plan
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
-from mlx_adapters.train.plan import _peak, predict
+from mlx_adapters.train.plan import _peak, predict, predict_all
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,7 @@ def test_command_says_what_fits(folder: Path) -> None:
     told = json.loads(done.stdout)
     assert [plan["batch_size"] for plan in told["plans"]] == [1, 2, 1, 2]
     assert not any(plan["fits"] for plan in told["plans"])
+    assert told["command"] is None
 
 
 @pytest.mark.parametrize(("option", "value"), [("--memory", "lots"), ("--batch-sizes", "1,x")])
@@ -89,3 +93,61 @@ def test_command_refuses_nonsense(option: str, value: str, folder: Path) -> None
     done = CliRunner().invoke(app, ["plan", str(folder), option, value])
     assert done.exit_code == 2
     assert value in done.stderr
+
+
+def test_the_last_line_is_a_command_that_trains_what_fits(folder: Path, tmp_path: Path) -> None:
+    """The largest batch without gradient checkpointing where that fits, else with it; the given settings."""
+    ask = ["plan", str(folder), "--batch-sizes", "2,5", "--tokens", "32", "--method", "parallel"]
+    ask += ["--set", "bottleneck_size=4", "--loss-on", "all"]
+    rich = CliRunner().invoke(app, [*ask, "--memory", "64GB"])
+    assert rich.exit_code == 0, rich.output
+    program, *arguments = shlex.split(rich.stdout.splitlines()[-1])
+    assert program == "mlx-adapters"
+    assert "--gradient-checkpointing" not in arguments
+    assert arguments[arguments.index("--batch-size") + 1] == "5"
+    data = tmp_path / "my.jsonl"
+    data.write_text('{"prompt": "tom has", "completion": "7"}\n' * 5)
+    places = {"my.jsonl": str(data), "my-adapter": str(tmp_path / "out")}
+    arguments = [places.get(word, word) for word in arguments]
+    done = CliRunner().invoke(app, [*arguments, "--template", "plain", "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    training = json.loads((tmp_path / "out" / "mlx_adapters.json").read_text())
+    assert training["method"] == "parallel"
+    assert training["config"]["bottleneck_size"] == 4
+    assert (training["training"]["batch_size"], training["training"]["cutoff"]) == (5, 32)
+
+    plans = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", "64GB"]).stdout)
+    needed = {(one["gradient_checkpointing"], one["batch_size"]): one["peak"] for one in plans["plans"]}
+    assert needed[True, 5] < needed[False, 2]
+    limit = plans["process"] + (needed[True, 5] + needed[False, 2]) // 2
+    poor = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", str(limit)]).stdout)
+    assert poor["command"] is None or "--gradient-checkpointing" in poor["command"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_batches_of_like_parts_are_measured_once_and_take_as_much(
+    again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU; a GPU computes a batch whole. Rows of 128 tokens: parts of 1, 2, 4, 4, 5 and 4 rows."""
+    configs = [
+        TrainConfig(batch_size=rows, cutoff=128, loss_on="all", gradient_checkpointing=again)
+        for rows in (1, 2, 4, 8, 10, 16)
+    ]
+    asked: list[int] = []
+
+    def counting(*arguments: Any) -> int:
+        asked.append(arguments[3].batch_size)
+        return _peak(*arguments)
+
+    monkeypatch.setattr(plan, "_peak", counting)
+    plans = list(predict_all(folder, method="lora", fields={}, configs=configs))
+    assert [one.batch_size for one in plans] == [1, 2, 4, 8, 10, 16]
+    if not backend.on_cpu():
+        assert asked == [1, 1, 2, 2, 4, 4, 8, 8, 10, 10, 16, 16]
+        return
+    assert asked == [1, 1, 2, 2, 8, 8, 10, 10]
+    assert plans[2].peak == plans[3].peak == plans[5].peak
+    chosen = methods.make_config("lora", {})
+    largest = _peak(folder, "lora", chosen, configs[5], 4)
+    assert largest == pytest.approx(_peak(folder, "lora", chosen, configs[3], 4), rel=0.02)
+    assert largest == pytest.approx(_peak(folder, "lora", chosen, configs[2], 4), rel=0.05)

@@ -16,7 +16,7 @@ from test_train import config, examples, flat, tiny
 
 from mlx_adapters import model
 from mlx_adapters.data.sources import load_rows
-from mlx_adapters.errors import ConfigError, TrainingError, UnsupportedError
+from mlx_adapters.errors import ConfigError, OutputError, TrainingError, UnsupportedError
 from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loggers import open_loggers
@@ -259,3 +259,11 @@ def test_an_unknown_logger_and_a_missing_package_are_named(
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UnsupportedError, match=r"pip install .mlx-adapters\[trackio\]"):
         open_loggers(["trackio"], tmp_path, {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file on a full disk: Linux")
+def test_a_full_disk_is_told_with_the_file_of_the_losses(folders: dict[str, Path], tmp_path: Path) -> None:
+    made = session(folders, tmp_path)
+    (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        list(made)

@@ -3,6 +3,7 @@
 Packed, a row holds several examples one after the other; attention keeps them apart (see train/packing.py).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ import numpy as np
 
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["MULTIPLE", "Batch", "batch", "batches", "groups", "pad"]
+__all__ = ["MULTIPLE", "Batch", "batch", "batches", "groups", "pad", "rows_at_once"]
 
+# Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
+# is written out for every pass, and products of few rows are slower.
+_CPU_TOKENS = 640
 # Lengths are sorted within a window of this many batches: enough to save the padding, little enough that
 # an epoch stays well mixed.
 _WINDOW = 32
@@ -105,6 +109,13 @@ def batch(
         sum(max(0, len(example.ids) - example.start) for example in every),
         made.starts,
     )
+
+
+def rows_at_once(rows: int, longest: int, processes: int = 1) -> int:
+    """How many rows of a batch are computed together on a CPU; `longest` is in tokens."""
+    most = max(1, _CPU_TOKENS // longest)
+    parts = math.ceil(rows / math.ceil(rows / most))  # of one size: 4 and 4, not 7 and 1
+    return processes * max(1, round(parts / processes))  # and of as many rows for each process
 
 
 def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = MULTIPLE) -> Batch:

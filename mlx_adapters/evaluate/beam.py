@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_adapters import threads
 from mlx_adapters.evaluate.prefill import fill, logprobs, reorder, shared_prefix, splits
 from mlx_adapters.virtual import all_with_virtual, forward
 
@@ -99,6 +100,7 @@ def _cached(
     going: list[_Search] = []
     cache: list[Any] = []
     while going or waiting:
+        threads.keep_up()
         cache, entered = fill(model, cache, rows, waiting, prefix, going=len(going), width=width)
         going += [searches[place] for place in entered]
         tokens = mx.array([[token] for search in going for token in search.last_tokens()])

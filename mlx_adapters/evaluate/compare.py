@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_adapters.errors import DataError
+from mlx_adapters.errors import DataError, counted
 from mlx_adapters.evaluate.score import Z95, Record
 
 __all__ = ["Comparison", "compare", "differ", "mcnemar", "words"]
@@ -90,7 +90,7 @@ def words(found: Comparison, a: str, b: str, *, tests: int = 1) -> str:
     """The comparison as a sentence or two. With several `tests` the 5 % are shared among them."""
     shares = f"{a} {found.a_correct / found.total:.1%}, {b} {found.b_correct / found.total:.1%}"
     name = found.task if found.part == "all" else f"{found.task}, unseen in training"
-    text = f"{name}: {shares} on the same {found.total} items."
+    text = f"{name}: {shares} on the same {counted(found.total, 'item')}."
     if found.seen == found.total:
         text += " Every one was seen in training, or is near to what was: this tells what was memorised."
     n = found.only_a + found.only_b
@@ -122,7 +122,7 @@ def _by_task(records: Sequence[Record], which: str) -> dict[str, dict[int, Recor
 def _paired(task: str, a: dict[int, Record], b: dict[int, Record]) -> list[Pair]:
     if odd := sorted(a.keys() ^ b.keys()):
         raise DataError(
-            f"{task}: the reports have {len(a)} and {len(b)} items, {len(odd)} of them in one only "
+            f"{task}: one report has {counted(len(a), 'item')}, the other {len(b)}; {len(odd)} in one only "
             f"(e.g. item {odd[0]}). Only answers to the same items can be compared: use the same --limit and "
             "--seed, and let both runs finish"
         )

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_adapters import threads
 from mlx_adapters.evaluate.prefill import Prefix, fill, logprobs, reorder, shared_prefix
 
 __all__ = ["Sampler", "answer_many"]
@@ -68,6 +69,7 @@ def answer_many(
     waiting = deque(range(len(prompts)))
     batch = _Batch()
     while batch.rows or waiting:
+        threads.keep_up()
         drawn, tokens = batch.rows, batch.tokens
         _leave(batch, max_tokens)
         _fill(model, batch, prompts, waiting, prefix, width)

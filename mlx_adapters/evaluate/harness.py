@@ -7,14 +7,15 @@ answers; both go through this package's batched decoding, whatever the method of
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data.templates import chat_writer
 from mlx_adapters.data.tokens import end_id
-from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
 from mlx_adapters.evaluate.decode import Decoding, generate_ids
 from mlx_adapters.evaluate.likelihood import scored
 from mlx_adapters.model import Loaded
@@ -181,7 +182,8 @@ def run_tasks(
     `simple_evaluate`.
 
     `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name.
-    Raises ConfigError for a task that lm_eval does not know. Code that a task marks as unsafe is not run.
+    Raises ConfigError for a task that lm_eval does not know, DataError where it cannot load one: without a
+    network, say. Code that a task marks as unsafe is not run.
     """
     from lm_eval import simple_evaluate
 
@@ -191,6 +193,7 @@ def run_tasks(
             f"lm_eval knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists its own, "
             "--include-path adds a folder of YAML files"
         )
+    manager.load = partial(_load, manager.load)
     with _one_process(), redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=HarnessModel(loaded, batch_size=batch_size),
@@ -220,6 +223,18 @@ def _one_process() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _load(load: Callable[[Any], Any], tasks: list[str]) -> Any:
+    """`load` with one line for all that the hub, a dataset or a YAML file may raise."""
+    try:
+        return load(tasks)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise DataError(
+            f"{', '.join(tasks)}: lm_eval cannot load it ({type(error).__name__}: {reason}). The data come "
+            "from the hub, once; without a network, name tasks over files of yours with --include-path"
+        ) from None
 
 
 def _managed(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_adapters import threads
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.prefill import (
     Prefix,
@@ -99,6 +100,7 @@ def scored(
             batch_size = max(1, rows_that_fit(model, longest, answer) // most)
         counts = [_tokens(items[index][1]) for index in order]
         for group in _groups(order, counts, batch_size if cached else 1):
+            threads.keep_up()
             if cached:
                 texts = [items[index][1] for index in group]
                 yield from zip(group, _cached(model, [rows[index] for index in group], texts, prefix))

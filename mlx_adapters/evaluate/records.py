@@ -15,6 +15,7 @@ from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.errors import DataError, OutputError, writing_to
 from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
+from mlx_adapters.files import write_whole
 from mlx_adapters.lock import hold
 from mlx_adapters.parse import from_json
 
@@ -47,15 +48,16 @@ class RecordFile:
                 hold(self._file.fileno(), self.path)
                 if begun:
                     self._continue(settings)
-                else:
-                    self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+                if self._file.tell() == 0:
+                    self._write(settings)
             except BaseException:
                 self._file.close()
                 raise
 
     def _continue(self, settings: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        whole = lines[:-1]  # the last one is empty, or was cut short
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1  # what comes after was cut short by a kill
+        whole = content[:end].decode("utf-8", errors="replace").split("\n")[:-1]
         before = _json(whole[0], f"{self.path}:1") if whole else settings
         settings = json.loads(json.dumps(settings))
         if other := sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k)):
@@ -66,9 +68,8 @@ class RecordFile:
         for number, line in enumerate(whole[1:], start=2):
             record = _record(_json(line, f"{self.path}:{number}"), f"{self.path}:{number}")
             self._records.setdefault(record.task, {})[record.index] = record
-        self.path.write_text(
-            "".join(line + "\n" for line in whole or [json.dumps(settings)]), encoding="utf-8"
-        )
+        self._file.truncate(end)  # only now: the records before it are never written again
+        self._file.seek(0, 2)
 
     def done(self, task: str, items: Sequence[Item]) -> list[Record]:
         """The records there are of a task; DataError when they are of other items than these."""
@@ -85,16 +86,17 @@ class RecordFile:
     def append(self, record: Record) -> None:
         """Write a record at once."""
         with writing_to(self.path):
-            self._file.write(json.dumps(asdict(record)) + "\n")
-            self._file.flush()
+            self._write(asdict(record))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the report, whole or not at all, and remove the growing file."""
         self.close()
-        temporary = self.output.with_name("." + self.output.name)
         with writing_to(self.output):
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.output)
+            write_whole(self.output, json.dumps(report, indent=1) + "\n")
             self.path.unlink()
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_adapters import backend
+from mlx_adapters import backend, children, threads
 from mlx_adapters.errors import AdaptersError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ _MANY = 128  # items; with fewer, loading the model twice takes what is won
 def processes_for(folder: Path, items: int) -> int:
     """Two, where they pay and a second model leaves most of the free memory; otherwise one.
 
-    Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use.
+    Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use, nor
+    where other programs leave no second core.
     """
     if not backend.on_cpu() or backend.cores() < 2 or backend.limited() or items < _MANY:
         return 1
@@ -37,7 +38,9 @@ def processes_for(folder: Path, items: int) -> int:
 
     stored = sum(file.stat().st_size for file in weight_files(folder))
     written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
-    return 2 if 4 * written_out < backend.free_memory() else 1
+    if 4 * written_out >= backend.free_memory():
+        return 1
+    return 2 if threads.most() <= 1 or threads.settle() > 1 else 1
 
 
 class Workers:
@@ -49,6 +52,7 @@ class Workers:
     def __init__(self, model: str | Path, adapter: Path | None, count: int) -> None:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        backend.warn_if_slow()
         try:
             for _ in range(count):
                 self._start(str(model), adapter, count)
@@ -60,13 +64,13 @@ class Workers:
         """One more process. It is ready before the next begins: each looks how much memory is left."""
         ours, theirs = Pipe()
         hides_torch = "torch" in sys.modules and sys.modules["torch"] is None
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_adapters.evaluate.workers", str(theirs.fileno())],
+        process = children.start(
+            "mlx_adapters.evaluate.workers",
+            [str(theirs.fileno())],
             env=backend.share(count) | os.environ,
-            pass_fds=[theirs.fileno()],
+            pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the others
         )
         theirs.close()
         self._connections.append(ours)
@@ -157,5 +161,6 @@ def _work(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    children.follow()
     with suppress(EOFError, ConnectionError):  # the parent has ended
         _work(Connection(int(sys.argv[1])))

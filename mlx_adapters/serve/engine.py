@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from mlx_adapters import threads
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
@@ -132,6 +133,7 @@ class Engine:
 
     def _turn(self, job: Job) -> None:
         """A few tokens of one answer; then it goes to the end of the line."""
+        threads.keep_up()
         try:
             done = job.cancelled or self._advance(job)
         except RequestError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import OutputError, writing_to
+from mlx_adapters.files import write_whole
 from mlx_adapters.study.grid import GENERATED, Cell, Study
 
 __all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "same_rules", "write_json"]
@@ -35,9 +36,7 @@ def write_json(file: Path, value: Any) -> None:
     """Write `file` whole or not at all."""
     with writing_to(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name("." + file.name)
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 def finished(output: Path, name: str) -> dict[str, Any] | None:

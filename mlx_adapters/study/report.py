@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import __version__
-from mlx_adapters.errors import writing_to
+from mlx_adapters.errors import counted, writing_to
 from mlx_adapters.evaluate.score import Z95
+from mlx_adapters.files import write_whole
 from mlx_adapters.study.cells import BASE, cell_folder, finished
 from mlx_adapters.study.grid import Study
 from mlx_adapters.study.plots import draw
@@ -37,17 +38,14 @@ def write(study: Study, folder: Path) -> list[Result]:
     text = io.StringIO()
     csv.writer(text).writerows([heads, *rows])
     with writing_to(folder):
-        (folder / "results.json").write_text(
-            json.dumps({"about": dict(facts), "cells": results}, indent=1) + "\n", encoding="utf-8"
-        )
-        (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
-        (folder / "results.md").write_text(
-            _markdown(study, heads, rows, facts, none_right(results)), encoding="utf-8"
-        )
+        about = {"about": dict(facts), "cells": results}
+        write_whole(folder / "results.json", json.dumps(about, indent=1) + "\n")
+        write_whole(folder / "results.csv", text.getvalue())
+        markdown = _markdown(study, heads, rows, facts, none_right(results))
+        write_whole(folder / "results.md", markdown)
         for title, picture in plots.items():
-            (folder / f"{title.replace(' ', '-')}.png").write_bytes(picture)
-        page = _page(study, heads, rows, facts, plots, results)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+            write_whole(folder / f"{title.replace(' ', '-')}.png", picture)
+        write_whole(folder / "report.html", _page(study, heads, rows, facts, plots, results))
     return results
 
 
@@ -134,12 +132,9 @@ def _facts(study: Study, results: Sequence[Result]) -> list[tuple[str, str]]:
     seconds = [sum(row.get(key, 0.0) for row in done) / 60 for key in ("train_seconds", "eval_seconds")]
     return [
         ("Model", study.model),
-        ("Training data", f"{settings.data}, {_numbers(rows)} rows"),
-        ("Training", f"{_numbers(steps)} steps; one run per cell and seed"),
-        (
-            "Tests",
-            f"{settings.tasks}; {_numbers(totals)} items each",
-        ),
+        ("Training data", f"{settings.data}, {_numbers(rows, 'row')}"),
+        ("Training", f"{_numbers(steps, 'step')}; one run per cell and seed"),
+        ("Tests", f"{settings.tasks}; {_numbers(totals, 'item')} each"),
         ("Overlap of training and test", _overlap(done)),
         (
             "Answers",
@@ -175,8 +170,10 @@ def _overlap(done: Sequence[Result]) -> str:
     return "; ".join(parts) or "nothing measured"
 
 
-def _numbers(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values)) or "none"
+def _numbers(values: Sequence[Any], noun: str = "") -> str:
+    """`8, 16 rows`."""
+    text = ", ".join(map(str, values)) or "none"
+    return f"{text} {noun if list(values) == [1] else noun + 's'}" if noun else text
 
 
 def _markdown(
@@ -233,9 +230,8 @@ def _best(results: Sequence[Result]) -> str:
     if not adapted:
         return "<p>No adapter is done yet.</p>"
     best = max(adapted, key=lambda row: row["average"]["accuracy"])
-    text = (
-        f"Best of {len(adapted)} adapters here: <b>{html.escape(best['id'])}</b>, {_share(best['average'])}"
-    )
+    text = f"Best of {counted(len(adapted), 'adapter')} here: <b>{html.escape(best['id'])}</b>, "
+    text += _share(best["average"])
     base = [row for row in done if row["id"] == BASE]
     text += f"; the base model has {_share(base[0]['average'])}" if base else ""
     return f"<p class=lead>{text}. Chosen on the test items themselves, so a little flattered.</p>"

@@ -52,12 +52,14 @@ def save(
     kind = "best" if best else "step"
     target = folder / f"{kind}-{step:06d}"
     temporary = folder / f".{kind}-{step:06d}"
-    facts = {"step": step, "settings": settings, "progress": progress}
+    facts = json.dumps({"step": step, "settings": settings, "progress": progress}, indent=2)
+    if _holds(target, facts):  # Ctrl-C right after a checkpoint: replacing it could lose it
+        return target
     shutil.rmtree(temporary, ignore_errors=True)
     with writing_to(target):
         temporary.mkdir(parents=True)
         mx.save_safetensors(str(temporary / _ARRAYS), arrays)
-        (temporary / _FACTS).write_text(json.dumps(facts, indent=2))
+        (temporary / _FACTS).write_text(facts)
         _sync(temporary / _ARRAYS, temporary / _FACTS, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -65,6 +67,15 @@ def save(
     for old in _all(folder, kind)[: -1 if best else -keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _holds(target: Path, facts: str) -> bool:
+    """Whether this very state is saved there, whole. A damaged one, or one of another run, is not."""
+    try:
+        header(target / _ARRAYS)
+        return (target / _FACTS).read_text() == facts
+    except Exception:  # whatever a file that is missing or damaged raises
+        return False
 
 
 def latest(folder: Path) -> Path | None:

@@ -37,7 +37,7 @@ class TrainConfig:
     weight_decay: float = field(0.0, "weight decay")
     no_decay: str | None = field("*bias,*norm*", "arrays without weight decay, by name, path or kind")
     clip: float = field(1.0, "largest norm of the gradient; 0 for no limit")
-    on_bad_step: str = field("stop", "a step whose loss is no number, or a spike: stop, or skip it")
+    on_bad_step: str = field("stop", "a step whose loss is not a number, or a spike: stop, or skip it")
     spike: float = field(0.0, "a loss this many times the mean of the last 20 is bad too; 0 for never")
     neftune: float = field(0.0, "NEFTune's alpha: noise on the embeddings while training")
     seed: int = field(0, "seed of initialisation, data order and dropout")

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters import backend
-from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches
+from mlx_adapters import backend, threads
+from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches, rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.models.limits import check_ids, check_length, positions
@@ -38,9 +38,6 @@ _FIXED = (
     *("optimizer", "optimizer_args", "lr", "rates", "warmup", "schedule", "weight_decay", "no_decay"),
     *("clip", "on_bad_step", "spike", "neftune"),
 )
-# Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
-# is written out for every pass, and products of few rows are slower.
-_CPU_TOKENS = 640
 CHECKPOINTS = "checkpoints"  # below a run's folder
 _RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
@@ -70,13 +67,14 @@ class Step:
 @dataclass
 class Progress:
     """What a run remembers besides arrays: the best validation and how many were worse since, the losses of
-    the last steps, and how many bad ones came in a row."""
+    the last steps, how many bad ones came in a row, and how many BLAS threads: it decides the last bits."""
 
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0
     recent: list[float] = field(default_factory=list)
     bad: int = 0
+    threads: int = 0
 
     def measured(self, step: int, loss: float) -> bool:
         """Note a validation; True where it is the best so far."""
@@ -218,13 +216,14 @@ class Run:
         return self.step
 
     def __iter__(self) -> Iterator[Step]:
-        """Train to the end, yielding after every step. Raises TrainingError when the loss is no number."""
+        """Train to the end, yielding after every step. Raises TrainingError when the loss is not a number."""
         return self.steps()
 
     def steps(self, record: Callable[[Step], None] = lambda step: None) -> Iterator[Step]:
         """Like iterating. `record` gets each step before its checkpoint is written: a run that is killed in
         between takes the step again, so that what `record` keeps never lacks one."""
         self.processes.agree(repr(self.settings), "settings or data")
+        self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
         self._head = split_head(self.model)
@@ -235,6 +234,7 @@ class Run:
         for epoch, window in self._windows():
             if self._out_of_patience:
                 break
+            self.progress.threads = threads.keep_up(self.progress.threads)
             step = self._step(epoch, window)
             record(step)
             if self.step == self.total or self._out_of_patience or self.step % self.config.save_every == 0:
@@ -310,19 +310,16 @@ class Run:
         if self.processes.size == 1:
             return
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        best = self.progress.best_loss
-        recent = self.progress.recent[-_RECENT:]
-        numbers = [self.step, best is not None, best or 0.0, self.progress.best_step, self.progress.worse]
-        numbers += [self.progress.bad, len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
+        own, best = self.progress, self.progress.best_loss
+        recent = own.recent[-_RECENT:]
+        numbers = [self.step, best is not None, best or 0.0, own.best_step, own.worse, own.bad, own.threads]
+        numbers += [len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
-        # rounded to float32 in every process: all must decide alike
-        step, known, best, best_step, worse, bad, length, *losses = shared["numbers"].tolist()
-        self.step = int(step)
-        self.progress = Progress(
-            best if known else None, int(best_step), int(worse), losses[: int(length)], int(bad)
-        )
+        step, known, best, *rest = shared["numbers"].tolist()  # float32 everywhere: all must decide alike
+        self.step, best_step, worse, bad, count, length = map(int, [step, *rest[:5]])
+        self.progress = Progress(best if known else None, best_step, worse, rest[5 : 5 + length], bad, count)
 
     def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
@@ -354,10 +351,7 @@ class Run:
         if not backend.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        size = self.processes.size
-        most = max(1, _CPU_TOKENS // longest)
-        rows = math.ceil(len(group) / math.ceil(len(group) / most))  # parts of one size: 4 and 4, not 7 and 1
-        rows = size * max(1, round(rows / size))  # and of as many rows for each process
+        rows = rows_at_once(len(group), longest, self.processes.size)
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 
     def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:

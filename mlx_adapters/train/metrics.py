@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.errors import writing_to
+from mlx_adapters.files import write_whole
 from mlx_adapters.train.loop import Step
 
 __all__ = ["append", "forget_after", "plot", "read"]
@@ -13,16 +15,15 @@ __all__ = ["append", "forget_after", "plot", "read"]
 
 def append(file: Path, step: Step) -> None:
     """Add one line; it is on disk before the next step begins."""
-    with file.open("a", encoding="utf-8") as stream:
+    with writing_to(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({k: v for k, v in asdict(step).items() if v is not None}) + "\n")
 
 
 def forget_after(file: Path, step: int) -> None:
     """Drop the lines of later steps, which a resumed run takes again. A kill here loses no line."""
-    temporary = file.with_name("." + file.name)
     rows = read(file, before=step)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(file)
+    with writing_to(file):
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(file: Path, *, before: int | None = None) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def _arguments(text: str | None, kind: type) -> dict[str, Any]:
             found[name] = _value(value)
         except ValueError:
             raise ConfigError(
-                f"optimizer_args: {name}={value} is no number, true, false or list like 0.9:0.95"
+                f"optimizer_args: {name}={value} is not a number, true, false or a list like 0.9:0.95"
             ) from None
     return found
 

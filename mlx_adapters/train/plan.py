@@ -9,6 +9,7 @@ Nothing is assumed about the architecture, the method or the precision. The rows
 longest length, so the prediction is for the largest batch of the run.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from pathlib import Path
@@ -20,13 +21,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, backend, methods, model
+from mlx_adapters.data.batches import rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-__all__ = ["Plan", "overhead", "predict"]
+__all__ = ["Plan", "overhead", "predict", "predict_all"]
 
 _SHORT, _LONG = 4, 6
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
@@ -55,27 +57,52 @@ def predict(source: str | Path, *, method: str, fields: dict[str, Any], config: 
     `config.cutoff` is the length of the rows. Raises what loading and attaching raise, and UnsupportedError
     for a model whose blocks cannot be cut.
     """
+    return next(predict_all(source, method=method, fields=fields, configs=[config]))
+
+
+def predict_all(
+    source: str | Path, *, method: str, fields: dict[str, Any], configs: Sequence[TrainConfig]
+) -> Iterator[Plan]:
+    """`predict` for each of the settings. Those whose batches are computed in parts of the same size are
+    measured once: on a CPU a larger batch takes more time, and no more memory."""
     chosen = methods.make_config(method, fields)
     whole = model.load(source, lazy=True)
     depth, weights = len(whole.model.layers), _bytes(whole.model.parameters())
     adapter.attach(whole.model, method, chosen, base=model.describe(whole))
     trained = _bytes(whole.model.trainable_parameters())
     del whole
-    short = min(_SHORT, depth)
-    long = min(_LONG, depth)
-    peaks = [_peak(source, method, chosen, config, blocks) for blocks in dict.fromkeys((short, long))]
-    peak = (
-        peaks[0] if len(peaks) == 1 else peaks[0] + (peaks[1] - peaks[0]) * (depth - short) // (long - short)
-    )
-    return Plan(
-        batch_size=config.batch_size,
-        tokens=config.cutoff,
-        gradient_checkpointing=config.gradient_checkpointing,
-        weights=weights,
-        adapter=trained * _COPIES,
-        peak=peak,
-        measured=max(peaks),
-    )
+    blocks = list(dict.fromkeys((min(_SHORT, depth), min(_LONG, depth))))
+    found: dict[TrainConfig, list[int]] = {}
+    for config in configs:
+        measured = _smallest(config, configs)
+        if measured not in found:
+            found[measured] = [_peak(source, method, chosen, measured, count) for count in blocks]
+        peaks = found[measured]
+        growth = (peaks[-1] - peaks[0]) / max(1, blocks[-1] - blocks[0])
+        yield Plan(
+            batch_size=config.batch_size,
+            tokens=config.cutoff,
+            gradient_checkpointing=config.gradient_checkpointing,
+            weights=weights,
+            adapter=trained * _COPIES,
+            peak=peaks[0] + int((depth - blocks[0]) * growth),
+            measured=max(peaks),
+        )
+
+
+def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The smallest batch among `configs` that takes as much memory as that of `config`: one of two parts or
+    more, whose gradients are added up, where there is one."""
+    if not backend.on_cpu():
+        return config
+    alike = [one for one in configs if replace(one, batch_size=config.batch_size) == config]
+    alike = [one for one in alike if _part(one) == _part(config)]
+    several = [one for one in alike if one.batch_size > _part(one)]
+    return min(several or alike, key=lambda one: one.batch_size)
+
+
+def _part(config: TrainConfig) -> int:
+    return rows_at_once(config.batch_size, config.cutoff)
 
 
 def overhead(plans: list[Plan]) -> int:
@@ -84,16 +111,19 @@ def overhead(plans: list[Plan]) -> int:
 
 
 def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blocks: int) -> int:
-    """Peak bytes of training steps on the model cut to its first `blocks` blocks."""
+    """Peak bytes of a training step on the model cut to its first `blocks` blocks."""
     loaded = model.load(source, lazy=True)
     _cut(loaded.model, blocks)
     adapter.attach(loaded.model, method, chosen, base=model.describe(loaded))
     words = vocabulary(loaded.model) or loaded.config["vocab_size"]
     rows = np.random.default_rng(0).integers(0, words, (config.batch_size, config.cutoff))
     start = 1 if config.loss_on == "all" else config.cutoff // 2
-    steps = replace(config, steps=2, warmup=0, validation=0)
+    once = replace(config, steps=1, warmup=0, validation=0)
+    run = Run(loaded.model, [Example(row, start) for row in rows.tolist()], config=once)
+    # there in every step but the first, whose peak is that of all others then
+    mx.eval(loaded.model.trainable_parameters(), run.optimizer.state)
     mx.reset_peak_memory()
-    for _ in Run(loaded.model, [Example(row, start) for row in rows.tolist()], config=steps):
+    for _ in run:
         pass
     return mx.get_peak_memory()
 

@@ -25,7 +25,7 @@ from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hash
 from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, notes, read_rows
 from mlx_adapters.data.templates import default_template, written_at
 from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
-from mlx_adapters.errors import DataError, OutputError, TrainingError, writing_to
+from mlx_adapters.errors import DataError, OutputError, TrainingError, counted, writing_to
 from mlx_adapters.evaluate.tasks import load_file
 from mlx_adapters.model import Loaded, describe, fingerprint
 from mlx_adapters.models.limits import check_ids, vocabulary
@@ -269,7 +269,7 @@ def _select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[R
     kept = kept[: config.limit]
     if not kept:
         raise DataError(
-            f"{rows.origin}: all {excluded} rows stand in the excluded files, nothing is left to train on"
+            f"{rows.origin}: all rows ({excluded}) are in the excluded files, nothing is left to train on"
         )
     return replace(rows, rows=kept), excluded
 
@@ -279,7 +279,8 @@ def _split(examples: list[Example], config: TrainConfig) -> tuple[list[Example],
     if config.validation == 0:
         return examples, []
     if config.validation >= len(examples):
-        raise DataError(f"validation={config.validation} leaves none of the {len(examples)} rows to train on")
+        rows = counted(len(examples), "row")
+        raise DataError(f"validation={config.validation} leaves nothing of {rows} to train on")
     order = np.random.default_rng(config.seed).permutation(len(examples))
     return (
         [examples[i] for i in sorted(order[config.validation :])],
