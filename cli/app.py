@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mlx_adapters import __version__, children
+from mlx_adapters import __version__
 from mlx_adapters.cli import (
     chat,
     combine,
@@ -38,6 +38,7 @@ from mlx_adapters.cli import (
 )
 from mlx_adapters.cli.options import App
 from mlx_adapters.cli.screen import complain, deaf
+from mlx_adapters.cpu import children
 from mlx_adapters.errors import AdaptersError
 
 __all__ = ["app", "main"]

@@ -14,7 +14,7 @@ from mlx_adapters.errors import AdaptersError, ConfigError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
-    from mlx_adapters.model import Loaded
+    from mlx_adapters.models.load import Loaded
 
 __all__ = ["command"]
 
@@ -50,10 +50,10 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="of --web, at 127.0.0.1")] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
-    from mlx_adapters import model as models
+    from mlx_adapters.adapter.multi import load_several
     from mlx_adapters.data.templates import TEMPLATES
     from mlx_adapters.errors import unknown
-    from mlx_adapters.several import load_several
+    from mlx_adapters.models import load as models
 
     if template is not None and template not in TEMPLATES:
         raise ConfigError(unknown("template", template, TEMPLATES))
@@ -107,7 +107,7 @@ class _Chat:
         seed: int | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
-        from mlx_adapters.sampling import fresh_seed, sampler
+        from mlx_adapters.generate.sampling import fresh_seed, sampler
 
         self.loaded, self.metas, self.template, self.max_tokens = loaded, metas, template, max_tokens
         self.kwargs = kwargs
@@ -125,12 +125,12 @@ class _Chat:
 
     @property
     def name(self) -> str:
-        from mlx_adapters.several import active
+        from mlx_adapters.adapter.multi import active
 
         return (active(self.loaded.model) or ("base",))[0]
 
     def use(self, name: str | None) -> None:
-        from mlx_adapters.several import activate
+        from mlx_adapters.adapter.multi import activate
 
         if self.metas:
             activate(self.loaded.model, name)
@@ -140,7 +140,7 @@ class _Chat:
 
     def answer(self, show: Callable[[str], None]) -> str:
         """Answer the last turn, shown piece by piece; what Ctrl-C leaves is the answer."""
-        from mlx_adapters.stream import stream
+        from mlx_adapters.generate.stream import stream
 
         text, ids = "", self._ids()
         fresh = self._continue(ids)
@@ -165,8 +165,8 @@ class _Chat:
         """The tokens the model has not read yet, with the cache cut back to what it shares with `ids`."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+        from mlx_adapters.adapter.call import before_text, start_cache, virtual_ids, with_virtual
         from mlx_adapters.models.limits import check_length
-        from mlx_adapters.virtual import before_text, start_cache, virtual_ids, with_virtual
 
         model = self.loaded.model
         row = with_virtual(model, ids, self.loaded.tokenizer)

@@ -35,7 +35,7 @@ def command(
     It computes what PEFT's add_weighted_adapter does.
     """
     numbers = _numbers(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
-    from mlx_adapters.combine import combine
+    from mlx_adapters.adapter.combine import combine
 
     done = combine(adapters, numbers, dst, how=how, rank=rank, density=density, seed=seed)
     report(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.score import Record, Score
     from mlx_adapters.evaluate.tasks import Item, Task
     from mlx_adapters.evaluate.workers import Workers
-    from mlx_adapters.model import Loaded
+    from mlx_adapters.models.load import Loaded
 
 __all__ = ["columns", "command", "run_task", "score_row"]
 
@@ -109,7 +109,7 @@ def command(
     from mlx_adapters.evaluate import tasks
     from mlx_adapters.evaluate.answers import RULES
     from mlx_adapters.evaluate.score import none_right
-    from mlx_adapters.model import locate, read_config
+    from mlx_adapters.models.load import locate, read_config
     from mlx_adapters.models.origin import remembered
 
     if resume and output is None:
@@ -181,7 +181,7 @@ def run_task(
     after an interruption. `options` are those of `evaluate`, or of `evaluate_likelihood` when `scored` is
     among them.
     """
-    from mlx_adapters import threads
+    from mlx_adapters.cpu import threads
     from mlx_adapters.evaluate import score as scoring
     from mlx_adapters.evaluate.tasks import find
     from mlx_adapters.evaluate.workers import Workers
@@ -257,8 +257,8 @@ def _decoding(
     kind: str, choices: str, beams: int, temperature: float, top_p: float, top_k: int, seed: int
 ) -> dict[str, Any]:
     """The options of `evaluate` or `evaluate_likelihood`."""
-    from mlx_adapters.evaluate.decode import Decoding
     from mlx_adapters.evaluate.score import SCORED
+    from mlx_adapters.generate.decode import Decoding
 
     if kind not in DECODINGS:
         raise ConfigError(unknown("decoding", kind, DECODINGS))
@@ -311,8 +311,8 @@ def _processes(model: Path, items: int) -> int:
 def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[Loaded | Workers]":
     """The model with its adapter, here or in as many processes."""
     from mlx_adapters import adapter
-    from mlx_adapters import model as models
     from mlx_adapters.evaluate.workers import Workers
+    from mlx_adapters.models import load as models
 
     if processes > 1:
         with Workers(model, folder, processes) as workers:

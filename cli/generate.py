@@ -34,13 +34,13 @@ def command(
 ) -> None:
     """Answer one prompt, printed as it comes."""
     from mlx_adapters import adapter as adapters
-    from mlx_adapters import model as models
+    from mlx_adapters.adapter.call import before_text, start_cache, with_virtual
     from mlx_adapters.data.templates import chosen_template, conversation
     from mlx_adapters.data.tokens import prompt_ids
+    from mlx_adapters.generate.sampling import sampler
+    from mlx_adapters.generate.stream import stream
+    from mlx_adapters.models import load as models
     from mlx_adapters.models.limits import check_length
-    from mlx_adapters.sampling import sampler
-    from mlx_adapters.stream import stream
-    from mlx_adapters.virtual import before_text, start_cache, with_virtual
 
     kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
     loaded = models.load(model, answering=True)

@@ -43,7 +43,7 @@ def command(
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"--include-path {include_path}: no such folder")
     from mlx_adapters import adapter as adapters
-    from mlx_adapters import model as models
+    from mlx_adapters.models import load as models
 
     loaded = models.load(model, answering=True)
     if adapter is not None:

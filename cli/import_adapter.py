@@ -23,8 +23,8 @@ def command(
 
     The files tell the format: PEFT's, AdapterHub's, mlx-lm's or LLM-Adapters'.
     """
-    from mlx_adapters import model as models
     from mlx_adapters.convert import exchange
+    from mlx_adapters.models import load as models
     from mlx_adapters.train.session import check_output
 
     found = exchange.detect(src)

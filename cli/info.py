@@ -48,9 +48,9 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    from mlx_adapters.convert import files
-    from mlx_adapters.model import read_config
+    from mlx_adapters.files import weights
     from mlx_adapters.models import sites
+    from mlx_adapters.models.load import read_config
     from mlx_adapters.models.origin import remembered
 
     config = read_config(folder)
@@ -67,7 +67,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
         "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
-        **_weights(files.weight_files(folder)),
+        **_weights(weights.weight_files(folder)),
         "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
     }
 
@@ -93,12 +93,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _weights(found: list[Path]) -> dict[str, Any]:
-    from mlx_adapters.convert import files
+    from mlx_adapters.files import weights
 
     entries = [
         entry
         for file in found
-        for name, entry in files.header(file).items()
+        for name, entry in weights.header(file).items()
         if name != "__metadata__"
     ]  # fmt: skip
     types: Counter[str] = Counter()

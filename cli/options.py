@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.parse import from_json, from_yaml
+from mlx_adapters.files.documents import from_json, from_yaml
 
 __all__ = ["App", "fields_as_options", "json_object", "merged", "named_folders", "read_yaml", "settings"]
 

@@ -37,11 +37,11 @@ def command(
     """Predict the memory of training: which settings fit, and the command for the fastest of them."""
     import dataclasses
 
-    from mlx_adapters import backend
+    from mlx_adapters import device
     from mlx_adapters.train import plan
     from mlx_adapters.train.config import TrainConfig
 
-    limit = backend.total_memory() if memory is None else _bytes(memory)
+    limit = device.total_memory() if memory is None else _bytes(memory)
     tried = [(again, batch) for again in (False, True) for batch in _numbers(batch_sizes)]
     configs = [
         TrainConfig(batch_size=batch, cutoff=tokens, gradient_checkpointing=again, loss_on=loss_on)

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import backend, children
 from mlx_adapters.cli.screen import say
 from mlx_adapters.cli.signals import answered
+from mlx_adapters.cpu import blas, children, cores
 
 __all__ = ["launched", "supervise"]
 
@@ -36,11 +36,11 @@ def supervise(arguments: list[str], count: int) -> int:
     Signals are passed on to all of them; where one fails the others are ended. The first one speaks: an error
     in the input is met by all. What another says is shown where it ended otherwise than the first.
     """
-    backend.warn_if_slow()
+    blas.warn_if_slow()
     with tempfile.TemporaryDirectory() as scratch:
         hosts = Path(scratch) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-        shared = backend.share(count) | os.environ
+        shared = cores.share(count) | os.environ
         started: list[subprocess.Popen[bytes]] = []
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

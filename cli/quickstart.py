@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_adapters.convert.checkpoint import Converted
     from mlx_adapters.convert.peft import Verdict
     from mlx_adapters.evaluate.score import Score
-    from mlx_adapters.model import Loaded
+    from mlx_adapters.models.load import Loaded
 
 __all__ = ["command", "source_of"]
 
@@ -114,8 +114,8 @@ def source_of(model: str | None) -> tuple[str, str]:
 
 
 def _convert(source: str, folder: Path, base_id: str) -> "tuple[Converted, Loaded]":
-    from mlx_adapters import model as models
     from mlx_adapters.convert.checkpoint import convert
+    from mlx_adapters.models import load as models
     from mlx_adapters.models.origin import is_hub_id
 
     say(f"1. Convert {Path(source).name} to MLX")

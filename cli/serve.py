@@ -29,9 +29,9 @@ def command(
     """
     import threading
 
-    from mlx_adapters import model as models
+    from mlx_adapters.adapter.multi import load_several
+    from mlx_adapters.models import load as models
     from mlx_adapters.serve import Engine, Server
-    from mlx_adapters.several import load_several
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
     folders = named_folders(adapter or [], name)

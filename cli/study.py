@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters import backend, children
+from mlx_adapters import device
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
+from mlx_adapters.cpu import blas, children, cores
 from mlx_adapters.errors import AdaptersError, ConfigError, counted, unknown, writing_to
-from mlx_adapters.lock import locked
+from mlx_adapters.files.lock import locked
 
 if TYPE_CHECKING:
     from mlx_adapters.study.grid import Cell, Study
@@ -169,7 +170,7 @@ def _fitting(study: "Study") -> int:
     largest = max(study.cells, key=lambda one: counts[one.id])
     predicted = plan.predict(study.model, method=largest.method, fields=largest.fields, config=largest.train)
     each = predicted.peak + plan.overhead([predicted])
-    fitting = max(1, backend.free_memory() // each)
+    fitting = max(1, device.free_memory() // each)
     say(f"the largest cell takes {size(each)}: the free memory is enough for {fitting} at once")
     return fitting
 
@@ -181,9 +182,9 @@ def _at_once(left: "list[Cell | None]", folder: Path, jobs: int) -> None:
     names = [one.id if one else cells.BASE for one in left]
     running: dict[str, subprocess.Popen[bytes]] = {}
     own = [*_arguments(), "--output", str(folder)]
-    backend.warn_if_slow()
+    blas.warn_if_slow()
     # cells with as many threads as there are cores, each, would take them from each other
-    environment = backend.share(jobs) | os.environ
+    environment = cores.share(jobs) | os.environ
     try:
         while names or running:
             while names and len(running) < jobs:

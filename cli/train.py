@@ -16,7 +16,7 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
 from mlx_adapters.cli.signals import answered, telling
 from mlx_adapters.errors import ConfigError, counted
-from mlx_adapters.lock import locked
+from mlx_adapters.files.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def run(session: "Session", *, go_on: str = "Go on with --resume") -> float:
 
     Returns seconds.
     """
-    from mlx_adapters import threads
+    from mlx_adapters.cpu import threads
 
     started, told = time.perf_counter(), threads.most()
     with _interruptible(session.run.stop), lines("train", session.run.total) as display:
@@ -177,8 +177,9 @@ def _train(
     dtype: str | None,
     log: list[str],
 ) -> None:
-    from mlx_adapters import methods, model
+    from mlx_adapters import methods
     from mlx_adapters.data.sources import load_rows
+    from mlx_adapters.models import load as model
     from mlx_adapters.train import session as sessions
     from mlx_adapters.train.distributed import processes
 

@@ -18,16 +18,16 @@ import mlx.core as mx
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter_files import sound
+from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert.card import short_card
-from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_bn, seq_bn, series
-from mlx_adapters.model import Loaded
 from mlx_adapters.models import sites
+from mlx_adapters.models.load import Loaded
 
 __all__ = ["METHODS", "detect", "export", "import_adapter", "reduction_factor"]
 

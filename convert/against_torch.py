@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.adapter.call import call_model
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.virtual import forward
 
 __all__ = ["bound", "logits", "max_diff", "quiet_transformers", "require", "require_class"]
 
@@ -27,7 +27,7 @@ def require(*packages: str, why: str = "--verify compares with PyTorch") -> None
 
 def logits(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
     """float32 logits [tokens, vocabulary] of each prompt, whatever adapter the model carries."""
-    return [np.array(forward(model, mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
+    return [np.array(call_model(model, mx.array([ids]))[0].astype(mx.float32)) for ids in prompts]
 
 
 def max_diff(left: list[np.ndarray], right: list[np.ndarray]) -> float:

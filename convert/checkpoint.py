@@ -16,11 +16,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters import ends
-from mlx_adapters import model as models
-from mlx_adapters.convert import files
 from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.files import writing
+from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import load as models
+from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build
 from mlx_adapters.models.origin import remember, remembered
 
@@ -101,7 +102,7 @@ def convert(
     """
     start, dst = time.perf_counter(), Path(dst)
     quantize = check_options(bits, group_size, mode, recipe, dtype)
-    with files.writing(dst) as folder:
+    with writing.writing(dst) as folder:
         source = _open(str(src), revision, keep_quantized=not quantize and dtype is None)
         config = dict(source.config)
         if hub_id is not None and "source" not in remembered(config):
@@ -114,13 +115,13 @@ def convert(
         if quantize:
             config = _quantize(model, config, bits, group_size, mode, recipe)
         config = _written_config(model, config)
-        files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
+        writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
         refuse_not_finite(folder, source.name, dtype)
     return Converted(
         path=dst,
-        bytes=files.folder_bytes(dst),
+        bytes=writing.folder_bytes(dst),
         bits_per_weight=per_weight,
         parameters=parameters,
         seconds=time.perf_counter() - start,
@@ -141,7 +142,7 @@ def write_mlx(
     from mlx_lm.utils import dequantize_model
 
     model = dequantize_model(loaded.model)
-    if quantize and (found := files.not_finite(dict(tree_flatten(model.parameters())))):
+    if quantize and (found := not_finite(dict(tree_flatten(model.parameters())))):
         raise CheckpointError(_broken(str(loaded.path), *found))
     _cast(model, models.DTYPES[dtype])
     config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
@@ -149,7 +150,7 @@ def write_mlx(
         bits, group_size, mode = quantize
         config = _quantize(model, config, bits, group_size, mode, None)
     config = _written_config(model, config)
-    files.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
+    writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
     source = _Source(
         name=str(loaded.path),
         config=config,
@@ -192,18 +193,16 @@ def _open(src: str, revision: str | None, *, keep_quantized: bool) -> _Source:
     folder = models.locate(src, revision=revision)
     refuse_links(folder)
     config = models.from_hub(models.read_config(folder), src, revision)
-    weights = files.read_weights(folder) or _read_bins(folder)
+    weights = read_weights(folder) or _read_bins(folder)
     if not weights and not Path(src).exists():
         weights = _read_bins(_download_bin(src, revision))
     if not weights:
-        raise CheckpointError(
-            f"{src}: has no weights ({files.SINGLE}, {files.SINGLE_BIN}, or the index of either)"
-        )
+        raise CheckpointError(f"{src}: has no weights ({SINGLE}, {SINGLE_BIN}, or the index of either)")
     return _Source(
         name=src,
         config=config,
         weights=weights,
-        again=lambda: files.read_weights(folder) or dict(weights),
+        again=lambda: read_weights(folder) or dict(weights),
         write_tokenizer=lambda to: copy_tokenizer(folder, to),
     )
 
@@ -230,7 +229,7 @@ def _read_bins(folder: Path) -> dict[str, mx.array]:
     from mlx_adapters.convert.torch_bin import read_bin
 
     weights: dict[str, mx.array] = {}
-    for shard in files.bin_files(folder):
+    for shard in bin_files(folder):
         weights |= read_bin(shard)
     return weights
 
@@ -247,7 +246,7 @@ def _download_bin(src: str, revision: str | None) -> Path:
 def refuse_links(folder: Path) -> None:
     """CheckpointError where what is read of a model folder lies outside it."""
     settings = [folder / name for name in ("config.json", "generation_config.json")]
-    files.refuse_links_out(folder, [*settings, *files.weight_files(folder), *files.bin_files(folder)])
+    writing.refuse_links_out(folder, [*settings, *weight_files(folder), *bin_files(folder)])
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:
@@ -255,7 +254,7 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
     if not any((folder / name).exists() for name in _KINDS):
         raise CheckpointError(f"{folder}: has no tokenizer ({' or '.join(_KINDS)}); copy it there first")
     found = {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}
-    files.refuse_links_out(folder, found)
+    writing.refuse_links_out(folder, found)
     for file in found:
         if file.suffix != ".py":
             shutil.copyfile(file, to / file.name)
@@ -285,15 +284,15 @@ def _refuse_broken(source: _Source) -> None:
     model = build(dict(source.config), source.again(), source.name)
     weights = dict(tree_flatten(model.parameters()))
     del model
-    if found := files.not_finite(weights):
+    if found := not_finite(weights):
         raise CheckpointError(_broken(source.name, *found))
 
 
 def refuse_not_finite(folder: Path, name: str, dtype: str | None) -> None:
     """CheckpointError for NaN or infinity in what was written to `folder`: the model `name` in `dtype`."""
-    for file in files.weight_files(folder):
+    for file in weight_files(folder):
         written: Any = mx.load(str(file))
-        if found := files.not_finite(written):
+        if found := not_finite(written):
             tensor, what = found
             if what == "infinity" and dtype == "float16":
                 raise CheckpointError(

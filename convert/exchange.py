@@ -11,12 +11,12 @@ import mlx.core as mx
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter_files import sound
+from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
-from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
-from mlx_adapters.model import Loaded
+from mlx_adapters.files.writing import folder_bytes, writing
+from mlx_adapters.models.load import Loaded
 
 __all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
 

@@ -15,8 +15,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import adapter
-from mlx_adapters import model as models
-from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
 from mlx_adapters.convert.card import fused_card
 from mlx_adapters.convert.checkpoint import (
@@ -27,12 +25,10 @@ from mlx_adapters.convert.checkpoint import (
     write_ends,
     write_mlx,
 )
-from mlx_adapters.convert.to_transformers import (
-    CHECKED,
-    dequantized_weights,
-    write_transformers,
-)
+from mlx_adapters.convert.to_transformers import CHECKED, dequantized_weights, write_transformers
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
+from mlx_adapters.files import weights, writing
+from mlx_adapters.models import load as models
 from mlx_adapters.models.origin import remember, remembered
 
 __all__ = ["TARGETS", "Fused", "fuse"]
@@ -104,7 +100,7 @@ def fuse(
     card, loaded = _handed_on(loaded, meta)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
     torch_diff = None
-    with files.writing(dst) as place:
+    with writing.writing(dst) as place:
         (place / "README.md").write_text(card, encoding="utf-8")
         if to == "mlx":
             write_mlx(
@@ -114,7 +110,7 @@ def fuse(
             refuse_not_finite(place, str(dst), kept)
             fused = logits(_opened(place), prompts)
         else:
-            files.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
+            writing.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
             write_transformers(loaded.model, loaded.config, place, dtype=kept)
             refuse_not_finite(place, str(dst), kept)
             copy_tokenizer(loaded.path, place)
@@ -132,7 +128,7 @@ def fuse(
     difference = np.concatenate([(a - b).ravel() for a, b in zip(fused, apart, strict=True)])
     return Fused(
         path=dst,
-        bytes=files.folder_bytes(dst),
+        bytes=writing.folder_bytes(dst),
         dtype=kept,
         layers=layers,
         effect=max_diff(apart, plain),
@@ -188,8 +184,8 @@ def _precision(folder: Path) -> str:
     """The type that most of a folder's weights have."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     sizes: dict[str, int] = {}
-    for file in files.weight_files(folder):
-        for entry in files.header(file).values():
+    for file in weights.weight_files(folder):
+        for entry in weights.header(file).values():
             if kind := names.get(entry["dtype"]):
                 sizes[kind] = sizes.get(kind, 0) + entry["data_offsets"][1] - entry["data_offsets"][0]
     return max(sizes, key=lambda kind: sizes[kind], default="float32")

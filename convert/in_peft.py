@@ -1,7 +1,7 @@
 """What PEFT opens of an adapter, by what transformers has at the names of its layers.
 
 PEFT raises at a layer whose module it does not know, and leaves out tensors whose layer it does not find
-without a word. Measured on transformers 5.24 and PEFT 0.21 (tests/test_peft_opens.py opens what is exported):
+without a word. Measured on transformers 5.24 and PEFT 0.21 (`test_peft_opens.py` opens what is exported):
 nothing here is needed where the names are the same and the module is a linear layer.
 """
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter_files import sound
+from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert.card import short_card
-from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import assemble, need, take_apart
 from mlx_adapters.convert.peft import base_name
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, AdaptersError
+from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.peft_fields import check_fields
-from mlx_adapters.model import Loaded
 from mlx_adapters.models import sites
+from mlx_adapters.models.load import Loaded
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 

@@ -17,13 +17,13 @@ import mlx.core as mx
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.card import short_card
-from mlx_adapters.convert.files import writing
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import dora, lora
 from mlx_adapters.methods.experts import PARTS, by_matrix
-from mlx_adapters.model import Loaded
 from mlx_adapters.models.config import OWN
+from mlx_adapters.models.load import Loaded
 from mlx_adapters.models.sites import to_hf
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]

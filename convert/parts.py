@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.model import Loaded, describe
+from mlx_adapters.models.load import Loaded, describe
 
 __all__ = ["Parts", "assemble", "need", "take_apart"]
 

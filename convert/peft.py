@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters import adapter, methods
-from mlx_adapters import model as models
+from mlx_adapters.adapter.call import start_cache, with_virtual
 from mlx_adapters.convert.against_torch import (
     bound,
     logits,
@@ -26,13 +26,13 @@ from mlx_adapters.convert.against_torch import (
     require_class,
 )
 from mlx_adapters.convert.card import adapter_card
-from mlx_adapters.convert.files import folder_bytes, writing
 from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.files.writing import folder_bytes, writing
+from mlx_adapters.models import load as models
 from mlx_adapters.models import sites
 from mlx_adapters.models.origin import is_hub_id
-from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
 

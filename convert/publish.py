@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.card import LOCAL
-from mlx_adapters.convert.files import writing
 from mlx_adapters.errors import ConfigError, DataError, OutputError
 from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
 from mlx_adapters.evaluate.score import Score, summarise
+from mlx_adapters.files.writing import writing
 from mlx_adapters.models.origin import is_hub_id
 
 if TYPE_CHECKING:

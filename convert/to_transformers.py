@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import plain_weight
-from mlx_adapters.model import DTYPES
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import sites
+from mlx_adapters.models.load import DTYPES
 
 __all__ = ["CHECKED", "dequantized_weights", "write_transformers"]
 

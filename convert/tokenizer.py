@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
 
 __all__ = ["add_ends", "add_tokens", "byte_level_bpe", "ensure_tokenizer", "sentencepiece_bpe"]
 

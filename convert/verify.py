@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import model as models
-from mlx_adapters.convert import files
 from mlx_adapters.convert.against_torch import (
     bound,
     logits,
@@ -21,6 +19,8 @@ from mlx_adapters.convert.against_torch import (
 )
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.files import weights
+from mlx_adapters.models import load as models
 
 __all__ = ["Verdict", "verify_model"]
 
@@ -118,5 +118,5 @@ def _may_round(src: Path | str, dst: Path) -> bool:
 
 
 def _float_types(folder: Path) -> set[str]:
-    entries = [entry for file in files.weight_files(folder) for entry in files.header(file).values()]
+    entries = [entry for file in weights.weight_files(folder) for entry in weights.header(file).values()]
     return {entry["dtype"] for entry in entries if "F" in entry["dtype"]}

@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters import adapter, methods, model
+from mlx_adapters import adapter, methods
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import AdapterLayer, Site, dims, linear_like, plain_weight, resolve_targets
+from mlx_adapters.models import load as model
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.session import prepare
 

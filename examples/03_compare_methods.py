@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import adapter, model
+from mlx_adapters import adapter
 from mlx_adapters.cli.eval import run_task
 from mlx_adapters.cli.quickstart import source_of
 from mlx_adapters.cli.screen import duration, table
@@ -22,6 +22,7 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.evaluate import tasks
+from mlx_adapters.models import load as model
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.session import prepare
 

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from importlib import metadata, util
 
-from mlx_adapters import __version__, backend, threads
+from mlx_adapters import __version__, device
+from mlx_adapters.cpu import blas, threads
 
 __all__ = ["Finding", "doctor", "gflops"]
 
@@ -69,7 +70,7 @@ def _forced() -> list[Finding]:
     """OpenBLAS takes its kernels from this variable instead of the processor: with the wrong ones a training
     step was a fifth slower."""
     kind = os.environ.get("OPENBLAS_CORETYPE")
-    if not kind or backend.blas().name != "OpenBLAS":
+    if not kind or blas.blas().name != "OpenBLAS":
         return []
     remedy = (
         "unset OPENBLAS_CORETYPE, unless it is set for a reason: OpenBLAS picks kernels for this processor"
@@ -99,20 +100,20 @@ def _compute() -> list[Finding]:
         import mlx.core as mx
 
         found = _threads()
-        device = "CPU" if backend.on_cpu() else str(mx.device_info().get("device_name", "GPU"))
+        unit = "CPU" if device.on_cpu() else str(mx.device_info().get("device_name", "GPU"))
         speed = gflops()
     except Exception as error:  # a missing library, or a device that cannot compute
         reason = " ".join(str(error).split())
         return [Finding("device", f"MLX does not work ({reason})", False, 'pip install "mlx-adapters[cpu]"')]
-    if not backend.on_cpu():
-        return [Finding("device", device), Finding("speed", f"{speed:.0f} GFLOP/s in float32")]
-    blas = backend.blas()
-    where = f", {blas.path}" if blas.path else ""
-    library = Finding("BLAS", f"{blas.name} ({blas.reason}{where})", blas.remedy is None, blas.remedy)
+    if not device.on_cpu():
+        return [Finding("device", unit), Finding("speed", f"{speed:.0f} GFLOP/s in float32")]
+    used = blas.blas()
+    where = f", {used.path}" if used.path else ""
+    library = Finding("BLAS", f"{used.name} ({used.reason}{where})", used.remedy is None, used.remedy)
     slow = speed < _SLOW_GFLOPS
-    remedy = blas.remedy or "is the machine busy? Try again" if slow else None
+    remedy = used.remedy or "is the machine busy? Try again" if slow else None
     return [
-        Finding("device", device),
+        Finding("device", unit),
         library,
         *_forced(),
         *found,
@@ -121,8 +122,8 @@ def _compute() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    free = backend.free_memory()
-    value = f"{backend.total_memory() / 1e9:.1f} GB, {free / 1e9:.1f} GB available"
+    free = device.free_memory()
+    value = f"{device.total_memory() / 1e9:.1f} GB, {free / 1e9:.1f} GB available"
     if free < _LOW_MEMORY:
         return Finding("memory", value, False, "close programs, or train with a smaller --batch-size")
     return Finding("memory", value)

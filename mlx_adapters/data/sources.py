@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import DataError
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
 
 __all__ = [
     "FORMATS",

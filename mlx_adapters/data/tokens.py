@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.data.sources import Rows, check_fields
-from mlx_adapters.data.templates import Rendered, render
+from mlx_adapters.data.templates import render
 from mlx_adapters.errors import ConfigError, DataError, unknown
+from mlx_adapters.models.chat_template import Rendered
 
 __all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
 

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.data.templates import chat_writer
+from mlx_adapters.adapter.call import before_text
 from mlx_adapters.data.tokens import end_id
 from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
-from mlx_adapters.evaluate.decode import Decoding, generate_ids
-from mlx_adapters.evaluate.likelihood import scored
-from mlx_adapters.model import Loaded
+from mlx_adapters.generate.decode import Decoding, generate_ids
+from mlx_adapters.generate.likelihood import scored
+from mlx_adapters.models.chat_template import chat_writer
 from mlx_adapters.models.limits import made_for
-from mlx_adapters.virtual import before_text
+from mlx_adapters.models.load import Loaded
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -15,9 +15,9 @@ from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.errors import DataError, OutputError, writing_to
 from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
-from mlx_adapters.files import write_whole
-from mlx_adapters.lock import hold
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
+from mlx_adapters.files.lock import hold
+from mlx_adapters.files.writing import write_whole
 
 __all__ = ["RecordFile", "read_report"]
 

@@ -13,9 +13,9 @@ from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.answers import EXTRACTIONS, Extraction, correct, extract
 from mlx_adapters.evaluate.choices import Choices, as_label, parse
-from mlx_adapters.evaluate.decode import GREEDY, Decoding, generate
-from mlx_adapters.evaluate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.evaluate.tasks import Item, Task, find
+from mlx_adapters.generate.decode import GREEDY, Decoding, generate
+from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
 
 __all__ = [
     "SCORED",

@@ -15,7 +15,7 @@ from mlx_adapters.data.sources import read_rows
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.evaluate.choices import KINDS, WORDS, Kind, as_label
 from mlx_adapters.evaluate.hub import HUB, pairs
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
 
 __all__ = ["GROUPS", "TASKS", "Item", "Task", "find", "from_rows", "load", "load_file", "load_items", "names"]
 

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_adapters import backend, children, threads
+from mlx_adapters import device
+from mlx_adapters.cpu import blas, children, cores, threads
 from mlx_adapters.errors import AdaptersError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ def processes_for(folder: Path, items: int) -> int:
     Not on a GPU, which one process keeps busy, nor where the environment says how many cores to use, nor
     where other programs leave no second core.
     """
-    if not backend.on_cpu() or backend.cores() < 2 or backend.limited() or items < _MANY:
+    if not device.on_cpu() or cores.count() < 2 or cores.limited() or items < _MANY:
         return 1
-    from mlx_adapters.convert.files import weight_files
-    from mlx_adapters.model import read_config  # late: a worker first hides torch from it
+    from mlx_adapters.files.weights import weight_files
+    from mlx_adapters.models.load import read_config  # late: a worker first hides torch from it
 
     stored = sum(file.stat().st_size for file in weight_files(folder))
     written_out = stored * (8 if "quantization" in read_config(folder) else 2)  # float32 at most
-    if 4 * written_out >= backend.free_memory():
+    if 4 * written_out >= device.free_memory():
         return 1
     return 2 if threads.most() <= 1 or threads.settle() > 1 else 1
 
@@ -52,7 +53,7 @@ class Workers:
     def __init__(self, model: str | Path, adapter: Path | None, count: int) -> None:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        backend.warn_if_slow()
+        blas.warn_if_slow()
         try:
             for _ in range(count):
                 self._start(str(model), adapter, count)
@@ -67,7 +68,7 @@ class Workers:
         process = children.start(
             "mlx_adapters.evaluate.workers",
             [str(theirs.fileno())],
-            env=backend.share(count) | os.environ,
+            env=cores.share(count) | os.environ,
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -143,8 +144,8 @@ def _work(connection: Connection) -> None:
     if hides_torch:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     from mlx_adapters import adapter as adapters
-    from mlx_adapters import model as models
     from mlx_adapters.evaluate.score import answered
+    from mlx_adapters.models import load as models
 
     try:
         loaded = models.load(model, answering=True)

@@ -1,7 +1,7 @@
 """A model from its configuration and its weights, by one rule for loading and for converting.
 
 mlx-lm's own `load_model` reads every model*.safetensors in the folder; which files are the model is
-`mlx_adapters.convert.files`' to say, so the tensors are given here.
+`mlx_adapters.files.weights`' to say, so the tensors are given here.
 """
 
 from typing import Any

@@ -36,7 +36,7 @@ _OUT_ELSE = re.compile(r"w2|value")  # into the sublayer where one of the others
 
 
 # (norm before attention, norm before the MLP) of a block that holds these norms, those behind, and no others:
-# beside others the same names may mean something else. tests/test_discovery.py checks each by running it.
+# beside others the same names may mean something else. `test_discovery.py` checks each by running it.
 _NORMS: dict[frozenset[str], tuple[str, str]] = {
     frozenset((*before, *behind)): before
     for before, behind in (

@@ -16,17 +16,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_adapters import adapter, backend, methods
+from mlx_adapters import adapter, device, methods
+from mlx_adapters.adapter.call import apart, call_model, start_cache
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError
-from mlx_adapters.evaluate.decode import generate_ids
-from mlx_adapters.evaluate.likelihood import loglikelihoods
+from mlx_adapters.generate.decode import generate_ids
+from mlx_adapters.generate.likelihood import loglikelihoods
 from mlx_adapters.methods.base import LINEARS
 from mlx_adapters.models import sites
 from mlx_adapters.models.samples import IDS, architectures, file_of, sample, sample_config
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
-from mlx_adapters.virtual import apart, forward, start_cache
 
 __all__ = ["architectures", "attached", "fault", "stands_on", "support", "targets", "trial"]
 
@@ -47,8 +47,8 @@ def fault(model_type: str) -> str | None:
     """Why no answer of a `model_type` can be trusted, whatever the method; None if it can."""
     network = sample(model_type)
     try:
-        error = apart(_in_pieces(network, IDS), forward(network, IDS))
-        if not error <= backend.rounding(mx.float32):
+        error = apart(_in_pieces(network, IDS), call_model(network, IDS))
+        if not error <= device.rounding(mx.float32):
             return (
                 f"mlx-lm's {file_of(model_type)} reads a text otherwise at once than token by token (logits "
                 f"differ by {error:.0e})"
@@ -128,7 +128,7 @@ def _without_step(network: nn.Module) -> str | None:
     examples = [Example(row[:length], 1) for row, length in zip(rows, _LENGTHS)]
     config = TrainConfig(steps=1, batch_size=len(examples), warmup=0, lr=1e-2)
     (step,) = Run(network, examples, config=config)
-    if not math.isclose(step.loss, expected, rel_tol=backend.rounding(mx.float32)):
+    if not math.isclose(step.loss, expected, rel_tol=device.rounding(mx.float32)):
         return f"the loss of its first step is {step.loss:.4f}; read as for an answer it is {expected:.4f}"
     after = tree_flatten(network.trainable_parameters())
     lost = [name for name, array in after if mx.array_equal(array, before[name])]
@@ -146,7 +146,7 @@ def _batches(network: nn.Module) -> bool:
         answers.append([found[index] for index in range(len(prompts))])
         likely = dict(loglikelihoods(network, [(row, [row]) for row in prompts], batch_size=size))
         scores.append([likely[index][0] for index in range(len(prompts))])
-    return answers[0] == answers[1] and np.allclose(scores[0], scores[1], rtol=backend.rounding(mx.float32))
+    return answers[0] == answers[1] and np.allclose(scores[0], scores[1], rtol=device.rounding(mx.float32))
 
 
 def _in_pieces(network: nn.Module, ids: mx.array) -> mx.array:
@@ -154,7 +154,7 @@ def _in_pieces(network: nn.Module, ids: mx.array) -> mx.array:
     cache = start_cache(network, ids.shape[0]) or make_prompt_cache(network)
     ends = [4, *range(5, ids.shape[1])]
     return mx.concatenate(
-        [forward(network, part, cache=cache) for part in mx.split(ids, ends, axis=1)], axis=1
+        [call_model(network, part, cache=cache) for part in mx.split(ids, ends, axis=1)], axis=1
     )
 
 

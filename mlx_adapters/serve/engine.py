@@ -13,19 +13,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from mlx_adapters import threads
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.call import start_cache, with_virtual
+from mlx_adapters.adapter.multi import activate, active
+from mlx_adapters.cpu import threads
 from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import AdaptersError, DataError
-from mlx_adapters.model import Loaded
+from mlx_adapters.generate.sampling import fresh_seed, penalties, sampler
+from mlx_adapters.generate.stream import Piece as Written
+from mlx_adapters.generate.stream import stream
 from mlx_adapters.models.limits import made_for
-from mlx_adapters.sampling import fresh_seed, penalties, sampler
+from mlx_adapters.models.load import Loaded
 from mlx_adapters.serve.requests import Ask, RequestError
-from mlx_adapters.several import activate, active
-from mlx_adapters.stream import Piece as Written
-from mlx_adapters.stream import stream
-from mlx_adapters.virtual import start_cache, with_virtual
 
 __all__ = ["Engine", "Job", "Piece"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
 
 __all__ = ["Ask", "Message", "RequestError", "parse"]
 

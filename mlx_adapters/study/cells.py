@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import OutputError, writing_to
-from mlx_adapters.files import write_whole
+from mlx_adapters.files.writing import write_whole
 from mlx_adapters.study.grid import GENERATED, Cell, Study
 
 __all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "same_rules", "write_json"]
@@ -113,9 +113,9 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _trained(
     study: Study, cell: Cell, folder: Path, train: Train, warn: Callable[[str], None]
 ) -> dict[str, Any]:
-    from mlx_adapters import model
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows, load_rows
+    from mlx_adapters.models import load as model
     from mlx_adapters.train.session import excluded_hashes, prepare
 
     file, adapter = folder / "trained.json", folder / "adapter"
@@ -157,11 +157,11 @@ def _measured(
     study: Study, folder: Path, answer: Answer, *, adapter: bool
 ) -> tuple[list[dict[str, Any]], float]:
     from mlx_adapters import adapter as adapters
-    from mlx_adapters import model
     from mlx_adapters.data.templates import chosen_template
     from mlx_adapters.evaluate import tasks
-    from mlx_adapters.evaluate.decode import Decoding
     from mlx_adapters.evaluate.records import RecordFile
+    from mlx_adapters.generate.decode import Decoding
+    from mlx_adapters.models import load as model
 
     settings, file = study.settings, folder / "eval.json"
     if file.exists():  # killed between the answers and the result
@@ -210,8 +210,9 @@ def _measured(
 
 def parameters(study: Study) -> dict[str, int]:
     """{cell: trainable parameters}, from the model's configuration alone: no weight is read."""
-    from mlx_adapters import adapter, methods, model
+    from mlx_adapters import adapter, methods
     from mlx_adapters.models import config as model_config
+    from mlx_adapters.models import load as model
 
     config = (
         model_config.normalise(study.config) if study.config else model.read_config(model.locate(study.model))

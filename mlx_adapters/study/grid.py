@@ -28,7 +28,7 @@ from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.evaluate.answers import RULES, Extraction
 from mlx_adapters.evaluate.protocol import DEFAULTS, PROTOCOLS, chosen
 from mlx_adapters.fields import field, parse_fields
-from mlx_adapters.parse import from_yaml
+from mlx_adapters.files.documents import from_yaml
 from mlx_adapters.train.config import TrainConfig
 
 __all__ = ["GENERATED", "Cell", "Study", "read"]

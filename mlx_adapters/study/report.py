@@ -15,7 +15,7 @@ from typing import Any
 from mlx_adapters import __version__
 from mlx_adapters.errors import counted, writing_to
 from mlx_adapters.evaluate.score import Z95
-from mlx_adapters.files import write_whole
+from mlx_adapters.files.writing import write_whole
 from mlx_adapters.study.cells import BASE, cell_folder, finished
 from mlx_adapters.study.grid import Study
 from mlx_adapters.study.plots import draw

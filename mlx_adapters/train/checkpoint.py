@@ -23,9 +23,9 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_adapters.convert.files import header
 from mlx_adapters.errors import TrainingError, writing_to
-from mlx_adapters.parse import from_json
+from mlx_adapters.files.documents import from_json
+from mlx_adapters.files.weights import header
 
 __all__ = ["digest", "latest", "load_adapter", "restore", "save", "setting"]
 

@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_adapters import backend
+from mlx_adapters.adapter.call import call_model, needs_cache, virtual_ids
+from mlx_adapters.cpu import kernels
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import TrainingError, UnsupportedError
 from mlx_adapters.train.loss import Targets, targets
@@ -31,7 +32,6 @@ from mlx_adapters.train.shared_prefix import (
     states_in,
     untrained,
 )
-from mlx_adapters.virtual import forward, needs_cache, virtual_ids
 
 __all__ = ["Gradient", "Loss", "compiling"]
 
@@ -64,9 +64,9 @@ class Gradient:
         self._functions: dict[str, Callable[..., Any]] = {}
         self._shapes: set[Any] = set()
         if compiled:
-            backend.own_kernels()
+            kernels.own_kernels()
             # what is not computed yet would become a part of the function, computed again in every step
-            mx.eval(model.parameters(), forward(model, mx.array([[1, 2, 3, 4]])))
+            mx.eval(model.parameters(), call_model(model, mx.array([[1, 2, 3, 4]])))
         self._forget()
 
     def __call__(self, loss: Loss, window: Sequence[Batch]) -> tuple[mx.array, Any]:
@@ -152,7 +152,7 @@ def _tracing(model: nn.Module, packing: Packing | None, losses: list[Loss]) -> d
         """The states of the shared tokens."""
         model.update(parameters)
         caches = reading(model)
-        forward(model, ids, cache=caches)
+        call_model(model, ids, cache=caches)
         return states_in(caches)
 
     def open(parameters: Any, slopes: States, *arrays: mx.array) -> tuple[mx.array, Any]:
@@ -164,7 +164,7 @@ def _tracing(model: nn.Module, packing: Packing | None, losses: list[Loss]) -> d
             if len(arrays) > 1:
                 own = losses[0](Targets(*arrays), caches)
             else:
-                forward(model, arrays[0][:, :-1], cache=caches)
+                call_model(model, arrays[0][:, :-1], cache=caches)
             moving = states_in(caches)[len(caches) - len(slopes) :]
             for pair, slope in zip(moving, slopes, strict=True):
                 onward = onward + (pair[0] * slope[0]).sum() + (pair[1] * slope[1]).sum()

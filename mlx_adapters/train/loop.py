@@ -11,7 +11,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters import backend, threads
+from mlx_adapters import device
+from mlx_adapters.adapter.call import before_text
+from mlx_adapters.cpu import threads
 from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches, rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
@@ -28,7 +30,6 @@ from mlx_adapters.train.packing import Packing
 from mlx_adapters.train.recompute import recompute_blocks
 from mlx_adapters.train.shared_prefix import can_share
 from mlx_adapters.train.update import Update
-from mlx_adapters.virtual import before_text
 
 __all__ = ["CHECKPOINTS", "Progress", "Run", "Step", "validate"]
 
@@ -176,7 +177,7 @@ class Run:
     @property
     def compiles(self) -> bool:
         """Whether the steps are compiled: as the settings say, else on a GPU."""
-        return self.config.compile == "on" or (self.config.compile == "auto" and not backend.on_cpu())
+        return self.config.compile == "on" or (self.config.compile == "auto" and not device.on_cpu())
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step; None without a folder."""
@@ -230,7 +231,7 @@ class Run:
         shares = not self.config.neftune and not self.config.packing and can_share(self.model)
         self._gradient = Gradient(self.model, packing=self._packing, compiled=self.compiles, shares=shares)
         self.model.train()
-        backend.prepare_memory()
+        device.prepare_memory()
         for epoch, window in self._windows():
             if self._out_of_patience:
                 break
@@ -268,7 +269,7 @@ class Run:
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            memory=backend.peak_memory(),
+            memory=device.peak_memory(),
             validation_loss=validation,
             skipped=not good,
             stopped=reason,
@@ -348,7 +349,7 @@ class Run:
     def _parts(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
         fewer rows take less memory and stay nearer. A GPU wants all rows together."""
-        if not backend.on_cpu():
+        if not device.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
         rows = rows_at_once(len(group), longest, self.processes.size)

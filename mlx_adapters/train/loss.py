@@ -22,10 +22,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters import backend, exponential
+from mlx_adapters import device
+from mlx_adapters.adapter.call import apart, call_model
+from mlx_adapters.cpu import exponential
+from mlx_adapters.cpu.quantized import dequantize
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.quantized import dequantize
-from mlx_adapters.virtual import apart, forward
 
 __all__ = ["Head", "Targets", "loss_sum", "split_head", "targets"]
 
@@ -98,9 +99,9 @@ def split_head(model: nn.Module) -> Head | None:
     if not callable(backbone) or any(getattr(arguments, name, None) for name in _TWISTS):
         return None
     probe = mx.array([[1, 2, 3, 4]])
-    expected = forward(model, probe)
+    expected = call_model(model, probe)
     try:
-        hidden = forward(model, probe, backbone=backbone)
+        hidden = call_model(model, probe, backbone=backbone)
     except TypeError:  # it wants more than token ids and a cache
         return None
     if not isinstance(hidden, mx.array) or hidden.shape[:2] != probe.shape:
@@ -130,9 +131,9 @@ def loss_sum(
     """
     inputs = batch.ids[:, :-1]
     if head is None:
-        logits = forward(model, inputs, cache=cache)
+        logits = call_model(model, inputs, cache=cache)
         return _cross_entropy(logits.reshape(-1, logits.shape[-1])[batch.positions], batch)
-    hidden = forward(model, inputs, backbone=head.backbone, cache=cache)
+    hidden = call_model(model, inputs, backbone=head.backbone, cache=cache)
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     if not head.frozen:
         return _cross_entropy(head.project(hidden), batch)
@@ -162,8 +163,8 @@ def _by_words(
 ) -> tuple[mx.array, mx.array]:
     """(loss, its gradient with respect to `hidden`), one part of the vocabulary after the other."""
     count, vocabulary = hidden.shape[0], layer.weight.shape[0]
-    device = "cpu" if backend.on_cpu() else "gpu"
-    words = max(1, _LOGITS[device] // (max(1, count) * _WORDS)) * _WORDS
+    kind = "cpu" if device.on_cpu() else "gpu"
+    words = max(1, _LOGITS[kind] // (max(1, count) * _WORDS)) * _WORDS
     most = mx.full((count, 1), -math.inf)
     chosen, z = mx.zeros((count,)), mx.zeros((count, 1))
     expected = mx.zeros(hidden.shape)
@@ -178,7 +179,7 @@ def _by_words(
         place = mx.clip(place, 0, logits.shape[1] - 1)
         chosen = chosen + mx.where(inside, mx.take_along_axis(logits, place[:, None], axis=-1)[:, 0], 0.0)
         before, most = most, mx.maximum(most, logits.max(axis=-1, keepdims=True))
-        p = exponential.shifted_exp(logits, most) if device == "cpu" else mx.exp(logits - most)
+        p = exponential.shifted_exp(logits, most) if kind == "cpu" else mx.exp(logits - most)
         less = mx.exp(before - most)
         done = z = z * less + p.sum(axis=-1, keepdims=True)
         if gradient:
@@ -200,7 +201,7 @@ class _Words:
         self.packed: nn.Module | None = None
         if not isinstance(layer, _PACKED):
             self.weight = layer.weight[part]
-        elif backend.on_cpu():
+        elif device.on_cpu():
             self.weight = dequantize(_packed_rows(layer, part), after=after)
         else:
             self.packed = _packed_rows(layer, part)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import writing_to
-from mlx_adapters.files import write_whole
+from mlx_adapters.files.writing import write_whole
 from mlx_adapters.train.loop import Step
 
 __all__ = ["append", "forget_after", "plot", "read"]

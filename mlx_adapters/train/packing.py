@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.backend import rounding
+from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
+from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.virtual import forward, start_cache, virtual_ids
 
 __all__ = ["Packing"]
 
@@ -64,7 +64,7 @@ class Packing:
         ids = mx.array([[1, 2, 3, 4, 3, 2, 1], [4, 3, 2, 1, 1, 2, 3]])
         starts = mx.array([[0] * first + [first] * second for first, second in rows])
         parts = [
-            [forward(self.model, part) for part in mx.split(ids[number : number + 1], [first], axis=1)]
+            [call_model(self.model, part) for part in mx.split(ids[number : number + 1], [first], axis=1)]
             for number, (first, _) in enumerate(rows)
         ]
         expected = mx.concatenate([mx.concatenate(row, axis=1) for row in parts])

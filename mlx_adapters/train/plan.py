@@ -20,10 +20,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter, backend, methods, model
+from mlx_adapters import adapter, device, methods
 from mlx_adapters.data.batches import rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models import load as model
 from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
@@ -93,7 +94,7 @@ def predict_all(
 def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
     """The smallest batch among `configs` that takes as much memory as that of `config`: one of two parts or
     more, whose gradients are added up, where there is one."""
-    if not backend.on_cpu():
+    if not device.on_cpu():
         return config
     alike = [one for one in configs if replace(one, batch_size=config.batch_size) == config]
     alike = [one for one in alike if _part(one) == _part(config)]
@@ -107,7 +108,7 @@ def _part(config: TrainConfig) -> int:
 
 def overhead(plans: list[Plan]) -> int:
     """Bytes this process took besides MLX's arrays: Python, libraries, the allocator's slack."""
-    return max(0, backend.peak_memory() - max(plan.measured for plan in plans)) if backend.on_cpu() else 0
+    return max(0, device.peak_memory() - max(plan.measured for plan in plans)) if device.on_cpu() else 0
 
 
 def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blocks: int) -> int:

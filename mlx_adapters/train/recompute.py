@@ -21,10 +21,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_adapters.backend import rounding
+from mlx_adapters.adapter.call import call_model, needs_cache
+from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import drawing_from
-from mlx_adapters.virtual import forward, needs_cache
 
 __all__ = ["recompute_blocks"]
 
@@ -74,7 +74,7 @@ def _gradient(model: nn.Module, blocks: list[nn.Module]) -> dict[str, mx.array]:
         block._set_training_mode(True)  # not what is in it: only blocks in training recompute themselves
 
     def loss() -> mx.array:
-        logits = forward(model, probe[:, :-1]).astype(mx.float32)
+        logits = call_model(model, probe[:, :-1]).astype(mx.float32)
         return nn.losses.cross_entropy(logits, probe[:, 1:]).sum()
 
     needs_cache(model)

@@ -23,12 +23,13 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
 from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, notes, read_rows
-from mlx_adapters.data.templates import default_template, written_at
+from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
 from mlx_adapters.errors import DataError, OutputError, TrainingError, counted, writing_to
 from mlx_adapters.evaluate.tasks import load_file
-from mlx_adapters.model import Loaded, describe, fingerprint
+from mlx_adapters.models.chat_template import written_at
 from mlx_adapters.models.limits import check_ids, vocabulary
+from mlx_adapters.models.load import Loaded, describe, fingerprint
 from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes

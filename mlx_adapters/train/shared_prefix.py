@@ -19,11 +19,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_adapters.backend import rounding
+from mlx_adapters.adapter.call import call_model, start_cache
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.evaluate.prefill import common_prefix
+from mlx_adapters.device import rounding
+from mlx_adapters.generate.prefill import common_prefix
 from mlx_adapters.methods.base import Dropout
-from mlx_adapters.virtual import forward, start_cache
 
 __all__ = [
     "SharedCache",
@@ -92,10 +92,10 @@ def can_share(model: nn.Module) -> bool:
         if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
             return False
         rows = mx.array([[1, 2, 3, 4, 3, 2], [1, 2, 3, 2, 2, 1]])
-        expected = forward(model, rows)
+        expected = call_model(model, rows)
         caches = reading(model)
-        first = forward(model, rows[:1, :3], cache=caches)
-        rest = forward(model, rows[:, 3:], cache=going_on(states_in(caches)))
+        first = call_model(model, rows[:1, :3], cache=caches)
+        rest = call_model(model, rows[:, 3:], cache=going_on(states_in(caches)))
         found = mx.concatenate([mx.broadcast_to(first, (2, *first.shape[1:])), rest], axis=1)
         apart = mx.abs(found - expected).max() / mx.abs(expected).max()
         return bool(apart <= rounding(expected.dtype))

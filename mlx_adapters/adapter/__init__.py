@@ -1,0 +1,46 @@
+"""Adapters on a model, and the folders that hold them."""
+
+from mlx_adapters.adapter.folder import (
+    CONFIG,
+    META,
+    SEEN,
+    WEIGHTS,
+    AdapterMeta,
+    attach,
+    build,
+    count,
+    fill,
+    layers,
+    load,
+    named_tensors,
+    peft_config,
+    read_meta,
+    save,
+    tensors,
+    write,
+)
+from mlx_adapters.adapter.reading import by_layer, read_fields, read_tensors, refuse_links
+
+__all__ = [
+    "AdapterMeta",
+    "CONFIG",
+    "META",
+    "SEEN",
+    "WEIGHTS",
+    "attach",
+    "build",
+    "by_layer",
+    "count",
+    "fill",
+    "layers",
+    "load",
+    "named_tensors",
+    "peft_config",
+    "read_fields",
+    "read_meta",
+    "read_tensors",
+    "refuse_links",
+    "save",
+    "tensors",
+    "write",
+]

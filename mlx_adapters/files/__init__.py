@@ -1,0 +1,1 @@
+"""Files: writing them whole, reading strangers' documents and weights, and locks."""

@@ -1,0 +1,1 @@
+"""Answers of a model: decoding, sampling, beam search, and the likelihood of given answers."""

@@ -1,0 +1,123 @@
+"""Chat through a pipe and a terminal: turns, cache, switching."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tiny import make_tiny
+from trained import make_adapter
+
+from mlx_adapters.adapter.multi import load_several
+from mlx_adapters.cli.chat import _Chat
+from mlx_adapters.models import load as models
+
+COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app", "chat"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chat")
+    folder = make_tiny("llama", root)
+    for method, fields in METHODS.items():
+        make_adapter(folder, root / method, method, fields, seed=3)
+    return folder
+
+
+def test_the_cache_changes_nothing(base: Path) -> None:
+    """Three turns under each adapter and the base: as with a cache made new for every answer."""
+    loaded = models.load(base)
+    metas = load_several(loaded, {name: base.parent / name for name in METHODS})
+    loaded.model.eval()
+    chat, fresh = (_Chat(loaded, metas, "plain", 12, 0.0, 1.0) for _ in range(2))
+    said = set()
+    for name in [None, *METHODS]:
+        for one in (chat, fresh):
+            one.use(name)
+            one.turns = []
+        for number, line in enumerate(("tom has 3 apples", "how many ?", "buys 4 more")):
+            answers = []
+            for one in (chat, fresh):
+                one.turns.append({"role": "user", "content": line})
+                if one is fresh:
+                    one.forget()
+                answers.append(one.answer(lambda _: None))
+                one.turns.append({"role": "assistant", "content": answers[-1]})
+            assert answers[0] == answers[1], (name, number)
+        said.add(json.dumps(chat.turns))
+    assert len(said) == 1 + len(METHODS), "each adapter answers in its own way"
+
+
+def test_a_second_turn_reads_only_what_is_new(base: Path) -> None:
+    loaded = models.load(base)
+    chat = _Chat(loaded, {}, "plain", 4, 0.0, 1.0)
+    ids = list(range(5, 25))
+    assert chat._continue(ids) == ids
+    chat.read = ids
+    loaded.model(mx.array([ids]), cache=chat.cache)
+    assert chat._continue([*ids, 30, 31]) == [30, 31]
+    assert chat._continue([*ids[:6], 40]) == [40]
+
+
+def test_a_pipe_gets_answers_without_control_codes(base: Path, tmp_path: Path) -> None:
+    lines = [
+        "tom has 3 apples",
+        "/nope",
+        "/adapter off",
+        "/compare",
+        "how many ?",
+        f"/save {tmp_path}/c.json",
+    ]
+    command = [*COMMAND, str(base), "--adapter", str(base.parent / "lora"), "--max-tokens", "5"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "unknown command /nope" in done.stderr
+    assert "now: base" in done.stderr
+    assert "[base]\n" in done.stdout
+    assert "[lora]\n" in done.stdout
+    turns = json.loads((tmp_path / "c.json").read_text())
+    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+    assert turns[1]["content"].split()[:1] == done.stdout.split()[:1]
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(base: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [*COMMAND, str(base), "--template", "plain", "--max-tokens", "100000"]
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    got = ""
+
+    def wait_for(words: str, since: int = 0) -> None:
+        nonlocal got
+        end = time.monotonic() + 60
+        while words not in got[since:]:
+            assert time.monotonic() < end, got[-500:]
+            if select.select([leader], [], [], 0.1)[0]:
+                got += os.read(leader, 4096).decode(errors="replace")
+
+    try:
+        wait_for("base> ")
+        at = len(got)
+        os.write(leader, b"tom has\n")
+        wait_for("w", at + 10)
+        at = len(got)
+        process.send_signal(signal.SIGINT)
+        wait_for("base> ", at)
+        os.write(leader, b"\x04")
+        assert process.wait(timeout=30) == 0, got[-500:]
+    finally:
+        process.kill()
+        os.close(leader)
