@@ -14,7 +14,7 @@ from mlx_adapters.errors import AdaptersError, ConfigError, counted
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
-    from mlx_adapters.models.load import Loaded
+    from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["command"]
 
@@ -72,7 +72,7 @@ def command(
         _loop(_Chat(loaded, metas, template, max_tokens, temperature, top_p, seed=seed, kwargs=kwargs))
 
 
-def _page(loaded: "Loaded", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
+def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, start
@@ -97,7 +97,7 @@ class _Chat:
 
     def __init__(
         self,
-        loaded: "Loaded",
+        loaded: "LanguageModel",
         metas: "dict[str, AdapterMeta]",
         template: str | None,
         max_tokens: int,

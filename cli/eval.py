@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.score import Record, Score
     from mlx_adapters.evaluate.tasks import Item, Task
     from mlx_adapters.evaluate.workers import Workers
-    from mlx_adapters.models.load import Loaded
+    from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["columns", "command", "run_task", "score_row"]
 
@@ -167,7 +167,7 @@ def command(
 
 
 def run_task(
-    loaded: "Loaded | Workers",
+    loaded: "LanguageModel | Workers",
     items: "list[Item]",
     task: "Task | str",
     *,
@@ -308,7 +308,7 @@ def _processes(model: Path, items: int) -> int:
 
 
 @contextmanager
-def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[Loaded | Workers]":
+def _answering(model: Path, folder: Path | None, processes: int) -> "Iterator[LanguageModel | Workers]":
     """The model with its adapter, here or in as many processes."""
     from mlx_adapters import adapter
     from mlx_adapters.evaluate.workers import Workers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_adapters.convert.checkpoint import Converted
     from mlx_adapters.convert.peft import Verdict
     from mlx_adapters.evaluate.score import Score
-    from mlx_adapters.models.load import Loaded
+    from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["command", "source_of"]
 
@@ -113,7 +113,7 @@ def source_of(model: str | None) -> tuple[str, str]:
     return str(file), "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def _convert(source: str, folder: Path, base_id: str) -> "tuple[Converted, Loaded]":
+def _convert(source: str, folder: Path, base_id: str) -> "tuple[Converted, LanguageModel]":
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.models import load as models
     from mlx_adapters.models.origin import is_hub_id
@@ -128,7 +128,7 @@ def _size(done: "Converted") -> str:
     return f"{done.parameters / 1e6:.0f} M parameters at {done.bits_per_weight:.2f} bits, {size(done.bytes)}"
 
 
-def _measure(loaded: "Loaded", seed: int, seen: frozenset[str]) -> "Score":
+def _measure(loaded: "LanguageModel", seed: int, seen: frozenset[str]) -> "Score":
     from mlx_adapters.cli.eval import run_task
     from mlx_adapters.evaluate import tasks
 
@@ -143,7 +143,7 @@ def _measure(loaded: "Loaded", seed: int, seen: frozenset[str]) -> "Score":
     return score
 
 
-def _train(loaded: "Loaded", folder: Path, steps: int, seed: int) -> Any:
+def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> Any:
     from mlx_adapters.cli import train
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows

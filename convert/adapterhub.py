@@ -27,7 +27,7 @@ from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_bn, seq_bn, series
 from mlx_adapters.models import sites
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["METHODS", "detect", "export", "import_adapter", "reduction_factor"]
 
@@ -221,7 +221,7 @@ def _their_tensors(parts: Parts) -> tuple[dict[str, mx.array], int, set[int]]:
     return named, width, layers
 
 
-def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
     """Write AdapterHub's folder as ours. AdapterError names what our forms do not compute."""
     form = _read_form(source)
     model_type = loaded.config["model_type"]

@@ -130,7 +130,7 @@ def convert(
 
 
 def write_mlx(
-    loaded: models.Loaded,
+    loaded: models.LanguageModel,
     folder: Path,
     *,
     dst: Path,

@@ -16,7 +16,7 @@ from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
 
@@ -69,7 +69,7 @@ def base_of(folder: Path) -> str | None:
     return next((name for name in named if isinstance(name, str) and name), None)
 
 
-def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
     """Write an adapter folder of any known format as ours, checked against the model it is for.
 
     `dst` appears when it is whole. Raises OutputError when it is not empty.

@@ -155,7 +155,7 @@ def _check_request(
     return quantize
 
 
-def _handed_on(loaded: models.Loaded, meta: adapter.AdapterMeta) -> tuple[str, models.Loaded]:
+def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple[str, models.LanguageModel]:
     """(card, the model with a config that remembers how it is prompted).
 
     It does not remember the hub id of its base: it is another model now.

@@ -24,7 +24,7 @@ from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.models import sites
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
@@ -97,7 +97,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         write_bin(folder / _WEIGHTS, adapter.read_tensors(source))
 
 
-def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
     """Write the fork's folder as ours. AdapterError names what is not supported."""
     fields = adapter.read_fields(source)
     try:

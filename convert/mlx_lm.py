@@ -23,7 +23,7 @@ from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import dora, lora
 from mlx_adapters.methods.experts import PARTS, by_matrix
 from mlx_adapters.models.config import OWN
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.sites import to_hf
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
@@ -92,7 +92,7 @@ def _layers(parts: Parts) -> Iterator[tuple[str, dict[str, mx.array], float]]:
             yield f"{path}.{matrix}", arrays, out if matrix == "down_proj" else into
 
 
-def import_adapter(source: Path, dst: Path, *, loaded: Loaded) -> AdapterMeta:
+def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
     """Write mlx-lm's LoRA or DoRA folder as ours. AdapterError for what is not a low-rank adapter."""
     fields = adapter.read_fields(source)
     kind = fields.get("fine_tune_type", "lora")

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.models.load import Loaded, describe
+from mlx_adapters.models.load import LanguageModel, describe
 
 __all__ = ["Parts", "assemble", "need", "take_apart"]
 
@@ -39,7 +39,7 @@ def take_apart(source: Path) -> Parts:
 
 
 def assemble(
-    loaded: Loaded,
+    loaded: LanguageModel,
     method: str,
     config: Any,
     arrays: dict[str, dict[str, mx.array]],

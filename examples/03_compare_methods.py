@@ -92,7 +92,7 @@ def trained(folder: Path, method: str, steps: int) -> dict[str, Any]:
     return measure(loaded) | {"parameters": session.trainable, "seconds": seconds, "loss": last}
 
 
-def measure(loaded: model.Loaded) -> dict[str, Any]:
+def measure(loaded: model.LanguageModel) -> dict[str, Any]:
     """Accuracy on the quickstart's test problems, which no training row repeats."""
     items = tasks.load_items("wordproblems", data_dir=None, limit=ITEMS, seed=1)
     _, score, _ = run_task(

@@ -40,7 +40,7 @@ from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.models import sites
-from mlx_adapters.models.load import Loaded, describe
+from mlx_adapters.models.load import LanguageModel, describe
 from mlx_adapters.models.origin import is_hub_id
 
 __all__ = [
@@ -250,7 +250,7 @@ def _must_agree(fields: dict[str, Any], ours: dict[str, Any], folder: Path) -> N
             )
 
 
-def load(loaded: Loaded, folder: Path) -> AdapterMeta:
+def load(loaded: LanguageModel, folder: Path) -> AdapterMeta:
     """Attach the adapter in `folder` to a loaded model.
 
     Strict: every tensor must find its layer and its shape, and every wrapped layer its tensors. Raises

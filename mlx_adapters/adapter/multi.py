@@ -35,7 +35,7 @@ from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError, AdaptersError, UnsupportedError, unknown
 from mlx_adapters.methods.base import AdapterLayer
-from mlx_adapters.models.load import Loaded, describe
+from mlx_adapters.models.load import LanguageModel, describe
 
 __all__ = ["activate", "active", "load_several", "names", "rows", "unload"]
 
@@ -71,7 +71,7 @@ class _Several:
     mixing: bool = False
 
 
-def load_several(loaded: Loaded, folders: Mapping[str, Path | str]) -> dict[str, AdapterMeta]:
+def load_several(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> dict[str, AdapterMeta]:
     """Load adapter folders under the names given, beside those already there; which is active stays.
 
     All of them or, when one raises AdapterError, none.

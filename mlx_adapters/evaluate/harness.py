@@ -20,7 +20,7 @@ from mlx_adapters.generate.decode import Decoding, generate_ids
 from mlx_adapters.generate.likelihood import scored
 from mlx_adapters.models.chat_template import chat_writer
 from mlx_adapters.models.limits import made_for
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -40,7 +40,7 @@ _ANSWER = 256  # tokens of an answer, where the task does not say
 class HarnessModel(TemplateLM):
     """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together."""
 
-    def __init__(self, loaded: Loaded, *, batch_size: int | None = None) -> None:
+    def __init__(self, loaded: LanguageModel, *, batch_size: int | None = None) -> None:
         super().__init__()
         self.loaded, self.batch_size = loaded, batch_size
         self.tokenizer = loaded.tokenizer
@@ -169,7 +169,7 @@ def _decoding(given: dict[str, Any]) -> Decoding:
 
 
 def run_tasks(
-    loaded: Loaded,
+    loaded: LanguageModel,
     tasks: Sequence[str],
     *,
     batch_size: int | None = None,

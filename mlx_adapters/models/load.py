@@ -22,7 +22,7 @@ from mlx_adapters.models.stop_tokens import stop_tokens
 
 __all__ = [
     "DTYPES",
-    "Loaded",
+    "LanguageModel",
     "describe",
     "fingerprint",
     "from_hub",
@@ -39,7 +39,7 @@ _ENDS = 1 << 20  # bytes of a weight file that are hashed, at both ends
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LanguageModel:
     """A model in memory with what came with it. `config` is the normalised `config.json`."""
 
     model: nn.Module
@@ -104,7 +104,7 @@ def load(
     revision: str | None = None,
     answering: bool = False,
     lazy: bool = False,
-) -> Loaded:
+) -> LanguageModel:
     """Load weights and tokenizer.
 
     On CPU floating-point weights become float32 (other types are many times slower there), on Metal they
@@ -138,7 +138,7 @@ def load(
         raise CheckpointError(f"{folder}: the weights do not fit ({_first_line(error)})") from None
     layers.speed_up(model)
     tokenizer = read_tokenizer(folder, config)
-    return Loaded(model=model, tokenizer=tokenizer, config=config, path=folder)
+    return LanguageModel(model=model, tokenizer=tokenizer, config=config, path=folder)
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
@@ -175,7 +175,7 @@ def _needs_code(folder: Path) -> str:
     return f"{folder}: its tokenizer is code of its own (auto_map), which is never run. {remedy}"
 
 
-def describe(loaded: Loaded) -> dict[str, Any]:
+def describe(loaded: LanguageModel) -> dict[str, Any]:
     """What an adapter must remember of its base, to refuse another one."""
     config = loaded.config
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")

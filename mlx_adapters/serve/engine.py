@@ -24,7 +24,7 @@ from mlx_adapters.generate.sampling import fresh_seed, penalties, sampler
 from mlx_adapters.generate.stream import Piece as Written
 from mlx_adapters.generate.stream import stream
 from mlx_adapters.models.limits import made_for
-from mlx_adapters.models.load import Loaded
+from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.serve.requests import Ask, RequestError
 
 __all__ = ["Engine", "Job", "Piece"]
@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LanguageModel,
         metas: Mapping[str, AdapterMeta],
         *,
         name: str,

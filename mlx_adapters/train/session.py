@@ -29,7 +29,7 @@ from mlx_adapters.errors import DataError, OutputError, TrainingError, counted, 
 from mlx_adapters.evaluate.tasks import load_file
 from mlx_adapters.models.chat_template import written_at
 from mlx_adapters.models.limits import check_ids, vocabulary
-from mlx_adapters.models.load import Loaded, describe, fingerprint
+from mlx_adapters.models.load import LanguageModel, describe, fingerprint
 from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -46,7 +46,7 @@ METRICS, PLOT = "metrics.jsonl", "loss.png"
 class Session:
     """A prepared run. Iterate to train; then `finish`. The counts say what became of the rows."""
 
-    loaded: Loaded
+    loaded: LanguageModel
     run: Run
     meta: AdapterMeta
     output: Path
@@ -107,7 +107,7 @@ class Session:
 
 
 def prepare(
-    loaded: Loaded,
+    loaded: LanguageModel,
     rows: Rows,
     *,
     method: str,
@@ -204,7 +204,9 @@ def prepare(
     )
 
 
-def _encoded(rows: Rows, loaded: Loaded, template: str, config: TrainConfig, moment: datetime) -> Encoded:
+def _encoded(
+    rows: Rows, loaded: LanguageModel, template: str, config: TrainConfig, moment: datetime
+) -> Encoded:
     with written_at(moment):
         encoded = encode(
             rows, loaded.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on
@@ -232,7 +234,7 @@ def _resume(run: Run, output: Path, warn: Callable[[str], None]) -> None:
         metrics.forget_after(output / METRICS, run.step)
 
 
-def _method_config(method: str, fields: dict[str, Any], loaded: Loaded) -> Any:
+def _method_config(method: str, fields: dict[str, Any], loaded: LanguageModel) -> Any:
     config = methods.make_config(method, fields)
     complete = getattr(methods.get(method), "with_tokenizer", None)
     return complete(config, loaded.tokenizer) if complete else config
@@ -289,7 +291,7 @@ def _split(examples: list[Example], config: TrainConfig) -> tuple[list[Example],
     )
 
 
-def _pad_id(loaded: Loaded) -> int:
+def _pad_id(loaded: LanguageModel) -> int:
     """What fills rows up, which no target and no token before it sees: any id that the model has."""
     known = vocabulary(loaded.model)
     wished = (loaded.tokenizer.pad_token_id, end_id(loaded.tokenizer))

@@ -47,7 +47,7 @@ def loras(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     }
 
 
-def answering(folder: Path) -> model.Loaded:
+def answering(folder: Path) -> model.LanguageModel:
     loaded = model.load(folder)
     loaded.model.eval()
     return loaded
@@ -291,7 +291,7 @@ def family(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return get
 
 
-def merged_into(base: Path, folder: Path) -> model.Loaded:
+def merged_into(base: Path, folder: Path) -> model.LanguageModel:
     """The base with a mergeable adapter in its weights."""
     loaded = answering(base)
     adapter.load(loaded, folder)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.models.load import Loaded, load, read_tokenizer
+from mlx_adapters.models.load import LanguageModel, load, read_tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -76,7 +76,7 @@ def test_chat_prompts_leave_thinking_to_the_template(tmp_path: Path) -> None:
     from mlx_adapters.evaluate.harness import HarnessModel
 
     tokenizer = read_tokenizer(make_speaker("thinks when told", tmp_path), {})
-    ours = HarnessModel(Loaded(model=nn.Module(), tokenizer=tokenizer, config={}, path=tmp_path))
+    ours = HarnessModel(LanguageModel(model=nn.Module(), tokenizer=tokenizer, config={}, path=tmp_path))
     turns = [{"role": "user", "content": "how many ?"}]
     for asks in (True, False):
         theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(

@@ -16,7 +16,7 @@ from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.choices import parse
 from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.generate.prefill import shared_prefix
-from mlx_adapters.models.load import Loaded, describe, load
+from mlx_adapters.models.load import LanguageModel, describe, load
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
 Choices = list[tuple[list[int], list[list[int]]]]
@@ -51,7 +51,7 @@ def by_us(model: Any, given: Choices, **options: Any) -> list[list[float]]:
     return [found[index] for index in range(len(given))]
 
 
-def attached(tmp_path: Path, method: str) -> Loaded:
+def attached(tmp_path: Path, method: str) -> LanguageModel:
     """A tiny model with an adapter that does something."""
     loaded = load(make_tiny("llama", tmp_path))
     config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})

@@ -44,7 +44,7 @@ def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_adapter(base, root / str(i), "lora", f, i) for i, f in enumerate(fields)]
 
 
-def fused(base: Path, folders: list[Path], **fields: Any) -> tuple[model.Loaded, AdapterMeta]:
+def fused(base: Path, folders: list[Path], **fields: Any) -> tuple[model.LanguageModel, AdapterMeta]:
     loaded = model.load(base)
     config = methods.make_config("fusion", {"adapters": ",".join(map(str, folders)), **fields})
     about = model.describe(loaded)
@@ -54,7 +54,7 @@ def fused(base: Path, folders: list[Path], **fields: Any) -> tuple[model.Loaded,
     return loaded, AdapterMeta(method="fusion", config=vars(config), base=about)
 
 
-def logits(loaded: model.Loaded) -> np.ndarray:
+def logits(loaded: model.LanguageModel) -> np.ndarray:
     return np.array(call_model(loaded.model, IDS))
 
 
@@ -70,7 +70,7 @@ def bound(expected: np.ndarray) -> float:
     return float(1e-5 + 1e-5 * np.abs(expected).max())
 
 
-def scatter(loaded: model.Loaded, size: float = 0.5) -> None:
+def scatter(loaded: model.LanguageModel, size: float = 0.5) -> None:
     """Give every trainable array other values."""
     for layer in adapter.layers(loaded.model).values():
         layer.fill({name: size * mx.random.normal(array.shape) for name, array in layer.tensors().items()})
@@ -145,7 +145,7 @@ def test_the_base_is_computed_once(base: Path, loras: list[Path], monkeypatch: p
 
 
 def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -> None:
-    def gradients(loaded: model.Loaded) -> dict[str, np.ndarray]:
+    def gradients(loaded: model.LanguageModel) -> dict[str, np.ndarray]:
         def loss() -> mx.array:
             return nn.losses.cross_entropy(call_model(loaded.model, IDS)[:, :-1], IDS[:, 1:]).sum()
 
@@ -322,7 +322,7 @@ def test_a_fusion_among_several(base: Path, loras: list[Path], tmp_path: Path) -
     np.testing.assert_allclose(np.array(top(x)), wanted, atol=1e-5 + 1e-5 * np.abs(wanted).max())
 
 
-def single(base: Path, folder: Path) -> model.Loaded:
+def single(base: Path, folder: Path) -> model.LanguageModel:
     loaded = model.load(base)
     adapter.load(loaded, folder)
     loaded.model.eval()

@@ -24,7 +24,7 @@ from mlx_adapters.models import load as model
 IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
 
-def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.Loaded, AdapterMeta]:
+def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.LanguageModel, AdapterMeta]:
     loaded = model.load(folder)
     config = methods.make_config(method.name, method.settings(folder))
     base = model.describe(loaded)
@@ -46,7 +46,7 @@ def nested(path: str, array: mx.array) -> Any:
     return tree_unflatten([(path, array)])
 
 
-def logits(loaded: model.Loaded) -> np.ndarray:
+def logits(loaded: model.LanguageModel) -> np.ndarray:
     return np.array(call_model(loaded.model, IDS))
 
 

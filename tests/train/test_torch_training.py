@@ -175,7 +175,7 @@ def test_fifty_steps_of_a_real_model_on_real_data(smollm2: Path, tmp_path: Path)
     settings = TrainConfig(steps=50, batch_size=2, lr=3e-4, warmup=0, schedule="constant", no_decay=None)
     chosen = methods.make_config("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
 
-    def prepared() -> tuple[model.Loaded, Run]:
+    def prepared() -> tuple[model.LanguageModel, Run]:
         loaded = model.load(smollm2)
         items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
         mx.random.seed(0)
