@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import cli
 from tiny import make_tiny
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
 
@@ -37,12 +38,6 @@ COMMANDS = (
     "models",
     "doctor",
 )
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def rows(file: Path, count: int = 12) -> Path:

@@ -6,8 +6,8 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from test_blas import linux, openblas, run
-from test_train import config, examples, tiny
+from fresh_process import linux, openblas, run
+from small_run import config, examples, tiny
 from typer.testing import CliRunner
 
 from mlx_adapters import device

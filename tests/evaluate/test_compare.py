@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from command_line import cli
 
-from mlx_adapters.cli.app import app
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.compare import compare, differ, mcnemar, words
 from mlx_adapters.evaluate.records import read_report
@@ -27,12 +26,6 @@ def records(verdicts: str, task: str = "SVAMP") -> list[Record]:
 def report(file: Path, rows: list[Record]) -> Path:
     file.write_text(json.dumps({"model": "m", "records": [asdict(row) for row in rows]}))
     return file
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def bin_folder(folder: Path) -> None:
 
 
 def gguf_folder(folder: Path) -> None:
-    from test_gguf import as_written, llama_weights, write_tiny
+    from tiny_gguf import as_written, llama_weights, write_tiny
 
     write_tiny(folder / "a.gguf", as_written(llama_weights()))
 
