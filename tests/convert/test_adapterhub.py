@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapted import IDS, attached, bound, logits
 from cases import METHODS
-from test_methods import IDS, attached, bound, logits
 
 from mlx_adapters import adapter
 from mlx_adapters.convert import adapterhub

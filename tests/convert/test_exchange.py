@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, Method
-from test_methods import IDS, attached, bound, logits
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, methods

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, Method, pairs
+from in_transformers import in_torch
 from mlx.utils import tree_flatten
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny, make_tokenizer
 from typer.testing import CliRunner
 
@@ -30,18 +30,6 @@ def saved(folder: Path, case: str, dst: Path) -> np.ndarray:
     loaded, meta = attached(folder, METHODS[case], trained=True)
     adapter.save(dst, loaded.model, meta=meta)
     return logits(loaded)
-
-
-def in_torch(folder: Path, **more: Any) -> np.ndarray:
-    from transformers import AutoModelForCausalLM
-
-    network, said = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **more
-    )
-    assert not said["missing_keys"], said["missing_keys"]
-    assert not said["unexpected_keys"], said["unexpected_keys"]
-    with torch.no_grad():
-        return network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
 
 
 # the first row of every method that can be merged

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, bound, logits
 from reference.bottleneck import attach
-from test_methods import IDS, bound, logits
 from tiny import make_tiny
 
 from mlx_adapters import adapter, methods

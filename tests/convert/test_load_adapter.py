@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import ARCHITECTURES, METHODS, Method, pairs
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 
 from mlx_adapters import adapter

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_methods import IDS, bound, logits
+from adapted import IDS, bound, logits
 from tiny import make_tiny
 from typer.testing import CliRunner
 

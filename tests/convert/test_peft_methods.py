@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx.utils import tree_unflatten
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 

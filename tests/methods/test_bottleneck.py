@@ -10,9 +10,9 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, pairs
 from reference.bottleneck import attach
-from test_methods import IDS, attached, bound, logits
 from tiny import random_llama
 
 from mlx_adapters import adapter, methods

@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import Method
+from in_transformers import in_torch
 from mlx.utils import tree_flatten, tree_unflatten
 from peft import LoraConfig, get_peft_model
-from test_fuse import in_torch
-from test_methods import IDS, attached, bound, logits
-from test_torch_training import CONFIG, examples, train_in_torch
 from tiny import make_tiny
+from torch_training import CONFIG, examples, train_in_torch
 from transformers import AutoModelForCausalLM
 
 from mlx_adapters import adapter

@@ -8,9 +8,9 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx import nn
-from test_methods import IDS, attached, bound, logits
 from transformers import AutoModelForCausalLM
 
 from mlx_adapters import adapter, methods

@@ -8,46 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, METHODS, Method, pairs, refusals
+from adapted import IDS, attached, bound, logits
+from cases import ARCHITECTURES, METHODS, pairs, refusals
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
 from mlx_adapters.convert import peft
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError
 from mlx_adapters.methods.base import linear_like, plain_weight, resolve_targets
 from mlx_adapters.models import load as model
-
-IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
-
-
-def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.LanguageModel, AdapterMeta]:
-    loaded = model.load(folder)
-    config = methods.make_config(method.name, method.settings(folder))
-    base = model.describe(loaded)
-    mx.random.seed(3)
-    adapter.attach(loaded.model, method.name, config, base=base)
-    if trained:
-        change(loaded.model)
-    loaded.model.eval()
-    return loaded, AdapterMeta(method=method.name, config=vars(config), base=base, template="plain")
-
-
-def change(network: nn.Module) -> None:
-    """Move every adapter array away from its start, as training would."""
-    for path, array in tree_flatten(network.trainable_parameters()):
-        network.update(nested(path, array + 0.1 * mx.random.normal(array.shape)), strict=False)
-
-
-def nested(path: str, array: mx.array) -> Any:
-    return tree_unflatten([(path, array)])
-
-
-def logits(loaded: model.LanguageModel) -> np.ndarray:
-    return np.array(call_model(loaded.model, IDS))
 
 
 def test_every_method_has_a_row() -> None:
@@ -230,10 +202,6 @@ def _quantized(network: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _dense(layer: nn.Module) -> nn.Linear:
     return linear_like(layer, plain_weight(layer))
-
-
-def bound(expected: np.ndarray) -> float:
-    return float(1e-5 + 1e-5 * np.abs(expected).max())
 
 
 # Targets ---------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapted import attached
 from cases import METHODS
 from mlx.utils import tree_flatten
-from test_methods import attached
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 from tiny import random_llama
 
 import mlx_adapters

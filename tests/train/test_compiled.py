@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import METHODS
-from test_recompute import attached
-from test_train import config, examples, flat, tiny
+from small_run import CASES, config, examples, flat, llama_with, tiny
 
 from mlx_adapters import device
 from mlx_adapters.errors import ConfigError, TrainingError
@@ -23,7 +21,6 @@ from mlx_adapters.train.gradient import compiling
 from mlx_adapters.train.loop import Run
 
 FAST = ("lora", "dora", "prefix", "seq_bn")  # each compiles a dozen kernels of its own, a second each
-CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and method.prepare is None]
 
 
 def trained(model: Any, **fields: Any) -> tuple[list[float], dict[str, np.ndarray]]:
@@ -33,8 +30,8 @@ def trained(model: Any, **fields: Any) -> tuple[list[float], dict[str, np.ndarra
 
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_every_method(case: str) -> None:
-    plain, without = trained(attached(case), compile="off", steps=3)
-    compiled, arrays = trained(attached(case), compile="on", steps=3)
+    plain, without = trained(llama_with(case), compile="off", steps=3)
+    compiled, arrays = trained(llama_with(case), compile="on", steps=3)
     np.testing.assert_allclose(compiled, plain, rtol=1e-5)
     for name, array in without.items():
         np.testing.assert_allclose(arrays[name], array, atol=1e-4 * np.abs(array).max())

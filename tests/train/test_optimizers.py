@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import ConfigError

@@ -6,62 +6,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapted import attached
 from cases import ARCHITECTURES, METHODS
+from gradients import distance, of_batches, same, summed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from test_methods import attached
-from test_train import config, examples, tiny
+from small_run import config, examples, tiny
 
-from mlx_adapters.data.batches import Batch, batches
+from mlx_adapters.data.batches import batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
 from mlx_adapters.train.length import total_steps
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.packing import Packing
-
-Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
-
-
-def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found:
-    """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout.
-
-    In float64, whose rounding hides nothing.
-    """
-    with mx.stream(mx.cpu):
-        run.model.set_dtype(mx.float64)
-        return _summed(run, given, together)
-
-
-def _summed(run: Run, given: list[Batch], together: bool) -> Found:
-    for module in run.model.modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-    run.model.train()  # only then are blocks recomputed
-    run._head = None
-    total, sums = 0.0, {}
-    for window in [given] if together else [[batch] for batch in given]:
-        loss, grads = run._gradient(run._loss, window)
-        total += float(loss)
-        for path, array in tree_flatten(grads):
-            sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
-    return total, sums
-
-
-def same(left: Found, right: Found, within: float = 1e-12) -> None:
-    """The losses, which are computed in float32, within 1e-6; the gradients much closer."""
-    assert left[0] == pytest.approx(right[0], rel=1e-6)
-    assert left[1].keys() == right[1].keys()
-    assert all(np.abs(gradient).max() > 0 for gradient in left[1].values())
-    assert distance(left, right) < within
-
-
-def distance(left: Found, right: Found) -> float:
-    """How far the gradients are apart, as vectors of all arrays, of the length of one."""
-    length = np.sqrt(sum(np.square(gradient).sum() for gradient in left[1].values()))
-    apart = np.sqrt(sum(np.square(right[1][path] - gradient).sum() for path, gradient in left[1].items()))
-    return float(apart / length)
 
 
 def rows(count: int = 9) -> list[Example]:
@@ -89,10 +47,10 @@ def test_packing_rounds_no_more_than_padding_does(arch: str, folders: dict[str, 
     items = rows()
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
     plain = Run(loaded.model, items, config=config())
-    apart = _summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1), together=False)
-    padded = _summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32), together=False)
+    apart = summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1), together=False)
+    padded = summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32), together=False)
     run = Run(loaded.model, items, config=config(packing=True, cutoff=64))
-    packed = _summed(run, batches(items, batch_size=2, pad_id=0, pack=64), together=False)
+    packed = summed(run, batches(items, batch_size=2, pad_id=0, pack=64), together=False)
     assert 0 < distance(apart, packed) < 2 * distance(apart, padded) < 1e-5
 
 

@@ -8,10 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from cases import METHODS
-from mlx.utils import tree_flatten, tree_unflatten
-from tiny import random_llama
+from mlx.utils import tree_flatten
+from small_run import llama_with
 
-from mlx_adapters import adapter, methods
+from mlx_adapters import adapter
 from mlx_adapters.data.batches import pad
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
@@ -19,20 +19,6 @@ from mlx_adapters.methods.base import Dropout
 from mlx_adapters.models import support
 from mlx_adapters.train.loss import loss_sum, split_head, targets
 from mlx_adapters.train.recompute import recompute_blocks
-
-
-def attached(case: str) -> Any:
-    mx.random.seed(0)
-    model = random_llama(num_hidden_layers=3)
-    fields = dict(METHODS[case].fields)
-    config = methods.make_config(METHODS[case].name, fields)
-    adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})
-    for path, array in tree_flatten(model.trainable_parameters()):
-        moved = array + 0.1 * mx.random.normal(array.shape)
-        model.update(tree_unflatten([(path, moved)]), strict=False)
-    mx.eval(model.parameters())
-    model.train()
-    return model
 
 
 def gradients(model: Any) -> tuple[float, dict[str, np.ndarray]]:
@@ -51,7 +37,7 @@ def gradients(model: Any) -> tuple[float, dict[str, np.ndarray]]:
 )
 def test_same_loss_and_gradients(case: str) -> None:
     """Prefix gradients are exactly zero with mlx-lm's checkpointing; here every method keeps its own."""
-    model = attached(case)
+    model = llama_with(case)
     loss, plain = gradients(model)
     assert recompute_blocks(model) == 3
     again, recomputed = gradients(model)
@@ -78,7 +64,7 @@ def test_what_blocks_hand_on_beside_their_result_keeps_its_gradient(name: str) -
 
 def handing_on(call: Callable[[list[Any], mx.array], mx.array]) -> Any:
     """A model whose blocks return what `call` makes of (their results so far, their own)."""
-    model, results = attached("lora"), []
+    model, results = llama_with("lora"), []
     kind = type(model.layers[0])
 
     class Handing(kind):  # type: ignore[misc]
@@ -112,7 +98,7 @@ def test_blocks_that_cannot_be_traced_again_are_refused() -> None:
 
 def test_dropout_draws_the_same_mask_in_the_second_pass() -> None:
     """A finite difference sees the mask of the forward pass; the gradient must be of that one."""
-    model = attached("lora")
+    model = llama_with("lora")
     for layer in adapter.layers(model).values():
         layer.dropout = Dropout(0.5)
     recompute_blocks(model)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import ConfigError, OutputError, TrainingError, UnsupportedError

@@ -7,14 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapted import attached
 from cases import ARCHITECTURES, METHODS
+from gradients import Found, of_batches, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
-from test_compiled import CASES
-from test_methods import attached
-from test_packing import Found, of_batches, same
-from test_train import config, flat, tiny
+from small_run import CASES, config, flat, tiny
 
 from mlx_adapters.data.batches import Batch, batch, pad
 from mlx_adapters.data.tokens import Example
