@@ -16,7 +16,7 @@ from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.choices import parse
 from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.generate.prefill import shared_prefix
-from mlx_adapters.models.load import LanguageModel, describe, load
+from mlx_adapters.models.load import LanguageModel, load
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
 Choices = list[tuple[list[int], list[list[int]]]]
@@ -54,8 +54,8 @@ def by_us(model: Any, given: Choices, **options: Any) -> list[list[float]]:
 def attached(tmp_path: Path, method: str) -> LanguageModel:
     """A tiny model with an adapter that does something."""
     loaded = load(make_tiny("llama", tmp_path))
-    config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})
-    adapter.attach(loaded.model, method, config, base=describe(loaded))
+    config = methods.make(method, {} if method == "lora" else {"num_virtual_tokens": 3})
+    adapter.attach(loaded, config)
     shaken = [(name, array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7)))
               for name, array in flat(loaded.model.trainable_parameters())]  # fmt: skip
     loaded.model.load_weights(shaken, strict=False)

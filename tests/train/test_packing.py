@@ -16,7 +16,7 @@ from test_train import config, examples, tiny
 from mlx_adapters.data.batches import Batch, batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.train.length import total_steps
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.packing import Packing

@@ -15,7 +15,7 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.data.batches import pad
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import support
 from mlx_adapters.train.loss import loss_sum, split_head, targets
 from mlx_adapters.train.recompute import recompute_blocks
@@ -25,8 +25,8 @@ def attached(case: str) -> Any:
     mx.random.seed(0)
     model = random_llama(num_hidden_layers=3)
     fields = dict(METHODS[case].fields)
-    config = methods.make_config(METHODS[case].name, fields)
-    adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})
+    config = methods.make(METHODS[case].name, fields)
+    adapter.attach(model, config)
     for path, array in tree_flatten(model.trainable_parameters()):
         moved = array + 0.1 * mx.random.normal(array.shape)
         model.update(tree_unflatten([(path, moved)]), strict=False)

@@ -26,8 +26,8 @@ def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """A random two-layer llama with LoRA on it."""
     mx.random.seed(seed)
     model = random_llama()
-    config = methods.make_config("lora", {"rank": 4, "dropout": dropout})
-    adapter.attach(model, "lora", config, base={"model_type": "llama"})
+    config = methods.make("lora", {"rank": 4, "dropout": dropout})
+    adapter.attach(model, config)
     mx.eval(model.parameters())
     return model
 
