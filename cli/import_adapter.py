@@ -34,6 +34,6 @@ def command(
         raise ConfigError(f"{src}: names no base model. Say which one it is for: --model MODEL")
     meta = exchange.import_adapter(src, dst, loaded=models.load(model))
     report(
-        {"path": dst, "method": meta.method, "format": found},
-        lambda: typer.echo(f"{dst}: {meta.method}, from a folder of {found}"),
+        {"path": dst, "method": meta.method.NAME, "format": found},
+        lambda: typer.echo(f"{dst}: {meta.method.NAME}, from a folder of {found}"),
     )

@@ -37,7 +37,7 @@ def command(
     """Predict the memory of training: which settings fit, and the command for the fastest of them."""
     import dataclasses
 
-    from mlx_adapters import device
+    from mlx_adapters import device, methods
     from mlx_adapters.train import plan
     from mlx_adapters.train.config import TrainConfig
 
@@ -48,7 +48,8 @@ def command(
         for again, batch in tried
     ]
     say(f"running a step of four and of six blocks of {model}")
-    found = plan.predict_all(model, method=method, fields=dict(settings(set_ or [])), configs=configs)
+    chosen = methods.make(method, dict(settings(set_ or [])))
+    found = plan.predict_all(model, method=chosen, configs=configs)
     plans = list(track("plan", found, len(tried), lambda one: f"batch size {one.batch_size}"))
     process = plan.overhead(plans)
     rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]

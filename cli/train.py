@@ -128,7 +128,7 @@ def describe(session: "Session") -> None:
 
     names = sorted({path.rpartition(".")[2] for path in session.paths})
     share = session.trainable / session.parameters
-    say(f"{session.meta.method} on {counted(len(session.paths), 'layer')} ({', '.join(names)})")
+    say(f"{session.meta.method.NAME} on {counted(len(session.paths), 'layer')} ({', '.join(names)})")
     say(f"trainable {session.trainable:,} of {session.parameters:,} parameters ({share:.3%})")
     rows, held = counted(len(session.run.examples), "row"), len(session.run.validation)
     counts = f"{rows} to train on, {held} held out"
@@ -183,7 +183,7 @@ def _train(
     from mlx_adapters.train import session as sessions
     from mlx_adapters.train.distributed import processes
 
-    methods.make_config(chosen["method"], fields)  # a typing error is told before the model loads
+    method = methods.make(chosen["method"], fields)  # a typing error is told before the model loads
     output = Path(chosen["output"])
     together = processes()
     if together.writes:
@@ -200,8 +200,7 @@ def _train(
         session = sessions.prepare(
             loaded,
             rows,
-            method=chosen["method"],
-            fields=fields,
+            method=method,
             config=config,
             output=output,
             exclude=hashes,
@@ -242,7 +241,7 @@ def _result(session: "Session", seconds: float) -> dict[str, Any]:
     row = next((row for row in metrics.read(session.output / METRICS) if row["step"] == step), {})
     return {
         "output": session.output,
-        "method": session.meta.method,
+        "method": session.meta.method.NAME,
         "trainable": session.trainable,
         "parameters": session.parameters,
         "rows": len(session.run.examples),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import adapter
+from mlx_adapters import adapter, methods
 from mlx_adapters.cli.eval import run_task
 from mlx_adapters.cli.quickstart import source_of
 from mlx_adapters.cli.screen import duration, table
@@ -80,7 +80,7 @@ def trained(folder: Path, method: str, steps: int) -> dict[str, Any]:
     config = TrainConfig(steps=steps, lr=lr, template="alpaca")
     output = folder / f"{method}-{steps}"
     session = prepare(
-        model.load(folder / "model"), rows, method=method, fields=fields, config=config, output=output
+        model.load(folder / "model"), rows, method=methods.make(method, fields), config=config, output=output
     )
     describe(session)
     started = time.perf_counter()

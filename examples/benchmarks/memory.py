@@ -40,8 +40,8 @@ def network(depth: int) -> nn.Module:
         tie_word_embeddings=True,
     )
     model = llama.Model(arguments)
-    config = methods.make_config("lora", {"rank": 8, "targets": "all-linear"})
-    adapter.attach(model, "lora", config, base={"model_type": "llama"})
+    config = methods.make("lora", {"rank": 8, "targets": "all-linear"})
+    adapter.attach(model, config)
     mx.eval(model.parameters())
     return model
 

@@ -113,6 +113,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _trained(
     study: Study, cell: Cell, folder: Path, train: Train, warn: Callable[[str], None]
 ) -> dict[str, Any]:
+    from mlx_adapters import methods
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows, load_rows
     from mlx_adapters.models import load as model
@@ -131,8 +132,7 @@ def _trained(
     session = prepare(
         model.load(study.model),
         rows,
-        method=cell.method,
-        fields=cell.fields,
+        method=methods.make(cell.method, cell.fields),
         config=cell.train,
         output=adapter,
         exclude=excluded_hashes(excluded),
@@ -221,6 +221,6 @@ def parameters(study: Study) -> dict[str, int]:
     found = {}
     for cell in study.cells:
         empty = network(arguments.from_dict(config))  # its arrays are never computed
-        adapter.attach(empty, cell.method, methods.make_config(cell.method, cell.fields), base=config)
+        adapter.attach(empty, methods.make(cell.method, cell.fields), model_type=config["model_type"])
         found[cell.id] = adapter.count(empty)[0]
     return found

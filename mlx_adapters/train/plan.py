@@ -20,10 +20,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter, device, methods
+from mlx_adapters import adapter, device
 from mlx_adapters.data.batches import rows_at_once
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.methods.base import Method
 from mlx_adapters.models import load as model
 from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
@@ -52,24 +53,21 @@ class Plan:
     measured: int
 
 
-def predict(source: str | Path, *, method: str, fields: dict[str, Any], config: TrainConfig) -> Plan:
+def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:
     """The memory of training `method` on the model in `source` with `config`.
 
     `config.cutoff` is the length of the rows. Raises what loading and attaching raise, and UnsupportedError
     for a model whose blocks cannot be cut.
     """
-    return next(predict_all(source, method=method, fields=fields, configs=[config]))
+    return next(predict_all(source, method=method, configs=[config]))
 
 
-def predict_all(
-    source: str | Path, *, method: str, fields: dict[str, Any], configs: Sequence[TrainConfig]
-) -> Iterator[Plan]:
+def predict_all(source: str | Path, *, method: Method, configs: Sequence[TrainConfig]) -> Iterator[Plan]:
     """`predict` for each of the settings. Those whose batches are computed in parts of the same size are
     measured once: on a CPU a larger batch takes more time, and no more memory."""
-    chosen = methods.make_config(method, fields)
     whole = model.load(source, lazy=True)
     depth, weights = len(whole.model.layers), _bytes(whole.model.parameters())
-    adapter.attach(whole.model, method, chosen, base=model.describe(whole))
+    adapter.attach(whole, method)
     trained = _bytes(whole.model.trainable_parameters())
     del whole
     blocks = list(dict.fromkeys((min(_SHORT, depth), min(_LONG, depth))))
@@ -77,7 +75,7 @@ def predict_all(
     for config in configs:
         measured = _smallest(config, configs)
         if measured not in found:
-            found[measured] = [_peak(source, method, chosen, measured, count) for count in blocks]
+            found[measured] = [_peak(source, method, measured, count) for count in blocks]
         peaks = found[measured]
         growth = (peaks[-1] - peaks[0]) / max(1, blocks[-1] - blocks[0])
         yield Plan(
@@ -111,11 +109,11 @@ def overhead(plans: list[Plan]) -> int:
     return max(0, device.peak_memory() - max(plan.measured for plan in plans)) if device.on_cpu() else 0
 
 
-def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blocks: int) -> int:
+def _peak(source: str | Path, method: Method, config: TrainConfig, blocks: int) -> int:
     """Peak bytes of a training step on the model cut to its first `blocks` blocks."""
     loaded = model.load(source, lazy=True)
     _cut(loaded.model, blocks)
-    adapter.attach(loaded.model, method, chosen, base=model.describe(loaded))
+    adapter.attach(loaded, method)
     words = vocabulary(loaded.model) or loaded.config["vocab_size"]
     rows = np.random.default_rng(0).integers(0, words, (config.batch_size, config.cutoff))
     start = 1 if config.loss_on == "all" else config.cutoff // 2

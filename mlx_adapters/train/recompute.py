@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_adapters.adapter.call import call_model, needs_cache
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import drawing_from
+from mlx_adapters.methods.dropout import drawing_from
 
 __all__ = ["recompute_blocks"]
 

@@ -1,6 +1,6 @@
 """From rows to an adapter folder: what `mlx-adapters train` does, as a library.
 
-    session = prepare(load("model"), load_rows("data.jsonl"), method="lora", fields={},
+    session = prepare(load("model"), load_rows("data.jsonl"), method=LoRA(),
                       config=TrainConfig(), output=Path("adapter"))
     for step in session:
         print(step.loss)
@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter, methods
+from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
 from mlx_adapters.data.sources import FORMATS, Rows, digest, load_rows, notes, read_rows
@@ -27,6 +26,7 @@ from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
 from mlx_adapters.errors import DataError, OutputError, TrainingError, counted, writing_to
 from mlx_adapters.evaluate.tasks import load_file
+from mlx_adapters.methods.base import Method
 from mlx_adapters.models.chat_template import written_at
 from mlx_adapters.models.limits import check_ids, vocabulary
 from mlx_adapters.models.load import LanguageModel, describe, fingerprint
@@ -85,7 +85,9 @@ class Session:
         self._save_adapter(step)
         rows = metrics.read(self.output / METRICS)
         with writing_to(self.output / PLOT):
-            metrics.plot(rows, self.output / PLOT, title=f"{self.meta.method} on {self.loaded.path.name}")
+            metrics.plot(
+                rows, self.output / PLOT, title=f"{self.meta.method.NAME} on {self.loaded.path.name}"
+            )
         if not self.run.moved:
             raise TrainingError(
                 f"{self.output}: {step} steps have not changed the adapter, which is saved as it began. Give "
@@ -103,15 +105,14 @@ class Session:
                     "that are not numbers. Lower --lr"
                 )
         training = {**self.meta.training, "steps_done": step}
-        adapter.save(self.output, self.loaded.model, meta=replace(self.meta, training=training))
+        adapter.save(self.loaded.model, self.output, meta=replace(self.meta, training=training))
 
 
 def prepare(
     loaded: LanguageModel,
     rows: Rows,
     *,
-    method: str,
-    fields: dict[str, Any],
+    method: Method,
     config: TrainConfig,
     output: Path,
     exclude: frozenset[str] = frozenset(),
@@ -123,10 +124,10 @@ def prepare(
 ) -> Session:
     """Encode the rows, attach the adapter, and set up the run (or go on with the one in `output`).
 
-    `fields` are the method's settings, texts or values. `start` is an adapter folder to go on from, ours or
-    PEFT's: its method and settings count then. Rows whose question's hash is in `exclude` are left out.
-    `log` names further loggers besides the JSON lines. Of several `processes` the first one writes. Raises
-    OutputError when `output` holds something and `resume` is not set.
+    `start` is an adapter folder to go on from, ours or PEFT's: its method counts then. Rows whose question's
+    hash is in `exclude` are left out. `log` names further loggers besides the JSON lines. Of several
+    `processes` the first one writes. Raises OutputError when `output` holds something and `resume` is not
+    set.
     """
     processes = processes or Processes()
     if processes.writes:
@@ -142,12 +143,12 @@ def prepare(
     mx.random.seed(config.seed)
     base = describe(loaded)
     if earlier and start:
-        method, method_config = earlier.method, methods.config_class(earlier.method)(**earlier.config)
+        method = earlier.method
         adapter.load(loaded, start)
         paths = list(adapter.layers(loaded.model))
     else:
-        method_config = _method_config(method, fields, loaded)
-        paths = adapter.attach(loaded.model, method, method_config, base=base)
+        method = method.with_tokenizer(loaded.tokenizer)
+        paths = list(adapter.attach(loaded, method))
     mx.eval(loaded.model.parameters())
     trainable, parameters = adapter.count(loaded.model)
     run = Run(
@@ -158,10 +159,10 @@ def prepare(
         pad_id=_pad_id(loaded),
         folder=output,
         processes=processes,
-        rates=methods.get(method).rates(method_config) if hasattr(methods.get(method), "rates") else None,
+        rates=method.lr_multipliers() or None,
         identity={
-            "method": method,
-            "fields": asdict(method_config),
+            "method": method.NAME,
+            "fields": asdict(method),
             "template": template,
             "loss_on": config.loss_on,
             "written": moment.isoformat(),
@@ -175,7 +176,6 @@ def prepare(
     seen = set(seen_hashes(rows_texts(kept)))
     meta = AdapterMeta(
         method=method,
-        config=asdict(method_config),
         base=base,
         template=template,
         loss_on=config.loss_on,
@@ -232,12 +232,6 @@ def _resume(run: Run, output: Path, warn: Callable[[str], None]) -> None:
         warn(f"{output}: has no checkpoint yet, starting from the beginning")
     if run.processes.writes:
         metrics.forget_after(output / METRICS, run.step)
-
-
-def _method_config(method: str, fields: dict[str, Any], loaded: LanguageModel) -> Any:
-    config = methods.make_config(method, fields)
-    complete = getattr(methods.get(method), "with_tokenizer", None)
-    return complete(config, loaded.tokenizer) if complete else config
 
 
 def check_output(output: Path, resume: bool) -> None:

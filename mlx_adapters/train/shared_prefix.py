@@ -23,7 +23,7 @@ from mlx_adapters.adapter.call import call_model, start_cache
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.device import rounding
 from mlx_adapters.generate.prefill import common_prefix
-from mlx_adapters.methods.base import Dropout
+from mlx_adapters.methods.dropout import Dropout
 
 __all__ = [
     "SharedCache",

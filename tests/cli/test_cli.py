@@ -376,5 +376,5 @@ def test_the_example_run_files_name_only_what_exists() -> None:
     assert files
     for file in files:
         run = read_yaml(file, {"model", "data", "output", "method", "set", *training})
-        methods.make_config(run["method"], run["set"])
+        methods.make(run["method"], run["set"])
         TrainConfig(**{name: value for name, value in run.items() if name in training})

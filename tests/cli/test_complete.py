@@ -38,7 +38,7 @@ KNOWN = {
     "mode": checkpoint.MODES,
     "recipe": checkpoint.RECIPES,
     "to": fuse.TARGETS,
-    "how": combine.HOWS,
+    "how": combine.COMBINATIONS,
     "decoding": complete.DECODINGS,
     "choices": score.SCORED,
 }

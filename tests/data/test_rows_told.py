@@ -14,6 +14,7 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import prompt_for
 from mlx_adapters.data.tokens import encode, end_id
+from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
 from mlx_adapters.models.chat_template import written_at
 from mlx_adapters.train.config import TrainConfig
@@ -44,8 +45,7 @@ def session(base: Path, data: Path, **options: Any) -> Session:
     return prepare(
         model.load(base),
         load_rows(str(data)),
-        method="lora",
-        fields={},
+        method=LoRA(),
         config=config,
         output=data.parent / "out",
         **options,

@@ -14,7 +14,7 @@ from tiny import make_tiny
 from mlx_adapters import adapter, methods
 from mlx_adapters.generate import beam
 from mlx_adapters.generate.beam import beam_search
-from mlx_adapters.models.load import describe, load
+from mlx_adapters.models.load import load
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
 
@@ -124,8 +124,8 @@ def test_an_adapter_with_and_without_the_cache(
 ) -> None:
     loaded = load(make_tiny("llama", tmp_path))
     fields = {"prompt": {"num_virtual_tokens": 3}, "prefix": {"num_virtual_tokens": 3}}.get(method, {})
-    config = methods.make_config(method, fields)
-    adapter.attach(loaded.model, method, config, base=describe(loaded))
+    config = methods.make(method, fields)
+    adapter.attach(loaded, config)
     shaken = {name: array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7))
               for name, array in tree_flatten(loaded.model.trainable_parameters())}  # fmt: skip
     loaded.model.load_weights(list(shaken.items()), strict=False)

@@ -125,8 +125,8 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], said: str, folders: d
     loaded = model.load(folders["llama"])
 
     def attach() -> None:
-        config = methods.make_config("loreft", fields)
-        adapter.attach(loaded.model, "loreft", config, base=model.describe(loaded))
+        config = methods.make("loreft", fields)
+        adapter.attach(loaded, config)
 
     with pytest.raises(ConfigError, match=said):
         attach()
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], said: str, folders: d
 @pytest.mark.parametrize("form", ["adapterhub", "llm-adapters", "mlx-lm"])
 def test_other_formats_refuse_it_by_name(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], METHODS["loreft"], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     with pytest.raises(AdaptersError, match="loreft"):
         exchange.export(tmp_path / "a", tmp_path / "b", format=form, base="owner/base")
     assert not (tmp_path / "b").exists()
@@ -154,27 +154,27 @@ def test_a_block_that_returns_more_is_refused() -> None:
 
 def test_several_share_a_base(folders: dict[str, Path], tmp_path: Path) -> None:
     """Switched on and off beside a LoRA: alone each gives what it gives on a fresh base."""
-    from mlx_adapters.adapter import multi as several
+    from mlx_adapters.adapter import multi
 
     expected = {}
     for name in ("lora", "loreft"):
         loaded, meta = attached(folders["llama"], METHODS[name], trained=True)
-        adapter.save(tmp_path / name, loaded.model, meta=meta)
+        adapter.save(loaded.model, tmp_path / name, meta=meta)
         expected[name] = logits(loaded)
     loaded = model.load(folders["llama"])
     loaded.model.eval()
     base = logits(loaded)
-    several.load_several(loaded, {name: tmp_path / name for name in expected})
+    multi.load_adapters(loaded, {name: tmp_path / name for name in expected})
     for name, alone in expected.items():
-        several.activate(loaded.model, name)
+        multi.activate(loaded.model, name)
         np.testing.assert_allclose(logits(loaded), alone, atol=bound(alone))
-    several.activate(loaded.model, ["lora", "loreft"])
+    multi.activate(loaded.model, ["lora", "loreft"])
     both = logits(loaded)
     assert min(np.abs(both - alone).max() for alone in expected.values()) > 1e-2
-    several.activate(loaded.model, None)
+    multi.activate(loaded.model, None)
     assert np.array_equal(logits(loaded), base)
     with (
         pytest.raises(UnsupportedError, match="loreft"),
-        several.rows(loaded.model, ["loreft", "lora"]),
+        multi.rows(loaded.model, ["loreft", "lora"]),
     ):
         logits(loaded)

@@ -82,9 +82,9 @@ def test_the_last_partial_batch_is_trained_and_measured(count: int) -> None:
 @pytest.mark.parametrize("targets", ["q_proj,nonsense", "auto", "self_attn.q_proj_typo"])
 def test_unmatched_targets_are_an_error(targets: str) -> None:
     """`keys=["q_proj"]` converts no layer in mlx-lm, and says nothing."""
-    chosen = methods.make_config("lora", {"targets": targets})
+    chosen = methods.make("lora", {"targets": targets})
     with pytest.raises(AdaptersError, match=targets.split(",")[-1]):
-        adapter.attach(random_llama(), "lora", chosen, base={"model_type": "llama"})
+        adapter.attach(random_llama(), chosen)
 
 
 def test_every_option_is_read_somewhere() -> None:
@@ -96,7 +96,7 @@ def test_every_option_is_read_somewhere() -> None:
         if file.name == "config.py" and file.parent.name == "train":
             continue
         used |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for kind in (TrainConfig, *(methods.config_class(name) for name in methods.names())):
+    for kind in (TrainConfig, *(methods.find(name) for name in methods.names())):
         unread = [field.name for field in dataclasses.fields(kind) if field.name not in used]
         assert not unread, f"{kind.__module__}: {unread}"
 
@@ -152,8 +152,8 @@ def test_dora_on_every_width(bits: int) -> None:
     mx.random.seed(0)
     network = random_llama(hidden_size=64, intermediate_size=128)
     nn.quantize(network, group_size=32, bits=bits)
-    chosen = methods.make_config("dora", {"rank": 4, "targets": "all-linear"})
-    adapter.attach(network, "dora", chosen, base={"model_type": "llama"})
+    chosen = methods.make("dora", {"rank": 4, "targets": "all-linear"})
+    adapter.attach(network, chosen)
     steps = list(Run(network, examples(), config=config(steps=20)))
     assert steps[-1].loss < steps[0].loss
 
@@ -179,8 +179,8 @@ def test_memory_does_not_grow_and_is_told(steps: int) -> None:
 def test_the_scale_is_alpha_over_rank() -> None:
     """mlx-lm's default scale of 20 is alpha 160 at rank 8; mlx-vlm used alpha itself."""
     network = random_llama()
-    chosen = methods.make_config("lora", {"rank": 4, "alpha": 12.0})
-    adapter.attach(network, "lora", chosen, base={"model_type": "llama"})
+    chosen = methods.make("lora", {"rank": 4, "alpha": 12.0})
+    adapter.attach(network, chosen)
     assert {layer.scale for layer in adapter.layers(network).values()} == {3.0}
 
 

@@ -16,7 +16,7 @@ import pytest
 from serving import HOLD, METHODS, PROMPTS
 from typer.testing import CliRunner
 
-from mlx_adapters.adapter.multi import load_several
+from mlx_adapters.adapter.multi import load_adapters
 from mlx_adapters.cli.app import app
 from mlx_adapters.models.load import load
 from mlx_adapters.serve.engine import Engine
@@ -35,7 +35,7 @@ def engine(base: Path) -> Iterator[Engine]:
     def work() -> None:
         loaded = load(base, answering=True)
         made = Engine(
-            loaded, load_several(loaded, {name: base.parent / name for name in METHODS}), name="base"
+            loaded, load_adapters(loaded, {name: base.parent / name for name in METHODS}), name="base"
         )
         ready.put(made)
         made.run()

@@ -20,14 +20,14 @@ IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
 def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.LanguageModel, AdapterMeta]:
     loaded = model.load(folder)
-    config = methods.make_config(method.name, method.settings(folder))
+    config = methods.make(method.name, method.settings(folder))
     base = model.describe(loaded)
     mx.random.seed(3)
-    adapter.attach(loaded.model, method.name, config, base=base)
+    adapter.attach(loaded, config)
     if trained:
         change(loaded.model)
     loaded.model.eval()
-    return loaded, AdapterMeta(method=method.name, config=vars(config), base=base, template="plain")
+    return loaded, AdapterMeta(method=config, base=base, template="plain")
 
 
 def change(network: nn.Module) -> None:
@@ -51,8 +51,8 @@ def bound(expected: np.ndarray) -> float:
 def tiny_llama_with(method: str, tmp_path: Path) -> model.LanguageModel:
     """A tiny model with an adapter that does something."""
     loaded = model.load(make_tiny("llama", tmp_path))
-    config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})
-    adapter.attach(loaded.model, method, config, base=model.describe(loaded))
+    config = methods.make(method, {} if method == "lora" else {"num_virtual_tokens": 3})
+    adapter.attach(loaded, config)
     shaken = [(name, array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7)))
               for name, array in tree_flatten(loaded.model.trainable_parameters())]  # fmt: skip
     loaded.model.load_weights(shaken, strict=False)

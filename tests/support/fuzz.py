@@ -223,9 +223,7 @@ def _training() -> tuple[Any, Any]:
     from mlx_adapters.models import load as model
 
     network = model.load(models())
-    adapter.attach(
-        network.model, "lora", methods.make_config("lora", {"rank": 2}), base=model.describe(network)
-    )
+    adapter.attach(network, methods.make("lora", {"rank": 2}))
     optimizer = AdamW(learning_rate=1e-3)
     optimizer.init(network.model.trainable_parameters())
     return network.model, optimizer

@@ -18,8 +18,8 @@ def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """A random two-layer llama with LoRA on it."""
     mx.random.seed(seed)
     model = random_llama()
-    config = methods.make_config("lora", {"rank": 4, "dropout": dropout})
-    adapter.attach(model, "lora", config, base={"model_type": "llama"})
+    config = methods.make("lora", {"rank": 4, "dropout": dropout})
+    adapter.attach(model, config)
     mx.eval(model.parameters())
     return model
 
@@ -47,8 +47,8 @@ def llama_with(case: str) -> Any:
     mx.random.seed(0)
     model = random_llama(num_hidden_layers=3)
     fields = dict(METHODS[case].fields)
-    config = methods.make_config(METHODS[case].name, fields)
-    adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})
+    config = methods.make(METHODS[case].name, fields)
+    adapter.attach(model, config)
     for path, array in tree_flatten(model.trainable_parameters()):
         moved = array + 0.1 * mx.random.normal(array.shape)
         model.update(tree_unflatten([(path, moved)]), strict=False)

@@ -25,7 +25,7 @@ def make(*, tied: bool = False, layers: int = 2) -> Any:
     """A random llama with LoRA whose update is not zero."""
     mx.random.seed(0)
     model = random_llama(num_hidden_layers=layers, tie_word_embeddings=tied)
-    adapter.attach(model, "lora", methods.make_config("lora", {"rank": 4}), base={"model_type": "llama"})
+    adapter.attach(model, methods.make("lora", {"rank": 4}))
     for layer in adapter.layers(model).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.3
     mx.eval(model.parameters())

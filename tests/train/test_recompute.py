@@ -15,7 +15,7 @@ from mlx_adapters import adapter
 from mlx_adapters.data.batches import pad
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import support
 from mlx_adapters.train.loss import loss_sum, split_head, targets
 from mlx_adapters.train.recompute import recompute_blocks

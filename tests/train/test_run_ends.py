@@ -16,6 +16,7 @@ from small_run import config, examples, flat, tiny
 
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import ConfigError, OutputError, TrainingError, UnsupportedError
+from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
 from mlx_adapters.train import checkpoint, metrics
 from mlx_adapters.train.config import TrainConfig
@@ -173,8 +174,7 @@ def session(folders: dict[str, Path], tmp_path: Path, **options: Any) -> Any:
     return prepare(
         model.load(folders["llama"]),
         load_rows(str(rows_file(tmp_path))),
-        method="lora",
-        fields={},
+        method=LoRA(),
         config=TrainConfig(steps=6, batch_size=4, validation=4, validate_every=2, lr=5e-2, best=True),
         output=tmp_path / "out",
         **options,

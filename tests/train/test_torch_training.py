@@ -37,7 +37,7 @@ def in_peft(folder: Path, saved: Path, method: Method) -> tuple[Any, list[Any]]:
     from peft import PeftConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file
 
-    if methods.get(method.name).PEFT_TYPE in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+    if methods.find(method.name).PEFT_TYPE in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
         config = PeftConfig.from_pretrained(saved)  # PEFT refuses to train a prompt it has loaded
         config.inference_mode, config.base_model_name_or_path = False, None
         network = get_peft_model(base(folder), config)
@@ -59,9 +59,9 @@ def test_losses_agree(
 ) -> None:
     method = METHODS[case]
     loaded, meta = attached(folders[arch], method, trained=False)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     ours = [step.loss for step in Run(loaded.model, examples(), config=CONFIG)]
-    if methods.in_peft(method.name):
+    if methods.find(method.name).IN_PEFT:
         network, parameters = in_peft(folders[arch], tmp_path, method)
     else:
         read = load_adapter.load_file
@@ -109,7 +109,7 @@ def test_an_adapter_of_peft_trains_on_here_and_goes_back(folders: dict[str, Path
     assert steps[-1].loss < steps[0].loss
     loaded.model.eval()
     assert np.abs(logits(loaded) - expected).max() > 1e-2
-    adapter.save(tmp_path / "ours", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "ours", meta=meta)
     peft.export(tmp_path / "ours", tmp_path / "back", base="owner/base")
     verdict = peft.verify(tmp_path / "back", folders["llama"])
     assert verdict.passed
@@ -133,18 +133,18 @@ def test_fifty_steps_of_a_real_model_on_real_data(smollm2: Path, tmp_path: Path)
     from mlx_adapters.data.tokens import encode
 
     settings = TrainConfig(steps=50, batch_size=2, lr=3e-4, warmup=0, schedule="constant", no_decay=None)
-    chosen = methods.make_config("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
+    chosen = methods.make("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
 
     def prepared() -> tuple[model.LanguageModel, Run]:
         loaded = model.load(smollm2)
         items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
         mx.random.seed(0)
-        adapter.attach(loaded.model, "lora", chosen, base=model.describe(loaded))
+        adapter.attach(loaded, chosen)
         return loaded, Run(loaded.model, items, config=settings)
 
     loaded, run = prepared()
-    meta = AdapterMeta(method="lora", config=vars(chosen), base=model.describe(loaded))
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    meta = AdapterMeta(method=chosen, base=model.describe(loaded))
+    adapter.save(loaded.model, tmp_path, meta=meta)
     losses = [step.loss for step in run]
     network = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     network = PeftModel.from_pretrained(network, tmp_path, is_trainable=True)
