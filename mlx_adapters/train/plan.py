@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, device, methods
-from mlx_adapters.data.batches import rows_at_once
+from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import load as model
@@ -103,7 +103,7 @@ def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfi
 
 
 def _part(config: TrainConfig) -> int:
-    return rows_at_once(config.batch_size, config.cutoff)
+    return rows_per_pass(config.batch_size, config.cutoff)
 
 
 def overhead(plans: list[Plan]) -> int:

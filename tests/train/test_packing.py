@@ -18,31 +18,31 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import Dropout
 from mlx_adapters.train.length import total_steps
-from mlx_adapters.train.loop import Run
-from mlx_adapters.train.packing import Packing
+from mlx_adapters.train.loop import Run, gradient_fn
+from mlx_adapters.train.packing import packing
 
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
 
 
-def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found:
+def of_batches(run: Run, given: list[Batch], *, together: bool = False, share: bool = False) -> Found:
     """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout.
 
     In float64, whose rounding hides nothing.
     """
     with mx.stream(mx.cpu):
         run.model.set_dtype(mx.float64)
-        return _summed(run, given, together)
+        return _summed(run, given, together, share)
 
 
-def _summed(run: Run, given: list[Batch], together: bool) -> Found:
+def _summed(run: Run, given: list[Batch], together: bool = False, share: bool = False) -> Found:
     for module in run.model.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
     run.model.train()  # only then are blocks recomputed
-    run._head = None
+    gradient = gradient_fn(run.model, head=None, pack=run.pack, recompute=run.recompute, share=share)
     total, sums = 0.0, {}
     for window in [given] if together else [[batch] for batch in given]:
-        loss, grads = run._gradient(run._loss, window)
+        loss, (grads, _) = gradient(run.model.trainable_parameters(), ([], []), window)
         total += float(loss)
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
@@ -89,10 +89,10 @@ def test_packing_rounds_no_more_than_padding_does(arch: str, folders: dict[str, 
     items = rows()
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
     plain = Run(loaded.model, items, config=config())
-    apart = _summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1), together=False)
-    padded = _summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32), together=False)
+    apart = _summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1))
+    padded = _summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32))
     run = Run(loaded.model, items, config=config(packing=True, cutoff=64))
-    packed = _summed(run, batches(items, batch_size=2, pad_id=0, pack=64), together=False)
+    packed = _summed(run, batches(items, batch_size=2, pad_id=0, pack=64))
     assert 0 < distance(apart, packed) < 2 * distance(apart, padded) < 1e-5
 
 
@@ -113,7 +113,7 @@ def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[s
 def test_virtual_tokens_are_refused(case: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     with pytest.raises(UnsupportedError, match="virtual tokens"):
-        Packing(loaded.model)
+        packing(loaded.model)
 
 
 def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(model.model), "__call__", mixing)
     with pytest.raises(UnsupportedError, match=r"llama cannot keep examples of one row apart.*differ"):
-        Packing(model)
+        packing(model)
 
 
 @settings(deadline=None, max_examples=15)
@@ -168,9 +168,10 @@ def test_nothing_is_lost_or_repeated(lengths: list[int], size: int, pack: int, p
         for rank in range(processes):
             for batch in batches(items, batch_size=size, pad_id=0, pack=length, share=(rank, processes)):
                 assert batch.ids.shape[1] <= 8 + (length or 40)
-                if batch.mask.any():
-                    found += batch.ids[batch.ids > 0].tolist()
-                supervised += int(batch.mask.sum())
+                if batch.label_mask.any():
+                    ids = np.array(batch.ids)
+                    found += ids[ids > 0].tolist()
+                supervised += int(batch.label_mask.sum())
         assert sorted(found) == wanted
         assert supervised == sum(len(item.ids) - 1 for item in items)
 
