@@ -40,9 +40,17 @@ StepGradientFn = Callable[[Parameters, Prefix, Sequence[Batch]], LossAndGradient
 Updated = tuple[Parameters, Parameters, mx.array, mx.array, mx.array]
 
 
-def loss_fn(model: nn.Module, batch: Batch, prefix: KeysValues, head: Head | None) -> mx.array:
-    """Sum of the token losses of `batch`; `prefix` holds the keys and values that precede each row."""
-    cache: list[Any] | None = prefix_cache(prefix) or None
+def loss_fn(
+    parameters: Parameters,
+    above: KeysValues,
+    below: KeysValues,
+    model: nn.Module,
+    batch: Batch,
+    head: Head | None,
+) -> mx.array:
+    """Sum of the token losses of `batch`; `below` and `above` hold what precedes each row, if anything."""
+    model.update(parameters)
+    cache: list[Any] | None = prefix_cache(below + above) or None
     if batch.example_start is not None:
         cache = [ExampleCache(batch.example_start)] * len(model.layers)
     return loss_sum(model, batch, head=head, cache=cache)
@@ -53,13 +61,9 @@ def value_and_grad(model: nn.Module, head: Head | None) -> GradientFn:
 
     def gradient(parameters: Parameters, prefix: Prefix, batch: Batch) -> LossAndGradients:
         below, above = prefix
-
-        def loss(parameters: Parameters, above: KeysValues) -> mx.array:
-            model.update(parameters)
-            return loss_fn(model, batch, below + above, head)
-
+        differentiated = mx.value_and_grad(loss_fn, argnums=(0, 1))
         try:
-            found: LossAndGradients = mx.value_and_grad(loss, argnums=(0, 1))(parameters, above)
+            found: LossAndGradients = differentiated(parameters, above, below, model, batch, head)
         except ValueError as error:
             if "VJP" not in str(error):
                 raise

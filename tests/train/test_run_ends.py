@@ -136,7 +136,7 @@ def test_a_spike_is_a_bad_step_after_twenty_good_ones(spoil: Spoil) -> None:
 def test_ten_bad_steps_in_a_row_end_the_run_anyhow(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tiny(), examples(), config=config(on_bad_step="skip", steps=40))
     monkeypatch.setattr(
-        training_step, "loss_fn", lambda model, *rest: math.inf * model.model.norm.weight.sum()
+        training_step, "loss_sum", lambda model, *_, **__: math.inf * model.model.norm.weight.sum()
     )
     with pytest.raises(TrainingError, match=r"step 10: .*10 bad steps in a row"):
         list(run)
