@@ -25,7 +25,7 @@ def command(
     """
     from mlx_adapters.convert import exchange
     from mlx_adapters.models import load as models
-    from mlx_adapters.train.session import check_output
+    from mlx_adapters.train.trainer import check_output
 
     found = exchange.detect(src)
     check_output(dst, False)

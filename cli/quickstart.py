@@ -147,11 +147,14 @@ def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> Any:
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows
     from mlx_adapters.methods import LoRA
-    from mlx_adapters.train.config import TrainConfig
-    from mlx_adapters.train.session import prepare
+    from mlx_adapters.train.trainer import Trainer
 
     rows = Rows(wordproblems.generate(_TRAIN_ROWS, seed=seed), "instruction", "generated word problems")
-    config = TrainConfig(
+    trainer = Trainer(
+        loaded,
+        rows,
+        LoRA(rank=8, alpha=16.0, targets="all-linear"),
+        output=folder,
         steps=steps,
         lr=2e-3,
         template="alpaca",
@@ -159,13 +162,10 @@ def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> Any:
         validation=16,
         validate_every=steps,
     )
-    session = prepare(
-        loaded, rows, method=LoRA(rank=8, alpha=16.0, targets="all-linear"), config=config, output=folder
-    )
-    train.describe(session)
-    seconds = train.run(session, go_on=f"Remove {folder.parent} to start again")
+    train.describe(trainer)
+    seconds = train.run(trainer, go_on=f"Remove {folder.parent} to start again")
     say(f"   trained in {duration(seconds)}")
-    return session
+    return trainer
 
 
 def _export(folder: Path, base_id: str) -> "Verdict | None":

@@ -31,8 +31,7 @@ from mlx_adapters.methods.base import (
     resolve_targets,
 )
 from mlx_adapters.models import load as model
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.session import prepare
+from mlx_adapters.train.trainer import Trainer
 
 
 class Layer(AdapterLayer):
@@ -101,12 +100,11 @@ def main() -> None:
 
     methods.register(SSF)
     rows = Rows(wordproblems.generate(8 * options.steps, seed=0), "instruction", "generated word problems")
-    config = TrainConfig(steps=options.steps, lr=5e-3, template="alpaca")
-    session = prepare(model.load(options.model), rows, method=SSF(), config=config, output=options.output)
-    print(f"{session.trainable:,} of {session.parameters:,} parameters train")
-    for step in session:
+    loaded, settings = model.load(options.model), {"steps": options.steps, "lr": 5e-3, "template": "alpaca"}
+    trainer = Trainer(loaded, rows, SSF(), output=options.output, **settings)
+    print(f"{trainer.trainable:,} of {trainer.parameters:,} parameters train")
+    for step in trainer:
         print(f"step {step.step}/{step.total}  loss {step.loss:.4f}")
-    session.finish()
 
     again = model.load(options.model)
     adapter.load(again, options.output)

@@ -9,7 +9,6 @@ methods that are done are not run again.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.models import load as model
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.session import prepare
+from mlx_adapters.train.trainer import Trainer
 
 # method -> (its fields, peak learning rate)
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
@@ -77,19 +75,15 @@ def trained(folder: Path, method: str, steps: int) -> dict[str, Any]:
     print(f"\n{method}", flush=True)
     fields, lr = SETTINGS[method]
     rows = Rows(wordproblems.generate(ROWS, seed=0), "instruction", "generated word problems")
-    config = TrainConfig(steps=steps, lr=lr, template="alpaca")
     output = folder / f"{method}-{steps}"
-    session = prepare(
-        model.load(folder / "model"), rows, method=methods.make(method, fields), config=config, output=output
-    )
-    describe(session)
-    started = time.perf_counter()
-    run(session)
-    seconds = time.perf_counter() - started
+    base, settings = model.load(folder / "model"), {"steps": steps, "lr": lr, "template": "alpaca"}
+    trainer = Trainer(base, rows, methods.make(method, fields), output=output, **settings)
+    describe(trainer)
+    seconds = run(trainer)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     loaded = model.load(folder / "model", answering=True)
     adapter.load(loaded, output)
-    return measure(loaded) | {"parameters": session.trainable, "seconds": seconds, "loss": last}
+    return measure(loaded) | {"parameters": trainer.trainable, "seconds": seconds, "loss": last}
 
 
 def measure(loaded: model.LanguageModel) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def make_batches(model: Path, data: Path | None, steps: int, loss_on: str) -> Ba
     return [
         {
             "ids": [examples[i].ids for row in group for i in row],
-            "starts": [examples[i].start for row in group for i in row],
+            "starts": [examples[i].loss_start for row in group for i in row],
         }
         for group in chosen
     ]

@@ -117,7 +117,7 @@ def _trained(
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows, load_rows
     from mlx_adapters.models import load as model
-    from mlx_adapters.train.session import excluded_hashes, prepare
+    from mlx_adapters.train.trainer import Trainer
 
     file, adapter = folder / "trained.json", folder / "adapter"
     if file.exists():
@@ -129,16 +129,17 @@ def _trained(
     else:
         rows = load_rows(settings.data)
     excluded = [Path(part.strip()) for part in (settings.exclude or "").split(",") if part.strip()]
-    session = prepare(
+    session = Trainer(
         model.load(study.model),
         rows,
-        method=methods.make(cell.method, cell.fields),
-        config=cell.train,
+        methods.make(cell.method, cell.fields),
         output=adapter,
-        exclude=excluded_hashes(excluded),
+        exclude=excluded,
         resume=adapter.exists(),
-        warn=warn,
+        **vars(cell.train),
     )
+    for note in session.notes:
+        warn(note)
     seconds = train(session)
     facts = {
         "trainable": session.trainable,

@@ -20,8 +20,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter, device
-from mlx_adapters.data.batches import rows_at_once
+from mlx_adapters import adapter, device, methods
+from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import Method
@@ -30,7 +30,7 @@ from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-__all__ = ["Plan", "overhead", "predict", "predict_all"]
+__all__ = ["MemoryPlan", "Plan", "candidates", "overhead", "plan", "predict", "predict_all", "weigh"]
 
 _SHORT, _LONG = 4, 6
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
@@ -51,6 +51,65 @@ class Plan:
     adapter: int
     peak: int
     measured: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Which settings fit into `memory` bytes; the `process` itself takes so many besides MLX's arrays."""
+
+    memory: int
+    process: int
+    plans: list[Plan]
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a run with these settings stays within the memory."""
+        return plan.peak + self.process <= self.memory
+
+    @property
+    def best(self) -> Plan | None:
+        """The fastest that fits: computing blocks again costs more than small batches do."""
+        fitting = filter(self.fits, self.plans)
+        return max(fitting, key=lambda plan: (not plan.gradient_checkpointing, plan.batch_size), default=None)
+
+
+def plan(
+    source: str | Path,
+    method: Method | str = "lora",
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    memory: int | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """Predict the memory of training with several batch sizes, with gradient checkpointing and without.
+
+    Args:
+        source: a model folder or hub id.
+        method: the method with its options, as `LoRA(rank=16)`, or its name.
+        batch_sizes: the batch sizes to try.
+        memory: bytes of the machine; by default of this one.
+        **options: other fields of `TrainConfig`; `cutoff` is the length of the rows.
+
+    Returns:
+        A prediction for each of the settings, and which of them fit.
+    """
+    method = methods.make(method, {}) if isinstance(method, str) else method
+    configs = candidates(batch_sizes, **options)
+    return weigh(list(predict_all(source, method=method, configs=configs)), memory)
+
+
+def candidates(batch_sizes: Sequence[int], **options: Any) -> list[TrainConfig]:
+    """Every batch size, without gradient checkpointing and with it."""
+    return [
+        TrainConfig(batch_size=size, gradient_checkpointing=again, **options)
+        for again in (False, True)
+        for size in batch_sizes
+    ]
+
+
+def weigh(plans: list[Plan], memory: int | None = None) -> MemoryPlan:
+    """The predictions of this process against `memory` bytes, by default those of this machine."""
+    memory = device.total_memory() if memory is None else memory
+    return MemoryPlan(memory=memory, process=overhead(plans), plans=plans)
 
 
 def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:
@@ -101,7 +160,7 @@ def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfi
 
 
 def _part(config: TrainConfig) -> int:
-    return rows_at_once(config.batch_size, config.cutoff)
+    return rows_per_pass(config.batch_size, config.cutoff)
 
 
 def overhead(plans: list[Plan]) -> int:

@@ -12,7 +12,7 @@ from mlx_adapters.data import overlap as module
 from mlx_adapters.data.overlap import gram_hashes, item_hash, overlap, questions, rows_texts, seen_hashes
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import DataError
-from mlx_adapters.train.session import excluded_hashes
+from mlx_adapters.train.examples import excluded_hashes
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [f"word{number}" for number in range(500)]

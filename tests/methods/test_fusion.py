@@ -19,13 +19,11 @@ from mlx_adapters.adapter import AdapterMeta, multi
 from mlx_adapters.adapter.call import call_model
 from mlx_adapters.adapter.combine import combine
 from mlx_adapters.cli.app import app
-from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.methods import Fusion
 from mlx_adapters.models import load as model
-from mlx_adapters.train import session
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.trainer import Trainer
 
 IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
@@ -146,18 +144,17 @@ def test_the_base_is_computed_once(base: Path, loras: list[Path], monkeypatch: p
 
 
 def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -> None:
-    def gradients(loaded: model.LanguageModel) -> dict[str, np.ndarray]:
+    def gradients(loaded: model.LanguageModel, recompute: Any = lambda f: f) -> dict[str, np.ndarray]:
         def loss() -> mx.array:
             return nn.losses.cross_entropy(call_model(loaded.model, IDS)[:, :-1], IDS[:, 1:]).sum()
 
-        _, grads = nn.value_and_grad(loaded.model, loss)()
+        _, grads = recompute(nn.value_and_grad(loaded.model, loss))()
         return {name: np.array(grad) for name, grad in tree_flatten(grads)}
 
     loaded, _ = fused(base, loras)
     loaded.model.train()
     expected = gradients(loaded)
-    recompute_blocks(loaded.model)
-    for name, gradient in gradients(loaded).items():
+    for name, gradient in gradients(loaded, Recompute(loaded.model)).items():
         assert np.abs(gradient).max() > 0
         np.testing.assert_allclose(gradient, expected[name], atol=1e-5 * np.abs(expected[name]).max())
 
@@ -237,18 +234,17 @@ def test_training_lowers_the_loss_and_the_folder_loads_alone(
     members = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in loras]
     (members[0] / "seen.txt").write_text("00000000000000aa\n")
     before = [adapter.read_tensors(folder) for folder in members]
-    run = session.prepare(
+    run = Trainer(
         model.load(base),
-        load_rows(str(rows(tmp_path / "d.jsonl"))),
-        method=Fusion(adapters=",".join(map(str, members))),
-        config=TrainConfig(steps=30, batch_size=4, lr=0.02, validation=0, template="alpaca"),
+        rows(tmp_path / "d.jsonl"),
+        Fusion(adapters=",".join(map(str, members))),
         output=tmp_path / "fusion",
+        **{"steps": 30, "batch_size": 4, "lr": 0.02, "validation": 0, "template": "alpaca"},
     )
     losses = [step.loss for step in run]
-    run.finish()
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
-    run.loaded.model.eval()
-    expected = logits(run.loaded)
+    run.model.model.eval()
+    expected = logits(run.model)
     for folder in members:
         shutil.rmtree(folder)
     moved = (tmp_path / "fusion").rename(tmp_path / "elsewhere, with a comma")
@@ -270,15 +266,15 @@ def test_training_lowers_the_loss_and_the_folder_loads_alone(
 
 def test_weight_decay_pulls_the_value_to_the_identity(base: Path, loras: list[Path], tmp_path: Path) -> None:
     def distance(decay: float) -> float:
-        run = session.prepare(
+        run = Trainer(
             model.load(base),
-            load_rows(str(rows(tmp_path / "d.jsonl"))),
-            method=Fusion(adapters=",".join(map(str, loras))),
-            config=TrainConfig(steps=30, batch_size=4, lr=0.02, warmup=0, weight_decay=decay, validation=0),
+            rows(tmp_path / "d.jsonl"),
+            Fusion(adapters=",".join(map(str, loras))),
             output=tmp_path / f"decay-{decay}",
+            **{"steps": 30, "batch_size": 4, "lr": 0.02, "warmup": 0, "weight_decay": decay},
         )
         list(run)
-        return sum(mx.abs(x.shift).sum().item() for x in adapter.layers(run.loaded.model).values())
+        return sum(mx.abs(x.shift).sum().item() for x in adapter.layers(run.model.model).values())
 
     assert distance(10.0) < 0.5 * distance(0.0)
 

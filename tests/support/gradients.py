@@ -6,31 +6,31 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.methods.base import Dropout
-from mlx_adapters.train.loop import Run
+from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.train.loop import Run, gradient_fn
 
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
 
 
-def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found:
+def of_batches(run: Run, given: list[Batch], *, together: bool = False, share: bool = False) -> Found:
     """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout.
 
     In float64, whose rounding hides nothing.
     """
     with mx.stream(mx.cpu):
         run.model.set_dtype(mx.float64)
-        return summed(run, given, together)
+        return summed(run, given, together, share)
 
 
-def summed(run: Run, given: list[Batch], together: bool) -> Found:
+def summed(run: Run, given: list[Batch], together: bool = False, share: bool = False) -> Found:
     for module in run.model.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
     run.model.train()  # only then are blocks recomputed
-    run._head = None
+    gradient = gradient_fn(run.model, head=None, pack=run.pack, recompute=run.recompute, share=share)
     total, sums = 0.0, {}
     for window in [given] if together else [[batch] for batch in given]:
-        loss, grads = run._gradient(run._loss, window)
+        loss, (grads, _) = gradient(run.model.trainable_parameters(), ([], []), window)
         total += float(loss)
         for path, array in tree_flatten(grads):
             sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)

@@ -19,7 +19,7 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.train.length import total_steps
 from mlx_adapters.train.loop import Run
-from mlx_adapters.train.packing import Packing
+from mlx_adapters.train.packing import packing
 
 
 def rows(count: int = 9) -> list[Example]:
@@ -47,10 +47,10 @@ def test_packing_rounds_no_more_than_padding_does(arch: str, folders: dict[str, 
     items = rows()
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
     plain = Run(loaded.model, items, config=config())
-    apart = summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1), together=False)
-    padded = summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32), together=False)
+    apart = summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1))
+    padded = summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32))
     run = Run(loaded.model, items, config=config(packing=True, cutoff=64))
-    packed = summed(run, batches(items, batch_size=2, pad_id=0, pack=64), together=False)
+    packed = summed(run, batches(items, batch_size=2, pad_id=0, pack=64))
     assert 0 < distance(apart, packed) < 2 * distance(apart, padded) < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[s
 def test_virtual_tokens_are_refused(case: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     with pytest.raises(UnsupportedError, match="virtual tokens"):
-        Packing(loaded.model)
+        packing(loaded.model)
 
 
 def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(model.model), "__call__", mixing)
     with pytest.raises(UnsupportedError, match=r"llama cannot keep examples of one row apart.*differ"):
-        Packing(model)
+        packing(model)
 
 
 @settings(deadline=None, max_examples=15)
@@ -126,9 +126,10 @@ def test_nothing_is_lost_or_repeated(lengths: list[int], size: int, pack: int, p
         for rank in range(processes):
             for batch in batches(items, batch_size=size, pad_id=0, pack=length, share=(rank, processes)):
                 assert batch.ids.shape[1] <= 8 + (length or 40)
-                if batch.mask.any():
-                    found += batch.ids[batch.ids > 0].tolist()
-                supervised += int(batch.mask.sum())
+                if batch.label_mask.any():
+                    ids = np.array(batch.ids)
+                    found += ids[ids > 0].tolist()
+                supervised += int(batch.label_mask.sum())
         assert sorted(found) == wanted
         assert supervised == sum(len(item.ids) - 1 for item in items)
 

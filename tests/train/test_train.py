@@ -61,8 +61,8 @@ def test_first_gradient_norm_is_that_of_the_plain_mean_loss() -> None:
         for row in rows:
             logits = model(mx.array([row.ids[:-1]]))[0]
             wanted = mx.array(row.ids[1:])
-            losses = nn.losses.cross_entropy(logits, wanted)[row.start - 1 :]
-            total, count = total + losses.sum(), count + len(row.ids) - row.start
+            losses = nn.losses.cross_entropy(logits, wanted)[row.loss_start - 1 :]
+            total, count = total + losses.sum(), count + len(row.ids) - row.loss_start
         return total / count
 
     loss, grads = nn.value_and_grad(model, mean)(model)
