@@ -2,16 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import duration, say, size
-
-if TYPE_CHECKING:
-    from mlx_adapters.convert.verify import Verdict
+from mlx_adapters.cli.screen import say
+from mlx_adapters.units import duration, size
 
 __all__ = ["command"]
 
@@ -53,7 +51,12 @@ def command(
     done = convert(
         src, dst, revision=revision, bits=bits, group_size=group_size, mode=mode, recipe=recipe, dtype=dtype
     )
-    verdict = _verify(src, dst) if verify else None
+    verdict = None
+    if verify:
+        from mlx_adapters.convert.verify import verify_model
+
+        say("Comparing with transformers ...")
+        verdict = verify_model(src, dst)
 
     def words() -> None:
         typer.echo(
@@ -61,25 +64,9 @@ def command(
             f"{done.bits_per_weight:.2f} bits per weight ({done.dtype}), {duration(done.seconds)}"
         )
         if verdict:
-            typer.echo(_text(verdict))
+            typer.echo(str(verdict))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
     report(asdict(done) | {"verify": checked}, words)
     if verdict and not verdict.passed:
         raise typer.Exit(1)
-
-
-def _verify(src: str, dst: Path) -> "Verdict":
-    from mlx_adapters.convert.verify import verify_model
-
-    say("Comparing with transformers ...")
-    return verify_model(src, dst)
-
-
-def _text(verdict: "Verdict") -> str:
-    against = "transformers" if verdict.lossless else "transformers with the same rounded weights"
-    return (
-        f"verify: max |logit difference| {verdict.max_diff:.1e} to {against} (bound {verdict.bound:.1e}), "
-        f"same most likely token as the source at {verdict.argmax_agreement:.1%} of positions: "
-        f"{'passed' if verdict.passed else 'FAILED'}"
-    )

@@ -8,8 +8,9 @@ import typer
 
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, size
+from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import counted
+from mlx_adapters.units import size
 
 __all__ = ["command"]
 

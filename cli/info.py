@@ -1,7 +1,5 @@
 """`mlx-adapters info FOLDER`: read from the small files and the weight files' headers."""
 
-import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import size
-from mlx_adapters.errors import CheckpointError
+from mlx_adapters.units import size
 
 __all__ = ["command"]
 
-_WIDE = 90  # longer mappings are printed one entry a line
+_WIDE = 90  # longer mappings are printed one entry per line
 
 
 _FILES = ("files", "tensors", "stored_values")
@@ -28,9 +25,9 @@ def command(folder: Annotated[Path, typer.Argument(help="model folder or adapter
 
     No weights are loaded.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a model folder or an adapter folder")
-    found = _adapter(folder) if (folder / "adapter_config.json").exists() else _model(folder)
+    from mlx_adapters.convert.info import info
+
+    found = info(folder)
     report(found, lambda: _print(found))
 
 
@@ -45,70 +42,6 @@ def _print(found: dict[str, Any]) -> None:
         typer.echo(f"{key.replace('_', ' '):<14} {lines[0]}")
         for line in lines[1:]:
             typer.echo(f"{'':<14} {line}")
-
-
-def _model(folder: Path) -> dict[str, Any]:
-    from mlx_adapters.files import weights
-    from mlx_adapters.models import sites
-    from mlx_adapters.models.load import read_config
-    from mlx_adapters.models.origin import remembered
-
-    config = read_config(folder)
-    quantization = config.get("quantization") or {}
-    row = sites.TABLE.get(config["model_type"])
-    plain = {name: value for name, value in quantization.items() if not isinstance(value, dict | bool)}
-    mixed = sum(isinstance(value, dict) for value in quantization.values())
-    return {
-        "kind": "model",
-        "folder": str(folder),
-        "architecture": config["model_type"],
-        "source": remembered(config).get("source"),
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocabulary": config.get("vocab_size"),
-        "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
-        **_weights(weights.weight_files(folder)),
-        "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
-    }
-
-
-def _adapter(folder: Path) -> dict[str, Any]:
-    from mlx_adapters import adapter
-    from mlx_adapters.data.overlap import questions
-
-    meta = adapter.read_meta(folder)
-    return {
-        "kind": "adapter",
-        "folder": str(folder),
-        "method": meta.method,
-        "fields": meta.config,
-        "base": meta.base or None,
-        "template": meta.template or None,
-        "loss_on": meta.loss_on or None,
-        "training": meta.training or None,
-        "seen": questions(meta.seen) if meta.seen else None,
-        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
-        **_weights([file for file in (folder / adapter.WEIGHTS,) if file.exists()]),
-    }
-
-
-def _weights(found: list[Path]) -> dict[str, Any]:
-    from mlx_adapters.files import weights
-
-    entries = [
-        entry
-        for file in found
-        for name, entry in weights.header(file).items()
-        if name != "__metadata__"
-    ]  # fmt: skip
-    types: Counter[str] = Counter()
-    for entry in entries:
-        types[entry["dtype"]] += math.prod(entry["shape"])
-    return {
-        "files": {file.name: file.stat().st_size for file in found} or None,
-        "tensors": len(entries),
-        "stored_values": dict(types.most_common()) or None,
-    }
 
 
 def _lines(value: Any) -> list[str]:

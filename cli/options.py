@@ -4,18 +4,36 @@ import dataclasses
 import inspect
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
-from mlx_adapters.cli.complete import FIELDS
+from mlx_adapters.cli.complete import FIELDS, among, templates
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.files.documents import from_json, from_yaml
 
-__all__ = ["App", "fields_as_options", "json_object", "merged", "named_folders", "read_yaml", "settings"]
+if TYPE_CHECKING:
+    from mlx_adapters.adapter import AdapterMeta
+    from mlx_adapters.models.load import LanguageModel
+
+__all__ = [
+    "AdapterFolder",
+    "Adapters",
+    "App",
+    "ChatTemplateKwargs",
+    "DataDir",
+    "Model",
+    "Template",
+    "fields_as_options",
+    "json_object",
+    "load_named",
+    "merged",
+    "read_yaml",
+    "settings",
+]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,9 +60,31 @@ class App(typer.Typer):
         return super().command(name, cls=_Command, **options)
 
 
-def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+# Arguments and options that several commands have.
+Model = Annotated[str, typer.Argument(help="model folder or hub id")]
+AdapterFolder = Annotated[Path | None, typer.Option(help="adapter folder; without it the base model")]
+Adapters = Annotated[
+    list[str] | None, typer.Option(help="NAME=FOLDER, or a folder that gives its name; may be repeated")
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="prompt template [default: the adapter's (a fused one's too), else chat if the tokenizer has "
+        "one, else plain]",
+        autocompletion=templates,
+    ),
+]
+ChatTemplateKwargs = Annotated[
+    str | None, typer.Option(help="variables of the chat template: '{\"enable_thinking\": false}'")
+]
+DataDir = Annotated[Path | None, typer.Option(help="folder with NAME/test.json; default: the hub")]
+
+
+def fields_as_options(
+    config_class: type, **values: Iterable[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Append the fields of `config_class` to a command's signature; the command gets them in `**given`,
-    None where the user said nothing."""
+    None where the user said nothing. `values` are what the shell completes, by field."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(config_class)
@@ -56,7 +96,7 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
             option = typer.Option(
                 f"--{field.name.replace('_', '-')}",
                 help=field.metadata["help"] + default,
-                autocompletion=FIELDS.get(field.name),
+                autocompletion=among(values[field.name]) if field.name in values else FIELDS.get(field.name),
             )
             parameters.append(
                 inspect.Parameter(
@@ -122,11 +162,16 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
-    """{name: folder} of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the base, would
-    have one name."""
+def load_named(
+    model: str, adapters: list[str] | None, *, base: str
+) -> "tuple[LanguageModel, dict[str, AdapterMeta]]":
+    """The model with the adapters of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the
+    base, would have one name."""
+    from mlx_adapters.adapter.multi import load_several
+    from mlx_adapters.models.load import load
+
     folders: dict[str, Path] = {}
-    for text in adapters:
+    for text in adapters or []:
         name, equals, folder = text.partition("=")
         if not equals or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
@@ -135,7 +180,8 @@ def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
         if name in folders or name == base:
             raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
         folders[name] = Path(folder)
-    return folders
+    loaded = load(model, answering=True)
+    return loaded, load_several(loaded, folders) if folders else {}
 
 
 def _plain(hint: Any) -> Any:

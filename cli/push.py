@@ -36,8 +36,8 @@ def command(
     """
     import tempfile
 
-    from mlx_adapters.cli.screen import size
     from mlx_adapters.convert import publish
+    from mlx_adapters.units import size
 
     if dry_run != (output is not None):
         raise ConfigError("--dry-run and --output FOLDER go together: the folder is written, nothing is sent")

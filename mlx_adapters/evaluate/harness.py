@@ -18,6 +18,7 @@ from mlx_adapters.data.tokens import end_id
 from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
 from mlx_adapters.generate.decode import Decoding, generate_ids
 from mlx_adapters.generate.likelihood import scored
+from mlx_adapters.generate.using import opened, using
 from mlx_adapters.models.chat_template import chat_writer
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
@@ -31,7 +32,7 @@ except ImportError:
         'lm-evaluation-harness is not installed: pip install "mlx-adapters[lm-eval]"'
     ) from None
 
-__all__ = ["HarnessModel", "run_tasks"]
+__all__ = ["HarnessModel", "columns", "rows", "run_tasks"]
 
 _LONGEST = 2048  # tokens, where the model's configuration names no limit: lm_eval's own default
 _ANSWER = 256  # tokens of an answer, where the task does not say
@@ -169,9 +170,10 @@ def _decoding(given: dict[str, Any]) -> Decoding:
 
 
 def run_tasks(
-    loaded: LanguageModel,
+    model: LanguageModel | str | Path,
     tasks: Sequence[str],
     *,
+    adapter: str | Path | None = None,
     batch_size: int | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -194,7 +196,9 @@ def run_tasks(
             "--include-path adds a folder of YAML files"
         )
     manager.load = partial(_load, manager.load)
-    with _one_process(), redirect_stdout(sys.stderr):
+    loaded = opened(model)
+    loaded.model.eval()
+    with using(loaded, adapter), _one_process(), redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=HarnessModel(loaded, batch_size=batch_size),
             tasks=list(tasks),
@@ -252,3 +256,22 @@ def _managed(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list
         if not unknown:
             break
     return manager, unknown
+
+
+def columns() -> list[str]:
+    """The heads of a table of results, whose lines are `rows`."""
+    return ["task", "metric", "filter", "value", "standard error", "items"]
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """One row per metric: lm_eval names it `metric,filter` and its standard error `metric_stderr,filter`."""
+    rows = []
+    for task, metrics in found["results"].items():
+        items = str(found["n-samples"].get(task, {}).get("effective", ""))
+        for key, value in metrics.items():
+            metric, comma, rule = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = metrics.get(f"{metric}_stderr,{rule}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                rows.append([task, metric, rule, f"{value:.4f}", shown, items])
+    return rows

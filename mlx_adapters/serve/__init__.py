@@ -11,7 +11,7 @@ trained with. Here the adapters stand beside one base and are switched in place 
 """
 
 from mlx_adapters.serve.engine import Engine
-from mlx_adapters.serve.requests import Ask, RequestError
+from mlx_adapters.serve.requests import CompletionRequest, RequestError
 from mlx_adapters.serve.server import Server
 
-__all__ = ["Ask", "Engine", "RequestError", "Server"]
+__all__ = ["CompletionRequest", "Engine", "RequestError", "Server"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_adapters.files.documents import from_json
 
-__all__ = ["Ask", "Message", "RequestError", "parse"]
+__all__ = ["CompletionRequest", "Message", "RequestError", "parse"]
 
 Message = dict[str, str]
 
@@ -76,7 +76,7 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class CompletionRequest:
     """A checked request. `prompt` is read as it is, `messages` through a template; one of them is given.
 
     `top_k` 0 keeps all tokens; without a `seed` every answer is drawn anew.
@@ -105,7 +105,7 @@ class Ask:
         return self.prompt is None
 
 
-def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
+def parse(body: bytes, *, chat: bool, max_tokens: int) -> CompletionRequest:
     """The request in `body`; RequestError says what is wrong with it.
 
     `max_tokens` is the longest answer the server gives, and the one when nothing is asked (at most 256).
@@ -120,7 +120,7 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
         )
     limit_name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     options, seed = _object_field(fields, "stream_options"), fields.get("seed")
-    return Ask(
+    return CompletionRequest(
         model=model,
         prompt=None if chat else _prompt(fields.get("prompt")),
         messages=_messages(fields.get("messages")) if chat else (),
