@@ -133,7 +133,7 @@ def _compare(chat: "Conversation", line: str) -> None:
 
 
 def _order(chat: "Conversation", line: str) -> None:
-    from mlx_adapters.study.cells import write_json
+    from mlx_adapters.files.writing import write_json
 
     word, _, rest = line.partition(" ")
     rest = rest.strip()

@@ -40,13 +40,8 @@ def overlap_command(
 
     def words() -> None:
         counts = [(name, one.total, len(one.seen), len(one.near)) for name, _, one in found]
-        table(
-            ["test", "items", "seen", "near (13 words in a row)", "new"],
-            [
-                [name, *map(str, (total, seen, near, total - seen - near))]
-                for name, total, seen, near in counts
-            ],
-        )
+        rows = [[name, *map(str, (n, seen, near, n - seen - near))] for name, n, seen, near in counts]
+        table(["test", "items", "seen", "near (13 words in a row)", "new"], rows)
         for name, texts, one in found:
             for kind, indices in (("seen", one.seen), ("near", one.near)):
                 for index in indices[:show]:

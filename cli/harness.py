@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a model and adapter (extra `lm-eval`)."""
     from mlx_adapters.evaluate.harness import columns, rows, run_tasks
-    from mlx_adapters.study.cells import write_json
+    from mlx_adapters.files.writing import write_json
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

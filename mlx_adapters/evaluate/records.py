@@ -17,7 +17,7 @@ from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.files.lock import hold
-from mlx_adapters.files.writing import write_whole
+from mlx_adapters.files.writing import write_json
 
 __all__ = ["RecordFile", "read_report"]
 
@@ -95,8 +95,8 @@ class RecordFile:
     def finish(self, report: dict[str, Any]) -> None:
         """Write the report, whole or not at all, and remove the growing file."""
         self.close()
-        with writing_to(self.output):
-            write_whole(self.output, json.dumps(report, indent=1) + "\n")
+        write_json(self.output, report)
+        with writing_to(self.path):
             self.path.unlink()
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ test set; each yields its records as they are done.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 from mlx_adapters import adapter as adapters
 from mlx_adapters.data.templates import TEMPLATES, chosen_template
-from mlx_adapters.errors import ConfigError, OutputError, unknown, writing_to
+from mlx_adapters.errors import ConfigError, OutputError, unknown
 from mlx_adapters.evaluate import tasks as test_sets
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.config import EvalConfig
@@ -28,7 +27,7 @@ from mlx_adapters.evaluate.score import Record, Score, summarise
 from mlx_adapters.evaluate.tasks import Item, Task
 from mlx_adapters.evaluate.workers import Workers, processes_for
 from mlx_adapters.fields import parse_fields
-from mlx_adapters.files.writing import write_whole
+from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
 from mlx_adapters.generate.using import meta_of, opened, using
 from mlx_adapters.models.load import LanguageModel, locate, read_config
@@ -69,8 +68,7 @@ class Evaluation:
         file = Path(path)
         if file.exists():
             raise OutputError(f"{file}: exists. Choose another name, or remove it")
-        with writing_to(file):
-            write_whole(file, json.dumps(self.report(), indent=1) + "\n")
+        write_json(file, self.report())
 
 
 @dataclass

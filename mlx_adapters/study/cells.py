@@ -21,13 +21,13 @@ from typing import Any
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import chosen_template
-from mlx_adapters.errors import AdaptersError, OutputError, writing_to
+from mlx_adapters.errors import AdaptersError, OutputError
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.run import Part
 from mlx_adapters.evaluate.score import summarise
-from mlx_adapters.files.writing import write_whole
+from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
 from mlx_adapters.study.grid import GENERATED, Cell, Study
 from mlx_adapters.train.session import Session, excluded_hashes, prepare
@@ -41,7 +41,6 @@ __all__ = [
     "finished",
     "parameters",
     "same_rules",
-    "write_json",
 ]
 
 BASE = "base"
@@ -51,13 +50,6 @@ Result = dict[str, Any]
 def cell_folder(output: Path, name: str) -> Path:
     """Where a cell keeps what it makes."""
     return output / "cells" / name
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write `file` whole or not at all."""
-    with writing_to(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 def finished(output: Path, name: str) -> Result | None:

@@ -13,7 +13,6 @@ from test_json import commands
 
 from mlx_adapters import methods
 from mlx_adapters.adapter import combine
-from mlx_adapters.cli import complete
 from mlx_adapters.convert import checkpoint, exchange, fuse
 from mlx_adapters.data.templates import TEMPLATES
 from mlx_adapters.data.tokens import LOSS_ON
