@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters.cli.options import Adapters, ChatTemplateKwargs, Model, Template, json_object, load_named
+from mlx_adapters.cli import options
+from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.screen import say
 from mlx_adapters.cli.signals import instead, telling
 from mlx_adapters.errors import AdaptersError, ConfigError, counted
@@ -27,18 +28,16 @@ _HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
 
 
 def command(
-    model: Model,
-    adapter: Adapters = None,
-    template: Template = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="of a temperature above 0")] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(help="seed of the sampling [default: a new one each time]")
-    ] = None,
-    web: Annotated[bool, typer.Option("--web", help="a page in the browser instead (extra `web`)")] = False,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="port of --web, at 127.0.0.1")] = 7860,
+    model: options.Model,
+    adapter: options.Adapters = None,
+    template: options.Template = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: Annotated[float, opt("draw from the fewest tokens with this probability", min=0, max=1)] = 1.0,
+    seed: Annotated[int | None, opt("seed of the sampling [default: a new one each time]")] = None,
+    web: Annotated[bool, opt("a page in the browser instead (extra `web`)", "--web")] = False,
+    port: Annotated[int, opt("port of --web, at 127.0.0.1", min=1, max=65535)] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
     from mlx_adapters.data.templates import TEMPLATES
@@ -49,8 +48,8 @@ def command(
         raise ConfigError(unknown("template", template, TEMPLATES))
     if web and template is not None:
         raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
-    loaded, metas = load_named(model, adapter, base="base")
+    kwargs = options.json_object(chat_template_kwargs, "--chat-template-kwargs")
+    loaded, metas = options.load_named(model, adapter, base="base")
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if web:
         _page(loaded, metas, port, seed=seed, template_kwargs=kwargs, **settings)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
 
 __all__ = ["command"]
@@ -16,8 +17,8 @@ _KEYS = ("task", "part", "total", "seen", "a_correct", "b_correct", "only_a", "o
 
 @reporting(*_KEYS, "high", "p", "differ", each=True)
 def command(
-    a: Annotated[Path, typer.Argument(help="report of `mlx-adapters eval --output`")],
-    b: Annotated[Path, typer.Argument(help="another, of the same items")],
+    a: Annotated[Path, arg("report of `mlx-adapters eval --output`")],
+    b: Annotated[Path, arg("another, of the same items")],
 ) -> None:
     """Tell which of two evaluations is better, by a paired test."""
     from mlx_adapters.evaluate.compare import compare, differ, words

@@ -1,12 +1,12 @@
 """`mlx-adapters convert SRC DST`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import RECIPES
+from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 from mlx_adapters.units import duration, size
@@ -16,30 +16,15 @@ __all__ = ["command"]
 
 @reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "verify")
 def command(
-    src: Annotated[str, typer.Argument(help="hub id, folder, or .gguf file")],
-    dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
-    bits: Annotated[int | None, typer.Option(help="quantize to 2, 3, 4, 5, 6 or 8 bits")] = None,
-    group_size: Annotated[int | None, typer.Option(help="weights that share a scale: 32, 64 or 128")] = None,
-    mode: Annotated[
-        str,
-        typer.Option(help="affine, mxfp4, mxfp8 or nvfp4", autocompletion=complete.among(complete.MODES)),
-    ] = "affine",
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="mixed precision: mixed_2_6, mixed_3_4, ...",
-            autocompletion=complete.among(complete.RECIPES),
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16; default: the source's",
-            autocompletion=complete.among(complete.DTYPES),
-        ),
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="compare the logits with transformers")] = False,
+    src: Annotated[str, arg("hub id, folder, or .gguf file")],
+    dst: NewFolder,
+    revision: Annotated[str | None, opt("branch, tag or commit of a hub id")] = None,
+    bits: Annotated[int | None, opt("quantize to 2, 3, 4, 5, 6 or 8 bits")] = None,
+    group_size: Annotated[int | None, opt("weights that share a scale: 32, 64 or 128")] = None,
+    mode: Mode = "affine",
+    recipe: Annotated[str | None, opt("mixed precision: mixed_2_6, mixed_3_4, ...", values=RECIPES)] = None,
+    dtype: Dtype = None,
+    verify: Annotated[bool, opt("compare the logits with transformers")] = False,
 ) -> None:
     """Convert a checkpoint to an MLX folder, quantized if asked.
 

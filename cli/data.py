@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import App, DataDir
+from mlx_adapters.cli.options import App, DataDir, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
@@ -23,15 +23,12 @@ def _group() -> None:
 @app.command("overlap")
 @reporting("test", "total", "seen", "near", "sampled", each=True)
 def overlap_command(
-    train: Annotated[str, typer.Argument(help="training data as in `train --data`, or an adapter folder")],
+    train: Annotated[str, arg("training data as in `train --data`, or an adapter folder")],
     test: Annotated[
-        str,
-        typer.Argument(
-            help="test files or sets, joined by commas, as in `eval --task`", autocompletion=complete.tasks
-        ),
+        str, arg("test files or sets, joined by commas, as in `eval --task`", values=complete.tasks)
     ],
     data_dir: DataDir = None,
-    show: Annotated[int, typer.Option(min=0, help="print N of the items found")] = 0,
+    show: Annotated[int, opt("print N of the items found", min=0)] = 0,
 ) -> None:
     """Count test items whose question stands in the training data, or shares 13 words in a row with it."""
     from mlx_adapters.evaluate.overlaps import overlaps

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import AdapterFolder, Model, fields_as_options
+from mlx_adapters.cli.options import AdapterFolder, Model, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import counted
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["command", "follow"]
 
 _KEYS = ("model", "adapter", "adapter_sha256", "template", "decoding", "settings", "reading", "data", "tasks")
+_TASK = (
+    "test sets, joined by commas: names (gsm8k, boolq, ...), groups (math, math-2023, commonsense, all), or "
+    ".json and .jsonl files of your own"
+)
+_PROCESSES = (
+    "share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 items or "
+    "more, where memory allows and a second core is free]"
+)
 _VALUES = {"protocol": PROTOCOLS, "decoding": DECODINGS, "choices": CHOICES}
 
 
@@ -26,25 +34,11 @@ _VALUES = {"protocol": PROTOCOLS, "decoding": DECODINGS, "choices": CHOICES}
 @fields_as_options(EvalConfig, **_VALUES)
 def command(
     model: Model,
-    task: Annotated[
-        str,
-        typer.Option(
-            help="test sets, joined by commas: names (gsm8k, boolq, ...), groups (math, math-2023, "
-            "commonsense, all), or .json and .jsonl files of your own",
-            autocompletion=complete.tasks,
-        ),
-    ],
+    task: Annotated[str, opt(_TASK, values=complete.tasks)],
     adapter: AdapterFolder = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 "
-            "items or more, where memory allows and a second core is free]",
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file with a record of every item")] = None,
-    resume: Annotated[bool, typer.Option(help="continue the interrupted records of --output")] = False,
+    processes: Annotated[int | None, opt(_PROCESSES, min=1)] = None,
+    output: Annotated[Path | None, opt("JSON file with a record of every item")] = None,
+    resume: Annotated[bool, opt("continue the interrupted records of --output")] = False,
     **given: Any,
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""

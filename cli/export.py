@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import FORMATS
+from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import ConfigError, counted
@@ -17,22 +18,12 @@ __all__ = ["command"]
 
 @reporting("path", "format", "tensors", "bytes", "base", "verify")
 def command(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
-    dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="peft, adapterhub, llm-adapters or mlx-lm", autocompletion=complete.among(complete.FORMATS)
-        ),
-    ] = "peft",
-    base: Annotated[
-        str | None,
-        typer.Option(help="hub id PyTorch users load the base from [default: the one it was named by]"),
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
-    model: Annotated[
-        Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")
-    ] = None,
+    adapter: Adapter,
+    dst: NewFolder,
+    format: Annotated[str, opt("peft, adapterhub, llm-adapters or mlx-lm", values=FORMATS)] = "peft",
+    base: Base = None,
+    verify: Annotated[bool, opt("open it with peft and transformers and compare")] = False,
+    model: Annotated[Path | None, opt("MLX model folder for --verify; default: as trained")] = None,
 ) -> None:
     """Write the adapter for another library, by default PEFT.
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import TARGETS
+from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import counted
@@ -20,30 +21,17 @@ _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "to
 
 @reporting(*_KEYS)
 def command(
-    model: Annotated[str, typer.Argument(help="model folder or hub id the adapter was trained on")],
-    dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    adapter: Annotated[Path, typer.Option(help="adapter folder")],
+    model: Annotated[str, arg("model folder or hub id the adapter was trained on")],
+    dst: NewFolder,
+    adapter: Annotated[Path, opt("adapter folder")],
     to: Annotated[
-        str,
-        typer.Option(
-            help="transformers: a Hugging Face checkpoint; mlx: an MLX folder",
-            autocompletion=complete.among(complete.TARGETS),
-        ),
+        str, opt("transformers: a Hugging Face checkpoint; mlx: an MLX folder", values=TARGETS)
     ] = "transformers",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16 [default: the base's]",
-            autocompletion=complete.among(complete.DTYPES),
-        ),
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="with --to mlx: quantize the fused weights anew")] = None,
-    group_size: Annotated[int | None, typer.Option(help="weights that share a scale")] = None,
-    mode: Annotated[
-        str,
-        typer.Option(help="affine, mxfp4, mxfp8 or nvfp4", autocompletion=complete.among(complete.MODES)),
-    ] = "affine",
-    verify: Annotated[bool, typer.Option(help="open the checkpoint with transformers and compare")] = False,
+    dtype: Dtype = None,
+    bits: Annotated[int | None, opt("with --to mlx: quantize the fused weights again")] = None,
+    group_size: Annotated[int | None, opt("weights that share a scale")] = None,
+    mode: Mode = "affine",
+    verify: Annotated[bool, opt("open the checkpoint with transformers and compare")] = False,
 ) -> None:
     """Merge an adapter into its base, for use without any library."""
     from mlx_adapters.convert.fuse import fuse

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli.options import AdapterFolder, ChatTemplateKwargs, Model, Template, json_object
+from mlx_adapters.cli import options
+from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import live, report, reporting
 
 __all__ = ["command"]
@@ -12,14 +13,14 @@ __all__ = ["command"]
 
 @reporting("text", "template", "prompt_tokens", "tokens", "finish_reason")
 def command(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="the instruction")],
-    adapter: AdapterFolder = None,
-    template: Template = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 0.0,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    model: options.Model,
+    prompt: Annotated[str, opt("the instruction")],
+    adapter: options.AdapterFolder = None,
+    template: options.Template = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    seed: Annotated[int, opt("seed of the sampling")] = 0,
 ) -> None:
     """Answer one prompt, printed as it comes."""
     from mlx_adapters.generate.text import stream
@@ -32,7 +33,7 @@ def command(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
+        chat_template_kwargs=options.json_object(chat_template_kwargs, "--chat-template-kwargs"),
     )
     for piece in answer:
         live(piece)

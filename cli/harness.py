@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from mlx_adapters.cli.options import AdapterFolder, Model
+from mlx_adapters.cli.options import AdapterFolder, BatchSize, Model, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
 from mlx_adapters.errors import ConfigError
@@ -16,22 +14,20 @@ __all__ = ["command"]
 @reporting("model", "adapter", "results", "versions", "samples")
 def command(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="tasks or groups of lm_eval, joined by commas: arc_easy,piqa")],
+    tasks: Annotated[str, opt("tasks or groups of lm_eval, joined by commas: arc_easy,piqa")],
     adapter: AdapterFolder = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="worked examples in the prompt [default: the task's]")
+        int | None, opt("worked examples in the prompt [default: the task's]", min=0)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="the first N items of each task")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="rows computed together [default: what memory allows, up to 64]")
-    ] = None,
+    limit: Annotated[int | None, opt("the first N items of each task", min=1)] = None,
+    batch_size: BatchSize = None,
     chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="write prompts as the model's chat template does")
+        bool, opt("write prompts as the model's chat template does", "--apply-chat-template")
     ] = False,
     include_path: Annotated[
-        Path | None, typer.Option(help="folder of your own YAML tasks; Python they name is run")
+        Path | None, opt("folder of your own YAML tasks; Python they name is run")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file with the results and every sample")] = None,
+    output: Annotated[Path | None, opt("JSON file with the results and every sample")] = None,
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a model and adapter (extra `lm-eval`)."""
     from mlx_adapters.evaluate.harness import columns, rows, run_tasks

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.units import size
 
@@ -20,7 +21,7 @@ _OF_ADAPTERS = ("method", "fields", "base", "template", "loss_on", "training", "
 
 
 @reporting("kind", "folder", *_OF_MODELS, *_OF_ADAPTERS, *_FILES)
-def command(folder: Annotated[Path, typer.Argument(help="model folder or adapter folder")]) -> None:
+def command(folder: Annotated[Path, arg("model folder or adapter folder")]) -> None:
     """Say what is in a folder of a model or an adapter.
 
     No weights are loaded.

@@ -11,29 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from mlx_adapters.cli.complete import FIELDS, among, templates
+from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, templates
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.files.documents import from_json, from_yaml
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
     from mlx_adapters.models.load import LanguageModel
-
-__all__ = [
-    "AdapterFolder",
-    "Adapters",
-    "App",
-    "ChatTemplateKwargs",
-    "DataDir",
-    "Model",
-    "Template",
-    "fields_as_options",
-    "json_object",
-    "load_named",
-    "merged",
-    "read_yaml",
-    "settings",
-]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,24 +44,41 @@ class App(typer.Typer):
         return super().command(name, cls=_Command, **options)
 
 
+def arg(help: str, *, values: Complete | None = None) -> Any:
+    """An argument, in `Annotated`: its help, and the values that the shell completes."""
+    return typer.Argument(help=help, autocompletion=values)
+
+
+def opt(help: str, *names: str, values: Iterable[str] | Complete = (), **limits: Any) -> Any:
+    """An option, in `Annotated`: its help, names that are not the parameter's, the values that the shell
+    completes, and `min` and `max`."""
+    completed = values if callable(values) else among(values) if values else None
+    return typer.Option(*names, help=help, autocompletion=completed, **limits)
+
+
 # Arguments and options that several commands have.
-Model = Annotated[str, typer.Argument(help="model folder or hub id")]
-AdapterFolder = Annotated[Path | None, typer.Option(help="adapter folder; without it the base model")]
-Adapters = Annotated[
-    list[str] | None, typer.Option(help="NAME=FOLDER, or a folder that gives its name; may be repeated")
-]
+Model = Annotated[str, arg("model folder or hub id")]
+Adapter = Annotated[Path, arg("adapter folder")]
+NewFolder = Annotated[Path, arg("new folder to write")]
+AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
+Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
+Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
 Template = Annotated[
     str | None,
-    typer.Option(
-        help="prompt template [default: the adapter's (a fused one's too), else chat if the tokenizer has "
-        "one, else plain]",
-        autocompletion=templates,
+    opt(
+        "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]",
+        values=templates,
     ),
 ]
-ChatTemplateKwargs = Annotated[
-    str | None, typer.Option(help="variables of the chat template: '{\"enable_thinking\": false}'")
+ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
+DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
+BatchSize = Annotated[
+    int | None, opt("rows computed together [default: what memory allows, up to 64]", min=1)
 ]
-DataDir = Annotated[Path | None, typer.Option(help="folder with NAME/test.json; default: the hub")]
+MaxTokens = Annotated[int, opt("longest answer", min=1)]
+Temperature = Annotated[float, opt("0 takes the most likely token", min=0)]
+Dtype = Annotated[str | None, opt("float32, float16 or bfloat16 [default: the source's]", values=DTYPES)]
+Mode = Annotated[str, opt("quantization: affine, mxfp4, mxfp8 or nvfp4", values=MODES)]
 
 
 def fields_as_options(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
 from mlx_adapters.errors import OutputError, counted
@@ -38,10 +39,10 @@ Next:
 
 @reporting(*_MODEL, "trainable", "base", "adapted", "gain", "seconds", "verify")
 def command(
-    dir: Annotated[Path, typer.Option(help="new folder for everything it writes")] = Path("quickstart"),
-    model: Annotated[str | None, typer.Option(help="hub id or folder instead of the embedded model")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="training steps of 8 rows")] = 55,
-    seed: Annotated[int, typer.Option(help="seed of data, initialisation and order")] = 0,
+    dir: Annotated[Path, opt("new folder for everything it writes")] = Path("quickstart"),
+    model: Annotated[str | None, opt("hub id or folder instead of the embedded model")] = None,
+    steps: Annotated[int, opt("training steps of 8 rows", min=1)] = 55,
+    seed: Annotated[int, opt("seed of data, initialisation and order")] = 0,
 ) -> None:
     """The whole job once: convert, measure, train, measure, export."""
     from mlx_adapters.convert.checkpoint import convert

@@ -4,9 +4,7 @@ import threading
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from mlx_adapters.cli.options import Adapters, Model, load_named
+from mlx_adapters.cli.options import Adapters, Model, load_named, opt
 from mlx_adapters.cli.screen import say
 from mlx_adapters.cli.signals import instead
 from mlx_adapters.errors import ConfigError
@@ -17,10 +15,10 @@ __all__ = ["command"]
 def command(
     model: Model,
     adapter: Adapters = None,
-    host: Annotated[str, typer.Option(help="address to listen at; there is no password")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer a request may ask for")] = 2048,
-    parallel: Annotated[int, typer.Option(min=1, help="requests that are answered at the same time")] = 8,
+    host: Annotated[str, opt("address to listen at; there is no password")] = "127.0.0.1",
+    port: Annotated[int, opt("0 takes a free one", min=0, max=65535)] = 8080,
+    max_tokens: Annotated[int, opt("longest answer a request may ask for", min=1)] = 2048,
+    parallel: Annotated[int, opt("requests that are answered at the same time", min=1)] = 8,
 ) -> None:
     """Serve the base and its adapters by OpenAI's API.
 

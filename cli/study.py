@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
 from mlx_adapters.cpu.processes import run_each
@@ -22,14 +23,14 @@ _AGAIN = "Run the study again to go on"
 
 @reporting("report", "cells", "failed", "seconds")
 def command(
-    file: Annotated[Path, typer.Argument(help="the study's YAML file, see examples/study-cpu.yaml")],
-    output: Annotated[Path | None, typer.Option(help="folder [default: the file's name]")] = None,
-    model: Annotated[str | None, typer.Option(help="another model than the file's")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="at most N training steps per cell")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="N items of each test set")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="cells at once, as far as memory allows")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the cells and stop")] = False,
-    cell: Annotated[str | None, typer.Option(help="only this cell, and no report")] = None,
+    file: Annotated[Path, arg("the study's YAML file, see examples/study-cpu.yaml")],
+    output: Annotated[Path | None, opt("folder [default: the file's name]")] = None,
+    model: Annotated[str | None, opt("another model than the file's")] = None,
+    max_steps: Annotated[int | None, opt("at most N training steps per cell", min=1)] = None,
+    limit: Annotated[int | None, opt("N items of each test set", min=1)] = None,
+    jobs: Annotated[int, opt("cells at once, as far as memory allows", min=1)] = 1,
+    dry_run: Annotated[bool, opt("print the cells and stop", "--dry-run")] = False,
+    cell: Annotated[str | None, opt("only this cell, and no report")] = None,
 ) -> None:
     """Train and measure a grid of adapters, with a report.
 
