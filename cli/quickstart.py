@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,16 +16,11 @@ from mlx_adapters.units import duration, size
 
 if TYPE_CHECKING:
     from mlx_adapters.convert.peft import Verdict
+    from mlx_adapters.evaluate.run import Part
     from mlx_adapters.evaluate.score import Score
-    from mlx_adapters.models.load import LanguageModel
-    from mlx_adapters.train.session import Session
 
 __all__ = ["command"]
 
-_TRAIN_ROWS, _TEST_ROWS, _TEST_SEED = 2000, 100, 1
-# The answers are one short line of working; the base model rambles, and gets room to reach its answer.
-_MAX_TOKENS = 64
-_METHOD = {"rank": "8", "alpha": "16", "targets": "all-linear"}
 _MODEL = ("folder", "parameters", "bits_per_weight", "bytes")
 _NEXT = """
 Next:
@@ -45,10 +39,12 @@ def command(
     seed: Annotated[int, opt("seed of data, initialisation and order")] = 0,
 ) -> None:
     """The whole job once: convert, measure, train, measure, export."""
+    from mlx_adapters.cli import train
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.models.embedded import HUB_ID, embedded_model
     from mlx_adapters.models.load import load
     from mlx_adapters.models.origin import is_hub_id
+    from mlx_adapters.study.quickstart import TEST_ITEMS, measurement, training
 
     started = time.perf_counter()
     if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
@@ -59,12 +55,15 @@ def command(
     about = f"{done.parameters / 1e6:.0f} M parameters at {done.bits_per_weight:.2f} bits, {size(done.bytes)}"
     say(f"   {about}, {duration(done.seconds)}")
     loaded = load(dir / "model", answering=True)
-    say(f"\n2. Measure the base on {_TEST_ROWS} generated word problems")
-    before = _measure(loaded, seed, frozenset())
+    say(f"\n2. Measure the base on {TEST_ITEMS} generated word problems")
+    before = _measure(measurement(loaded, seed=seed))
     say("\n3. Train LoRA")
-    session = _train(loaded, dir / "adapter", steps, seed)
+    session = training(loaded, dir / "adapter", steps=steps, seed=seed)
+    train.describe(session)
+    trained = train.run(session, go_on=f"Remove {dir} to start again")
+    say(f"   trained in {duration(trained)}")
     say("\n4. Measure the adapted model on the same problems")
-    after = _measure(loaded, seed, frozenset(session.meta.seen))
+    after = _measure(measurement(loaded, seed=seed, seen=frozenset(session.meta.seen)))
     say("\n5. Export to PEFT" + (" and verify in PyTorch" if _has_torch() else ""))
     verdict = _export(dir, base_id)
     say("")
@@ -93,40 +92,16 @@ def command(
     report(found, words)
 
 
-def _measure(loaded: "LanguageModel", seed: int, seen: frozenset[str]) -> "Score":
+def _measure(part: "Part") -> "Score":
     from mlx_adapters.cli.eval import follow
-    from mlx_adapters.evaluate import tasks
-    from mlx_adapters.evaluate.ask import Asking, answer
-    from mlx_adapters.evaluate.run import Part
     from mlx_adapters.evaluate.score import summarise
 
-    items = tasks.load_items("wordproblems", limit=_TEST_ROWS, seed=seed + _TEST_SEED)
-    asking = Asking(template="alpaca", max_tokens=_MAX_TOKENS, seen=seen)
-    part = Part(tasks.find("wordproblems"), items, asking, partial(answer, loaded.model, loaded.tokenizer))
     follow(part)
     score = summarise(part.records)
     say(f"   {score.correct}/{score.total} correct, {duration(part.seconds)}")
     if score.seen_total:
         say(f"   warning: {score.seen_total} of them are in the training data")
     return score
-
-
-def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> "Session":
-    from mlx_adapters.cli import train
-    from mlx_adapters.data import wordproblems
-    from mlx_adapters.data.sources import Rows
-    from mlx_adapters.train.config import TrainConfig
-    from mlx_adapters.train.session import prepare
-
-    rows = Rows(wordproblems.generate(_TRAIN_ROWS, seed=seed), "instruction", "generated word problems")
-    config = TrainConfig(
-        steps=steps, lr=2e-3, template="alpaca", seed=seed, validation=16, validate_every=steps
-    )
-    session = prepare(loaded, rows, method="lora", fields=_METHOD, config=config, output=folder)
-    train.describe(session)
-    seconds = train.run(session, go_on=f"Remove {folder.parent} to start again")
-    say(f"   trained in {duration(seconds)}")
-    return session
 
 
 def _export(folder: Path, base_id: str) -> "Verdict | None":

@@ -1,6 +1,6 @@
 """`mlx-adapters study STUDY.yaml`."""
 
-import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,39 +53,31 @@ def command(
         report(found, lambda: None)
     else:
         with run.alone(folder):
-            _run(study, folder, jobs)
+            again = {"--model": model, "--max-steps": max_steps, "--limit": limit, "--output": folder}
+            pairs = [(name, str(value)) for name, value in again.items() if value is not None]
+            _run(study, folder, jobs, ["study", str(file), *chain(*pairs)])
             _finish(study, folder)
 
 
 def _print_cells(study: "Study") -> None:
-    from mlx_adapters.study.run import planned
+    from mlx_adapters.study.run import budgets, planned
 
     found = planned(study)
 
     def words() -> None:
-        rows = [
-            [
-                row["id"],
-                f"{row['trainable']:,}",
-                f"{row['lr']:g}",
-                counted(row["steps"], "step") if row["steps"] else counted(row["epochs"], "epoch"),
-                str(row["batch"]),
-                str(row["seed"]),
-            ]
-            for row in found
-        ]
-        table(["cell", "trainable", "lr", "budget", "batch", "seed"], rows)
+        table(*budgets(found))
         settings = study.settings
         items = f"at most {counted(settings.limit, 'item')} each" if settings.limit else "all items"
         typer.echo(
-            f"{counted(len(rows), 'cell')} on {study.model}: trained on {settings.data}, "
+            f"{counted(len(found), 'cell')} on {study.model}: trained on {settings.data}, "
             f"tested on {settings.tasks}, {items}"
         )
 
     report({"report": None, "cells": found, "failed": [], "seconds": 0.0}, words)
 
 
-def _run(study: "Study", folder: Path, jobs: int) -> None:
+def _run(study: "Study", folder: Path, jobs: int, own: list[str]) -> None:
+    """The cells that are left: here, or each in a process of its own by the command `own` and --cell."""
     from mlx_adapters.study.cells import BASE, cell_folder
     from mlx_adapters.study.run import ended, fitting, left
 
@@ -101,8 +93,7 @@ def _run(study: "Study", folder: Path, jobs: int) -> None:
             say(f"\n[{number}/{len(cells)}] {name}")
             _attempt(study, cell, folder)
         return
-    own = [*_arguments(), "--output", str(folder), "--cell"]
-    all_jobs = [(name, [*own, name], cell_folder(folder, name) / "log.txt") for name in names]
+    all_jobs = [(name, [*own, "--cell", name], cell_folder(folder, name) / "log.txt") for name in names]
     stopping = "stopping: the cells save what they have"
     for name, code in run_each("mlx_adapters.cli.app", all_jobs, at_once=jobs, warn=say, stopping=stopping):
         if code is None:
@@ -136,19 +127,6 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
     else:
         say(", ".join(f"{score['task']} {score['accuracy']:.1%}" for score in result["scores"]))
     return result
-
-
-def _arguments() -> list[str]:
-    """This call's arguments without those that a single cell must not get."""
-    kept, skip = [], False
-    for argument in sys.argv[1:]:
-        if skip:
-            skip = False
-        elif argument in ("--output", "--jobs"):
-            skip = True
-        elif not argument.startswith(("--output=", "--jobs=")):
-            kept.append(argument)
-    return kept
 
 
 def _finish(study: "Study", folder: Path) -> None:

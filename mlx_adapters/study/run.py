@@ -1,12 +1,12 @@
 """A whole study: the cells that are left, in this process or side by side, and the report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import device
-from mlx_adapters.errors import writing_to
+from mlx_adapters.errors import counted, writing_to
 from mlx_adapters.files.lock import locked
 from mlx_adapters.study import report
 from mlx_adapters.study.cells import (
@@ -21,7 +21,7 @@ from mlx_adapters.study.cells import (
 )
 from mlx_adapters.study.grid import Cell, Study, read
 
-__all__ = ["alone", "ended", "fitting", "left", "planned", "study"]
+__all__ = ["alone", "budgets", "ended", "fitting", "left", "planned", "study"]
 
 
 def study(
@@ -108,6 +108,17 @@ def planned(study: Study) -> list[dict[str, Any]]:
         }
         for cell in study.cells
     ]
+
+
+def budgets(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(heads, lines) of a table of what `planned` returns."""
+    lines = []
+    for cell in cells:
+        steps, epochs = cell["steps"], cell["epochs"]
+        budget = counted(steps, "step") if steps else counted(epochs, "epoch")
+        own = (f"{cell['trainable']:,}", f"{cell['lr']:g}", budget, str(cell["batch"]), str(cell["seed"]))
+        lines.append([cell["id"], *own])
+    return ["cell", "trainable", "lr", "budget", "batch", "seed"], lines
 
 
 def fitting(study: Study) -> tuple[int, int]:
