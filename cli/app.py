@@ -39,11 +39,11 @@ class _Group(TyperGroup):
             _fail(" ".join(str(error).split()), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
-        except SystemExit as error:  # typer's own ends are no SystemExit: this is a library's
+        except SystemExit as error:  # typer ends in other ways: this comes from a library
             _fail(f"a library ended the program ({error.code})", 2)
         except OSError as error:
             if deaf() and isinstance(error, BrokenPipeError):
-                raise typer.Exit(0) from None  # the reader (head, say) has seen enough of the result
+                raise typer.Exit(0) from None  # the reader, such as head, has seen enough of the result
             if error.filename is None and error.errno is None:
                 raise
             place = f"{error.filename}: " if error.filename else ""
@@ -67,7 +67,7 @@ app = App(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # markup would swallow what stands in brackets: [default: lora]
+    rich_markup_mode=None,  # markup would swallow text in brackets: [default: lora]
     help="Train adapters for language models on Apple MLX or a plain CPU; hand them to PyTorch unchanged.",
 )
 

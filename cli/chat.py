@@ -83,7 +83,7 @@ def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, *
 
 def _loop(chat: "Conversation") -> None:
     # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that; Ctrl-C ends an
-    # answer here, not the program: nothing is told
+    # answer here, not the program: no message
     signal.signal(signal.SIGINT, signal.default_int_handler)
     compare = False
     if sys.stdin.isatty():

@@ -30,7 +30,7 @@ def overlap_command(
     data_dir: DataDir = None,
     show: Annotated[int, opt("print N of the items found", min=0)] = 0,
 ) -> None:
-    """Count test items whose question stands in the training data, or shares 13 words in a row with it."""
+    """Count test items whose question is in the training data, or shares 13 words in a row with it."""
     from mlx_adapters.evaluate.overlaps import overlaps
 
     found = overlaps(train, test, data_dir=data_dir)

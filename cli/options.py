@@ -37,7 +37,7 @@ class _Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """A Typer whose commands refuse an option given twice: Click would take the last without a word."""
+    """A Typer whose commands refuse an option given twice: Click would silently take the last."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
         """Typer's own, for commands of that kind."""
@@ -85,7 +85,7 @@ def fields_as_options(
     config_class: type, **values: Iterable[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Append the fields of `config_class` to a command's signature; the command gets them in `**given`,
-    None where the user said nothing. `values` are what the shell completes, by field."""
+    None where they are not set. `values` are what the shell completes, by field."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(config_class)
@@ -115,7 +115,7 @@ def fields_as_options(
 
 
 def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
-    """A run file as a flat mapping; ConfigError for what is no mapping or not known."""
+    """A run file as a flat mapping; ConfigError for anything else, and for unknown keys."""
     if file is None:
         return {}
     try:
@@ -156,7 +156,7 @@ def json_object(text: str | None, where: str) -> dict[str, Any]:
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; None means not said."""
+    """Later layers win; None means not set."""
     result: dict[str, Any] = {}
     for layer in layers:
         result |= {name: value for name, value in layer.items() if value is not None}

@@ -34,9 +34,9 @@ def plain(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line about the work, on stderr: stdout is for results. It stands above the bar, if there is one.
+    """A line about the work, on stderr: stdout is for results. It is printed above the bar, if there is one.
 
-    Nobody may be there to read it (`2>&1 | head`, a closed terminal): the work goes on without a word.
+    Nobody may be there to read it (`2>&1 | head`, a closed terminal): the work continues silently.
     """
     if not _quiet:
         _write(text)
@@ -172,7 +172,7 @@ def lines(title: str, total: int) -> Iterator[Lines]:
 
 
 def track(title: str, items: Iterable[Any], total: int, text: Callable[[Any], str]) -> Iterator[Any]:
-    """Yield the items while showing progress; `text(item)` stands beside the bar."""
+    """Yield the items while showing progress; `text(item)` is shown beside the bar."""
     with lines(title, total) as display:
         for done, item in enumerate(items, start=1):
             display.update(done, text(item))

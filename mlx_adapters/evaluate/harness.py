@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
         return self.loaded.path.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; a beginning-of-text token that already stands there is not added again."""
+        """Ids of a text; a beginning-of-text token that is there already is not added again."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -127,11 +127,11 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _answers(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
-        given = normalize_gen_kwargs(dict(settings), _ANSWER)
+        options = normalize_gen_kwargs(dict(settings), _ANSWER)
         end = end_id(self.tokenizer)
         eos = None if end is None else self.tokenizer.decode([end])
-        stops = handle_stop_sequences(given.get("until"), eos=eos)
-        limit = int(given["max_gen_toks"])
+        stops = handle_stop_sequences(options.get("until"), eos=eos)
+        limit = int(options["max_gen_toks"])
         room = self.max_length - limit
         if room < 1:
             raise ConfigError(f"max_gen_toks {limit} leaves no room for a prompt in {self.max_length} tokens")
@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
                 stop=frozenset(int(token) for token in self.tokenizer.eos_token_ids),
                 max_tokens=limit,
                 batch_size=self.batch_size,
-                decoding=_decoding(given),
+                decoding=_decoding(options),
                 until=until,
             )
         )
@@ -157,15 +157,15 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, stops, think_end_token=None) for text in texts]
 
 
-def _decoding(given: dict[str, Any]) -> Decoding:
+def _decoding(options: dict[str, Any]) -> Decoding:
     """A task's settings; sampling without a limit draws from the whole vocabulary."""
-    if not given.get("do_sample") or not given.get("temperature"):
+    if not options.get("do_sample") or not options.get("temperature"):
         return Decoding()
     return Decoding(
         kind="sample",
-        temperature=float(given["temperature"]),
-        top_p=float(given.get("top_p", 1.0)),
-        top_k=int(given.get("top_k") or 1 << 30),
+        temperature=float(options["temperature"]),
+        top_p=float(options.get("top_p", 1.0)),
+        top_k=int(options.get("top_k") or 1 << 30),
     )
 
 

@@ -1,8 +1,8 @@
-"""The records of an evaluation on disk: one line an item while it runs, one report at the end.
+"""The records of an evaluation on disk: one line per item while it runs, one report at the end.
 
-`FILE.json` is the report. While the evaluation runs its records stand in `FILE.partial.jsonl`: first a line
-that says what is measured, then a record a line as it is done. An interrupted evaluation goes on from there;
-a line cut short by a crash is dropped.
+`FILE.json` is the report. While the evaluation runs its records are in `FILE.partial.jsonl`: first a line
+that says what is measured, then one record per line. An interrupted evaluation continues from there; a line
+cut short by a crash is dropped.
 """
 
 import json
@@ -100,7 +100,7 @@ class RecordFile:
             self.path.unlink()
 
     def close(self) -> None:
-        """Leave the file as it is, to go on from, to whoever comes next."""
+        """Leave the file as it is, for a later run to continue."""
         self._file.close()
 
     def __enter__(self) -> "RecordFile":

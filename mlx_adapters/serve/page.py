@@ -126,12 +126,12 @@ def build(
                 label="Conversation", height=420, elem_id="talk", render_markdown=False, buttons=["copy"]
             )
             with gr.Row():
-                said = gr.Textbox(
+                message = gr.Textbox(
                     show_label=False, placeholder="Write, then Enter", scale=6, elem_id="say", container=False
                 )
                 stop = gr.Button("Stop", scale=1, min_width=80)
                 gr.ClearButton([talk], value="New", scale=1, min_width=80)
-            running = said.submit(chat, [said, talk, model, limit, heat], [said, talk])
+            running = message.submit(chat, [message, talk, model, limit, heat], [message, talk])
             stop.click(None, cancels=[running])
         with gr.Tab("Compare"):
             asked = gr.Textbox(label="One question to all", lines=2, elem_id="ask")

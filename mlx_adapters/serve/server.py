@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
                 return
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; the rest was answered with a status."""
+        """Silent: a client may go away, and everything else was answered with a status."""
 
 
 class _Handler(BaseHTTPRequestHandler):
