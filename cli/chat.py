@@ -68,10 +68,7 @@ def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, *
 
     engine = Engine(loaded, metas, name="base")
     page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
-    try:
-        address = start(page, host="127.0.0.1", port=port)
-    except OSError:
-        raise ConfigError(f"port {port} is taken: give another with --port") from None
+    address = start(page, host="127.0.0.1", port=port)
     instead(engine.stop)
     say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
     try:

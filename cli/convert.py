@@ -9,7 +9,6 @@ from mlx_adapters.cli.complete import RECIPES
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
-from mlx_adapters.units import duration, size
 
 __all__ = ["command"]
 
@@ -43,15 +42,8 @@ def command(
         say("Comparing with transformers ...")
         verdict = verify_model(src, dst)
 
-    def words() -> None:
-        typer.echo(
-            f"{done.path}: {done.parameters / 1e6:.1f} M parameters, {size(done.bytes)}, "
-            f"{done.bits_per_weight:.2f} bits per weight ({done.dtype}), {duration(done.seconds)}"
-        )
-        if verdict:
-            typer.echo(str(verdict))
-
+    text = f"{done}\n{verdict}" if verdict else str(done)
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"verify": checked}, words)
+    report(asdict(done) | {"verify": checked}, lambda: typer.echo(text))
     if verdict and not verdict.passed:
         raise typer.Exit(1)

@@ -10,11 +10,8 @@ from mlx_adapters.cli.complete import TARGETS
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import counted
-from mlx_adapters.units import size
 
 __all__ = ["command"]
-
 
 _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "torch_diff", "bound", "passed")
 
@@ -42,19 +39,6 @@ def command(
     if done.error > 0.1 * done.effect:
         say("warning: rounding the fused weights undoes part of what the adapter learned; use more bits")
     compared = done.torch_diff is not None
-
-    def words() -> None:
-        typer.echo(f"{done.path}: {counted(done.layers, 'layer')} fused, {done.dtype}, {size(done.bytes)}")
-        typer.echo(
-            f"logits on three prompts: the adapter moves them by up to {done.effect:.2g}, fusing by up to "
-            f"{done.error:.2g} (rms {done.error_rms:.2g})"
-        )
-        if compared:
-            typer.echo(
-                f"verify: no missing and no unexpected key; max |logit difference| {done.torch_diff:.1e} in "
-                f"transformers (bound {done.bound:.1e}): {'passed' if done.passed else 'FAILED'}"
-            )
-
-    report(asdict(done) | {"passed": done.passed if compared else None}, words)
+    report(asdict(done) | {"passed": done.passed if compared else None}, lambda: typer.echo(str(done)))
     if compared and not done.passed:
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ from typing import Annotated
 from mlx_adapters.cli.options import AdapterFolder, BatchSize, Model, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
-from mlx_adapters.errors import ConfigError
 
 __all__ = ["command"]
 
@@ -33,14 +32,9 @@ def command(
     from mlx_adapters.evaluate.harness import columns, rows, run_tasks
     from mlx_adapters.files.writing import write_json
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("--tasks is empty: name tasks of lm_eval, as in --tasks arc_easy,piqa")
-    if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path}: no such folder")
     found = run_tasks(
         model,
-        names,
+        [name.strip() for name in tasks.split(",") if name.strip()],
         adapter=adapter,
         batch_size=batch_size,
         num_fewshot=num_fewshot,

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from mlx_adapters.files import weights
 from mlx_adapters.models import sites
 from mlx_adapters.models.load import read_config
 from mlx_adapters.models.origin import remembered
+from mlx_adapters.units import size
 
-__all__ = ["info"]
+__all__ = ["info", "lines"]
+
+_WIDE = 90  # longer mappings get one line per entry
 
 
 def info(folder: str | Path) -> dict[str, Any]:
@@ -75,3 +79,28 @@ def _weights(found: list[Path]) -> dict[str, Any]:
         "tensors": len(entries),
         "stored_values": dict(types.most_common()) or None,
     }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The facts as text, one per line; a long mapping has a line for each of its entries."""
+    amounts: dict[str, Callable[[int], str]] = {"files": size, "stored_values": "{:,}".format}
+    text = []
+    for key, value in found.items():
+        if key in amounts and value:
+            value = {name: amounts[key](count) for name, count in value.items()}
+        elif key == "seen" and value is not None:
+            value = f"{value} training questions"
+        parts = [_text(value)]
+        if isinstance(value, dict) and len(parts[0]) > _WIDE:
+            parts = [f"{name}={_text(each)}" for name, each in value.items()]
+        heads = [key.replace("_", " "), *[""] * (len(parts) - 1)]
+        text += [f"{head:<14} {part}" for head, part in zip(heads, parts)]
+    return text
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_text(each)}" for key, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -189,6 +189,10 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
+    if not tasks:
+        raise ConfigError("--tasks is empty: name tasks of lm_eval, as in --tasks arc_easy,piqa")
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"--include-path {include_path}: no such folder")
     manager, unknown = _managed(tasks, include_path)
     if unknown:
         raise ConfigError(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.requests import CompletionRequest, Message, RequestError
 
@@ -146,18 +146,21 @@ def build(
 
 
 def start(page: Any, *, host: str, port: int) -> str:
-    """Serve the page from threads of its own and return its address; OSError if it cannot listen there."""
-    _, address, _ = page.queue(default_concurrency_limit=8).launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        css=_CSS,
-        footer_links=[],
-        ssr_mode=False,
-        theme=_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    """Serve the page from threads of its own and return its address; ConfigError where the port is taken."""
+    try:
+        _, address, _ = page.queue(default_concurrency_limit=8).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            css=_CSS,
+            footer_links=[],
+            ssr_mode=False,
+            theme=_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError:
+        raise ConfigError(f"port {port} is taken: give another with --port") from None
     return str(address)
 
 

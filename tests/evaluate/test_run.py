@@ -86,7 +86,7 @@ def test_evaluations_files_and_records_are_compared_alike(root: Path, tmp_path: 
 
 def test_mistakes_are_raised_before_the_model_loads(root: Path) -> None:
     nowhere = root / "nowhere"
-    with pytest.raises(ConfigError, match="Unknown field of evaluate .sede."):
+    with pytest.raises(ConfigError, match="Unknown field of evaluate 'sede'"):
         evaluate(nowhere, root / "test.jsonl", sede=3)
     with pytest.raises(ConfigError, match="Unknown decoding 'gredy'"):
         evaluate(nowhere, root / "test.jsonl", decoding="gredy")
