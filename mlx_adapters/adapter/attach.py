@@ -67,6 +67,9 @@ def _described(model: nn.Module, model_type: str | None) -> dict[str, Any]:
 def detach(model: LanguageModel | nn.Module) -> None:
     """Take the adapter off a model. Its own modules stand where they stood; they stay frozen.
 
+    Args:
+        model: What `load` returned, or a bare model.
+
     Raises:
         AdapterError: The model carries no adapter, or holds its adapters by name.
     """
