@@ -11,7 +11,7 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size
 
 if TYPE_CHECKING:
-    from mlx_adapters.convert.verify import Verdict
+    from mlx_adapters.convert.verify import ModelVerdict
 
 __all__ = ["command"]
 
@@ -69,14 +69,14 @@ def command(
         raise typer.Exit(1)
 
 
-def _verify(src: str, dst: Path) -> "Verdict":
+def _verify(src: str, dst: Path) -> "ModelVerdict":
     from mlx_adapters.convert.verify import verify_model
 
     say("Comparing with transformers ...")
     return verify_model(src, dst)
 
 
-def _text(verdict: "Verdict") -> str:
+def _text(verdict: "ModelVerdict") -> str:
     against = "transformers" if verdict.lossless else "transformers with the same rounded weights"
     return (
         f"verify: max |logit difference| {verdict.max_diff:.1e} to {against} (bound {verdict.bound:.1e}), "

@@ -45,16 +45,8 @@ def command(
     from mlx_adapters.convert import exchange, peft
 
     meta = adapters.read_meta(adapter)
-    if format != "peft":
-        if verify:
-            raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
-        written = exchange.export(adapter, dst, format=format, base=base)
-        none = {"tensors": None, "base": base, "verify": None}
-        report(
-            {"path": dst, "format": format, "bytes": written} | none,
-            lambda: typer.echo(f"{dst}: {format}, {size(written)}"),
-        )
-        return
+    if verify and format != "peft":
+        raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
     if verify and not methods.in_peft(meta.method):
         raise ConfigError(f"--verify opens the folder with PEFT, which has no {meta.method}: leave it out")
     folder = model or Path(meta.base.get("path", ""))
@@ -62,13 +54,16 @@ def command(
         raise ConfigError(
             f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
         )
-    done = peft.export(adapter, dst, base=base)
+    done = exchange.export(adapter, dst, format=format, base=base)
     verdict = None
     if verify:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
+        if done.tensors is None:
+            typer.echo(f"{done.path}: {format}, {size(done.bytes)}")
+            return
         typer.echo(f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}")
         if not methods.in_peft(meta.method):
             others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
@@ -80,7 +75,7 @@ def command(
             typer.echo(verdict_text(verdict))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"format": format, "verify": checked}, words)
+    report(asdict(done) | {"verify": checked}, words)
     if verdict and not verdict.passed:
         raise typer.Exit(1)
 

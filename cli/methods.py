@@ -12,6 +12,9 @@ from mlx_adapters.cli.screen import table
 __all__ = ["command"]
 
 
+# what the layers take the place of, where it is not linear layers; the tests ask a tiny llama
+_STANDS_ON = {"ln_tuning": "norms", "loreft": "blocks", "prefix": "the cache"}
+_STANDS_ON |= {"prompt": "the embedding", "ptuning": "the embedding"}
 _KEYS = ("method", "what", "authors", "paper", "stands_on", "mergeable", "in_peft", "fields", "doc")
 
 
@@ -33,14 +36,13 @@ def _about(name: str) -> dict[str, Any]:
 
     from mlx_adapters import methods
     from mlx_adapters.methods.base import AdapterLayer
-    from mlx_adapters.models import support
 
     module = methods.get(name)
     layers = methods.layer_classes(name)
     return {
         "method": name,
         **_header(module.__doc__ or ""),
-        "stands_on": support.stands_on(name),
+        "stands_on": _STANDS_ON.get(name, "linear layers"),
         "mergeable": all(layer.merge is not AdapterLayer.merge for layer in layers),
         "in_peft": methods.in_peft(name),
         "fields": [

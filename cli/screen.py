@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from mlx_adapters.errors import size
+
 __all__ = [
     "Lines",
     "be_quiet",
@@ -112,15 +114,6 @@ class _Patient:
             self.stream.flush()
         except OSError:
             _drop(self.stream)
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def duration(seconds: float) -> str:

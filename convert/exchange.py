@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
+__all__ = ["FORMATS", "Exported", "base_of", "detect", "export", "formats", "import_adapter"]
 
 _OTHERS: dict[str, Any] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
 FORMATS = ("peft", *_OTHERS)
@@ -31,8 +32,20 @@ def formats(method: str) -> list[str]:
     return peft_too + [name for name, module in _OTHERS.items() if method in module.METHODS]
 
 
-def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> int:
-    """Write our adapter folder `source` in another format; returns the bytes written.
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote to `path`. `tensors` is None where the format is not PEFT's; `base` is the model
+    that the folder names, None for one that was neither given nor is PEFT's to name."""
+
+    path: Path
+    format: str
+    tensors: int | None
+    bytes: int
+    base: str | None
+
+
+def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> Exported:
+    """Write our adapter folder `source` in another format.
 
     Raises ConfigError for an unknown format or one that does not have the method, AdapterError for what the
     format cannot hold.
@@ -41,9 +54,10 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
         raise ConfigError(unknown("format", format, FORMATS))
     adapter.refuse_links(source)
     if format == "peft":
-        return peft.export(source, dst, base=base).bytes
+        done = peft.export(source, dst, base=base)
+        return Exported(path=dst, format=format, tensors=done.tensors, bytes=done.bytes, base=done.base)
     _OTHERS[format].export(source, dst, base=base)
-    return folder_bytes(dst)
+    return Exported(path=dst, format=format, tensors=None, bytes=folder_bytes(dst), base=base)
 
 
 def detect(folder: Path) -> str:
@@ -56,7 +70,7 @@ def detect(folder: Path) -> str:
     if (folder / _BIN).exists() and (folder / adapter.CONFIG).exists():
         return "peft"  # of before 2023's safetensors
     raise AdapterError(
-        f"{folder}: is no adapter folder. Looked for adapter_model.safetensors (PEFT), "
+        f"{folder}: is not an adapter folder. Looked for adapter_model.safetensors (PEFT), "
         "adapter_model.bin (old PEFT, LLM-Adapters), adapters.safetensors (mlx-lm), adapter.safetensors or "
         "pytorch_adapter.bin (AdapterHub)"
     )
@@ -99,5 +113,5 @@ def _with_safetensors(source: Path) -> Iterator[Path]:
         try:
             yield copy
         except AdapterError as error:
-            said = str(error).replace(str(copy / adapter.WEIGHTS), str(source / _BIN))
-            raise AdapterError(said.replace(str(copy), str(source))) from None
+            text = str(error).replace(str(copy / adapter.WEIGHTS), str(source / _BIN))
+            raise AdapterError(text.replace(str(copy), str(source))) from None

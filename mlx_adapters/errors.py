@@ -27,7 +27,10 @@ __all__ = [
     "TrainingError",
     "UnsupportedError",
     "counted",
+    "first_line",
+    "one_line",
     "reading",
+    "size",
     "unknown",
     "writing_to",
 ]
@@ -76,6 +79,25 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 row`, `2,000 rows`: a number with its noun. The plural takes an s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def size(count: float) -> str:
+    """`12 kB`, `1.35 GB`: a number of bytes with its unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none: some clients explain at length."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one line of at most 400 characters, or its type where it has none."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, dims, short_names
 from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel, describe
 from mlx_adapters.models.origin import is_hub_id
 
@@ -154,7 +155,7 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
     module = methods.get(meta.method)
     fields = module.to_peft(module.Config(**meta.config))
     if "fan_in_fan_out" in fields:
-        fields["fan_in_fan_out"] = sites.sites(meta.base["model_type"], model).conv1d
+        fields["fan_in_fan_out"] = architecture(meta.base["model_type"]).conv1d
     if hasattr(module, "peft_extra"):
         fields |= module.peft_extra(layers(model), model, meta.base["model_type"])
     return {

@@ -20,6 +20,8 @@ from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unk
 from mlx_adapters.fields import field, parse_fields
 from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, peft_targets, resolve_targets
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -335,7 +337,7 @@ def place_blocks(
     the architecture has no place to read h.
     """
     method, kind = config.METHOD, config.KIND
-    row = sites.sites(model_type, model)
+    row = architecture_of(model, model_type)
     outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
     if not row.mlp_out:
         raise UnsupportedError(
@@ -377,7 +379,7 @@ def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
 
 
 def _sources(
-    path: str, row: sites.Sites, modules: dict[str, Any], model_type: str, method: str, kind: str
+    path: str, row: Architecture, modules: dict[str, Any], model_type: str, method: str, kind: str
 ) -> list[tuple[str, bool]]:
     """Where h is read for the MLP behind `path`: (path, whether its output rather than its input)."""
     if getattr(getattr(modules[""], "args", None), "do_layer_norm_before", True) is False:
@@ -392,14 +394,15 @@ def _sources(
         inside = (p for p in modules if p.startswith(block + "."))
         return next((p for p in inside if name and sites.matches(p, name)), None)
 
+    residual = row.adapterhub.residual if row.adapterhub else None
     if kind == "double":
         return []
     if norm := find(row.pre_mlp):
         return [(norm, False)]
-    if model_type == "gptj" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
+    if residual == "with attention" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
         # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
         return [(norm, False), (out, True)]
-    if model_type == "phi" and kind == "seq":
+    if residual == "none" and kind == "seq":
         return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
         f"{method}: a {model_type} model has no norm before its MLP that is known to read the residual "

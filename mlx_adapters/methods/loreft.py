@@ -24,6 +24,8 @@ from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field, parse_fields
 from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, layer_range
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 PEFT_TYPE = "LOREFT"
 IN_PEFT = False
@@ -108,7 +110,7 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
         paths = [path for number, path in enumerate(blocks) if number in keep]
     if strange := [path for path in paths if path not in blocks]:
         raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
-    row = sites.sites(model_type, model)
+    row = architecture_of(model, model_type)
     placed: dict[str, nn.Module] = {}
     for path in paths:
         width = _width(path, row, modules)
@@ -132,7 +134,7 @@ def _blocks(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[tuple[s
             yield paths[id(block)], block
 
 
-def _width(path: str, row: sites.Sites, modules: dict[str, nn.Module]) -> int | None:
+def _width(path: str, row: Architecture, modules: dict[str, nn.Module]) -> int | None:
     """The size of the block's hidden state: the output of a linear layer that leads back to it."""
     outs = [name for name in (row.attn_out, row.mlp_out, *row.other_outs) if name]
     inside = (p for p in modules if p.startswith(path + "."))

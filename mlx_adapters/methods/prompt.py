@@ -19,6 +19,7 @@ from mlx_adapters.fields import field
 from mlx_adapters.methods.base import AdapterLayer, OnEmbedding, dims
 from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 
 PEFT_TYPE = "PROMPT_TUNING"
 # sizes of the model, which the table's own shape is compared with
@@ -153,7 +154,7 @@ def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | 
 
 def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
     """What the model multiplies all embeddings with, where PyTorch multiplies only those of words."""
-    return math.sqrt(dims(base)[0]) if sites.sites(model_type, model).scaled_embedding else 1.0
+    return math.sqrt(dims(base)[0]) if architecture(model_type).scaled_embedding else 1.0
 
 
 def _start(base: nn.Module, config: Config, by: float) -> mx.array:

@@ -4,7 +4,7 @@
     revision   the branch, tag or commit of it, if one was asked for
     template   the prompt template it answers by: that of the adapter that was fused into it
 
-A config's own `_name_or_path` is no such memory: it says where somebody once loaded the weights from.
+A config's own `_name_or_path` does not count: it says where somebody once loaded the weights from.
 """
 
 import re
@@ -30,8 +30,8 @@ def remembered(config: dict[str, Any]) -> dict[str, str]:
     return {name: section[name] for name in _NAMES if isinstance(section.get(name), str) and section[name]}
 
 
-def remember(config: dict[str, Any], **said: str | None) -> dict[str, Any]:
+def remember(config: dict[str, Any], **facts: str | None) -> dict[str, Any]:
     """A copy of `config` that remembers this, and nothing else."""
-    section = {name: value for name, value in said.items() if value}
+    section = {name: value for name, value in facts.items() if value}
     without = {name: value for name, value in config.items() if name != _SECTION}
     return without | ({_SECTION: section} if section else {})

@@ -5,7 +5,6 @@ one. Positions restart in the modules that know them: rotary layers turn every t
 tables of learned positions look up its own row, and ALiBi needs neither, being of distances.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +16,9 @@ import numpy as np
 from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models import sites
 
 __all__ = ["Packing"]
-
-_ROTARY = re.compile(r"rope$|rotary", re.IGNORECASE)
-_LEARNED = re.compile(r"(?:wpe|embed_positions|position_embeddings)$")
 
 
 class Packing:
@@ -38,9 +35,9 @@ class Packing:
         self.model = model
         self.starts: mx.array | None = None
         for path, module in model.named_modules():
-            if _ROTARY.search(type(module).__name__) and not list(module.children().values()):
+            if sites.is_rotary(module) and not list(module.children().values()):
                 module.__class__ = _turning(type(module), self)
-            elif _LEARNED.search(path) and isinstance(module, nn.Embedding):
+            elif sites.is_position(path) and isinstance(module, nn.Embedding):
                 module.__class__ = _looking_up(type(module), self)
         self._try()
 
