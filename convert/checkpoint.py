@@ -94,11 +94,24 @@ def convert(
     dtype: str | None = None,
     hub_id: str | None = None,
 ) -> Converted:
-    """Convert `src` to the new folder `dst`, which remembers the hub id of `src`, or else `hub_id`.
+    """Convert a checkpoint to an MLX model folder.
 
-    Without `bits`, `recipe` or another `mode` than affine nothing is quantized, and without `dtype` the
-    source's precision is kept. The folder appears only when it is whole. Raises ConfigError (options),
-    CheckpointError (the source), UnsupportedError (an architecture or a format) and OutputError (`dst`).
+    Args:
+        src: hub id, folder or .gguf file.
+        dst: the new folder, which appears when it is whole.
+        revision: branch, tag or commit of a hub id.
+        bits: bits per weight; without it, a recipe, or another mode than affine nothing is quantized.
+        group_size: weights that share a scale; the mode's default without it.
+        mode: one of `MODES`.
+        recipe: one of `RECIPES`, which give each layer its bits.
+        dtype: type of what is not quantized; by default the source's.
+        hub_id: the id that the folder remembers where `src` is not one.
+
+    Raises:
+        ConfigError: options that do not go together.
+        CheckpointError: the source cannot be used.
+        UnsupportedError: an architecture or a format that is not read.
+        OutputError: `dst` is not empty or cannot be written.
     """
     start, dst = time.perf_counter(), Path(dst)
     quantize = check_options(bits, group_size, mode, recipe, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -21,7 +21,18 @@ from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["FORMATS", "Exported", "base_of", "detect", "export", "formats", "import_adapter"]
 
-_OTHERS: dict[str, Any] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
+
+class _Format(Protocol):
+    """A module that reads and writes another library's adapter folders."""
+
+    @property
+    def METHODS(self) -> tuple[str, ...]: ...
+    def detect(self, folder: Path) -> bool: ...
+    def export(self, source: Path, dst: Path, *, base: str | None = None) -> None: ...
+    def import_adapter(self, source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta: ...
+
+
+_OTHERS: dict[str, _Format] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
 FORMATS = ("peft", *_OTHERS)
 _BIN = "adapter_model.bin"
 
@@ -45,10 +56,22 @@ class Exported:
 
 
 def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> Exported:
-    """Write our adapter folder `source` in another format.
+    """Write an adapter folder in another format.
 
-    Raises ConfigError for an unknown format or one that does not have the method, AdapterError for what the
-    format cannot hold.
+    Args:
+        source: an adapter folder of this package.
+        dst: the new folder; it may not hold anything.
+        format: one of `FORMATS`.
+        base: hub id (or path) that the other library loads the base from; by default the one that the adapter
+            remembers.
+
+    Returns:
+        What was written: the path, the number of tensors (PEFT only), bytes, and the base.
+
+    Raises:
+        ConfigError: the format is unknown, or does not have the method.
+        AdapterError: the folder is not an adapter, or the format cannot hold it.
+        OutputError: `dst` is not empty or cannot be written.
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
@@ -84,16 +107,26 @@ def base_of(folder: Path) -> str | None:
 
 
 def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
-    """Write an adapter folder of any known format as ours, checked against the model it is for.
+    """Write an adapter folder of any known format as one of this package.
 
-    `dst` appears when it is whole. Raises OutputError when it is not empty.
+    Args:
+        source: the folder; its format is detected from its files.
+        dst: the new folder, which appears when it is whole.
+        loaded: the bare model that the adapter is for: every name and shape is checked against it. It carries
+            the adapter afterwards.
+
+    Returns:
+        The adapter's meta data.
+
+    Raises:
+        AdapterError: the folder is damaged, of another model, or holds what is not supported.
+        OutputError: `dst` is not empty or cannot be written.
     """
     with reading(source, AdapterError), writing(dst) as folder:
         found = detect(source)
         adapter.refuse_links(source)
         if found in _OTHERS:
-            imported: AdapterMeta = _OTHERS[found].import_adapter(source, folder, loaded=loaded)
-            return imported
+            return _OTHERS[found].import_adapter(source, folder, loaded=loaded)
         with _with_safetensors(source) as readable:
             meta = adapter.load(loaded, readable)
             adapter.save(folder, loaded.model, meta=meta)

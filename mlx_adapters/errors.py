@@ -102,10 +102,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def reading(place: Path, kind: type[AdaptersError]) -> Iterator[None]:
-    """Turn what a value that does not belong there raises inside the block into an error that names `place`.
+    """Re-raise a TypeError, ValueError and the like from the block as `kind`, prefixed with `place`.
 
-    For files whose fields are many and not ours: a list where a number should be shows as a TypeError deep
-    inside. Errors of ours pass, with `place` put in front where they do not name it.
+    For files with many fields that others wrote: a list where a number should be shows as a TypeError deep
+    inside. This package's own errors pass, prefixed with `place` where they do not name it.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def reading(place: Path, kind: type[AdaptersError]) -> Iterator[None]:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises inside the block into an OutputError that names `place`.
+    """Re-raise what a full or read-only disk causes in the block as an OutputError that names `place`.
 
     MLX reports a failed write as a RuntimeError without a file name, so only writes belong in the block.
     """

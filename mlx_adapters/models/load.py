@@ -110,13 +110,19 @@ def load(
     answering: bool = False,
     lazy: bool = False,
 ) -> LanguageModel:
-    """Load weights and tokenizer.
+    """Load a model and its tokenizer.
 
-    On CPU floating-point weights become float32 (other types are many times slower there), on Metal they
-    keep the checkpoint's type; `dtype` (float32, float16, bfloat16) overrides both. Quantized weights stay
-    quantized, unless the model is for `answering` on a CPU with room for the written-out weights: each token
-    would write them out again. With `lazy` a weight is read from disk when it is first used.
-    Raises CheckpointError or UnsupportedError.
+    Args:
+        source: a model folder or a hub id.
+        dtype: type of the floating-point weights: float32, float16 or bfloat16. By default float32 on a CPU,
+            where other types are many times slower, and the checkpoint's type on Metal.
+        revision: branch, tag or commit of a hub id.
+        answering: on a CPU with enough free memory, dequantize the weights once instead of once per token.
+        lazy: read each weight from disk when it is first used.
+
+    Raises:
+        CheckpointError: the folder, its weights or its tokenizer cannot be used.
+        UnsupportedError: understood, but not computed here.
     """
     from mlx_lm.utils import dequantize_model
 

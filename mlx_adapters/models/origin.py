@@ -18,12 +18,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is an OWNER/NAME that everybody can load, as far as that can be told here."""
+    """Whether `name` has the form OWNER/NAME and is not a folder here; the hub is not asked."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def remembered(config: dict[str, Any]) -> dict[str, str]:
-    """What the config of a model says of its origin, by the names above; absent ones are left out."""
+    """The origin that a model's config records, by the names above; absent ones are left out."""
     section = config.get(_SECTION)
     if not isinstance(section, dict):
         return {}
@@ -31,7 +31,7 @@ def remembered(config: dict[str, Any]) -> dict[str, str]:
 
 
 def remember(config: dict[str, Any], **facts: str | None) -> dict[str, Any]:
-    """A copy of `config` that remembers this, and nothing else."""
+    """A copy of `config` whose record of its origin holds these facts alone."""
     section = {name: value for name, value in facts.items() if value}
     without = {name: value for name, value in config.items() if name != _SECTION}
     return without | ({_SECTION: section} if section else {})

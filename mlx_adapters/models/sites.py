@@ -30,8 +30,8 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where an adapter is about to stand: `role` is `attn`, `mlp` or empty; `side` is `pre` for a layer into
-    a sublayer, `post` out of it."""
+    """The place of an adapter: `role` is `attn`, `mlp` or empty; `side` is `pre` for a layer into a sublayer,
+    `post` for the layer out of it."""
 
     path: str
     model_type: str
@@ -88,7 +88,7 @@ def side(path: str, row: Architecture) -> str:
 
 
 def embedding(model: nn.Module, *, alone: bool = False) -> str:
-    """The path of the token embedding; UnsupportedError where there is none of a known name.
+    """The path of the token embedding; UnsupportedError where none has a known name.
 
     With `alone` also where tokens are looked up in further tables, by layer or by n-gram: ids behind the
     vocabulary mean nothing there.
@@ -122,12 +122,12 @@ def tied(model: nn.Module) -> bool:
 
 
 def is_embedding(path: str) -> bool:
-    """Whether `path` is called as the embedding of tokens is, or stands below an adapter in its place."""
+    """Whether a part of `path` has the name of a token embedding: also below an adapter in its place."""
     return any(part in _EMBEDDINGS for part in path.split(".")) and not is_position(path)
 
 
 def is_position(path: str) -> bool:
-    """Whether `path` is called as a table of learned positions is."""
+    """Whether `path` has the name of a table of learned positions."""
     return bool(_POSITIONS.search(path))
 
 
