@@ -19,6 +19,8 @@ from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.methods.peft_fields import Known
 from mlx_adapters.models import sites as table
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 from mlx_adapters.models.sites import Site
 
 if TYPE_CHECKING:
@@ -294,7 +296,7 @@ def linear_like(base: nn.Module, weight: mx.array, bias: mx.array | None = None)
 
 def site_of(path: str, model: nn.Module, model_type: str) -> Site:
     """Where `path` is in the architecture."""
-    row = table.sites(model_type, model)
+    row = architecture_of(model, model_type)
     roles = {"attn": row.attn, "mlp": row.mlp}
     role = next((r for r, names in roles.items() if any(table.matches(path, n) for n in names)), "")
     return Site(path=path, model_type=model_type, role=role, side=table.side(path, row))
@@ -324,12 +326,12 @@ def resolve_targets(
 ) -> list[str]:
     """Paths of the linear layers that `targets` and `layers` choose, in the order of the model.
 
-    `targets`: `default` (the row of the table of sites named by the argument `default`), `attn`, `mlp`,
+    `targets`: `default` (those of the architecture that the argument `default` names), `attn`, `mlp`,
     `attn+mlp`, `all-linear`, names joined by commas, or `re:PATTERN` (matched against the whole path).
     `layers`: `all`, `last:N`, or a range `A-B` counted from 0, ends included. Raises ConfigError if any part
     matches nothing: a silent no-op would train nothing.
     """
-    linears, row = table.linears(model), table.sites(model_type, model)
+    linears, row = table.linears(model), architecture_of(model, model_type)
     if targets == "default" and not getattr(row, default):
         stacked = any(type(module).__name__.endswith("SwitchLinear") for module in model.modules())
         why = ": its experts are stacked in SwitchLinear layers" if stacked else ""
@@ -348,7 +350,7 @@ def resolve_targets(
 
 
 def _by_targets(
-    linears: dict[str, nn.Module], row: table.Sites, targets: str, default: str, model_type: str
+    linears: dict[str, nn.Module], row: Architecture, targets: str, default: str, model_type: str
 ) -> list[str]:
     if targets == "all-linear":
         return list(linears)

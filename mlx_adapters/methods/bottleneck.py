@@ -29,6 +29,8 @@ from mlx_adapters.methods.base import (
 )
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 __all__ = [
     "ACTIVATION_HELP",
@@ -314,7 +316,7 @@ class BlockBottleneck(Method):
 
         Raises UnsupportedError where the architecture has no place to read h.
         """
-        row = sites.sites(model_type, model)
+        row = architecture_of(model, model_type)
         outs = (row.attn_out, row.mlp_out, *row.other_outs) if self.KIND == "double" else (row.mlp_out,)
         if not row.mlp_out:
             raise UnsupportedError(
@@ -369,7 +371,7 @@ def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
 
 
 def _sources(
-    path: str, row: sites.Sites, modules: dict[str, Any], model_type: str, method: str, kind: str
+    path: str, row: Architecture, modules: dict[str, Any], model_type: str, method: str, kind: str
 ) -> list[tuple[str, bool]]:
     """Where h is read for the MLP behind `path`: (path, whether its output rather than its input)."""
     if getattr(getattr(modules[""], "args", None), "do_layer_norm_before", True) is False:
@@ -384,14 +386,15 @@ def _sources(
         inside = (p for p in modules if p.startswith(block + "."))
         return next((p for p in inside if name and sites.matches(p, name)), None)
 
+    residual = row.adapterhub.residual if row.adapterhub else None
     if kind == "double":
         return []
     if norm := find(row.pre_mlp):
         return [(norm, False)]
-    if model_type == "gptj" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
+    if residual == "with attention" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
         # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
         return [(norm, False), (out, True)]
-    if model_type == "phi" and kind == "seq":
+    if residual == "none" and kind == "seq":
         return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
         f"{method}: a {model_type} model has no norm before its MLP that is known to read the residual "

@@ -13,6 +13,8 @@ from mlx_adapters.fields import field
 from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, dims, layer_range
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 
 def orthonormal(m: mx.array) -> mx.array:
@@ -116,7 +118,7 @@ class LoReFT(Method):
             paths = [path for number, path in enumerate(blocks) if number in keep]
         if strange := [path for path in paths if path not in blocks]:
             raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
-        row = sites.sites(model_type, model)
+        row = architecture_of(model, model_type)
         placed: dict[str, nn.Module] = {}
         for path in paths:
             width = _width(path, row, modules)
@@ -148,7 +150,7 @@ def _blocks(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[tuple[s
             yield paths[id(block)], block
 
 
-def _width(path: str, row: sites.Sites, modules: dict[str, nn.Module]) -> int | None:
+def _width(path: str, row: Architecture, modules: dict[str, nn.Module]) -> int | None:
     """The size of the block's hidden state: the output of a linear layer that leads back to it."""
     outs = [name for name in (row.attn_out, row.mlp_out, *row.other_outs) if name]
     inside = (p for p in modules if p.startswith(path + "."))

@@ -12,6 +12,7 @@ from mlx_adapters.fields import field
 from mlx_adapters.methods.base import AdapterLayer, Method, OnEmbedding, dims
 from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -100,7 +101,7 @@ def embed(base: nn.Module, table: mx.array, ids: mx.array) -> mx.array:
 
 def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
     """What the model multiplies all embeddings with, where PyTorch multiplies only those of words."""
-    return math.sqrt(dims(base)[0]) if sites.sites(model_type, model).scaled_embedding else 1.0
+    return math.sqrt(dims(base)[0]) if architecture(model_type).scaled_embedding else 1.0
 
 
 class Prompt(Method):
