@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import parse_fields
-from mlx_adapters.methods.peft_fields import Known
+from mlx_adapters.methods.peft_fields import Fields, Known
 from mlx_adapters.models import sites as table
 from mlx_adapters.models.sites import Site
 
@@ -30,8 +30,10 @@ __all__ = [
     "TARGETS_HELP",
     "AdapterLayer",
     "Member",
+    "Layers",
     "Method",
     "OnEmbedding",
+    "Placed",
     "Site",
     "dims",
     "layer_range",
@@ -45,6 +47,8 @@ __all__ = [
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 TARGETS_HELP = "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN"
+Placed = dict[str, nn.Module]
+"""What stands where, by the module's path."""
 LAYERS_HELP = "all, last:N or A-B (from 0, ends included)"
 
 
@@ -105,9 +109,7 @@ class Method(ABC):
         """The layer that takes the place of `base`, which stands at `site`."""
         raise NotImplementedError(f"{type(self).__name__} defines neither select and wrap, nor place")
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """What goes where, by path: adapter layers, and whatever else the method needs in the module tree.
 
         `paths` are the layers that a saved adapter names; without them the options choose. The model stays as
@@ -126,16 +128,16 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} is not made of other adapters")
 
     @abstractmethod
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """The fields of `adapter_config.json`, besides those that every adapter has."""
 
     @classmethod
     @abstractmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         """The method that an `adapter_config.json` describes; AdapterError names what is not supported."""
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: Fields) -> Self:
         """The method with options from a file; AdapterError for one of another type or out of range."""
         try:
             return parse_fields(cls, fields, where=cls.NAME)
@@ -143,13 +145,11 @@ class Method(ABC):
             raise AdapterError(str(error)) from None
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a configuration is this method's, where several share a PEFT_TYPE."""
         return True
 
-    def peft_extra(
-        self, layers: dict[str, "AdapterLayer"], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: "Layers", model: nn.Module, model_type: str) -> Fields:
         """Fields of `adapter_config.json` that depend on the model."""
         return {}
 
@@ -169,7 +169,7 @@ class Method(ABC):
         """The method of the saved folder, where it is not the trained one."""
         return self
 
-    def save_extra(self, folder: Path, layers: dict[str, "AdapterLayer"]) -> None:
+    def save_extra(self, folder: Path, layers: "Layers") -> None:
         """Write what else the adapter's folder needs."""
         return
 
@@ -246,6 +246,10 @@ class AdapterLayer(nn.Module):
         return None
 
 
+Layers = dict[str, AdapterLayer]
+"""Adapter layers by the path of the module that they wrap."""
+
+
 class OnEmbedding(AdapterLayer):
     """A layer that stands where the token embedding stood: what a tied output head uses passes through."""
 
@@ -312,7 +316,7 @@ def short_names(paths: set[str], model: nn.Module, model_type: str) -> dict[str,
     return {path: table.to_hf(path, model_type) for path in paths}
 
 
-def peft_targets(fields: dict[str, Any], otherwise: str = "default") -> str:
+def peft_targets(fields: Fields, otherwise: str = "default") -> str:
     """The `target_modules` of a PEFT configuration as our `targets`; a pattern is not taken, since a file's
     tensors say which layers there are."""
     chosen = fields.get("target_modules")

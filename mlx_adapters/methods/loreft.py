@@ -10,8 +10,9 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, dims, layer_range
+from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, Placed, dims, layer_range
 from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import sites
 
 
@@ -103,9 +104,7 @@ class LoReFT(Method):
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """An edit behind each chosen block."""
         modules = dict(model.named_modules())
         blocks = dict(_blocks(model, modules))
@@ -117,7 +116,7 @@ class LoReFT(Method):
         if strange := [path for path in paths if path not in blocks]:
             raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
         row = sites.sites(model_type, model)
-        placed: dict[str, nn.Module] = {}
+        placed: Placed = {}
         for path in paths:
             width = _width(path, row, modules)
             if width is None:
@@ -130,12 +129,12 @@ class LoReFT(Method):
             placed[path] = Layer(blocks[path], width=width, rank=self.rank, dropout=self.dropout)
         return placed
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """What our folder says of the method: no PEFT release has it."""
         return asdict(self)
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls.from_fields({name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
