@@ -11,7 +11,7 @@ Nothing outside the file knows the method. `register` adds one from outside the 
 import importlib
 import pkgutil
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.fields import parse_fields
@@ -60,6 +60,7 @@ __all__ = [
     "register",
 ]
 
+M = TypeVar("M", bound="type[Method]")
 _OUTSIDE: dict[str, "type[Method]"] = {}
 _SHARED = {
     *("activations", "base", "bottleneck", "dropout", "experts", "modules", "patterns", "peft_fields"),
@@ -87,7 +88,7 @@ def names() -> list[str]:
     return sorted(_inside() | _OUTSIDE.keys())
 
 
-def register(method: "type[Method]") -> "type[Method]":
+def register(method: M) -> M:
     """Make a method defined outside the package known under its NAME; returns it, to be used as a decorator.
 
     Raises ConfigError where the name is taken.

@@ -29,8 +29,8 @@ __all__ = [
     "LINEARS",
     "TARGETS_HELP",
     "AdapterLayer",
-    "Member",
     "Layers",
+    "Member",
     "Method",
     "OnEmbedding",
     "Placed",
@@ -46,9 +46,9 @@ __all__ = [
 ]
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
-TARGETS_HELP = "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN"
 Placed = dict[str, nn.Module]
-"""What stands where, by the module's path."""
+"""The modules of an adapter, by their paths in the model."""
+TARGETS_HELP = "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN"
 LAYERS_HELP = "all, last:N or A-B (from 0, ends included)"
 
 
@@ -84,12 +84,12 @@ class Method(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        explained = cleandoc(cls.__doc__ or "")
+        explanation = cleandoc(cls.__doc__ or "")
         dataclass(frozen=True, kw_only=True)(cls)
-        options = "".join(
-            f"\n    {one.name}: {one.metadata['help']}. Default: {one.default!r}." for one in fields(cls)
-        )
-        cls.__doc__ = f"{explained}\n\nArgs:{options}"
+        options = [
+            f"{one.name}: {one.metadata.get('help')}. Default: {one.default!r}." for one in fields(cls)
+        ]
+        cls.__doc__ = "\n    ".join([f"{explanation}\n\nArgs:", *options])
 
     @classmethod
     def explanation(cls) -> str:
@@ -123,7 +123,7 @@ class Method(ABC):
         """Folders of the trained adapters that this one is made of: none, but for fusion."""
         return []
 
-    def place_members(self, model: nn.Module, members: list["Member"]) -> dict[str, nn.Module]:
+    def place_members(self, model: nn.Module, members: list["Member"]) -> Placed:
         """`place` for a method with `members`."""
         raise NotImplementedError(f"{type(self).__name__} is not made of other adapters")
 
@@ -192,7 +192,7 @@ class Member:
 
     folder: Path
     method: Method
-    placed: dict[str, nn.Module]
+    placed: Placed
     save: Callable[[Path], None]
 
 
@@ -381,7 +381,7 @@ def _by_targets(
 
 
 def layer_range(layers: str, present: set[int]) -> set[int]:
-    """The numbers of blocks that `layers` chooses of those present; ConfigError where it is no choice."""
+    """The numbers of blocks that `layers` chooses of those present; ConfigError where it chooses none."""
     if layers == "all":
         return present
     if found := re.fullmatch(r"last:(\d+)", layers):

@@ -29,7 +29,7 @@ def orthonormal(m: mx.array) -> mx.array:
 
 class Layer(AdapterLayer):
     """A decoder block and the edit of what it returns, [.., width]. Other attributes are the block's own:
-    model files ask their blocks whether they attend within a window, say."""
+    model files ask their blocks, for example, whether they attend within a window."""
 
     TENSORS: ClassVar[dict[str, str]] = {
         "rotate": "rotate_layer.weight",
@@ -114,7 +114,7 @@ class LoReFT(Method):
             keep = layer_range(self.layers, set(range(len(blocks))))
             paths = [path for number, path in enumerate(blocks) if number in keep]
         if strange := [path for path in paths if path not in blocks]:
-            raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
+            raise AdapterError(f"loreft: {strange[0]} is not a block of this {model_type} model")
         row = sites.sites(model_type, model)
         placed: Placed = {}
         for path in paths:

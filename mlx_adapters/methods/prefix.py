@@ -81,8 +81,8 @@ class Prefix(Method):
         attention(q, [K_P, K], [V_P, V])    in each layer; K_P is not rotated, the text stands at position n
 
     In MLX a prefix is a cache that starts full, so models need not know of it. With `projection` the keys and
-    values are the output of an embedding and a two-layer tanh MLP. Only they are saved, as in PEFT: what goes
-    on training from a loaded adapter is the keys and values; a run that resumes goes on with the MLP.
+    values are the output of an embedding and a two-layer tanh MLP. Only they are saved, as in PEFT:
+    training a loaded adapter further trains the keys and values; a resumed run continues with the MLP.
     """
 
     NAME = "prefix"

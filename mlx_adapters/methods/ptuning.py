@@ -70,8 +70,8 @@ class PTuning(Method):
         h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
 
     The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP
-    of two behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from
-    it is the table. A run that resumes from its checkpoint goes on with the encoder.
+    of two behind it. Only P is saved, as in PEFT: training a loaded adapter further trains P itself. A
+    run that resumes from its checkpoint continues with the encoder.
     """
 
     NAME = "ptuning"
