@@ -52,9 +52,9 @@ def is_block(module: nn.Module) -> bool:
 
 def expert_paths(model: nn.Module, model_type: str, layers: str) -> list[str]:
     """Where the experts of the chosen layers are adapted; ConfigError where there are none."""
-    wanted = is_block if architecture(model_type).experts else is_stack
+    adapted = is_block if architecture(model_type).experts else is_stack
     keep = layer_range(layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
-    found = [path for path, module in model.named_modules() if wanted(module)]
+    found = [path for path, module in model.named_modules() if adapted(module)]
     paths = [path for path in found if sites.layer_index(path) in keep]
     if not paths:
         raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {layers!r}")
