@@ -92,12 +92,8 @@ def train(
     KeyboardInterrupt; `resume=True` continues it.
 
     Args:
-        model: a loaded model; its weights do not change.
-        data: a `.json` or `.jsonl` file, a folder, a hub id, several of them, or a list of rows.
-        method: the method, or its name.
-        output: the new folder for the adapter, its losses and checkpoints.
-        callbacks: functions that are called with every `Step`, or objects of `Callback`.
-        **options: the other arguments of `Trainer`, and the fields of `TrainConfig`: `epochs=3, lr=2e-4`.
+        model, data, method, output, callbacks: as for `Trainer`.
+        **options: its other arguments, and the fields of `TrainConfig`: `epochs=3, lr=2e-4`.
 
     Returns:
         The losses, the number of steps, the folder: see `TrainResult`.
@@ -278,11 +274,10 @@ class Trainer:
 
     def _record(self, rows: Rows, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""
+        passes = None if self.config.steps else epochs(self.run.examples, self.config, self.processes.size)
         return {
             **asdict(self.config),
-            "epochs": None
-            if self.config.steps
-            else epochs(self.run.examples, self.config, self.processes.size),
+            "epochs": passes,
             "warmup": self.run.warmup,
             "template": template,
             "data": rows.origin,

@@ -18,7 +18,7 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import Dropout
 from mlx_adapters.train.length import total_steps
-from mlx_adapters.train.loop import Run, gradient_fn
+from mlx_adapters.train.loop import Run
 from mlx_adapters.train.packing import packing
 
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
@@ -39,7 +39,7 @@ def _summed(run: Run, given: list[Batch], together: bool = False, share: bool = 
         if isinstance(module, Dropout):
             module.p = 0.0
     run.model.train()  # only then are blocks recomputed
-    gradient = gradient_fn(run.model, head=None, pack=run.pack, recompute=run.recompute, share=share)
+    gradient = run.gradient_fn(None, share=share)
     total, sums = 0.0, {}
     for window in [given] if together else [[batch] for batch in given]:
         loss, (grads, _) = gradient(run.model.trainable_parameters(), ([], []), window)
