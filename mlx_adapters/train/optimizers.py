@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "adamw": (optim.AdamW, {"bias_correction": True}),  # MLX's default is off; torch and the paper have it
     "adam": (optim.Adam, {"bias_correction": True}),
     "lion": (optim.Lion, {}),
-    # the given rate counts, as in transformers' trainer, not one relative to the size of the weights
+    # the learning rate counts as it is, as in transformers' trainer, not relative to the size of the weights
     "adafactor": (optim.Adafactor, {"relative_step": False, "scale_parameter": False}),
     "muon": (optim.Muon, {}),
     "sgd": (optim.SGD, {}),
@@ -98,14 +98,14 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
 def _build(config: TrainConfig, total: int, factor: float, decays: bool, matrix: bool) -> optim.Optimizer:
     # Muon orthogonalises matrices; its authors give vectors to AdamW
     name = config.optimizer if matrix else "adamw"
-    kind, given = OPTIMIZERS[name]
+    kind, defaults = OPTIMIZERS[name]
     decay = config.weight_decay if decays else 0.0
     if "weight_decay" in inspect.signature(kind).parameters:
-        given = given | {"weight_decay": decay}
+        defaults = defaults | {"weight_decay": decay}
     elif config.weight_decay:
         raise ConfigError(f"weight_decay={config.weight_decay}: {name} has none. Use adamw")
     arguments = _arguments(config.optimizer_args, kind) if name == config.optimizer else {}
-    return kind(learning_rate=learning_rate(config, total, factor), **(given | arguments))
+    return kind(learning_rate=learning_rate(config, total, factor), **(defaults | arguments))
 
 
 def _arguments(text: str | None, kind: type) -> dict[str, Any]:

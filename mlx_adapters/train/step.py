@@ -116,8 +116,8 @@ def make_update(optimizer: optim.Optimizer, clip: float, *, compiled: bool = Fal
             return array if counts or path not in old else mx.where(good, array, old[path])
 
         new_state = tree_unflatten([(path, chosen(path, array)) for path, array in new])
-        kept = tree_map(lambda new, old: mx.where(good, new, old), new_weights, weights)
-        return kept, new_state, mean, norm, good
+        weights = tree_map(lambda new, old: mx.where(good, new, old), new_weights, weights)
+        return weights, new_state, mean, norm, good
 
     return mx.compile(update) if compiled else update
 
