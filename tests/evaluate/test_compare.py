@@ -187,7 +187,7 @@ Change = Callable[[list[Record]], list[Record]]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[:-1], "4 and 3 items, 1 of them in one only .*item 3"),
+        (lambda rows: rows[:-1], "4 items, the other 3; 1 in one only .*item 3"),
         (lambda rows: [replace(rows[0], item="f" * 16), *rows[1:]], "item 0 is another question"),
         (lambda rows: [replace(rows[0], label="8"), *rows[1:]], "item 0 is another question"),
         (lambda rows: [replace(row, task="gsm8k") for row in rows], "different tasks: SVAMP; gsm8k"),
