@@ -23,7 +23,9 @@ def command(
     format: Annotated[str, opt("peft, adapterhub, llm-adapters or mlx-lm", values=FORMATS)] = "peft",
     base: Base = None,
     verify: Annotated[bool, opt("open it with peft and transformers and compare")] = False,
-    model: Annotated[Path | None, opt("MLX model folder for --verify; default: as trained")] = None,
+    model: Annotated[
+        Path | None, opt("MLX model folder for --verify [default: the one it was trained on]")
+    ] = None,
 ) -> None:
     """Write the adapter for another library, by default PEFT.
 

@@ -8,7 +8,6 @@ methods that are done are not run again.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +35,21 @@ def main() -> None:
     model, output = options.dir / "model", options.dir / f"{options.steps}-steps"
     if not model.exists():
         convert(embedded_model(), model)
-    for cell in study(written(options.dir, model, options.steps, options.method or [*SETTINGS]), output):
-        found = cell.get("error") or f"{cell['scores'][0]['accuracy']:.0%} right"
-        print(f"{cell['id']}: {found}", flush=True)
-    print((output / "results.md").read_text())
-
-
-def written(folder: Path, model: Path, steps: int, methods: list[str]) -> Path:
-    """The study as a file; JSON is YAML."""
     settings = {
         "name": "Methods side by side",
         "model": str(model),
         "limit": 100,
         "max_tokens": 64,
-        "train": {"steps": steps, "template": "alpaca"},
-        "grid": [{"method": name, "set": SETTINGS[name][0], "lr": SETTINGS[name][1]} for name in methods],
+        "train": {"steps": options.steps, "template": "alpaca"},
+        "grid": [
+            {"method": name, "set": SETTINGS[name][0], "lr": SETTINGS[name][1]}
+            for name in options.method or SETTINGS
+        ],
     }
-    file = folder / "study.yaml"
-    file.write_text(json.dumps(settings, indent=2))
-    return file
+    for cell in study(settings, output):
+        found = cell.get("error") or f"{cell['scores'][0]['accuracy']:.0%} right"
+        print(f"{cell['id']}: {found}", flush=True)
+    print((output / "results.md").read_text())
 
 
 if __name__ == "__main__":

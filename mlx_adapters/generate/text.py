@@ -106,7 +106,7 @@ def stream(
         for piece in stream(model, "How do I change my password?", adapter="desk"):
             print(piece, end="", flush=True)
 
-    What is wrong with the arguments is raised at once. The adapter answers until the last piece is read.
+    Mistakes in the arguments are raised at once. The adapter stays active until the last piece is read.
 
     Args:
         model: a loaded model, a model folder or a hub id.
@@ -139,7 +139,7 @@ def stream(
     )
     count = len(prompt_ids(text, loaded.tokenizer))
     if count == 0:
-        raise ConfigError("--prompt is empty: give the instruction to answer")
+        raise ConfigError("the prompt is empty: give the instruction to answer")
     draw = sampler(
         fresh_seed() if seed is None else seed,
         temperature=temperature,
