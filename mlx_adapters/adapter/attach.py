@@ -29,8 +29,8 @@ def attach(
     `detach` it.
 
     Args:
-        model: What `load` returned, or the bare model of `mlx_lm.load`. A bare model has no tokenizer: a prompt
-            that starts from a text needs its `init_ids` then.
+        model: What `load` returned, or the bare model of `mlx_lm.load`. A bare model has no tokenizer: a
+            prompt that starts from a text needs its `init_ids` then.
         method: The method with its options, as `LoRA(rank=16)`.
         paths: The modules to adapt, by their paths in the model; by default the method's options choose.
         model_type: The architecture's name, for a bare model that does not know it.
