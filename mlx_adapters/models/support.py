@@ -24,7 +24,7 @@ from mlx_adapters.generate.likelihood import loglikelihoods
 from mlx_adapters.methods.base import LINEARS
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
-from mlx_adapters.models.samples import IDS, architectures, file_of, sample, sample_config
+from mlx_adapters.models.samples import IDS, architectures, file_of, sample
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
@@ -80,7 +80,7 @@ def attached(model_type: str, method: str) -> nn.Module:
     network = sample(model_type)
     with tempfile.TemporaryDirectory() as folder:
         config = methods.find(method).trial(lambda: _trained(model_type, Path(folder)))
-        adapter.attach(network, config, model_type=sample_config(model_type)["model_type"])
+        adapter.attach(network, config)
     return network
 
 
@@ -108,7 +108,7 @@ def _trained(model_type: str, folder: Path) -> list[Path]:
     folders = {folder / f"rank-{rank}": rank for rank in (2, 3)}
     for member, rank in folders.items():
         network = sample(model_type)
-        adapter.attach(network, LoRA(rank=rank), model_type=sample_config(model_type)["model_type"])
+        adapter.attach(network, LoRA(rank=rank))
         _change(network)
         adapter.save(network, member)
     return list(folders)
