@@ -5,9 +5,12 @@ and a few YAML aliases stand for gigabytes once they are written out.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
-__all__ = ["from_json", "from_yaml"]
+from mlx_adapters.errors import ConfigError
+
+__all__ = ["from_json", "from_yaml", "read_yaml"]
 
 _DEEP = 64  # levels; a configuration has four
 
@@ -42,6 +45,16 @@ def from_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file that the user wrote; ConfigError where it cannot be read."""
+    try:
+        return from_yaml(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file}: is not YAML ({error})") from None
 
 
 def _check_keys(node: Any) -> None:
