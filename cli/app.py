@@ -19,8 +19,6 @@ from mlx_adapters.cli.screen import complain, deaf
 from mlx_adapters.cpu import processes
 from mlx_adapters.errors import AdaptersError
 
-__all__ = ["app", "main"]
-
 _LONGEST = 2000  # characters of an error
 # In the order of the help.
 _COMMANDS = """quickstart convert plan train eval harness compare study export push import fuse generate chat
