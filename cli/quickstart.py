@@ -95,7 +95,7 @@ Next:
     mlx-adapters generate {dir}/model --adapter {dir}/adapter \\
         --prompt "Tom has 3 apples. Ann gives Tom 4 more. How many?"
     mlx-adapters info {dir}/adapter
-    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see README, "Your own data"
+    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see docs/data.md
     mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""
 
 

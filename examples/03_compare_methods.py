@@ -1,114 +1,79 @@
-"""Methods side by side: each learns the quickstart's task on the embedded model, and a table compares them.
+"""Methods side by side: each learns the quickstart's task on its model, and a table compares them.
 
-    python examples/03_compare_methods.py [--dir compare] [--steps 55] [--method lora --method prefix ...]
+    mlx-adapters quickstart                  # makes quickstart/model
+    python examples/03_compare_methods.py [--model DIR] [--dir compare] [--steps 55] [--method lora ...]
 
-The base is converted and measured once. Every method gets the same rows in the same order; rates and sizes
-are in SETTINGS. On two cores a method takes about three and a half minutes. With --dir of an earlier run,
-methods that are done are not run again.
+Every method gets the same rows in the same order; sizes and learning rates are in METHODS. On two cores a
+method takes about three and a half minutes. With --dir of an earlier run, finished methods are not repeated.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import adapter
-from mlx_adapters.cli.eval import run_task
-from mlx_adapters.cli.quickstart import source_of
-from mlx_adapters.cli.screen import duration, table
-from mlx_adapters.cli.train import describe, run
-from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.data import wordproblems
-from mlx_adapters.data.sources import Rows
-from mlx_adapters.evaluate import tasks
-from mlx_adapters.models import load as model
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.session import prepare
+import mlx_adapters as ma
 
-# method -> (its fields, peak learning rate)
-SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
-    "lora": ({"rank": 8, "alpha": 16, "targets": "all-linear"}, 2e-3),
-    "dora": ({"rank": 8, "alpha": 16, "targets": "all-linear"}, 2e-3),
-    "series": ({"bottleneck_size": 32}, 2e-3),
-    "parallel": ({"bottleneck_size": 32, "targets": "attn+mlp"}, 2e-3),
-    "prefix": ({"num_virtual_tokens": 16}, 3e-2),
+# name -> (the method with its size, the peak learning rate)
+METHODS = {
+    "lora": (ma.LoRA(rank=8, alpha=16, targets="all-linear"), 2e-3),
+    "dora": (ma.DoRA(rank=8, alpha=16, targets="all-linear"), 2e-3),
+    "series": (ma.Series(bottleneck_size=32), 2e-3),
+    "parallel": (ma.Parallel(bottleneck_size=32, targets="attn+mlp"), 2e-3),
+    "prefix": (ma.Prefix(num_virtual_tokens=16), 3e-2),
 }
-ROWS, ITEMS = 2000, 100
+ITEMS = 100
+ROW = "{:<10} {:>10} {:>8} {:>9} {:>14} {:>7} {:>11}"
 
 
 def main() -> None:
-    """Convert, measure, train, measure, compare."""
+    """Measure the base model, train and measure each method, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="quickstart/model", help="hub id, folder or .gguf file")
     parser.add_argument("--dir", type=Path, default=Path("compare"))
     parser.add_argument("--steps", type=int, default=55)
-    parser.add_argument("--method", choices=SETTINGS, action="append")
+    parser.add_argument("--method", choices=METHODS, action="append")
     options = parser.parse_args()
-    folder: Path = options.dir
-    if not (folder / "model").exists():
-        convert(source_of(None)[0], folder / "model")
-    results = {"base": done(folder, "base", options.steps, lambda: base(folder))}
-    for method in options.method or SETTINGS:
-        results[method] = done(
-            folder, method, options.steps, lambda m=method: trained(folder, m, options.steps)
-        )
-    table(
-        ["method", "parameters", "correct", "accuracy", "95 % interval", "loss", "trained in"],
-        [row(name, facts) for name, facts in results.items()],
-    )
+    options.dir.mkdir(parents=True, exist_ok=True)
+    model = ma.load(options.model)
+    rows = []
+    for name in ["base", *(options.method or METHODS)]:
+        file = options.dir / f"{name}-{options.steps}.json"
+        if not file.exists():
+            print(f"{name} ...", flush=True)
+            done = measure(model) if name == "base" else train(model, name, options.steps, options.dir)
+            file.write_text(json.dumps(done, indent=2), encoding="utf-8")
+        rows.append(row(name, json.loads(file.read_text(encoding="utf-8"))))
+    print(ROW.format("method", "parameters", "correct", "accuracy", "95 % interval", "loss", "trained in"))
+    print("\n".join(rows))
 
 
-def done(folder: Path, name: str, steps: int, work: Any) -> dict[str, Any]:
-    """What `work` finds, or found in an earlier run with as many steps."""
-    file = folder / f"{name}-{steps}.json"
-    if not file.exists():
-        file.write_text(json.dumps(work(), indent=2))
-    facts: dict[str, Any] = json.loads(file.read_text())
-    return facts
+def train(model: ma.LanguageModel, name: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Train the method, and measure what was saved."""
+    method, lr = METHODS[name]
+    output = folder / f"{name}-{steps}"
+    result = ma.train(model, "wordproblems", method, output=output, steps=steps, lr=lr, template="alpaca")
+    done = {"parameters": result.trainable, "loss": result.loss, "seconds": result.seconds}
+    return measure(model, output) | done
 
 
-def base(folder: Path) -> dict[str, Any]:
-    """Accuracy of the model as it comes."""
-    return measure(model.load(folder / "model", answering=True))
-
-
-def trained(folder: Path, method: str, steps: int) -> dict[str, Any]:
-    """Train `method`, and measure what was saved on a freshly loaded base."""
-    print(f"\n{method}", flush=True)
-    fields, lr = SETTINGS[method]
-    rows = Rows(wordproblems.generate(ROWS, seed=0), "instruction", "generated word problems")
-    config = TrainConfig(steps=steps, lr=lr, template="alpaca")
-    output = folder / f"{method}-{steps}"
-    session = prepare(
-        model.load(folder / "model"), rows, method=method, fields=fields, config=config, output=output
-    )
-    describe(session)
-    started = time.perf_counter()
-    run(session)
-    seconds = time.perf_counter() - started
-    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    loaded = model.load(folder / "model", answering=True)
-    adapter.load(loaded, output)
-    return measure(loaded) | {"parameters": session.trainable, "seconds": seconds, "loss": last}
-
-
-def measure(loaded: model.LanguageModel) -> dict[str, Any]:
-    """Accuracy on the quickstart's test problems, which no training row repeats."""
-    items = tasks.load_items("wordproblems", data_dir=None, limit=ITEMS, seed=1)
-    _, score, _ = run_task(
-        loaded, items, "wordproblems", template="alpaca", batch_size=32, max_tokens=64, seen=frozenset()
-    )
+def measure(model: ma.LanguageModel, adapter: Path | None = None) -> dict[str, Any]:
+    """Accuracy on generated test problems, none of which is a training row."""
+    (score,) = ma.evaluate(
+        model, "wordproblems", adapter=adapter, template="alpaca", limit=ITEMS, max_tokens=64
+    ).scores
     return {"correct": score.correct, "total": score.total, "low": score.low, "high": score.high}
 
 
-def row(name: str, facts: dict[str, Any]) -> list[str]:
+def row(name: str, done: dict[str, Any]) -> str:
     """One line of the table."""
-    share = facts["correct"] / facts["total"]
-    interval = f"{facts['low']:.0%} - {facts['high']:.0%}"
-    cells = [f"{facts['correct']}/{facts['total']}", f"{share:.0%}", interval]
+    facts = [f"{done['correct']}/{done['total']}", f"{done['correct'] / done['total']:.0%}"]
+    facts.append(f"{done['low']:.0%} - {done['high']:.0%}")
     if name == "base":
-        return [name, "", *cells, "", ""]
-    return [name, f"{facts['parameters']:,}", *cells, f"{facts['loss']:.3f}", duration(facts["seconds"])]
+        return ROW.format(name, "", *facts, "", "")
+    return ROW.format(
+        name, f"{done['parameters']:,}", *facts, f"{done['loss']:.3f}", f"{done['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":
