@@ -21,6 +21,18 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def unit(session: nox.Session) -> None:
+    """The tests that need no torch, under a minute: for while you write."""
+    session.run("python", "-m", "pytest", "-m", "unit", *session.posargs)
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """The tests that ask torch, transformers, PEFT, lm-eval or AdapterHub."""
+    session.run("python", "-m", "pytest", "-m", "parity", *session.posargs)
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes, one at a time."""
     session.run("python", "-m", "pytest", "-m", "slow", "-n", "0", *session.posargs)

@@ -50,7 +50,7 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="of --web, at 127.0.0.1")] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
-    from mlx_adapters.adapter.multi import load_several
+    from mlx_adapters.adapter.multi import load_adapters
     from mlx_adapters.data.templates import TEMPLATES
     from mlx_adapters.errors import unknown
     from mlx_adapters.models import load as models
@@ -62,7 +62,7 @@ def command(
     kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
     folders = named_folders(adapter or [], "base")
     loaded = models.load(model, answering=True)
-    metas = load_several(loaded, folders) if folders else {}
+    metas = load_adapters(loaded, folders) if folders else {}
     loaded.model.eval()
     if web:
         asked = {"temperature": temperature, "top_p": top_p, "seed": seed, "template_kwargs": kwargs}

@@ -23,7 +23,7 @@ def command(
         str,
         typer.Option(
             help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune (also *_svd)",
-            autocompletion=complete.among(complete.HOWS),
+            autocompletion=complete.among(complete.COMBINATIONS),
         ),
     ] = "linear",
     rank: Annotated[int | None, typer.Option(help="rank of the result, for svd")] = None,
@@ -37,7 +37,7 @@ def command(
     numbers = _numbers(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
     from mlx_adapters.adapter.combine import combine
 
-    done = combine(adapters, numbers, dst, how=how, rank=rank, density=density, seed=seed)
+    done = combine(adapters, numbers, dst, method=how, rank=rank, density=density, seed=seed)
     report(
         {"path": done.path, "how": how, "weights": numbers, "layers": done.layers, "rank": done.rank},
         lambda: typer.echo(

@@ -19,7 +19,7 @@ RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 SCORED = ("label", "text")
 TARGETS = ("transformers", "mlx")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-HOWS = ("linear", "cat", "svd", *_PRUNED, *(f"{how}_svd" for how in _PRUNED))
+COMBINATIONS = ("linear", "cat", "svd", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
 
 
 def among(values: Iterable[str]) -> Complete:

@@ -41,7 +41,6 @@ def command(
     PyTorch opens the folder as it is.
     """
     from mlx_adapters import adapter as adapters
-    from mlx_adapters import methods
     from mlx_adapters.convert import exchange, peft
 
     meta = adapters.read_meta(adapter)
@@ -55,8 +54,10 @@ def command(
             lambda: typer.echo(f"{dst}: {format}, {size(written)}"),
         )
         return
-    if verify and not methods.in_peft(meta.method):
-        raise ConfigError(f"--verify opens the folder with PEFT, which has no {meta.method}: leave it out")
+    if verify and not meta.method.IN_PEFT:
+        raise ConfigError(
+            f"--verify opens the folder with PEFT, which has no {meta.method.NAME}: leave it out"
+        )
     folder = model or Path(meta.base.get("path", ""))
     if verify and not (folder / "config.json").exists():
         raise ConfigError(
@@ -70,10 +71,12 @@ def command(
 
     def words() -> None:
         typer.echo(f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}")
-        if not methods.in_peft(meta.method):
-            others = "".join(f", or export it with --format {name}" for name in exchange.formats(meta.method))
+        if not meta.method.IN_PEFT:
+            others = "".join(
+                f", or export it with --format {name}" for name in exchange.formats(meta.method.NAME)
+            )
             typer.echo(
-                f"PEFT has no {meta.method}: in PyTorch, load it with the load_adapter.py in the "
+                f"PEFT has no {meta.method.NAME}: in PyTorch, load it with the load_adapter.py in the "
                 f"folder{others}"
             )
         if verdict:

@@ -25,7 +25,7 @@ def command(
     """
     from mlx_adapters.convert import exchange
     from mlx_adapters.models import load as models
-    from mlx_adapters.train.session import check_output
+    from mlx_adapters.train.trainer import check_output
 
     found = exchange.detect(src)
     check_output(dst, False)
@@ -34,6 +34,6 @@ def command(
         raise ConfigError(f"{src}: names no base model. Say which one it is for: --model MODEL")
     meta = exchange.import_adapter(src, dst, loaded=models.load(model))
     report(
-        {"path": dst, "method": meta.method, "format": found},
-        lambda: typer.echo(f"{dst}: {meta.method}, from a folder of {found}"),
+        {"path": dst, "method": meta.method.NAME, "format": found},
+        lambda: typer.echo(f"{dst}: {meta.method.NAME}, from a folder of {found}"),
     )

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +81,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "folder": str(folder),
-        "method": meta.method,
-        "fields": meta.config,
+        "method": meta.method.NAME,
+        "fields": asdict(meta.method),
         "base": meta.base or None,
         "template": meta.template or None,
         "loss_on": meta.loss_on or None,

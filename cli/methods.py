@@ -1,6 +1,5 @@
 """`mlx-adapters methods [NAME]`."""
 
-import re
 from typing import Annotated, Any
 
 import typer
@@ -32,32 +31,22 @@ def _about(name: str) -> dict[str, Any]:
     import dataclasses
 
     from mlx_adapters import methods
-    from mlx_adapters.methods.base import AdapterLayer
-    from mlx_adapters.models import support
 
-    module = methods.get(name)
-    layers = methods.layer_classes(name)
+    method = methods.find(name)
     return {
         "method": name,
-        **_header(module.__doc__ or ""),
-        "stands_on": support.stands_on(name),
-        "mergeable": all(layer.merge is not AdapterLayer.merge for layer in layers),
-        "in_peft": methods.in_peft(name),
+        "what": method.TITLE,
+        "authors": method.AUTHORS,
+        "paper": method.PAPER,
+        "stands_on": method.STANDS_ON,
+        "mergeable": method.mergeable(),
+        "in_peft": method.IN_PEFT,
         "fields": [
             {"name": f.name, "default": f.default, "help": f.metadata["help"]}
-            for f in dataclasses.fields(methods.config_class(name))
+            for f in dataclasses.fields(method)
         ],
-        "doc": (module.__doc__ or "").strip(),
+        "doc": method.explanation(),
     }
-
-
-def _header(doc: str) -> dict[str, str]:
-    """What the first sentence says, the authors with the year, and the link of a method's docstring."""
-    first = " ".join(doc.strip().split("\n\n")[0].split())
-    parts = re.match(
-        r"(?P<what>.+?)\. (?P<authors>[^.]+?(?: et al\.)? \d{4}).*?(?P<paper>https://[^\s,;]+)", first
-    )
-    return parts.groupdict() if parts else {"what": first, "authors": "", "paper": ""}
 
 
 def _list(found: list[dict[str, Any]]) -> None:

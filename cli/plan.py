@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ from mlx_adapters.cli.screen import say, size, table, track
 from mlx_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.plan import Plan
+    from mlx_adapters.train.plan import MemoryPlan, Plan
 
 __all__ = ["command"]
 
@@ -35,60 +36,53 @@ def command(
     memory: Annotated[str | None, typer.Option(help="of the machine, 16GB say [default: this one]")] = None,
 ) -> None:
     """Predict the memory of training: which settings fit, and the command for the fastest of them."""
-    import dataclasses
-
-    from mlx_adapters import device
+    from mlx_adapters import methods
     from mlx_adapters.train import plan
-    from mlx_adapters.train.config import TrainConfig
 
-    limit = device.total_memory() if memory is None else _bytes(memory)
-    tried = [(again, batch) for again in (False, True) for batch in _numbers(batch_sizes)]
-    configs = [
-        TrainConfig(batch_size=batch, cutoff=tokens, gradient_checkpointing=again, loss_on=loss_on)
-        for again, batch in tried
-    ]
+    limit = None if memory is None else _bytes(memory)
+    configs = plan.candidates(_numbers(batch_sizes), cutoff=tokens, loss_on=loss_on)
     say(f"running a step of four and of six blocks of {model}")
-    found = plan.predict_all(model, method=method, fields=dict(settings(set_ or [])), configs=configs)
-    plans = list(track("plan", found, len(tried), lambda one: f"batch size {one.batch_size}"))
-    process = plan.overhead(plans)
-    rows = [dataclasses.asdict(p) | {"fits": p.peak + process <= limit} for p in plans]
-    fitting = [p for p in plans if p.peak + process <= limit]
-    best = max(fitting, key=lambda p: (not p.gradient_checkpointing, p.batch_size), default=None)
+    chosen = methods.make(method, dict(settings(set_ or [])))
+    found = plan.predict_all(model, method=chosen, configs=configs)
+    plans = list(track("plan", found, len(configs), lambda one: f"batch size {one.batch_size}"))
+    weighed = plan.weigh(plans, limit)
     arguments = _arguments(method, set_ or [], loss_on)
+    best = weighed.best
     advice = f"mlx-adapters train {shlex.quote(model)} {_of(best)}{arguments}" if best else None
 
     def words() -> None:
-        table(
-            [
-                "batch size",
-                "gradient checkpointing",
-                "arrays at the peak",
-                "with the process",
-                f"fits {size(limit)}",
-            ],
-            [
-                [
-                    str(p.batch_size),
-                    "yes" if p.gradient_checkpointing else "no",
-                    size(p.peak),
-                    size(p.peak + process),
-                    "yes" if p.peak + process <= limit else "NO",
-                ]
-                for p in plans
-            ],
-        )
+        _table(weighed)
         typer.echo(
             f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, "
             f"{size(plans[0].adapter)} for the adapter with gradient and optimizer, the rest activations"
         )
-        if advice is None:
-            typer.echo(
-                f"None fits {size(limit)}: try fewer --tokens, or a base of fewer bits (convert --bits 4)"
-            )
-        else:
-            typer.echo(f"The fastest that fits:\n    {advice}")
+        typer.echo(
+            f"The fastest that fits:\n    {advice}"
+            if advice
+            else f"None fits {size(weighed.memory)}: try fewer --tokens, or a base of fewer bits "
+            "(convert --bits 4)"
+        )
 
-    report({"memory": limit, "process": process, "plans": rows, "command": advice}, words)
+    rows = [asdict(one) | {"fits": weighed.fits(one)} for one in plans]
+    document = {"memory": weighed.memory, "process": weighed.process, "plans": rows, "command": advice}
+    report(document, words)
+
+
+def _table(weighed: "MemoryPlan") -> None:
+    columns = ["batch size", "gradient checkpointing", "arrays at the peak", "with the process"]
+    table(
+        [*columns, f"fits {size(weighed.memory)}"],
+        [
+            [
+                str(one.batch_size),
+                "yes" if one.gradient_checkpointing else "no",
+                size(one.peak),
+                size(one.peak + weighed.process),
+                "yes" if weighed.fits(one) else "NO",
+            ]
+            for one in weighed.plans
+        ],
+    )
 
 
 def _of(best: "Plan") -> str:

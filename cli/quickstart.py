@@ -24,7 +24,6 @@ __all__ = ["command", "source_of"]
 _TRAIN_ROWS, _TEST_ROWS, _TEST_SEED = 2000, 100, 1
 # The answers are one short line of working; the base model rambles, and gets room to reach its answer.
 _MAX_TOKENS = 64
-_METHOD = {"rank": "8", "alpha": "16", "targets": "all-linear"}
 
 
 _KEYS = (
@@ -142,11 +141,15 @@ def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> Any:
     from mlx_adapters.cli import train
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows
-    from mlx_adapters.train.config import TrainConfig
-    from mlx_adapters.train.session import prepare
+    from mlx_adapters.methods import LoRA
+    from mlx_adapters.train.trainer import Trainer
 
     rows = Rows(wordproblems.generate(_TRAIN_ROWS, seed=seed), "instruction", "generated word problems")
-    config = TrainConfig(
+    trainer = Trainer(
+        loaded,
+        rows,
+        LoRA(rank=8, alpha=16.0, targets="all-linear"),
+        output=folder,
         steps=steps,
         lr=2e-3,
         template="alpaca",
@@ -154,11 +157,10 @@ def _train(loaded: "LanguageModel", folder: Path, steps: int, seed: int) -> Any:
         validation=16,
         validate_every=steps,
     )
-    session = prepare(loaded, rows, method="lora", fields=_METHOD, config=config, output=folder)
-    train.describe(session)
-    seconds = train.run(session, go_on=f"Remove {folder.parent} to start again")
+    train.describe(trainer)
+    seconds = train.run(trainer, go_on=f"Remove {folder.parent} to start again")
     say(f"   trained in {duration(seconds)}")
-    return session
+    return trainer
 
 
 def _export(folder: Path, base_id: str) -> "Verdict | None":

@@ -29,14 +29,14 @@ def command(
     """
     import threading
 
-    from mlx_adapters.adapter.multi import load_several
+    from mlx_adapters.adapter.multi import load_adapters
     from mlx_adapters.models import load as models
     from mlx_adapters.serve import Engine, Server
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
     folders = named_folders(adapter or [], name)
     loaded = models.load(model, answering=True)
-    metas = load_several(loaded, folders) if folders else {}
+    metas = load_adapters(loaded, folders) if folders else {}
     engine = Engine(loaded, metas, name=name, parallel=parallel)
     try:
         server = Server(engine, host, port, max_tokens=max_tokens)

@@ -163,12 +163,14 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
 
 def _fitting(study: "Study") -> int:
     """How many of the largest cell fit into the free memory."""
+    from mlx_adapters import methods
     from mlx_adapters.study.cells import parameters
     from mlx_adapters.train import plan
 
     counts = parameters(study)
     largest = max(study.cells, key=lambda one: counts[one.id])
-    predicted = plan.predict(study.model, method=largest.method, fields=largest.fields, config=largest.train)
+    method = methods.make(largest.method, largest.fields)
+    predicted = plan.predict(study.model, method=method, config=largest.train)
     each = predicted.peak + plan.overhead([predicted])
     fitting = max(1, device.free_memory() // each)
     say(f"the largest cell takes {size(each)}: the free memory is enough for {fitting} at once")

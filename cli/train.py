@@ -1,10 +1,6 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,20 +12,18 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
 from mlx_adapters.cli.signals import answered, telling
 from mlx_adapters.errors import ConfigError, counted
-from mlx_adapters.files.lock import locked
 from mlx_adapters.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.loop import Run, Step
-    from mlx_adapters.train.session import Session
+    from mlx_adapters.train.progress import Step
+    from mlx_adapters.train.trainer import Trainer
 
-__all__ = ["command", "run"]
+__all__ = ["command", "describe", "run"]
+
+_KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss", "validation_loss")
 
 
-_KEYS = ("output", "method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
-
-
-@reporting(*_KEYS, "validation_loss")
+@reporting("output", *_KEYS)
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, typer.Argument(help="model folder or hub id")] = None,
@@ -84,24 +78,36 @@ def command(
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
     if processes > 1:
-        run_config = _shared(run_config, processes)
+        run_config = run_config.shared(processes)
         if not launched():
             raise typer.Exit(supervise(sys.argv[1:], processes))
     _train(
-        chosen, fields, run_config, exclude or [], start=adapter, resume=resume, dtype=dtype, log=log or []
+        chosen["model"],
+        chosen["data"],
+        Path(chosen["output"]),
+        (chosen["method"], fields),
+        dtype=dtype,
+        resume=resume,
+        exclude=exclude or [],
+        options={"start": adapter, "log": log or [], **vars(run_config)},
     )
 
 
-def run(session: "Session", *, go_on: str = "Go on with --resume") -> float:
-    """Train a prepared session with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130.
-
-    Returns seconds.
-    """
+def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
+    """Train with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130. Returns seconds."""
     from mlx_adapters.cpu import threads
+    from mlx_adapters.train.interrupt import stop_on_interrupt
 
-    started, told = time.perf_counter(), threads.most()
-    with _interruptible(session.run.stop), lines("train", session.run.total) as display:
-        for step in session:
+    words, told = "stopping after this step ...", threads.most()
+
+    def stop() -> None:
+        heard = answered()
+        if not (heard or trainer.run.stopping):
+            say(words)
+        trainer.stop()
+
+    with stop_on_interrupt(stop), telling(words), lines("train", trainer.run.total) as display:
+        for step in trainer:
             if threads.count() < told:
                 told = threads.count()
                 say(threads.in_words())
@@ -111,156 +117,72 @@ def run(session: "Session", *, go_on: str = "Go on with --resume") -> float:
             if step.skipped:
                 say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
             if step.stopped == "interrupted":
-                session.save()
-                say(f"interrupted at step {step.step}: saved in {session.output}. {go_on}")
+                say(f"interrupted at step {step.step}: saved in {trainer.output}. {go_on}")
                 raise typer.Exit(130)
             if step.stopped:
                 say(f"stopped at step {step.step}: {step.stopped}")
-    taken = session.finish()
-    if taken != session.run.step:
-        say(f"the adapter is that of step {taken}, validation loss {session.run.progress.best_loss:.4f}")
-    return time.perf_counter() - started
+    result = trainer.result
+    if trainer.processes.writes and result.step != result.steps:
+        best = trainer.run.progress.best_loss
+        say(f"the adapter is that of step {result.step}, validation loss {best:.4f}")
+    return result.seconds
 
 
-def describe(session: "Session") -> None:
+def describe(trainer: "Trainer") -> None:
     """Say what will be trained, before it is."""
-    from mlx_adapters.models.limits import made_for
+    from mlx_adapters.train.summary import summary
 
-    names = sorted({path.rpartition(".")[2] for path in session.paths})
-    share = session.trainable / session.parameters
-    say(f"{session.meta.method} on {counted(len(session.paths), 'layer')} ({', '.join(names)})")
-    say(f"trainable {session.trainable:,} of {session.parameters:,} parameters ({share:.3%})")
-    rows, held = counted(len(session.run.examples), "row"), len(session.run.validation)
-    counts = f"{rows} to train on, {held} held out"
-    counts += f", template {session.meta.template}, loss on {session.meta.loss_on}"
-    if session.excluded:
-        counts += f"; {session.excluded} left out because they stand in the excluded files"
-    if session.encoded.truncated:
-        counts += f"; {session.encoded.truncated} cut at {session.run.config.cutoff} tokens"
-    encoded = session.encoded
-    if encoded.dropped:
-        counts += f"; {encoded.dropped} dropped: nothing to learn within the cutoff"
-    if encoded.empty:
-        counts += f"; {encoded.empty} with an empty answer"
-    if encoded.repeated:
-        counts += f"; {encoded.repeated} the same as an earlier row"
-    say(counts)
-    if encoded.endless:
-        say("the tokenizer has no end token: answers will not learn where to end")
-    long = made_for(session.loaded.config)
-    if long and (over := sum(len(example.ids) > long for example in session.run.examples)):
-        say(f"{over} rows are longer than the {long} tokens that the model was made for")
-    _say_length(session.run)
-
-
-def _say_length(run: "Run") -> None:
-    """What a user who chose no number of steps, or too many of warm-up, would not expect."""
-    from mlx_adapters.train.length import EPOCHS, epochs
-
-    config = run.config
-    if config.steps is None and config.epochs is None:
-        passes = epochs(run.examples, config, run.processes.size)
-        if passes > EPOCHS:
-            say(f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps. --epochs chooses")
-    if run.warmup == run.total:
-        say(f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup")
+    for sentence in [*trainer.notes, *summary(trainer)]:
+        say(sentence)
 
 
 def _train(
-    chosen: dict[str, Any],
-    fields: dict[str, Any],
-    config: TrainConfig,
-    exclude: list[Path],
+    model: str,
+    data: str,
+    output: Path,
+    method: tuple[str, dict[str, Any]],
     *,
-    start: Path | None,
-    resume: bool,
     dtype: str | None,
-    log: list[str],
+    resume: bool,
+    exclude: list[Path],
+    options: dict[str, Any],
 ) -> None:
     from mlx_adapters import methods
     from mlx_adapters.data.sources import load_rows
-    from mlx_adapters.models import load as model
-    from mlx_adapters.train import session as sessions
+    from mlx_adapters.models import load as models
     from mlx_adapters.train.distributed import processes
+    from mlx_adapters.train.examples import excluded_hashes
+    from mlx_adapters.train.trainer import Trainer, check_output
 
-    methods.make_config(chosen["method"], fields)  # a typing error is told before the model loads
-    output = Path(chosen["output"])
+    chosen = methods.make(*method)  # a typing error is told before the model loads
     together = processes()
     if together.writes:
-        sessions.check_output(output, resume)
+        check_output(output, resume)
     else:
         be_quiet()  # the first process speaks for all
-    rows = load_rows(chosen["data"])
-    hashes = sessions.excluded_hashes(exclude)
+    rows, hashes = load_rows(data), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
-    loaded = model.load(chosen["model"], dtype=dtype)
-    with ExitStack() as alone:
-        if resume and together.writes:  # or it would go on from what another run is writing
-            alone.enter_context(locked(output))
-        session = sessions.prepare(
-            loaded,
-            rows,
-            method=chosen["method"],
-            fields=fields,
-            config=config,
-            output=output,
-            exclude=hashes,
-            start=start,
-            resume=resume,
-            log=log,
-            processes=together,
-            warn=say,
-        )
-        if not resume and together.writes:
-            alone.enter_context(locked(output))
-        describe(session)
-        if resume:
-            say(f"resuming after step {session.run.step}")
-        seconds = run(session)
+    loaded = models.load(model, dtype=dtype)
+    trainer = Trainer(
+        loaded, rows, chosen, output=output, resume=resume, exclude=hashes, processes=together, **options
+    )
+    describe(trainer)
+    if resume:
+        say(f"resuming after step {trainer.run.step}")
+    run(trainer)
     if not together.writes:
         return
-    result = _result(session, seconds)
+    result = trainer.result
 
     def words() -> None:
-        done = f"trained {counted(result['steps'], 'step')} in {duration(seconds)}"
-        if result["loss"] is not None:  # metrics.jsonl may have been taken away
-            done += f", loss {result['loss']:.4f} at step {result['step']}"
+        done = f"trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
+        if result.loss is not None:  # metrics.jsonl may have been taken away
+            done += f", loss {result.loss:.4f} at step {result.step}"
         typer.echo(f"{output}: {done}. Next:")
-        typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
+        typer.echo(f"    mlx-adapters eval {model} --adapter {output} --task SVAMP --data-dir DIR")
         typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
 
-    report(result, words)
-
-
-def _result(session: "Session", seconds: float) -> dict[str, Any]:
-    """The run in numbers; `loss` and `validation_loss` are those of the step whose adapter is kept."""
-    from mlx_adapters import adapter
-    from mlx_adapters.train import metrics
-    from mlx_adapters.train.session import METRICS
-
-    step = adapter.read_meta(session.output).training["steps_done"]
-    row = next((row for row in metrics.read(session.output / METRICS) if row["step"] == step), {})
-    return {
-        "output": session.output,
-        "method": session.meta.method,
-        "trainable": session.trainable,
-        "parameters": session.parameters,
-        "rows": len(session.run.examples),
-        "steps": session.run.step,
-        "step": step,
-        "seconds": seconds,
-        "loss": row.get("loss"),
-        "validation_loss": row.get("validation_loss"),
-    }
-
-
-def _shared(config: TrainConfig, processes: int) -> TrainConfig:
-    """The settings of one of the processes: its part of every batch."""
-    import dataclasses
-
-    if config.batch_size % processes:
-        raise ConfigError(f"batch_size={config.batch_size} must be a multiple of processes={processes}")
-    return dataclasses.replace(config, batch_size=config.batch_size // processes)
+    report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)
 
 
 def _text(step: "Step") -> str:
@@ -282,26 +204,3 @@ def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
 
     config: TrainConfig = parse_fields(TrainConfig, values, where=f"train ({file})" if file else "train")
     return config
-
-
-@contextmanager
-def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C ends the run after the current step, when model and optimizer agree; a second ends it now."""
-    pressed: list[int] = []
-    words = "stopping after this step ..."
-
-    def note(number: int, frame: Any) -> None:
-        told = answered()
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-        stop()
-        if not told:
-            say(words)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        with telling(words):
-            yield
-    finally:
-        signal.signal(signal.SIGINT, before)

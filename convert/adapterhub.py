@@ -25,7 +25,8 @@ from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.files.writing import writing
-from mlx_adapters.methods import bottleneck, double_seq_bn, par_bn, scaled_par_bn, seq_bn, series
+from mlx_adapters.methods import DoubleSeqBN, ParBN, ScaledParBN, SeqBN, Series, bottleneck
+from mlx_adapters.methods.bottleneck import BlockBottleneck, LinearBottleneck
 from mlx_adapters.models import sites
 from mlx_adapters.models.load import LanguageModel
 
@@ -39,13 +40,7 @@ _CONFIG, _WEIGHTS, _BIN, _INTERFACE = (
 )
 _NAME, _VERSION = "mlx", "adapters.1.3.0"
 _KEY = re.compile(r"^(.*)\.(\d+)\.(attention|output)_adapters\.adapters\.([^.]+)\.(.+)$")
-_FORMS: dict[str, Any] = {
-    "double_seq_bn": double_seq_bn,
-    "seq_bn": seq_bn,
-    "par_bn": par_bn,
-    "scaled_par_bn": scaled_par_bn,
-}
-METHODS = (*_FORMS, "series")
+METHODS = ("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn", "series")
 # Settings of theirs that change the function and that our forms have at one value only.
 _FIXED = {
     "ln_before": False,
@@ -177,9 +172,10 @@ def reduction_factor(width: int, size: int) -> float:
 
 
 def _form(parts: Parts, source: Path) -> dict[str, Any]:
-    config, method = parts.config, parts.meta.method
+    config, method = parts.meta.method, parts.meta.method.NAME
     need(method in METHODS, source, f"AdapterHub has no counterpart of {method} that computes the same")
-    if method == "series":
+    assert isinstance(config, BlockBottleneck | LinearBottleneck)
+    if isinstance(config, Series):
         row = sites.TABLE[parts.model_type]
         last = all(sites.matches(path, row.mlp_out) for path in parts.arrays)
         need(
@@ -240,19 +236,19 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
         need(path is not None, source, f"{key}: {loaded.path} has no such block, this adapter is another's")
         arrays.setdefault(str(path), {})[attributes[found[5]]] = array
     try:
-        method, config = _our_config(form, arrays, source)
+        method = _our_method(form, arrays, source)
     except ConfigError as error:
         raise AdapterError(f"{source / _CONFIG}: {error}") from None
-    return assemble(loaded, method, config, arrays, dst=dst, source=source)
+    return assemble(loaded, method, arrays, dst=dst, source=source)
 
 
-def _our_config(
+def _our_method(
     form: dict[str, Any], arrays: dict[str, dict[str, mx.array]], source: Path
-) -> tuple[str, Any]:
+) -> BlockBottleneck | Series:
     sizes = sorted({own["down"].shape[0] for own in arrays.values()})
     need(len(sizes) == 1, source, f"bottlenecks of the sizes {sizes}: one size for all layers is supported")
     activation = str(form.get("non_linearity", "relu")).lower()
-    shared = {
+    shared: dict[str, Any] = {
         "bottleneck_size": sizes[0],
         "non_linearity": "leaky_relu" if activation == "leakyrelu" else activation,
         "scaling": form.get("scaling", 1.0),
@@ -265,20 +261,19 @@ def _our_config(
     )
     need(not (beside and after), source, "mh_adapter with is_parallel, beside attention, is not supported")
     if beside:
-        method = "scaled_par_bn" if shared["scaling"] == "learned" else "par_bn"
-        return method, _FORMS[method].Config(**shared)
+        return ScaledParBN(**shared) if shared["scaling"] == "learned" else ParBN(**shared)
     need(not (after and reads), source, "mh_adapter with original_ln_before is not supported")
     if after:
-        return "double_seq_bn", double_seq_bn.Config(**shared)
+        return DoubleSeqBN(**shared)
     if reads:
         before = form.get("residual_before_ln", True)
         need(before is True, source, f"residual_before_ln={before!r} is not supported")
-        return "seq_bn", seq_bn.Config(**shared)
+        return SeqBN(**shared)
     biased = any(mx.any(own[n] != 0).item() for own in arrays.values() for n in ("down_bias", "up_bias"))
     need(not biased, source, "a bottleneck after the MLP with biases, without the residual, is not supported")
     for own in arrays.values():
         del own["down_bias"], own["up_bias"]
-    return "series", series.Config(**shared, variant="P")
+    return Series(**shared, variant="P")
 
 
 def _read_form(source: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import json
 import shlex
+from dataclasses import asdict
 from typing import Any
 
-from mlx_adapters import methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.templates import TEMPLATES, prompt_for
 from mlx_adapters.models.origin import is_hub_id
@@ -17,16 +17,20 @@ _INSTRUCTION = "YOUR INSTRUCTION"
 
 def adapter_card(meta: AdapterMeta, base: str, training: dict[str, Any]) -> str:
     """The card of an adapter in PEFT's format; `training` is what strangers may know of how it was made."""
-    in_peft = methods.in_peft(meta.method)
+    in_peft = meta.method.IN_PEFT
     rows = "\n".join(
-        f"| {_cell(name)} | {_cell(value)} |" for name, value in {**meta.config, **training}.items()
+        f"| {_cell(name)} | {_cell(value)} |" for name, value in {**asdict(meta.method), **training}.items()
     )
-    front = "---\n" + ("library_name: peft\n" if in_peft else "") + f"tags: [{meta.method}, mlx-adapters]\n"
+    front = (
+        "---\n" + ("library_name: peft\n" if in_peft else "") + f"tags: [{meta.method.NAME}, mlx-adapters]\n"
+    )
     front += f"base_model: {json.dumps(base)}\n---\n\n" if is_hub_id(base) else "---\n\n"
     files = (
-        "the files are PEFT's" if in_peft else f"PEFT has no {meta.method}, the folder brings its own loader"
+        "the files are PEFT's"
+        if in_peft
+        else f"PEFT has no {meta.method.NAME}, the folder brings its own loader"
     )
-    return f"""{front}# {meta.method} adapter for {_cell(base)}
+    return f"""{front}# {meta.method.NAME} adapter for {_cell(base)}
 
 Trained with mlx-adapters on Apple MLX; {files}.{_precision(meta)}
 
@@ -51,7 +55,7 @@ mlx-adapters generate {shlex.quote(base)} --adapter {LOCAL} --prompt "..."
 
 def short_card(meta: AdapterMeta, library: str, base: str | None, note: str = "") -> str:
     """The card of an adapter in another library's format; `note` is about prompts there."""
-    title = f"# {meta.method} adapter" + (f" for {_cell(base)}" if base else "")
+    title = f"# {meta.method.NAME} adapter" + (f" for {_cell(base)}" if base else "")
     made = f"Trained with mlx-adapters; the files are for {library}."
     return f"{title}\n\n{made}\n\n{_prompt(meta.template)}" + (f"\n{note}\n" if note else "")
 

@@ -27,7 +27,7 @@ _BIN = "adapter_model.bin"
 
 def formats(method: str) -> list[str]:
     """The formats that have a method; what each can hold of it, its export says."""
-    peft_too = ["peft"] if methods.in_peft(method) else []
+    peft_too = ["peft"] if methods.find(method).IN_PEFT else []
     return peft_too + [name for name, module in _OTHERS.items() if method in module.METHODS]
 
 
@@ -82,7 +82,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
             return imported
         with _with_safetensors(source) as readable:
             meta = adapter.load(loaded, readable)
-            adapter.save(folder, loaded.model, meta=meta)
+            adapter.save(loaded.model, folder, meta=meta)
     return meta
 
 

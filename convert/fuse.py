@@ -96,7 +96,7 @@ def fuse(
     meta = adapter.load(loaded, folder)
     loaded.model.eval()
     apart = logits(loaded.model, prompts)
-    layers = _merge(loaded.model, meta.method)
+    layers = _merge(loaded.model, meta.method.NAME)
     card, loaded = _handed_on(loaded, meta)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
     torch_diff = None
@@ -162,7 +162,7 @@ def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple
     """
     about = remembered(loaded.config)
     template = meta.template or about.get("template", "")
-    card = fused_card(meta.method, about.get("source"), template)
+    card = fused_card(meta.method.NAME, about.get("source"), template)
     return card, replace(loaded, config=remember(loaded.config, template=template))
 
 

@@ -22,6 +22,7 @@ from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.files.writing import writing
+from mlx_adapters.methods import LoRA, Series
 from mlx_adapters.methods.peft_fields import check_fields
 from mlx_adapters.models import sites
 from mlx_adapters.models.load import LanguageModel
@@ -61,9 +62,9 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     parts = take_apart(source)
     method, names = parts.meta.method, sorted({path.rpartition(".")[2] for path in parts.arrays})
     need(
-        method in METHODS,
+        method.NAME in METHODS,
         source,
-        f"LLM-Adapters has LoRA and series and parallel adapters, not {method}",
+        f"LLM-Adapters has LoRA and series and parallel adapters, not {method.NAME}",
     )
     need(
         parts.model_type in _MODELS,
@@ -71,11 +72,11 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         f"LLM-Adapters knows {', '.join(_MODELS)}, not {parts.model_type}",
     )
     fields = adapter.read_fields(source)
-    if method == "lora":
+    if isinstance(method, LoRA):
         plain = all(own.keys() == {"lora_a", "lora_b"} for own in parts.arrays.values())
         need(plain, source, "LLM-Adapters has LoRA on linear layers only")
         # it reads no patterns and no use_rslora: one rank, and alpha / rank as the one scale
-        sizes = {parts.config.at(sites.to_hf(path, parts.model_type)) for path in parts.arrays}
+        sizes = {method.at(sites.to_hf(path, parts.model_type)) for path in parts.arrays}
         ranks, scales = (sorted(set(values)) for values in zip(*sizes, strict=True))
         need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {ranks}")
         need(len(scales) == 1, source, f"LLM-Adapters has one scale, this adapter has {scales}")
@@ -84,10 +85,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         fields |= {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
         if isinstance(fields["target_modules"], list) and len(fields["target_modules"]) == 1:
             fields["target_modules"] = rf"(.*\.)?{re.escape(fields['target_modules'][0])}"
-    if method == "series":
-        need(
-            parts.config.side == "auto", source, "LLM-Adapters takes the side from the name: side is not auto"
-        )
+    if isinstance(method, Series):
+        need(method.side == "auto", source, "LLM-Adapters takes the side from the name: side is not auto")
         odd = [name for name in names if name not in _SIDES]
         need(not odd, source, f"LLM-Adapters knows no series adapter on {', '.join(odd)}")
     fields["base_model_name_or_path"] = base = base_name(source, fields, base)
@@ -101,17 +100,18 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
     """Write the fork's folder as ours. AdapterError names what is not supported."""
     fields = adapter.read_fields(source)
     try:
-        method = methods.by_peft_fields(fields)
-        if known := getattr(methods.get(method), "PEFT_FIELDS", None):
-            check_fields({name: value for name, value in fields.items() if name != "enable_lora"}, known)
+        kind = methods.claiming(fields)
+        if kind.PEFT_FIELDS is not None:
+            known = {name: value for name, value in fields.items() if name != "enable_lora"}
+            check_fields(known, kind.PEFT_FIELDS)
         need(fields.get("enable_lora") in (None, []), source, "enable_lora: only whole matrices are read")
-        config = methods.get(method).from_peft(fields)
+        method = kind.from_peft(fields)
         arrays, shared = adapter.by_layer(
-            sound(read_bin(source / _WEIGHTS), source / _WEIGHTS), method, loaded.config["model_type"], source
+            sound(read_bin(source / _WEIGHTS), source / _WEIGHTS), kind, loaded.config["model_type"], source
         )
     except AdapterError as error:
         raise AdapterError(f"{source / _CONFIG}: {error}") from None
     except AdaptersError as error:
         raise AdapterError(str(error)) from None
-    need(not shared, source, f"{method} is not a method of LLM-Adapters")
-    return assemble(loaded, method, config, arrays, dst=dst, source=source)
+    need(not shared, source, f"{method.NAME} is not a method of LLM-Adapters")
+    return assemble(loaded, method, arrays, dst=dst, source=source)

@@ -10,7 +10,6 @@ layers can be told.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,8 +19,9 @@ from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.files.writing import writing
-from mlx_adapters.methods import dora, lora
+from mlx_adapters.methods.dora import DoRA
 from mlx_adapters.methods.experts import PARTS, by_matrix
+from mlx_adapters.methods.lora import LoRA, LowRank
 from mlx_adapters.models.config import OWN
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.sites import to_hf
@@ -46,9 +46,10 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     """Write our LoRA or DoRA folder as mlx-lm's. AdapterError for what mlx-lm does not have."""
     parts = take_apart(source)
     method = parts.meta.method
-    need(method in METHODS, source, f"mlx-lm has LoRA and DoRA, not {method}")
+    need(isinstance(method, LowRank), source, f"mlx-lm has LoRA and DoRA, not {method.NAME}")
+    assert isinstance(method, LowRank)
     need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
-    layers = {path: (own, scale) for path, own, scale in _layers(parts)}
+    layers = {path: (own, scale) for path, own, scale in _layers(parts, method)}
     strange = sorted({name for own, _ in layers.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
     ranks = {own["lora_a"].shape[-2] for own, _ in layers.values()}
@@ -61,12 +62,12 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         for name, array in own.items()
     }
     fields = {
-        "fine_tune_type": method,
+        "fine_tune_type": method.NAME,
         "num_layers": parts.meta.base.get("num_hidden_layers", 0),
         "lora_parameters": {
             "rank": ranks.pop(),
             "scale": scales.pop(),
-            "dropout": parts.config.dropout,
+            "dropout": method.dropout,
             "keys": sorted(layers),
         },
     }
@@ -79,15 +80,14 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         mx.save_safetensors(str(folder / _WEIGHTS), tensors)
 
 
-def _layers(parts: Parts) -> Iterator[tuple[str, dict[str, mx.array], float]]:
+def _layers(parts: Parts, method: LowRank) -> Iterator[tuple[str, dict[str, mx.array], float]]:
     """(path, arrays, scale) of each layer; a mixture of experts is three of them."""
-    at = getattr(parts.config, "at", lambda name: (parts.config.rank, parts.config.scale))
     for path, own in parts.arrays.items():
         name = to_hf(path, parts.model_type)
         if "gate_up_a" not in own:
-            yield path, own, at(name)[1]
+            yield path, own, method.at(name)[1]
             continue
-        (rank, into), (_, out) = (at(f"{name}.{part}") for part in PARTS)
+        (rank, into), (_, out) = (method.at(f"{name}.{part}") for part in PARTS)
         for matrix, arrays in by_matrix(own, own["gate_up_a"].shape[0] // rank).items():
             yield f"{path}.{matrix}", arrays, out if matrix == "down_proj" else into
 
@@ -109,11 +109,10 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
         need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
     rank, scale = int(settings["rank"]), float(settings["scale"])
-    make: Any = dora.Config if kind == "dora" else lora.Config
-    config = make(
+    method = (DoRA if kind == "dora" else LoRA)(
         rank=rank,
         alpha=scale * rank,
         dropout=float(settings.get("dropout") or 0.0),
         targets=",".join(sorted({path.rpartition(".")[2] for path in arrays})),
     )
-    return assemble(loaded, kind, config, arrays, dst=dst, source=source)
+    return assemble(loaded, method, arrays, dst=dst, source=source)

@@ -6,9 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import adapter, methods
+from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe
 
 __all__ = ["Parts", "assemble", "need", "take_apart"]
@@ -16,10 +17,9 @@ __all__ = ["Parts", "assemble", "need", "take_apart"]
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """`arrays` holds {MLX path: {attribute of the layer: array}}; `config` is the method's configuration."""
+    """`arrays` holds {MLX path: {attribute of the layer: array}}."""
 
     meta: AdapterMeta
-    config: Any
     arrays: dict[str, dict[str, mx.array]]
     model_type: str
 
@@ -33,15 +33,13 @@ def take_apart(source: Path) -> Parts:
             f"{source}: does not say which architecture it was trained on, and names differ between them. "
             "Import it first: mlx-adapters import SRC DST --model MODEL"
         )
-    arrays, _ = adapter.by_layer(adapter.read_tensors(source), meta.method, model_type, source)
-    config = methods.config_class(meta.method)(**meta.config)
-    return Parts(meta=meta, config=config, arrays=arrays, model_type=model_type)
+    arrays, _ = adapter.by_layer(adapter.read_tensors(source), type(meta.method), model_type, source)
+    return Parts(meta=meta, arrays=arrays, model_type=model_type)
 
 
 def assemble(
     loaded: LanguageModel,
-    method: str,
-    config: Any,
+    method: Method,
     arrays: dict[str, dict[str, mx.array]],
     *,
     dst: Path,
@@ -55,11 +53,11 @@ def assemble(
     present = {path for path, _ in loaded.model.named_modules()}
     if strange := [path for path in arrays if path not in present]:
         raise AdapterError(f"{source}: {strange[0]} is not in {loaded.path}: this adapter is another model's")
-    adapter.attach(loaded.model, method, config, base=describe(loaded), paths=list(arrays))
+    adapter.attach(loaded, method, paths=list(arrays))
     for path, layer in adapter.layers(loaded.model).items():
-        adapter.fill(layer, arrays[path], path, source, str(loaded.path))
-    meta = AdapterMeta(method=method, config=vars(config), base=describe(loaded), **about)
-    adapter.save(dst, loaded.model, meta=meta)
+        adapter.load_weights(layer, arrays[path], path, source, str(loaded.path))
+    meta = AdapterMeta(method=method, base=describe(loaded), **about)
+    adapter.save(loaded.model, dst, meta=meta)
     return meta
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import adapter, methods
+from mlx_adapters import adapter
 from mlx_adapters.adapter.call import start_cache, with_virtual
 from mlx_adapters.convert.against_torch import (
     bound,
@@ -154,19 +154,19 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[str, mx.array]) -> None:
     """AdapterError for layers at which PEFT does not open the method."""
-    if not methods.in_peft(meta.method):
+    if not meta.method.IN_PEFT:
         return
     model_type = meta.base.get("model_type", "")
     try:
-        paths, _ = adapter.by_layer(tensors, meta.method, model_type, source, plain=True)
+        paths, _ = adapter.by_layer(tensors, type(meta.method), model_type, source, plain=True)
     except AdapterError as error:
         raise AdapterError(f"{error}. Write it anew first: mlx-adapters import SRC DST") from None
-    if found := closed(meta.method, model_type, [sites.to_hf(path, model_type) for path in paths]):
+    if found := closed(meta.method.NAME, model_type, [sites.to_hf(path, model_type) for path in paths]):
         more = " ..." if len(found) > 6 else ""
         raise AdapterError(
-            f"{source}: PEFT opens no {meta.method} on {', '.join(found[:6])}{more} of a {model_type} model. "
-            "Write a checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm, or train "
-            "with other targets"
+            f"{source}: PEFT opens no {meta.method.NAME} on {', '.join(found[:6])}{more} of a {model_type} "
+            "model. Write a checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm, "
+            "or train with other targets"
         )
 
 
@@ -186,7 +186,7 @@ def verify(folder: Path, model: Path | str) -> Verdict:
         copy = _with_base(folder, Path(temporary) / "adapter", base)
         plain = logits(loaded.model, prompts)
         meta = adapter.load(loaded, folder)
-        auto = getattr(methods.get(meta.method), "AUTO_MODEL", True)
+        auto = meta.method.AUTO_MODEL
         loaded.model.eval()
         ours = logits(loaded.model, prompts)
         greedy = [_greedy(loaded.model, ids) for ids in prompts]

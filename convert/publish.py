@@ -87,7 +87,7 @@ def _write_card(
     fetch = f"hf download {repo} --local-dir {LOCAL}"
     text = file.read_text("utf-8").rstrip("\n") + f"\n\nFetch it first: `{fetch}`\n"
     text = text.replace(f'from_pretrained(base, "{LOCAL}")', f'from_pretrained(base, "{repo}")')
-    if "adapterhub" in exchange.formats(meta.method):
+    if "adapterhub" in exchange.formats(meta.method.NAME):
         text += (
             f"\n## Load it in AdapterHub\n\n```\n{fetch}\n"
             f"mlx-adapters export {LOCAL} FOR-ADAPTERHUB --format adapterhub\n```\n\n"

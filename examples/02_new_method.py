@@ -11,10 +11,8 @@ method stands above `main`; a method inside the package is the same lines in `ml
 """
 
 import argparse
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,21 +21,17 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, Site, dims, linear_like, plain_weight, resolve_targets
+from mlx_adapters.methods.base import (
+    AdapterLayer,
+    Method,
+    Site,
+    dims,
+    linear_like,
+    plain_weight,
+    resolve_targets,
+)
 from mlx_adapters.models import load as model
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.session import prepare
-
-PEFT_TYPE = "SSF"
-IN_PEFT = False  # PEFT has no such method: the folder's format is ours
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method ssf`."""
-
-    targets: str = field("all-linear", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
+from mlx_adapters.train.trainer import Trainer
 
 
 class Layer(AdapterLayer):
@@ -61,24 +55,39 @@ class Layer(AdapterLayer):
         return linear_like(self.base, self.gamma[:, None] * plain_weight(self.base), bias)
 
 
-def targets(network: nn.Module, model_type: str, config: Config) -> list[str]:
-    """Paths of the linear layers to wrap."""
-    return resolve_targets(network, model_type, targets=config.targets, layers=config.layers)
+class SSF(Method):
+    """SSF: scale and shift. Lian et al. 2022, https://arxiv.org/abs/2210.08823
 
+    y = gamma * (W x + b) + beta,    gamma and beta of the output's size
+    """
 
-def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
-    """The layer that takes the place of `base`."""
-    return Layer(base)
+    NAME = "ssf"
+    TITLE = "SSF: scale and shift"
+    AUTHORS = "Lian et al. 2022"
+    PAPER = "https://arxiv.org/abs/2210.08823"
+    PEFT_TYPE = "SSF"
+    IN_PEFT = False  # PEFT has no such method: the folder's format is ours
+    LAYERS = (Layer,)
 
+    targets: str = field("all-linear", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
+    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """What `adapter_config.json` says besides the targets."""
-    return {}
+    def select(self, model: nn.Module, model_type: str) -> list[str]:
+        """Paths of the linear layers to wrap."""
+        return resolve_targets(model, model_type, targets=self.targets, layers=self.layers)
 
+    def wrap(self, base: nn.Module, site: Site) -> Layer:
+        """The layer that takes the place of `base`."""
+        return Layer(base)
 
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration of a saved folder."""
-    return Config(targets=",".join(fields["target_modules"]))
+    def to_peft(self) -> dict[str, Any]:
+        """What `adapter_config.json` says besides the targets."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        """The method of a saved folder."""
+        return cls(targets=",".join(fields["target_modules"]))
 
 
 def main() -> None:
@@ -89,16 +98,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
 
-    methods.register("ssf", sys.modules[__name__])
+    methods.register(SSF)
     rows = Rows(wordproblems.generate(8 * options.steps, seed=0), "instruction", "generated word problems")
-    config = TrainConfig(steps=options.steps, lr=5e-3, template="alpaca")
-    session = prepare(
-        model.load(options.model), rows, method="ssf", fields={}, config=config, output=options.output
-    )
-    print(f"{session.trainable:,} of {session.parameters:,} parameters train")
-    for step in session:
+    loaded, settings = model.load(options.model), {"steps": options.steps, "lr": 5e-3, "template": "alpaca"}
+    trainer = Trainer(loaded, rows, SSF(), output=options.output, **settings)
+    print(f"{trainer.trainable:,} of {trainer.parameters:,} parameters train")
+    for step in trainer:
         print(f"step {step.step}/{step.total}  loss {step.loss:.4f}")
-    session.finish()
 
     again = model.load(options.model)
     adapter.load(again, options.output)

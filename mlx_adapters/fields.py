@@ -6,11 +6,13 @@ Imports nothing heavy: the command line reads these declarations before it knows
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
 
 __all__ = ["field", "parse_fields"]
+
+T = TypeVar("T")
 
 
 def field(default: Any, help: str) -> Any:
@@ -18,10 +20,10 @@ def field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def parse_fields(config_class: type, settings: dict[str, Any], *, where: str) -> Any:
+def parse_fields(config_class: type[T], settings: dict[str, Any], *, where: str) -> T:
     """Build `config_class` from `{field: text or value}`; every mistake is reported in one ConfigError."""
     annotated = typing.get_type_hints(config_class)
-    hints = {field.name: annotated[field.name] for field in dataclasses.fields(config_class)}
+    hints = {field.name: annotated[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     problems, values = [], {}
     for name, raw in settings.items():
         if name not in hints:

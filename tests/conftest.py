@@ -1,10 +1,13 @@
 """What every test starts from: an environment of the tests' own, and mlx_adapters imported before mlx."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from runpy import run_path
 
 import pytest
+from subsets import is_fast, is_parity, is_unit
 
 # No test may depend on what this machine's user has set: all but these is taken away, before it is read.
 _KEPT = ("HOME", "LOGNAME", "PATH", "SHELL", "TEMP", "TMP", "TMPDIR", "USER", "VIRTUAL_ENV")
@@ -32,6 +35,37 @@ for _name in list(os.environ):
 os.environ.update(_SET)
 
 import mlx_adapters  # noqa: E402, F401
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the marks `unit` and `parity`; a slow test has neither."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not item.get_closest_marker("slow"):
+            name = f"{item.cls.__name__}.{item.originalname}" if item.cls else item.originalname
+            if is_parity(item.path, name):
+                item.add_marker("parity")
+            elif is_unit(item.path, name):
+                item.add_marker("unit")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of the modules that have no unit tests some import torch: `-m unit` leaves them out."""
+    left_out = collection_path.name.startswith("test_") and not is_fast(collection_path)
+    return True if config.option.markexpr == "unit" and left_out else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "unit":  # transformers imports torch wherever it can: as in cli.app.main
+        assert "torch" not in sys.modules
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unit_tests_import_no_torch(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.config.option.markexpr == "unit":
+        assert sys.modules["torch"] is None
 
 
 class Models(dict[str, Path]):

@@ -11,10 +11,11 @@ import argparse
 from pathlib import Path
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.data.batches import pad
+from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.train.loss import loss_sum, split_head, targets
-from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.loss import split_head
+from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.step import value_and_grad
 
 import mlx.core as mx  # isort: skip  (after mlx_adapters, which loads a fast BLAS)
 import mlx.nn as nn  # isort: skip
@@ -40,8 +41,8 @@ def network(depth: int) -> nn.Module:
         tie_word_embeddings=True,
     )
     model = llama.Model(arguments)
-    config = methods.make_config("lora", {"rank": 8, "targets": "all-linear"})
-    adapter.attach(model, "lora", config, base={"model_type": "llama"})
+    config = methods.make("lora", {"rank": 8, "targets": "all-linear"})
+    adapter.attach(model, config)
     mx.eval(model.parameters())
     return model
 
@@ -49,16 +50,16 @@ def network(depth: int) -> nn.Module:
 def peak(kind: str, depth: int) -> int:
     """Bytes beyond what is there before, of one loss and its gradient."""
     model = network(depth)
-    head = None if kind == "plain" else split_head(model)
+    gradient = value_and_grad(model, None if kind == "plain" else split_head(model))
     if kind == "checkpointed":
-        recompute_blocks(model)
+        gradient = Recompute(model)(gradient)
     model.train()
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, TIME + 1)).tolist()
-    given = targets(pad([Example(row, 1) for row in ids], pad_id=0))
-    mx.eval(given.ids, given.positions, given.wanted, given.weight)
+    batch = make_batch([[Example(row, 1)] for row in ids], pad_id=0)
+    mx.eval(batch.arrays)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(nn.value_and_grad(model, lambda: loss_sum(model, given, head=head))())
+    mx.eval(gradient(model.trainable_parameters(), ([], []), batch))
     return mx.get_peak_memory() - before
 
 

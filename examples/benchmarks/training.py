@@ -46,7 +46,7 @@ def make_batches(model: Path, data: Path | None, steps: int, loss_on: str) -> Ba
     return [
         {
             "ids": [examples[i].ids for row in group for i in row],
-            "starts": [examples[i].start for row in group for i in row],
+            "starts": [examples[i].loss_start for row in group for i in row],
         }
         for group in chosen
     ]
@@ -70,9 +70,9 @@ def ours(folder: Path, given: Batches, compile: str = "auto") -> dict[str, Any]:
 
     together = processes()
     loaded = model.load(folder)
-    config = methods.make_config("lora", {"rank": RANK, "alpha": ALPHA, "targets": "all-linear"})
+    config = methods.make("lora", {"rank": RANK, "alpha": ALPHA, "targets": "all-linear"})
     mx.random.seed(0)
-    adapter.attach(loaded.model, "lora", config, base=model.describe(loaded))
+    adapter.attach(loaded, config)
     examples = [Example(*row) for batch in given for row in zip(batch["ids"], batch["starts"], strict=True)]
     rows = ROWS // together.size
     settings = TrainConfig(

@@ -1,41 +1,46 @@
 """Adapters on a model, and the folders that hold them."""
 
+from mlx_adapters.adapter.attach import attach, detach, load
 from mlx_adapters.adapter.folder import (
-    CONFIG,
-    META,
-    SEEN,
-    WEIGHTS,
-    AdapterMeta,
-    attach,
     build,
-    count,
-    fill,
-    layers,
-    load,
+    load_weights,
     named_tensors,
     peft_config,
-    read_meta,
+    place,
     save,
     tensors,
     write,
 )
-from mlx_adapters.adapter.reading import by_layer, read_fields, read_tensors, refuse_links
+from mlx_adapters.adapter.meta import AdapterMeta, read_meta
+from mlx_adapters.adapter.reading import (
+    CONFIG,
+    META,
+    SEEN,
+    WEIGHTS,
+    by_layer,
+    read_fields,
+    read_tensors,
+    refuse_links,
+)
+from mlx_adapters.adapter.tree import count, layers
 
 __all__ = [
-    "AdapterMeta",
     "CONFIG",
     "META",
     "SEEN",
     "WEIGHTS",
+    "AdapterMeta",
     "attach",
     "build",
     "by_layer",
     "count",
-    "fill",
+    "detach",
     "layers",
     "load",
+    "load_weights",
     "named_tensors",
     "peft_config",
+    "place",
     "read_fields",
     "read_meta",
     "read_tensors",

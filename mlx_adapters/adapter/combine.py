@@ -18,7 +18,7 @@ adapter is rsLoRA, PEFT leaves `use_rslora` set on the result, which makes it sq
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.reading import PREFIX
 from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
 from mlx_adapters.files.writing import refuse_existing, writing
-from mlx_adapters.methods import lora
+from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
 
-__all__ = ["HOWS", "Combined", "combine"]
+__all__ = ["COMBINATIONS", "Combined", "combine"]
 
-# how -> (which entries are dropped, whether a sign is elected)
+# method -> (which entries are dropped, whether a sign is elected)
 _RECIPES: dict[str, tuple[str, bool]] = {
     "linear": ("none", False),
     "ties": ("small", True),
@@ -43,8 +43,8 @@ _RECIPES: dict[str, tuple[str, bool]] = {
     "dare_ties": ("random", True),
     "magnitude_prune": ("small", False),
 }
-HOWS = ("linear", "cat", "svd", *(how for how in _RECIPES if how != "linear")) + tuple(
-    f"{how}_svd" for how in _RECIPES if how != "linear"
+COMBINATIONS = ("linear", "cat", "svd", *(name for name in _RECIPES if name != "linear")) + tuple(
+    f"{name}_svd" for name in _RECIPES if name != "linear"
 )
 
 
@@ -71,7 +71,7 @@ class _Member:
     folder: Path
     meta: AdapterMeta
     fields: dict[str, Any]
-    config: lora.Config
+    config: LoRA
     factors: dict[str, _Factors]
 
 
@@ -80,7 +80,7 @@ def combine(
     weights: Sequence[float],
     dst: Path,
     *,
-    how: str = "linear",
+    method: str = "linear",
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
@@ -92,14 +92,14 @@ def combine(
     the methods that drop entries, `seed` for those that drop at random. Raises ConfigError for settings that
     do not fit, AdapterError for adapters that cannot be merged, OutputError when `dst` holds something.
     """
-    _check(folders, weights, how, rank, density)
-    if len(folders) == 1 and how != "svd":
-        how = "linear"
+    _check(folders, weights, method, rank, density)
+    if len(folders) == 1 and method != "svd":
+        method = "linear"
     dst = Path(dst)
     refuse_existing(dst)
     members = [_member(Path(folder)) for folder in folders]
     _fit(members)
-    rank = _rank(members, how, rank)
+    rank = _rank(members, method, rank)
     noise = _Noise(seed)
     paths = list(dict.fromkeys(path for member in members for path in member.factors))
     arrays: dict[str, mx.array] = {}
@@ -111,20 +111,20 @@ def combine(
                 for member, weight in zip(members, weights, strict=True)
                 if path in member.factors
             ]
-            a, b = _merged(parts, how, rank, density, noise)
+            a, b = _merged(parts, method, rank, density, noise)
             arrays[f"{PREFIX}{path}.lora_A.weight"] = a
             arrays[f"{PREFIX}{path}.lora_B.weight"] = b
         mx.eval(arrays)
     with writing(dst) as place:
-        _write(place, arrays, paths, members, list(weights), how, rank)
+        _write(place, arrays, paths, members, list(weights), method, rank)
     return Combined(dst, len(paths), rank)
 
 
 def _check(
-    folders: Sequence[Path | str], weights: Sequence[float], how: str, rank: int | None, density: float
+    folders: Sequence[Path | str], weights: Sequence[float], method: str, rank: int | None, density: float
 ) -> None:
-    if how not in HOWS:
-        raise ConfigError(unknown("way to combine", how, HOWS))
+    if method not in COMBINATIONS:
+        raise ConfigError(unknown("way to combine", method, COMBINATIONS))
     if not folders:
         raise ConfigError("combine: no adapter is given")
     if len(weights) != len(folders):
@@ -132,8 +132,8 @@ def _check(
         raise ConfigError(f"combine: {given}: give one each")
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise ConfigError(f"combine: weight {bad[0]} is not a finite number")
-    if rank is not None and not how.endswith("svd"):
-        raise ConfigError(f"combine: rank={rank} is a choice of svd only; {how} decides it itself")
+    if rank is not None and not method.endswith("svd"):
+        raise ConfigError(f"combine: rank={rank} is a choice of svd only; {method} decides it itself")
     if rank is not None and rank < 1:
         raise ConfigError(f"combine: rank={rank} must be at least 1")
     if not 0 < density <= 1:
@@ -143,9 +143,9 @@ def _check(
 def _member(folder: Path) -> _Member:
     adapter.refuse_links(folder)
     meta = adapter.read_meta(folder)
-    if meta.method != "lora":
-        raise AdapterError(f"{folder}: is a {meta.method} adapter: only LoRA adapters can be combined")
-    config = lora.Config(**meta.config)
+    config = meta.method
+    if not isinstance(config, LoRA):
+        raise AdapterError(f"{folder}: is a {config.NAME} adapter: only LoRA adapters can be combined")
     found: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(folder).items():
         path, dot, factor = name.removeprefix(PREFIX).rpartition(".lora_")
@@ -191,42 +191,42 @@ def _size(factors: _Factors) -> tuple[int, int]:
     return factors.a.shape[1], factors.b.shape[0]
 
 
-def _rank(members: list[_Member], how: str, rank: int | None) -> int:
+def _rank(members: list[_Member], method: str, rank: int | None) -> int:
     """The rank of the result."""
     ranks = [member.config.rank for member in members]
-    if how == "cat":
+    if method == "cat":
         return sum(ranks)
-    if how.endswith("svd"):
+    if method.endswith("svd"):
         return rank or max(ranks)
     if len(set(ranks)) > 1:
         raise ConfigError(
-            f"combine: {how} needs adapters of one rank, these have {', '.join(map(str, ranks))}: use cat or "
-            "svd"
+            f"combine: {method} needs adapters of one rank, these have {', '.join(map(str, ranks))}: use cat "
+            "or svd"
         )
     return ranks[0]
 
 
 def _merged(
-    parts: list[tuple[_Factors, float]], how: str, rank: int, density: float, noise: "_Noise"
+    parts: list[tuple[_Factors, float]], method: str, rank: int, density: float, noise: "_Noise"
 ) -> tuple[mx.array, mx.array]:
     """(A, B) of one layer."""
     scaled = [weight * part.scale for part, weight in parts]
-    if how == "cat":
+    if method == "cat":
         a = mx.concatenate([c * part.a for c, (part, _) in zip(scaled, parts, strict=True)])
         b = mx.concatenate([part.b for part, _ in parts], axis=1)
         return _padded(a, b, rank)
-    if how == "svd":
+    if method == "svd":
         a = mx.concatenate([c * part.a for c, (part, _) in zip(scaled, parts, strict=True)])
         return _padded(*_truncated(a, mx.concatenate([part.b for part, _ in parts], axis=1), rank), rank)
-    if how.endswith("_svd"):
+    if method.endswith("_svd"):
         updates = [part.scale * (part.b @ part.a) for part, _ in parts]
-        recipe = _RECIPES[how.removesuffix("_svd")]
+        recipe = _RECIPES[method.removesuffix("_svd")]
         update = _blend(updates, [weight for _, weight in parts], recipe, density, noise)
         return _padded(*_truncated(update, None, rank), rank)
     # the sign goes to one factor only: in both it would cancel
     into_a = [math.copysign(math.sqrt(abs(c)), c) for c in scaled]
-    a = _blend([part.a for part, _ in parts], into_a, _RECIPES[how], density, noise)
-    b = _blend([part.b for part, _ in parts], [abs(c) for c in into_a], _RECIPES[how], density, noise)
+    a = _blend([part.a for part, _ in parts], into_a, _RECIPES[method], density, noise)
+    b = _blend([part.b for part, _ in parts], [abs(c) for c in into_a], _RECIPES[method], density, noise)
     return a, b
 
 
@@ -297,35 +297,34 @@ def _write(
     paths: list[str],
     members: list[_Member],
     weights: list[float],
-    how: str,
+    method: str,
     rank: int,
 ) -> None:
     first, metas = members[0], [member.meta for member in members]
     model_type = first.meta.base.get("model_type", "")
-    config = lora.Config(
+    config = LoRA(
         rank=rank,
         alpha=float(rank),
         dropout=first.config.dropout,
         targets=",".join(sites.from_hf(path, model_type) for path in paths),
     )
     fields = {
-        "peft_type": lora.PEFT_TYPE,
+        "peft_type": LoRA.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": first.fields.get("base_model_name_or_path") or "",
         "inference_mode": True,
-        **lora.to_peft(config),
+        **config.to_peft(),
         "fan_in_fan_out": first.fields.get("fan_in_fan_out", False),
         # whole paths: short names would also name layers that none of the adapters has
         "target_modules": sorted(paths),
     }
     meta = AdapterMeta(
-        method="lora",
-        config=asdict(config),
+        method=config,
         base=first.meta.base,
         template=_common(metas, lambda meta: meta.template),
         loss_on=_common(metas, lambda meta: meta.loss_on),
         seen=sorted({item for meta in metas for item in meta.seen}),
-        training={"combined": [str(member.folder) for member in members], "weights": weights, "how": how},
+        training={"combined": [str(member.folder) for member in members], "weights": weights, "how": method},
     )
     adapter.write(dst, arrays, fields=fields, meta=meta)
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import methods
 from mlx_adapters.errors import AdapterError, counted
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.files.weights import header
 from mlx_adapters.files.writing import refuse_links_out
-from mlx_adapters.methods.base import AdapterLayer
+from mlx_adapters.methods.base import AdapterLayer, Method
 from mlx_adapters.models import sites
 
 __all__ = [
@@ -106,7 +105,7 @@ def sound(arrays: dict[str, mx.array], file: Path) -> dict[str, mx.array]:
 
 
 def by_layer(
-    arrays: dict[str, mx.array], method: str, model_type: str, folder: Path, *, plain: bool = False
+    arrays: dict[str, mx.array], method: type[Method], model_type: str, folder: Path, *, plain: bool = False
 ) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
     """({path: {attribute: array}}, {name of a shared tensor: array}) of the tensors of a folder.
 
@@ -114,7 +113,7 @@ def by_layer(
     `base.weight` and `base.bias`. With `plain`, names are read as PEFT itself reads them. AdapterError for
     names the method does not have.
     """
-    classes, in_peft = methods.layer_classes(method), methods.in_peft(method)
+    classes, in_peft = method.LAYERS, method.IN_PEFT
     grouped: dict[str, dict[str, mx.array]] = {}
     shared, strange = {}, []
     for key, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Examples to padded arrays: similar lengths together, nothing dropped, the same order for the same seed.
+"""Examples to batches on the device: similar lengths together, nothing dropped, the same order for one seed.
 
 Packed, a row holds several examples one after the other; attention keeps them apart (see train/packing.py).
 """
@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["MULTIPLE", "Batch", "batch", "batches", "groups", "pad", "rows_at_once"]
+__all__ = ["MULTIPLE", "Batch", "batches", "groups", "make_batch", "rows_per_pass"]
 
 # Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
 # is written out for every pass, and products of few rows are slower.
@@ -20,22 +21,71 @@ _CPU_TOKENS = 640
 # an epoch stays well mixed.
 _WINDOW = 32
 MULTIPLE = 8  # lengths are rounded up to it: fewer shapes
+_LABELS = 64  # the number of labels is rounded up to a multiple of it: fewer shapes, fewer allocations
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` int32 [rows, time], right-padded; `mask` float32 of the same shape is 1 at supervised targets.
+    """The rows of one forward and backward pass, as arrays on the device.
 
-    `tokens` counts the ids that are not padding, `targets` the supervised ones: where processes share a
-    batch, those of all of them. `starts` int32 [rows, time], of a packed batch, is where the example of each
-    token begins in its row.
+    The model reads `ids[:, :-1]`; each label is the token that it has to predict at one position there.
+
+    Attributes:
+        ids: int32 [rows, time], padded on the right.
+        positions: int32 [labels], indices into `ids[:, :-1]`, flattened.
+        labels: int32 [labels], the token at each of these positions.
+        weights: float32 [labels], how often each counts; 0 for the padding to a round number of labels.
+        tokens: how many ids are not padding. Where processes share a batch: in the rows of all of them.
+        supervised: how many tokens have a label, counted in the same way.
+        example_start: int32 [rows, time - 1] where rows are packed: the index in its row at which the example
+            of each token begins.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
+    ids: mx.array
+    positions: mx.array
+    labels: mx.array
+    weights: mx.array
     tokens: int
-    targets: int
-    starts: np.ndarray | None = None
+    supervised: int
+    example_start: mx.array | None = None
+
+    @classmethod
+    def from_mask(
+        cls,
+        ids: np.ndarray,
+        label_mask: np.ndarray,
+        *,
+        tokens: int,
+        supervised: int,
+        example_start: np.ndarray | None = None,
+    ) -> "Batch":
+        """A batch of `ids` [rows, time] whose labels are the tokens with a `label_mask` other than 0."""
+        rows, columns = np.nonzero(label_mask)
+        count = len(rows)
+        padded = max(_LABELS, -(-count // _LABELS) * _LABELS)
+        positions, labels = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
+        positions[:count] = rows * (ids.shape[1] - 1) + columns - 1
+        labels[:count] = ids[rows, columns]
+        weights = np.zeros(padded, np.float32)
+        weights[:count] = label_mask[rows, columns]
+        starts = None if example_start is None else mx.array(example_start[:, :-1])
+        arrays = mx.array(ids), mx.array(positions), mx.array(labels), mx.array(weights)
+        return cls(*arrays, tokens, supervised, starts)
+
+    @property
+    def label_mask(self) -> np.ndarray:
+        """float32 [rows, time]: how often each token counts as a label."""
+        rows, time = self.ids.shape
+        mask = np.zeros((rows, time), np.float32)
+        counts = np.bincount(np.array(self.positions), np.array(self.weights), rows * (time - 1))
+        mask[:, 1:] = counts.reshape(rows, time - 1)
+        return mask
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """The fields that are arrays, for functions that are compiled."""
+        named = {name: getattr(self, name) for name in ("ids", "positions", "labels", "weights")}
+        return named if self.example_start is None else named | {"example_start": self.example_start}
 
 
 def batches(
@@ -50,11 +100,17 @@ def batches(
     pack: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """All examples once, in batches of `batch_size` rows (the last may be smaller): see `groups`, `batch`."""
+    """All examples once, in batches of `batch_size` rows (the last may be smaller); see `groups`."""
     found = groups(examples, batch_size=batch_size, seed=seed, epoch=epoch, shuffle=shuffle, pack=pack)
     packed = pack is not None
     return [
-        batch(examples, group, pad_id=pad_id, multiple=multiple, packed=packed, share=share)
+        make_batch(
+            [[examples[i] for i in row] for row in group],
+            pad_id=pad_id,
+            multiple=multiple,
+            packed=packed,
+            share=share,
+        )
         for group in found
     ]
 
@@ -83,44 +139,42 @@ def groups(
     return [found[i] for i in rng.permutation(len(found))] if shuffle else found
 
 
-def batch(
-    examples: Sequence[Example],
-    group: Sequence[Sequence[int]],
+def make_batch(
+    rows: Sequence[Sequence[Example]],
     *,
     pad_id: int,
     multiple: int = MULTIPLE,
     packed: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """The arrays of one group. The model reads `ids[:, :-1]`; that length is a multiple of `multiple`.
+    """The batch of these rows, each the examples that it holds: one, or several where they are `packed`.
 
-    With `share` (rank, processes) a process gets its rows of it. Their number may be none: then a row
-    whose targets count nothing, for all processes have to add up their gradients.
+    Args:
+        rows: of all processes together.
+        pad_id: the token that fills rows up.
+        multiple: the model reads rows whose length is a multiple of it.
+        packed: whether the model has to keep the examples of a row apart.
+        share: (rank, number of processes): a process gets its part of the rows. Where no row is left for it,
+            one without labels, for all processes have to add up their gradients.
     """
     rank, processes = share
-    rows = [[examples[i] for i in row] for row in group]
     own = rows[rank::processes]
-    made = _pad(own or rows[:1], pad_id=pad_id, multiple=multiple, packed=packed)
+    ids, mask, starts = _pad(own or rows[:1], pad_id=pad_id, multiple=multiple)
     every = [example for row in rows for example in row]
-    return Batch(
-        made.ids,
-        made.mask if own else np.zeros_like(made.mask),
-        sum(len(example.ids) for example in every),
-        sum(max(0, len(example.ids) - example.start) for example in every),
-        made.starts,
+    return Batch.from_mask(
+        ids,
+        mask if own else np.zeros_like(mask),
+        tokens=sum(len(example.ids) for example in every),
+        supervised=sum(max(0, len(example.ids) - example.loss_start) for example in every),
+        example_start=starts if packed else None,
     )
 
 
-def rows_at_once(rows: int, longest: int, processes: int = 1) -> int:
+def rows_per_pass(rows: int, longest: int, processes: int = 1) -> int:
     """How many rows of a batch are computed together on a CPU; `longest` is in tokens."""
-    most = max(1, _CPU_TOKENS // longest)
-    parts = math.ceil(rows / math.ceil(rows / most))  # of one size: 4 and 4, not 7 and 1
-    return processes * max(1, round(parts / processes))  # and of as many rows for each process
-
-
-def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = MULTIPLE) -> Batch:
-    """One batch of the given examples, one a row."""
-    return _pad([[example] for example in examples], pad_id=pad_id, multiple=multiple, packed=False)
+    fitting = max(1, _CPU_TOKENS // longest)
+    passes = math.ceil(rows / math.ceil(rows / fitting))  # of one size: 4 and 4, not 7 and 1
+    return processes * max(1, round(passes / processes))  # and of as many rows for each process
 
 
 def _packed(examples: Sequence[Example], order: list[int], length: int) -> list[list[int]]:
@@ -143,7 +197,10 @@ def _packed(examples: Sequence[Example], order: list[int], length: int) -> list[
     return rows
 
 
-def _pad(rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int, packed: bool) -> Batch:
+def _pad(
+    rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, label mask, where the example of each token begins), each [rows, time]."""
     longest = max(sum(len(example.ids) for example in row) for row in rows)
     length = 1 + -(-(longest - 1) // multiple) * multiple
     ids = np.full((len(rows), length), pad_id, dtype=np.int32)
@@ -154,9 +211,8 @@ def _pad(rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int, packe
         for example in row:
             end = begin + len(example.ids)
             ids[number, begin:end] = example.ids
-            mask[number, begin + example.start : end] = 1
+            mask[number, begin + example.loss_start : end] = 1
             starts[number, begin:end] = begin
             begin = end
         starts[number, begin:] = begin  # the padding is an example of its own
-    tokens = sum(len(example.ids) for row in rows for example in row)
-    return Batch(ids, mask, tokens, int(mask.sum()), starts if packed else None)
+    return ids, mask, starts

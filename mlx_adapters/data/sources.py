@@ -33,6 +33,7 @@ __all__ = [
     "load_rows",
     "notes",
     "read_rows",
+    "rows_from_list",
 ]
 
 GENERATED = "wordproblems"  # the name of the generated rows
@@ -124,6 +125,11 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     return _hub_rows(source, split)
 
 
+def rows_from_list(rows: list[dict[str, Any]], origin: str = "the given rows") -> Rows:
+    """Rows that are in memory, checked as those of a file are."""
+    return _checked([(f"row {index}", row) for index, row in enumerate(rows)], origin)
+
+
 def check_fields(row: dict[str, Any], fmt: str) -> None:
     """DataError for a field that would be left out although others learn from it, or of a wrong type."""
     more = _MORE.get(fmt, {})
@@ -171,8 +177,7 @@ def _named(name: str, folder: Path, split: str) -> Rows:
 
 
 def _hub_rows(source: str, split: str) -> Rows:
-    rows = [(f"row {index}", row) for index, row in enumerate(_from_hub(source, split))]
-    return _checked(rows, f"{source} ({split})")
+    return rows_from_list(_from_hub(source, split), f"{source} ({split})")
 
 
 def _in_folder(folder: Path, split: str) -> Path:

@@ -16,10 +16,10 @@ LOSS_ON = ("completion", "all")
 
 @dataclass(frozen=True)
 class Example:
-    """`ids` with the first supervised target at index `start` (at least 1: nothing predicts the first)."""
+    """Token `ids`, with labels from index `loss_start` on (at least 1: nothing predicts the first)."""
 
     ids: list[int]
-    start: int
+    loss_start: int
 
 
 @dataclass(frozen=True)

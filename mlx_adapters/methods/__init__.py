@@ -1,54 +1,99 @@
 """The adapter methods: one file each, and the folder is the registry.
 
-A method's file defines `Config`, `Layer`, `PEFT_TYPE`, `to_peft`, `from_peft`, and either `targets` and
-`wrap`, or `place` where the adapter is not one layer on each chosen linear layer. Nothing outside the file
-knows the method. `register` adds one from outside the package.
+A method's file holds a subclass of `Method` (methods/base.py) whose `NAME` is the file's, and its layers.
+Nothing outside the file knows the method. `register` adds one from outside the package.
 
-Optional, each in the method's file:
-
-    LAYERS              the layer classes when there are more than `Layer`
-    claims(fields)      whether PEFT's configuration is this method's, where several share a `PEFT_TYPE`
-    peft_extra(layers, model, model_type)   fields of `adapter_config.json` that depend on the model
-    PEFT_FIELDS         what is known of PEFT's configuration (methods/peft_fields.py); the rest is refused
-    IN_PEFT = False     no PEFT release has the method: the file format is ours or another project's
-    AUTO_MODEL = False  transformers' own loader refuses what PEFT opens
-    rates(config)       how many times faster than the others an attribute learns
-    as_saved(config)    the configuration of the saved folder, where it is another than the trained one
-    with_tokenizer(config, tokenizer)   the configuration, completed by what only the tokenizer knows
-    trial_fields(fresh, base, folder)   fields to try the method with, where its defaults are not enough
-    keep(folder, layers)    writes what else an adapter's folder needs,
-    kept(folder, config)    the configuration that finds it there
+    from mlx_adapters.methods import LoRA
+    LoRA(rank=16)
+    make("lora", {"rank": "16"})    the same, from the texts of a command line or of a YAML file
 """
 
 import importlib
 import pkgutil
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.fields import parse_fields
 
 if TYPE_CHECKING:  # the names alone are asked for at every Tab in a shell, and MLX takes its time to load
-    import mlx.nn as nn
+    from mlx_adapters.methods.base import Method
+    from mlx_adapters.methods.dora import DoRA
+    from mlx_adapters.methods.double_seq_bn import DoubleSeqBN
+    from mlx_adapters.methods.fusion import Fusion
+    from mlx_adapters.methods.ia3 import IA3
+    from mlx_adapters.methods.ln_tuning import LNTuning
+    from mlx_adapters.methods.lora import LoRA
+    from mlx_adapters.methods.loreft import LoReFT
+    from mlx_adapters.methods.par_bn import ParBN
+    from mlx_adapters.methods.parallel import Parallel
+    from mlx_adapters.methods.prefix import Prefix
+    from mlx_adapters.methods.prompt import Prompt
+    from mlx_adapters.methods.ptuning import PTuning
+    from mlx_adapters.methods.scaled_par_bn import ScaledParBN
+    from mlx_adapters.methods.seq_bn import SeqBN
+    from mlx_adapters.methods.series import Series
+    from mlx_adapters.methods.vera import VeRA
 
-    from mlx_adapters.methods.base import AdapterLayer
+_CLASSES = {
+    "DoRA": "dora",
+    "DoubleSeqBN": "double_seq_bn",
+    "Fusion": "fusion",
+    "IA3": "ia3",
+    "LNTuning": "ln_tuning",
+    "LoRA": "lora",
+    "LoReFT": "loreft",
+    "Method": "base",
+    "PTuning": "ptuning",
+    "ParBN": "par_bn",
+    "Parallel": "parallel",
+    "Prefix": "prefix",
+    "Prompt": "prompt",
+    "ScaledParBN": "scaled_par_bn",
+    "SeqBN": "seq_bn",
+    "Series": "series",
+    "VeRA": "vera",
+}
+"""The public classes and their files, which are imported when a class is first asked for."""
 
 __all__ = [
-    "by_peft_fields",
-    "config_class",
-    "get",
-    "in_peft",
-    "layer_classes",
-    "make_config",
+    "DoRA",
+    "DoubleSeqBN",
+    "Fusion",
+    "IA3",
+    "LNTuning",
+    "LoRA",
+    "LoReFT",
+    "Method",
+    "PTuning",
+    "ParBN",
+    "Parallel",
+    "Prefix",
+    "Prompt",
+    "ScaledParBN",
+    "SeqBN",
+    "Series",
+    "VeRA",
+    "claiming",
+    "find",
+    "make",
     "names",
-    "place",
     "register",
 ]
 
-_OUTSIDE: dict[str, ModuleType] = {}
-_SHARED = {"base", "bottleneck", "experts", "modules", "patterns", "peft_fields", "pissa"}
+_OUTSIDE: dict[str, "type[Method]"] = {}
+_SHARED = {
+    *("activations", "base", "bottleneck", "dropout", "experts", "modules", "patterns", "peft_fields"),
+    "pissa",
+}
 """Files of the folder that are not methods but what several of them share."""
+
+
+def __getattr__(name: str) -> "type[Method]":
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: type[Method] = getattr(importlib.import_module(f"{__name__}.{_CLASSES[name]}"), name)
+    return found
 
 
 @cache
@@ -57,68 +102,49 @@ def _inside() -> frozenset[str]:
 
 
 def names() -> list[str]:
-    """The known methods, sorted."""
+    """The names of the known methods, sorted. Imports none of them."""
     return sorted(_inside() | _OUTSIDE.keys())
 
 
-def register(name: str, module: ModuleType) -> None:
-    """Make a method defined outside the package known under `name`."""
-    if name in names():
-        raise ConfigError(f"method {name!r} exists already: choose another name")
-    _OUTSIDE[name] = module
+def register(method: "type[Method]") -> "type[Method]":
+    """Make a method defined outside the package known under its NAME; returns it, to be used as a decorator.
+
+    Raises ConfigError where the name is taken.
+    """
+    if method.NAME in names():
+        raise ConfigError(f"method {method.NAME!r} exists already: choose another name")
+    _OUTSIDE[method.NAME] = method
+    return method
 
 
-def get(name: str) -> Any:
-    """The module of method `name`; ConfigError lists the known ones."""
+def find(name: str) -> "type[Method]":
+    """The class of method `name`; ConfigError lists the known ones."""
+    from mlx_adapters.methods.base import Method
+
     if name not in names():
         raise ConfigError(unknown("method", name, names()))
-    return _OUTSIDE.get(name) or importlib.import_module(f"{__name__}.{name}")
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    defined = vars(importlib.import_module(f"{__name__}.{name}")).values()
+    methods = (one for one in defined if isinstance(one, type) and issubclass(one, Method))
+    return next(method for method in methods if vars(method).get("NAME") == name)
 
 
-def config_class(name: str) -> type:
-    """The dataclass of a method's fields; help texts are in each field's metadata."""
-    return get(name).Config
+def make(name: str, fields: dict[str, Any], *, where: str | None = None) -> "Method":
+    """The method `name` with options from `{field: text or value}`, as `--set` and YAML give them.
 
-
-def make_config(name: str, settings: dict[str, Any]) -> Any:
-    """A method's configuration from `{field: text or value}`, as `--set` and YAML give them."""
-    return parse_fields(config_class(name), settings, where=name)
-
-
-def layer_classes(name: str) -> "tuple[type[AdapterLayer], ...]":
-    """The layer classes of a method."""
-    module = get(name)
-    return getattr(module, "LAYERS", (module.Layer,))
-
-
-def in_peft(name: str) -> bool:
-    """Whether PEFT itself opens this method's folders."""
-    return getattr(get(name), "IN_PEFT", True)
-
-
-def place(
-    name: str, model: "nn.Module", model_type: str, config: Any, paths: list[str] | None = None
-) -> "dict[str, nn.Module]":
-    """What the method puts where, by path: adapter layers, and whatever else it needs in the tree.
-
-    `paths` are the layers that a saved adapter names; without them the configuration chooses.
+    `where` is what errors call the place of the fields: the name by default. Raises one ConfigError that
+    lists every mistake.
     """
-    from mlx_adapters.methods.base import site_of
-
-    module = get(name)
-    if hasattr(module, "place"):
-        placed: dict[str, nn.Module] = module.place(model, model_type, config, paths)
-        return placed
-    modules = dict(model.named_modules())
-    chosen = module.targets(model, model_type, config) if paths is None else paths
-    return {path: module.wrap(modules[path], config, site_of(path, model, model_type)) for path in chosen}
+    return parse_fields(find(name), fields, where=where or name)
 
 
-def by_peft_fields(fields: dict[str, Any]) -> str:
+def claiming(fields: dict[str, Any]) -> "type[Method]":
     """The method that reads and writes an `adapter_config.json`, by its `peft_type`."""
-    found = [name for name in names() if fields.get("peft_type") == get(name).PEFT_TYPE]
+    known = [find(name) for name in names()]
+    found = [method for method in known if fields.get("peft_type") == method.PEFT_TYPE]
     if not found:
-        known = {get(name).PEFT_TYPE for name in names()}
-        raise AdapterError(unknown("peft_type", str(fields.get("peft_type")), known))
-    claiming = [name for name in found if getattr(get(name), "claims", lambda fields: True)(fields)]
-    return claiming[0] if claiming else found[0]
+        raise AdapterError(
+            unknown("peft_type", str(fields.get("peft_type")), {method.PEFT_TYPE for method in known})
+        )
+    return next((method for method in found if method.claims(fields)), found[0])

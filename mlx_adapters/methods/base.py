@@ -1,29 +1,39 @@
-"""What every adapter method shares: the layer's interface, and how its targets are chosen.
+"""What every adapter method shares: its interface, its layers' interface, and how its targets are chosen.
 
 The one idea (docs: CONTRIBUTING.md): an adapter is a module that stands where `base` stood. The base is
 frozen first and wrapped afterwards, so what the wrapper owns is what trains.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields
+from inspect import cleandoc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
+from mlx_adapters.fields import parse_fields
+from mlx_adapters.methods.peft_fields import Known
 from mlx_adapters.models import sites as table
 from mlx_adapters.models.sites import Site
 
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 __all__ = [
+    "LAYERS_HELP",
     "LINEARS",
+    "TARGETS_HELP",
     "AdapterLayer",
-    "Dropout",
+    "Member",
+    "Method",
     "OnEmbedding",
     "Site",
     "dims",
-    "drawing_from",
     "layer_range",
     "linear_like",
     "peft_targets",
@@ -34,6 +44,156 @@ __all__ = [
 ]
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
+TARGETS_HELP = "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN"
+LAYERS_HELP = "all, last:N or A-B (from 0, ends included)"
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Method(ABC):
+    """An adapter method with its options.
+
+    A subclass becomes a frozen, keyword-only dataclass. Its fields are the options, in Python, in `--set`, in
+    YAML and in the saved JSON; their help texts become the Args of its docstring. A method that puts one
+    layer on each of the chosen linear layers defines `select` and `wrap`, any other one defines `place`.
+    """
+
+    NAME: ClassVar[str]
+    """What saved folders, YAML and `--method` call it."""
+    TITLE: ClassVar[str]
+    AUTHORS: ClassVar[str]
+    """The authors of the paper, and its year."""
+    PAPER: ClassVar[str]
+    """The paper's address."""
+    PEFT_TYPE: ClassVar[str]
+    """`peft_type` of `adapter_config.json`."""
+    PEFT_FIELDS: ClassVar[Known | None] = None
+    """What is known of PEFT's configuration (methods/peft_fields.py); the rest is refused. None: not
+    checked."""
+    LAYERS: ClassVar[tuple[type["AdapterLayer"], ...]]
+    STANDS_ON: ClassVar[str] = "linear layers"
+    """What its layers take the place of."""
+    IN_PEFT: ClassVar[bool] = True
+    """Whether a release of PEFT has the method. If not, the file format is ours or another project's."""
+    AUTO_MODEL: ClassVar[bool] = True
+    """Whether `AutoModelForCausalLM.from_pretrained` opens the folder, which PEFT opens."""
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        explained = cleandoc(cls.__doc__ or "")
+        dataclass(frozen=True, kw_only=True)(cls)
+        options = "".join(
+            f"\n    {one.name}: {one.metadata['help']}. Default: {one.default!r}." for one in fields(cls)
+        )
+        cls.__doc__ = f"{explained}\n\nArgs:{options}"
+
+    @classmethod
+    def explanation(cls) -> str:
+        """The docstring without its Args: what the method computes."""
+        return cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0]
+
+    @classmethod
+    def mergeable(cls) -> bool:
+        """Whether all its layers can become a part of the layers they wrap."""
+        return all(layer.merge is not AdapterLayer.merge for layer in cls.LAYERS)
+
+    def select(self, model: nn.Module, model_type: str) -> list[str]:
+        """Paths of the linear layers to wrap, in the order of the model."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither select and wrap, nor place")
+
+    def wrap(self, base: nn.Module, site: Site) -> "AdapterLayer":
+        """The layer that takes the place of `base`, which stands at `site`."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither select and wrap, nor place")
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """What goes where, by path: adapter layers, and whatever else the method needs in the module tree.
+
+        `paths` are the layers that a saved adapter names; without them the options choose. The model stays as
+        it is. Raises ConfigError or UnsupportedError where nothing can be placed.
+        """
+        modules = dict(model.named_modules())
+        chosen = self.select(model, model_type) if paths is None else paths
+        return {path: self.wrap(modules[path], site_of(path, model, model_type)) for path in chosen}
+
+    def members(self) -> list[Path]:
+        """Folders of the trained adapters that this one is made of: none, but for fusion."""
+        return []
+
+    def place_members(self, model: nn.Module, members: list["Member"]) -> dict[str, nn.Module]:
+        """`place` for a method with `members`."""
+        raise NotImplementedError(f"{type(self).__name__} is not made of other adapters")
+
+    @abstractmethod
+    def to_peft(self) -> dict[str, Any]:
+        """The fields of `adapter_config.json`, besides those that every adapter has."""
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        """The method that an `adapter_config.json` describes; AdapterError names what is not supported."""
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """The method with options from a file; AdapterError for one of another type or out of range."""
+        try:
+            return parse_fields(cls, fields, where=cls.NAME)
+        except ConfigError as error:
+            raise AdapterError(str(error)) from None
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether a configuration is this method's, where several share a PEFT_TYPE."""
+        return True
+
+    def peft_extra(
+        self, layers: dict[str, "AdapterLayer"], model: nn.Module, model_type: str
+    ) -> dict[str, Any]:
+        """Fields of `adapter_config.json` that depend on the model."""
+        return {}
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """{attribute: factor on its learning rate}, for attributes that learn faster than the others."""
+        return {}
+
+    def whole_modules(self) -> str | None:
+        """Names of modules that are trained whole, joined by commas; None where the method has none."""
+        return None
+
+    def with_tokenizer(self, tokenizer: "TokenizerWrapper") -> Self:
+        """The method, completed by what only the tokenizer knows."""
+        return self
+
+    def as_saved(self) -> Self:
+        """The method of the saved folder, where it is not the trained one."""
+        return self
+
+    def save_extra(self, folder: Path, layers: dict[str, "AdapterLayer"]) -> None:
+        """Write what else the adapter's folder needs."""
+        return
+
+    def load_extra(self, folder: Path) -> Self:
+        """The method, pointed at what `save_extra` wrote to `folder`."""
+        return self
+
+    @classmethod
+    def trial(cls, trained: Callable[[], list[Path]]) -> Self:
+        """The method to try on a tiny model, with its defaults; `trained` makes two LoRA adapters for it."""
+        return cls()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained adapter that another one is made of: its layers by path, with their weights.
+
+    `save` writes its folder anew.
+    """
+
+    folder: Path
+    method: Method
+    placed: dict[str, nn.Module]
+    save: Callable[[Path], None]
 
 
 class AdapterLayer(nn.Module):
@@ -66,7 +226,7 @@ class AdapterLayer(nn.Module):
         """What of the arrays in a file is the layer's own; AdapterError where the rest means something."""
         return arrays
 
-    def fill(self, arrays: dict[str, mx.array]) -> None:
+    def load_weights(self, arrays: dict[str, mx.array]) -> None:
         """Take saved arrays, of the shapes that `tensors()` has."""
         for name, array in arrays.items():
             setattr(self, name, array)
@@ -97,39 +257,6 @@ class OnEmbedding(AdapterLayer):
     def as_linear(self, x: mx.array) -> mx.array:
         """A tied head is the base's: it has no update, and predicts no virtual tokens."""
         return self.base.as_linear(x)
-
-
-class Dropout(nn.Module):
-    """Zeroes a share `p` of its input while training; the rest is scaled by 1 / (1 - p).
-
-    As nn.Dropout, but inside `drawing_from(key)` the mask follows from `key`: a block that is computed a
-    second time in the backward pass must draw the same one.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.p == 0 or not self.training:
-            return x
-        key = None
-        if _keys:
-            _keys[-1], key = mx.random.split(_keys[-1])
-        return x * mx.random.bernoulli(1 - self.p, x.shape, key=key) * (1 / (1 - self.p))
-
-
-_keys: list[mx.array] = []
-
-
-@contextmanager
-def drawing_from(key: mx.array) -> Iterator[None]:
-    """Let every `Dropout` inside the block draw from `key` instead of MLX's global state."""
-    _keys.append(key)
-    try:
-        yield
-    finally:
-        _keys.pop()
 
 
 def dims(linear: nn.Module) -> tuple[int, int]:

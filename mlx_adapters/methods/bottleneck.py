@@ -9,68 +9,40 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from dataclasses import fields as dataclass_fields
-from typing import Any, ClassVar
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError, unknown
-from mlx_adapters.fields import field, parse_fields
-from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, peft_targets, resolve_targets
+from mlx_adapters.fields import field
+from mlx_adapters.methods.activations import ACTIVATIONS
+from mlx_adapters.methods.base import (
+    LAYERS_HELP,
+    TARGETS_HELP,
+    AdapterLayer,
+    Method,
+    dims,
+    peft_targets,
+    resolve_targets,
+)
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
 
 __all__ = [
-    "ACTIVATIONS",
     "ACTIVATION_HELP",
     "FACTOR_HELP",
     "INITS",
     "INIT_HELP",
     "SCALING_HELP",
-    "BlockConfig",
+    "BlockBottleneck",
     "BlockLayer",
     "Layer",
-    "block_fields",
-    "check",
-    "config_of",
-    "fields_of",
-    "on_linear",
-    "place_blocks",
-    "read_block",
-    "read_fields",
+    "LinearBottleneck",
 ]
 
-Activation = Callable[[mx.array], mx.array]
-
 INITS = ("mam_adapter", "bert")
-
-# The names of transformers' ACT2FN that have no parameters of their own.
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": nn.gelu,
-    "gelu_10": lambda x: mx.clip(nn.gelu(x), -10, 10),
-    "gelu_accurate": nn.gelu_approx,
-    "gelu_fast": nn.gelu_approx,
-    "gelu_new": nn.gelu_approx,
-    "gelu_python": nn.gelu,
-    "gelu_python_tanh": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
-    "hardswish": nn.hardswish,
-    "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
-    "leaky_relu": nn.leaky_relu,
-    "linear": lambda x: x,
-    "mish": nn.mish,
-    "quick_gelu": nn.gelu_fast_approx,
-    "relu": nn.relu,
-    "relu2": nn.relu2,
-    "relu6": nn.relu6,
-    "sigmoid": mx.sigmoid,
-    "silu": nn.silu,
-    "sqrtsoftplus": lambda x: mx.sqrt(nn.softplus(x)),
-    "swish": nn.silu,
-    "tanh": mx.tanh,
-}
-
 
 FACTOR_HELP = "the model's width divided by the bottleneck's"
 ACTIVATION_HELP = "one of transformers' activation names: relu, swish, gelu ..."
@@ -78,102 +50,33 @@ SCALING_HELP = "factor in front of the bottleneck, or learned"
 INIT_HELP = "mam_adapter: a fresh adapter is the base; bert: it is not"
 
 
-def check(method: str, config: Any) -> None:
-    """Raise one ConfigError that lists every value of `config` that a bottleneck cannot have."""
-    size, scaling = config.bottleneck_size, config.scaling
-    factor = getattr(config, "reduction_factor", 1.0)  # the block forms have it
-    problems = []
+def _check(config: "LinearBottleneck | BlockBottleneck") -> None:
+    """Raise one ConfigError that lists every option that a bottleneck cannot have."""
+    size, scaling, problems = config.bottleneck_size, config.scaling, []
     if size is not None and size < 1:
-        problems.append(f"{method}: bottleneck_size={size} must be at least 1")
-    if not 1 <= factor < math.inf:
-        problems.append(f"{method}: reduction_factor={factor} must be a number of at least 1")
+        problems.append(f"bottleneck_size={size} must be at least 1")
+    if isinstance(config, BlockBottleneck) and not 1 <= config.reduction_factor < math.inf:
+        problems.append(f"reduction_factor={config.reduction_factor} must be a number of at least 1")
     if config.non_linearity not in ACTIVATIONS:
-        problems.append(f"{method}: " + unknown("non_linearity", config.non_linearity, ACTIVATIONS))
+        problems.append(unknown("non_linearity", config.non_linearity, ACTIVATIONS))
     if not 0 <= config.dropout < 1:
-        problems.append(f"{method}: dropout={config.dropout} must be at least 0 and below 1")
+        problems.append(f"dropout={config.dropout} must be at least 0 and below 1")
     if scaling != "learned" and (isinstance(scaling, str) or not math.isfinite(scaling)):
-        problems.append(f"{method}: scaling={scaling!r} must be a finite number or 'learned'")
+        problems.append(f"scaling={scaling!r} must be a finite number or 'learned'")
     if config.init not in INITS:
-        problems.append(f"{method}: " + unknown("init", config.init, INITS))
+        problems.append(unknown("init", config.init, INITS))
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(f"{config.NAME}: {problem}" for problem in problems))
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    """What the layers take from a configuration besides their size."""
-    return {name: getattr(config, name) for name in ("non_linearity", "scaling", "dropout", "init")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Fields of the block forms. A form's own file names it in `METHOD`, says in `KIND` what its BlockLayer
-    reads, and sets its defaults."""
-
-    METHOD = ""
-    KIND = ""
-
-    reduction_factor: float = field(16.0, FACTOR_HELP)
-    bottleneck_size: int | None = field(None, "width of the bottleneck; overrides the reduction factor")
-    non_linearity: str = field("relu", ACTIVATION_HELP)
-    scaling: float | str = field(1.0, SCALING_HELP)
-    dropout: float = field(0.0, "dropout on the bottleneck's output while training")
-    init: str = field("mam_adapter", INIT_HELP)
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
-
-    def __post_init__(self) -> None:
-        check(self.METHOD, self)
-
-    def size(self, width: int) -> int:
-        """The bottleneck of a model of `width`."""
-        return self.bottleneck_size or max(1, int(width // self.reduction_factor))
-
-
-# ours -> LLM-Adapters' name of the field
-_NAMES = {
-    "bottleneck_size": "bottleneck_size",
-    "non_linearity": "non_linearity",
-    "dropout": "adapter_dropout",
-    "scaling": "scaling",
-    "init": "init_weights",
-}
-
-
-def fields_of(config: Any) -> dict[str, Any]:
-    """LLM-Adapters' fields that series and parallel adapters share."""
-    named = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
-    if named["scaling"] != "learned":
-        named["scaling"] = float(named["scaling"])  # the fork has no forward for an int
-    return {**named, "bias": "none", "modules_to_save": None}
-
-
-def read_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Our values of LLM-Adapters' fields. Raises AdapterError for what is missing or not supported."""
-    for name in ("bias", "modules_to_save"):
-        if fields.get(name) not in (None, "none", []):
-            raise AdapterError(f"{name}={fields[name]!r} is not supported: only the bottlenecks are read")
-    if "bottleneck_size" not in fields:
-        raise AdapterError("bottleneck_size missing: not a BOTTLENECK configuration of LLM-Adapters")
-    values = {ours: fields[theirs] for ours, theirs in _NAMES.items() if theirs in fields}
-    return values | {"targets": peft_targets(fields)}
-
-
-def config_of(config_class: type, values: dict[str, Any], method: str) -> Any:
-    """A configuration of values from a file. AdapterError for one that is of another type or out of range."""
-    try:
-        return parse_fields(config_class, values, where=method)
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None
-
-
-def block_fields(config: BlockConfig) -> dict[str, Any]:
-    """What our folder says of a block form."""
-    return {"adapter": config.METHOD, **asdict(config)}
-
-
-def read_block(config_class: type[BlockConfig], fields: dict[str, Any]) -> Any:
-    """The configuration that `block_fields` wrote; AdapterError for a value it cannot have."""
-    names = (one.name for one in dataclass_fields(config_class))
-    return config_of(config_class, {n: fields[n] for n in names if n in fields}, config_class.METHOD)
+def _settings(config: "LinearBottleneck | BlockBottleneck") -> dict[str, Any]:
+    """What the layers take from the options besides their size."""
+    return {
+        "non_linearity": config.non_linearity,
+        "scaling": config.scaling,
+        "dropout": config.dropout,
+        "init": config.init,
+    }
 
 
 def _start(shape: tuple[int, int], init: str, *, zero: bool) -> mx.array:
@@ -231,9 +134,60 @@ class Layer(AdapterLayer):
         return y + self._f(y if self.kind == "post" else x).astype(y.dtype)
 
 
-def on_linear(base: nn.Module, config: Any, kind: str) -> Layer:
-    """The layer of a series or parallel configuration that takes the place of `base`."""
-    return Layer(base, kind=kind, size=config.bottleneck_size, **_settings(config))
+# ours -> LLM-Adapters' name of the field
+_NAMES = {
+    "bottleneck_size": "bottleneck_size",
+    "non_linearity": "non_linearity",
+    "dropout": "adapter_dropout",
+    "scaling": "scaling",
+    "init": "init_weights",
+}
+
+
+class LinearBottleneck(Method):
+    """Bottlenecks on linear layers: the options of series and parallel, and their LLM-Adapters folders."""
+
+    PEFT_TYPE = "BOTTLENECK"
+    IN_PEFT = False
+    LAYERS = (Layer,)
+
+    bottleneck_size: int = field(256, "width of the bottleneck")
+    non_linearity: str = field("tanh", "one of transformers' activation names: tanh, relu, gelu, silu ...")
+    scaling: float | str = field(1.0, "factor s in front of the bottleneck, or learned")
+    dropout: float = field(0.0, "dropout on the bottleneck's input while training")
+    init: str = field("mam_adapter", INIT_HELP)
+    targets: str = field("default", TARGETS_HELP)
+    layers: str = field("all", LAYERS_HELP)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def layer(self, base: nn.Module, kind: str) -> Layer:
+        """The layer of that kind that takes the place of `base`."""
+        return Layer(base, kind=kind, size=self.bottleneck_size, **_settings(self))
+
+    def to_peft(self) -> dict[str, Any]:
+        """LLM-Adapters' fields that series and parallel adapters share."""
+        named = {theirs: getattr(self, ours) for ours, theirs in _NAMES.items()}
+        if named["scaling"] != "learned":
+            named["scaling"] = float(named["scaling"])  # the fork has no forward for an int
+        return {**named, "bias": "none", "modules_to_save": None}
+
+    @classmethod
+    def options_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The options that LLM-Adapters' fields give. Raises AdapterError for what is missing or not
+        supported."""
+        for name in ("bias", "modules_to_save"):
+            if fields.get(name) not in (None, "none", []):
+                raise AdapterError(f"{name}={fields[name]!r} is not supported: only the bottlenecks are read")
+        if "bottleneck_size" not in fields:
+            raise AdapterError("bottleneck_size missing: not a BOTTLENECK configuration of LLM-Adapters")
+        values = {ours: fields[theirs] for ours, theirs in _NAMES.items() if theirs in fields}
+        return values | {"targets": peft_targets(fields)}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls.from_fields(cls.options_in(fields))
 
 
 class BlockLayer(AdapterLayer):
@@ -326,41 +280,79 @@ class _Slot:
         return value
 
 
-def place_blocks(
-    model: nn.Module, model_type: str, config: BlockConfig, paths: list[str] | None
-) -> dict[str, nn.Module]:
-    """BlockLayers behind the sublayers that the form has adapters on, and the recorders they read h from.
+class BlockBottleneck(Method):
+    """Bottlenecks behind whole sublayers, in AdapterHub's four forms.
 
-    `double` stands behind attention and MLP, `seq` and `par` behind the MLP. Raises UnsupportedError where
-    the architecture has no place to read h.
+    `KIND` says what the layers read: `double` stands behind attention and MLP, `seq` and `par` behind the
+    MLP.
     """
-    method, kind = config.METHOD, config.KIND
-    row = sites.sites(model_type, model)
-    outs = (row.attn_out, row.mlp_out, *row.other_outs) if kind == "double" else (row.mlp_out,)
-    if not row.mlp_out:
-        raise UnsupportedError(
-            f"{method}: no linear layer leads out of the MLPs of a {model_type} model (its experts are "
-            "stacked, or it has none). Use lora, or parallel"
-        )
-    if paths is None:
-        names = [name for name in outs if name]
-        paths = resolve_targets(model, model_type, targets=",".join(names), layers=config.layers)
-    modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
-    recorders: dict[str, _Recorder] = {}
-    for path in paths:
-        slots = []
-        for name, output in _sources(path, row, modules, model_type, method, kind):
-            if name not in recorders:
-                recorders[name] = _Recorder(modules[name], output=output)
-            slots.append(recorders[name].slot)
-        placed[path] = BlockLayer(
-            modules[path],
-            kind=kind,
-            size=config.size(dims(modules[path])[1]),
-            residual=_sum(slots),
-            **_settings(config),
-        )
-    return placed | recorders
+
+    PEFT_TYPE = "ADAPTERHUB"
+    IN_PEFT = False
+    LAYERS = (BlockLayer,)
+    KIND: ClassVar[str]
+
+    reduction_factor: float = field(16.0, FACTOR_HELP)
+    bottleneck_size: int | None = field(None, "width of the bottleneck; overrides the reduction factor")
+    non_linearity: str = field("relu", ACTIVATION_HELP)
+    scaling: float | str = field(1.0, SCALING_HELP)
+    dropout: float = field(0.0, "dropout on the bottleneck's output while training")
+    init: str = field("mam_adapter", INIT_HELP)
+    layers: str = field("all", LAYERS_HELP)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def size(self, width: int) -> int:
+        """The bottleneck of a model of `width`."""
+        return self.bottleneck_size or max(1, int(width // self.reduction_factor))
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """BlockLayers behind the sublayers, and the recorders that they read h from.
+
+        Raises UnsupportedError where the architecture has no place to read h.
+        """
+        row = sites.sites(model_type, model)
+        outs = (row.attn_out, row.mlp_out, *row.other_outs) if self.KIND == "double" else (row.mlp_out,)
+        if not row.mlp_out:
+            raise UnsupportedError(
+                f"{self.NAME}: no linear layer leads out of the MLPs of a {model_type} model (its experts "
+                "are stacked, or it has none). Use lora, or parallel"
+            )
+        if paths is None:
+            names = [name for name in outs if name]
+            paths = resolve_targets(model, model_type, targets=",".join(names), layers=self.layers)
+        modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
+        recorders: dict[str, _Recorder] = {}
+        for path in paths:
+            slots = []
+            for name, output in _sources(path, row, modules, model_type, self.NAME, self.KIND):
+                if name not in recorders:
+                    recorders[name] = _Recorder(modules[name], output=output)
+                slots.append(recorders[name].slot)
+            placed[path] = BlockLayer(
+                modules[path],
+                kind=self.KIND,
+                size=self.size(dims(modules[path])[1]),
+                residual=_sum(slots),
+                **_settings(self),
+            )
+        return placed | recorders
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether the folder holds this form."""
+        return fields.get("adapter") == cls.NAME
+
+    def to_peft(self) -> dict[str, Any]:
+        """What our folder says of the form."""
+        return {"adapter": self.NAME, **asdict(self)}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls.from_fields({name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
 def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:

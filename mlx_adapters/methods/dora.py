@@ -1,57 +1,24 @@
-"""DoRA: weight-decomposed low-rank adaptation. Liu et al. 2024, https://arxiv.org/abs/2402.09353
-
-    y = m * (V / ||V||) x,    V = W + scale * B A,    scale = alpha / rank
-
-m [out] holds the length of each row, ||V|| is taken row by row and is a constant in the gradient (section 4.3
-of the paper). m starts at ||W|| and B at zero: a fresh adapter is the base. V is never formed:
-
-    y = W x + (g - 1) W x + g * scale * B A x,    g = m / ||V||
-    ||V||^2 = ||W||^2 + 2 scale (W A^T * B) + scale^2 (B A A^T * B),    summed over each row
-
-and W A^T is the base layer applied to the rows of A, so a quantized W is not written out for it.
-"""
+"""DoRA's layer and its options."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.fields import field
-from mlx_adapters.methods import lora
 from mlx_adapters.methods.base import (
+    LAYERS_HELP,
+    TARGETS_HELP,
     AdapterLayer,
-    Dropout,
     Site,
     dims,
     linear_like,
     plain_weight,
     resolve_targets,
 )
-
-PEFT_TYPE = "LORA"
-PEFT_FIELDS = {**lora.SHARED_FIELDS, "use_dora": (True,)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method dora`."""
-
-    rank: int = field(8, "rank r of the update B A")
-    alpha: float = field(16.0, "numerator of the scale alpha / rank")
-    dropout: float = field(0.0, "dropout on the input of the update while training")
-    rslora: bool = field(False, "scale by alpha / sqrt(rank) instead")
-    targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
-
-    def __post_init__(self) -> None:
-        lora.check(self.rank, self.alpha, self.dropout, "dora")
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A."""
-        return lora.scale_of(self.alpha, self.rank, self.rslora)
+from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.methods.lora import SHARED_FIELDS, LowRank
 
 
 class Layer(AdapterLayer):
@@ -106,26 +73,45 @@ class Layer(AdapterLayer):
         return linear_like(self.base, (self.magnitude / mx.linalg.norm(v, axis=1))[:, None] * v)
 
 
-def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
-    """Paths of the linear layers to wrap."""
-    return resolve_targets(model, model_type, targets=config.targets, layers=config.layers, default="lora")
+class DoRA(LowRank):
+    """DoRA: weight-decomposed low-rank adaptation. Liu et al. 2024, https://arxiv.org/abs/2402.09353
 
+        y = m * (V / ||V||) x,    V = W + scale * B A,    scale = alpha / rank
 
-def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
-    """The layer that takes the place of `base`."""
-    return Layer(base, rank=config.rank, scale=config.scale, dropout=config.dropout)
+    m [out] holds the length of each row, ||V|| is taken row by row and is a constant in the gradient (section
+    4.3 of the paper). m starts at ||W|| and B at zero: a fresh adapter is the base. V is never formed:
 
+        y = W x + (g - 1) W x + g * scale * B A x,    g = m / ||V||
+        ||V||^2 = ||W||^2 + 2 scale (W A^T * B) + scale^2 (B A A^T * B),    summed over each row
 
-def claims(fields: dict[str, Any]) -> bool:
-    """Whether a LoRA configuration of PEFT is DoRA."""
-    return bool(fields.get("use_dora"))
+    and W A^T is the base layer applied to the rows of A, so a quantized W is not written out for it.
+    """
 
+    NAME = "dora"
+    TITLE = "DoRA: weight-decomposed low-rank adaptation"
+    AUTHORS = "Liu et al. 2024"
+    PAPER = "https://arxiv.org/abs/2402.09353"
+    PEFT_TYPE = "LORA"
+    PEFT_FIELDS = {**SHARED_FIELDS, "use_dora": (True,)}
+    LAYERS = (Layer,)
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    return {**lora.peft_fields(config), "use_dora": True}
+    targets: str = field("default", TARGETS_HELP)
+    layers: str = field("all", LAYERS_HELP)
 
+    def select(self, model: nn.Module, model_type: str) -> list[str]:
+        return resolve_targets(model, model_type, targets=self.targets, layers=self.layers, default="lora")
 
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    return Config(**lora.read_peft(fields))
+    def wrap(self, base: nn.Module, site: Site) -> Layer:
+        return Layer(base, rank=self.rank, scale=self.scale, dropout=self.dropout)
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether a LoRA configuration of PEFT is DoRA."""
+        return bool(fields.get("use_dora"))
+
+    def to_peft(self) -> dict[str, Any]:
+        return {**super().to_peft(), "use_dora": True}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls(**cls.read_peft(fields))

@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.methods.base import AdapterLayer, Dropout, layer_range, plain_weight
+from mlx_adapters.methods.base import AdapterLayer, layer_range, plain_weight
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
 
 __all__ = [

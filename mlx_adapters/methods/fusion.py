@@ -1,76 +1,19 @@
-"""AdapterFusion. Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247
-
-Trained adapters stay frozen; at each layer that they adapt, attention over their outputs is learned. With
-h = base(x) and z_n = adapter_n(x) - h, what adapter n adds there, for each token on its own
-
-    u   = (Q h + b) K                     query times key: u . z_n = (Q h + b) . (K z_n)
-    p   = softmax over n of u . z_n       not divided by a width, as in the paper
-    y   = h + V (p_1 z_1 + p_2 z_2 + ...)       V = I + R
-
-Q and K [width, out] start normal(0, 0.02), b and R at zero: a fresh fusion gives nearly equal shares. The
-paper pulls V to the identity by 0.01 |V - I|^2 in the loss; here R is what trains, so the optimizer's weight
-decay does that. A bias of the key would add the same to all scores, which softmax ignores: there is none.
-A layer that only one of the adapters has needs no attention (p is 1): it learns R alone.
-
-The adapters run without dropout. Their folders are kept below `members/` in the saved one, so it loads alone.
-"""
+"""AdapterFusion's layer and its options."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
-from mlx_adapters import adapter, methods
-from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import LINEARS, AdapterLayer, dims
+from mlx_adapters.methods.base import LINEARS, AdapterLayer, Member, Method, dims
 
-PEFT_TYPE = "ADAPTER_FUSION"
-IN_PEFT = False
 _MEMBERS = "members"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method fusion`."""
-
-    adapters: str = field("", "folders of the trained adapters to fuse, two or more, joined by commas")
-    width: int = field(0, "size of query and key; 0: the layer's output size, as in the paper")
-    value: bool = field(True, "learn the value matrix; without it the layers add a weighted mean")
-
-    def __post_init__(self) -> None:
-        if self.width < 0:
-            raise ConfigError(f"fusion: width={self.width} must be at least 1, or 0 for the layer's size")
-        if len(self.folders) < 2:
-            raise ConfigError(
-                f"fusion: adapters={self.adapters!r} must name two or more trained adapter folders, "
-                "joined by commas"
-            )
-        if len(set(self.folders)) < len(self.folders):
-            raise ConfigError(f"fusion: adapters={self.adapters!r} names a folder twice")
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders that `adapters` names; in several lines, a comma is part of a name."""
-        parts = self.adapters.split("\n" if "\n" in self.adapters else ",")
-        return [Path(part.strip()) for part in parts if part.strip()]
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A frozen adapter: what its folder says, and its layers by path."""
-
-    folder: Path
-    meta: AdapterMeta
-    model_type: str
-    fields: dict[str, Any]
-    placed: dict[str, nn.Module]
 
 
 class _Once(nn.Module):
@@ -102,7 +45,7 @@ class Layer(AdapterLayer):
     }
 
     def __init__(
-        self, base: nn.Module, layers: list[AdapterLayer], members: list[_Member], *, width: int, value: bool
+        self, base: nn.Module, layers: list[AdapterLayer], members: list[Member], *, width: int, value: bool
     ) -> None:
         super().__init__()
         in_dims, out_dims = dims(base)
@@ -137,7 +80,7 @@ class _Frozen:
     """The adapters' layers at one place, and the members they belong to."""
 
     def __init__(
-        self, base: nn.Module, layers: list[AdapterLayer], in_dims: int, members: list[_Member]
+        self, base: nn.Module, layers: list[AdapterLayer], in_dims: int, members: list[Member]
     ) -> None:
         self.layers, self.members = layers, members
         self.once = _Once(base)
@@ -164,89 +107,122 @@ class _Frozen:
         return True
 
 
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """A fusion layer wherever a member adapts a linear layer, and what else the members need."""
-    members = [_member(model, model_type, folder) for folder in config.folders]
-    modules = dict(model.named_modules())
-    placed: dict[str, nn.Module] = {}
-    for path in dict.fromkeys(path for member in members for path in member.placed):
-        here = [member.placed[path] for member in members if path in member.placed]
-        layers = [layer for layer in here if isinstance(layer, AdapterLayer)]
-        if 0 < len(layers) < len(here):
-            folders = " and ".join(str(member.folder) for member in members if path in member.placed)
-            raise UnsupportedError(
-                f"fusion: {folders} do not go together: one adapts {path}, another only reads what it returns"
+class Fusion(Method):
+    """AdapterFusion. Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247
+
+    Trained adapters stay frozen; at each layer that they adapt, attention over their outputs is learned. With
+    h = base(x) and z_n = adapter_n(x) - h, what adapter n adds there, for each token on its own
+
+        u   = (Q h + b) K                     query times key: u . z_n = (Q h + b) . (K z_n)
+        p   = softmax over n of u . z_n       not divided by a width, as in the paper
+        y   = h + V (p_1 z_1 + p_2 z_2 + ...)       V = I + R
+
+    Q and K [width, out] start normal(0, 0.02), b and R at zero: a fresh fusion gives nearly equal shares. The
+    paper pulls V to the identity by 0.01 |V - I|^2 in the loss; here R is what trains, so the optimizer's
+    weight decay does that. A bias of the key would add the same to all scores, which softmax ignores: there
+    is none. A layer that only one of the adapters has needs no attention (p is 1): it learns R alone.
+
+    The adapters run without dropout. Their folders are kept below `members/` in the saved one, so it loads
+    alone.
+    """
+
+    NAME = "fusion"
+    TITLE = "AdapterFusion"
+    AUTHORS = "Pfeiffer et al. 2020"
+    PAPER = "https://arxiv.org/abs/2005.00247"
+    PEFT_TYPE = "ADAPTER_FUSION"
+    IN_PEFT = False
+    LAYERS = (Layer,)
+
+    adapters: str = field("", "folders of the trained adapters to fuse, two or more, joined by commas")
+    width: int = field(0, "size of query and key; 0: the layer's output size, as in the paper")
+    value: bool = field(True, "learn the value matrix; without it the layers add a weighted mean")
+
+    def __post_init__(self) -> None:
+        folders = self.members()
+        if self.width < 0:
+            raise ConfigError(f"fusion: width={self.width} must be at least 1, or 0 for the layer's size")
+        if len(folders) < 2:
+            raise ConfigError(
+                f"fusion: adapters={self.adapters!r} must name two or more trained adapter folders, "
+                "joined by commas"
             )
-        if layers:
-            placed[path] = Layer(modules[path], layers, members, width=config.width, value=config.value)
-            continue
-        for below, module in pairwise(here):
-            module.base = below  # each does its part for its own adapter, one after the other
-        placed[path] = here[-1]
-    return placed
+        if len(set(folders)) < len(folders):
+            raise ConfigError(f"fusion: adapters={self.adapters!r} names a folder twice")
+
+    def members(self) -> list[Path]:
+        """The folders that `adapters` names; in several lines, a comma is part of a name."""
+        parts = self.adapters.split("\n" if "\n" in self.adapters else ",")
+        return [Path(part.strip()) for part in parts if part.strip()]
+
+    def place_members(self, model: nn.Module, members: list[Member]) -> dict[str, nn.Module]:
+        """A fusion layer wherever a member adapts a linear layer, and what else the members need."""
+        modules = dict(model.named_modules())
+        for member in members:
+            _freeze(member, modules)
+        placed: dict[str, nn.Module] = {}
+        for path in dict.fromkeys(path for member in members for path in member.placed):
+            here = [member.placed[path] for member in members if path in member.placed]
+            layers = [layer for layer in here if isinstance(layer, AdapterLayer)]
+            if 0 < len(layers) < len(here):
+                folders = " and ".join(str(member.folder) for member in members if path in member.placed)
+                raise UnsupportedError(
+                    f"fusion: {folders} do not go together: one adapts {path}, another only reads what it "
+                    "returns"
+                )
+            if layers:
+                placed[path] = Layer(modules[path], layers, members, width=self.width, value=self.value)
+                continue
+            for below, module in pairwise(here):
+                module.base = below  # each does its part for its own adapter, one after the other
+            placed[path] = here[-1]
+        return placed
+
+    def save_extra(self, folder: Path, layers: dict[str, AdapterLayer]) -> None:
+        """Write the members' folders below the adapter's."""
+        fused = next(layer for layer in layers.values() if isinstance(layer, Layer))
+        for number, member in enumerate(fused.frozen.members):
+            member.save(folder / _MEMBERS / f"{number:02d}")
+
+    def as_saved(self) -> Self:
+        """With the members as `save_extra` writes them, not where they lay on this machine."""
+        below = [f"{_MEMBERS}/{number:02d}" for number in range(len(self.members()))]
+        return replace(self, adapters=",".join(below))
+
+    def load_extra(self, folder: Path) -> Self:
+        below = sorted((folder / _MEMBERS).glob("*/"))
+        if len(below) != len(self.members()):
+            raise AdapterError(
+                f"{folder}: has {len(below)} of the {len(self.members())} members below {_MEMBERS}: "
+                "copy the whole folder"
+            )
+        return replace(self, adapters="\n".join(map(str, below)))
+
+    @classmethod
+    def trial(cls, trained: Callable[[], list[Path]]) -> Self:
+        return cls(adapters=",".join(map(str, trained())))
+
+    def to_peft(self) -> dict[str, Any]:
+        """PEFT has no fusion; the names are ours."""
+        return {"adapters": self.adapters, "width": self.width, "value": self.value}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        missing = [name for name in ("adapters", "width", "value") if name not in fields]
+        if missing:
+            raise AdapterError(f"{', '.join(missing)} missing: not a fusion's configuration")
+        return cls(**{name: fields[name] for name in ("adapters", "width", "value")})
 
 
-def _member(model: nn.Module, model_type: str, folder: Path) -> _Member:
-    meta, placed = adapter.build(model, model_type, folder, name=f"this {model_type} model")
-    modules = dict(model.named_modules())
-    for path, module in placed.items():
+def _freeze(member: Member, modules: dict[str, nn.Module]) -> None:
+    """Freeze the member's layers, without dropout. Raises for an adapter that cannot be fused."""
+    for path, module in member.placed.items():
         if isinstance(module, Layer):
-            raise AdapterError(f"{folder}: is a fusion itself: fuse the adapters it is made of")
+            raise AdapterError(f"{member.folder}: is a fusion itself: fuse the adapters it is made of")
         if isinstance(module, AdapterLayer) and not isinstance(modules.get(path), LINEARS):
             raise UnsupportedError(
-                f"{folder}: {meta.method} adapts no linear layer, and fusion weighs what is added to one"
+                f"{member.folder}: {member.method.NAME} adapts no linear layer, and fusion weighs what is "
+                "added to one"
             )
         module.freeze()
         module.eval()
-    return _Member(folder, meta, model_type, adapter.read_fields(folder), placed)
-
-
-def trial_fields(fresh: Callable[[], nn.Module], base: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fields to try the method with on a `fresh()` model: two LoRA adapters of random weights."""
-    folders = {folder / f"rank-{rank}": rank for rank in (2, 3)}
-    for member, rank in folders.items():
-        model = fresh()
-        config = methods.make_config("lora", {"rank": rank})
-        adapter.attach(model, "lora", config, base=base)
-        shaken = tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), model.trainable_parameters())
-        model.update(shaken, strict=False)
-        adapter.save(member, model, meta=AdapterMeta(method="lora", config=asdict(config), base=base))
-    return {"adapters": ",".join(map(str, folders))}
-
-
-def keep(folder: Path, layers: dict[str, AdapterLayer]) -> None:
-    """Write the members' folders below the adapter's."""
-    fused = next(layer for layer in layers.values() if isinstance(layer, Layer))
-    for number, member in enumerate(fused.frozen.members):
-        arrays = adapter.named_tensors(member.placed, member.model_type)
-        adapter.write(folder / _MEMBERS / f"{number:02d}", arrays, fields=member.fields, meta=member.meta)
-
-
-def as_saved(config: Config) -> Config:
-    """The configuration that names the members as `keep` writes them, not where they lay on this machine."""
-    below = [f"{_MEMBERS}/{number:02d}" for number in range(len(config.folders))]
-    return replace(config, adapters=",".join(below))
-
-
-def kept(folder: Path, config: Config) -> Config:
-    """The configuration that names the members' folders below the adapter's."""
-    below = sorted((folder / _MEMBERS).glob("*/"))
-    if len(below) != len(config.folders):
-        raise AdapterError(
-            f"{folder}: has {len(below)} of the {len(config.folders)} members below {_MEMBERS}: "
-            "copy the whole folder"
-        )
-    return replace(config, adapters="\n".join(map(str, below)))
-
-
-def to_peft(config: Config) -> dict[str, Any]:
-    """The fields of `adapter_config.json`; PEFT has no fusion, the names are ours."""
-    return {"adapters": config.adapters, "width": config.width, "value": config.value}
-
-
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration that `to_peft` wrote."""
-    missing = [name for name in ("adapters", "width", "value") if name not in fields]
-    if missing:
-        raise AdapterError(f"{', '.join(missing)} missing: not a fusion's configuration")
-    return Config(**{name: fields[name] for name in ("adapters", "width", "value")})

@@ -1,15 +1,7 @@
-"""IA3: infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022,
-https://arxiv.org/abs/2205.05638
-
-    y = l * (W x + b)     on attention's layers: l [out] scales the output (keys and values)
-    y = W (l * x) + b     on the layer out of the MLP: l [in] scales its input
-
-l starts at one: a fresh adapter is the base.
-"""
+"""IA3's layer and its options."""
 
 import re
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +9,10 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
+    LAYERS_HELP,
+    TARGETS_HELP,
     AdapterLayer,
+    Method,
     Site,
     dims,
     linear_like,
@@ -26,28 +21,8 @@ from mlx_adapters.methods.base import (
     resolve_targets,
     short_names,
 )
-from mlx_adapters.methods.peft_fields import COMMON, Known
+from mlx_adapters.methods.peft_fields import COMMON
 from mlx_adapters.models import sites
-
-PEFT_TYPE = "IA3"
-PEFT_FIELDS: Known = {**COMMON, "feedforward_modules": None, "init_ia3_weights": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method ia3`."""
-
-    targets: str = field("default", "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN")
-    feedforward: str = field(
-        "default", "names a,b (or re:PATTERN) of targets whose input is scaled; default: out of the MLP"
-    )
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.feedforward.removeprefix("re:"))
-        except re.error as error:
-            raise ConfigError(f"ia3: feedforward={self.feedforward!r}: {error}") from None
 
 
 class Layer(AdapterLayer):
@@ -81,46 +56,71 @@ class Layer(AdapterLayer):
         return linear_like(self.base, weight, self.base.bias * self.ia3_l[:, 0])
 
 
-def targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
-    """Paths of the linear layers to wrap."""
-    return resolve_targets(model, model_type, targets=config.targets, layers=config.layers, default="ia3")
+class IA3(Method):
+    """IA3: infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022,
+    https://arxiv.org/abs/2205.05638
 
+        y = l * (W x + b)     on attention's layers: l [out] scales the output (keys and values)
+        y = W (l * x) + b     on the layer out of the MLP: l [in] scales its input
 
-def wrap(base: nn.Module, config: Config, site: Site) -> Layer:
-    """The layer that takes the place of `base`."""
-    if config.feedforward == "default":
-        return Layer(base, feedforward=site.role == "mlp" and site.side == "post")
-    path = sites.to_hf(site.path, site.model_type)
-    if config.feedforward.startswith("re:"):
-        return Layer(base, feedforward=bool(re.fullmatch(config.feedforward[3:], path)))
-    names = [name.strip() for name in config.feedforward.split(",") if name.strip()]
-    return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
+    l starts at one: a fresh adapter is the base.
+    """
 
+    NAME = "ia3"
+    TITLE = "IA3: infused adapter by inhibiting and amplifying inner activations"
+    AUTHORS = "Liu et al. 2022"
+    PAPER = "https://arxiv.org/abs/2205.05638"
+    PEFT_TYPE = "IA3"
+    PEFT_FIELDS = {**COMMON, "feedforward_modules": None, "init_ia3_weights": None}
+    LAYERS = (Layer,)
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    return {"fan_in_fan_out": False, "modules_to_save": None}
+    targets: str = field("default", TARGETS_HELP)
+    feedforward: str = field(
+        "default", "names a,b (or re:PATTERN) of targets whose input is scaled; default: out of the MLP"
+    )
+    layers: str = field("all", LAYERS_HELP)
 
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.feedforward.removeprefix("re:"))
+        except re.error as error:
+            raise ConfigError(f"ia3: feedforward={self.feedforward!r}: {error}") from None
 
-def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """The layers whose input is scaled, named as the targets are: whole paths where a last part of them
-    would name layers of both kinds."""
-    scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
-    names = short_names(set(layers), model, model_type)
-    if {names[path] for path in scaled} & {names[path] for path in layers.keys() - scaled}:
-        names = {path: sites.to_hf(path, model_type) for path in layers}
-    return {
-        "target_modules": sorted(set(names.values())),
-        "feedforward_modules": sorted({names[path] for path in scaled}),
-    }
+    def select(self, model: nn.Module, model_type: str) -> list[str]:
+        return resolve_targets(model, model_type, targets=self.targets, layers=self.layers, default="ia3")
 
+    def wrap(self, base: nn.Module, site: Site) -> Layer:
+        if self.feedforward == "default":
+            return Layer(base, feedforward=site.role == "mlp" and site.side == "post")
+        path = sites.to_hf(site.path, site.model_type)
+        if self.feedforward.startswith("re:"):
+            return Layer(base, feedforward=bool(re.fullmatch(self.feedforward[3:], path)))
+        names = [name.strip() for name in self.feedforward.split(",") if name.strip()]
+        return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
 
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes."""
-    scaled = fields.get("feedforward_modules")
-    if isinstance(scaled, str):
-        feedforward = f"re:{scaled}"
-    else:
-        # an empty list is none at all, where our default would be those out of the MLP
-        feedforward = "default" if scaled is None else ",".join(sorted(scaled))
-    return Config(targets=peft_targets(fields), feedforward=feedforward)
+    def to_peft(self) -> dict[str, Any]:
+        return {"fan_in_fan_out": False, "modules_to_save": None}
+
+    def peft_extra(
+        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
+    ) -> dict[str, Any]:
+        """The layers whose input is scaled, named as the targets are: whole paths where a last part of them
+        would name layers of both kinds."""
+        scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
+        names = short_names(set(layers), model, model_type)
+        if {names[path] for path in scaled} & {names[path] for path in layers.keys() - scaled}:
+            names = {path: sites.to_hf(path, model_type) for path in layers}
+        return {
+            "target_modules": sorted(set(names.values())),
+            "feedforward_modules": sorted({names[path] for path in scaled}),
+        }
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        scaled = fields.get("feedforward_modules")
+        if isinstance(scaled, str):
+            feedforward = f"re:{scaled}"
+        else:
+            # an empty list is none at all, where our default would be those out of the MLP
+            feedforward = "default" if scaled is None else ",".join(sorted(scaled))
+        return cls(targets=peft_targets(fields), feedforward=feedforward)

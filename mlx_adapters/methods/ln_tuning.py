@@ -1,32 +1,16 @@
-"""LN tuning: the weights (and biases) of the norms. Zhao et al. 2023, https://arxiv.org/abs/2312.11420
-
-    y = norm(x) with its own weight and bias
-
-The base's norms stay as they are; copies of them train and are saved.
-"""
+"""LN tuning's layer and its options."""
 
 import copy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, peft_targets
+from mlx_adapters.methods.base import AdapterLayer, Method, peft_targets
 from mlx_adapters.methods.peft_fields import COMMON
 from mlx_adapters.models import sites
-
-PEFT_TYPE = "LN_TUNING"
-PEFT_FIELDS = COMMON
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method ln_tuning`."""
-
-    targets: str = field("all", "all norms of the blocks and the last one, or names a,b")
 
 
 class Layer(AdapterLayer):
@@ -50,7 +34,7 @@ class Layer(AdapterLayer):
     def tensors(self) -> dict[str, mx.array]:
         return {name: self.own[name] for name in self.TENSORS if name in self.own}
 
-    def fill(self, arrays: dict[str, mx.array]) -> None:
+    def load_weights(self, arrays: dict[str, mx.array]) -> None:
         self.own.update(arrays)
 
     def merge(self) -> nn.Module:
@@ -58,26 +42,44 @@ class Layer(AdapterLayer):
         return self.own
 
 
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """A copy in the place of each chosen norm."""
-    modules = dict(model.named_modules())
-    norms = [p for p, m in modules.items() if "weight" in m and "norm" in type(m).__name__.lower()]
-    if paths is None and config.targets == "all":
-        paths = norms
-    elif paths is None:
-        names = [name.strip() for name in config.targets.split(",")]
-        paths = [path for path in norms if any(sites.matches(path, name) for name in names)]
-    if not paths:
-        known = sorted({path.rpartition(".")[2] for path in norms})
-        raise ConfigError(f"ln_tuning: targets {config.targets!r} match no norm. Known: {', '.join(known)}")
-    return {path: Layer(modules[path]) for path in paths}
+class LNTuning(Method):
+    """LN tuning: the weights (and biases) of the norms. Zhao et al. 2023, https://arxiv.org/abs/2312.11420
 
+        y = norm(x) with its own weight and bias
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    return {"modules_to_save": None}
+    The base's norms stay as they are; copies of them train and are saved.
+    """
 
+    NAME = "ln_tuning"
+    TITLE = "LN tuning: the weights (and biases) of the norms"
+    AUTHORS = "Zhao et al. 2023"
+    PAPER = "https://arxiv.org/abs/2312.11420"
+    PEFT_TYPE = "LN_TUNING"
+    PEFT_FIELDS = COMMON
+    LAYERS = (Layer,)
+    STANDS_ON = "norms"
 
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes."""
-    return Config(targets=peft_targets(fields, otherwise="all"))
+    targets: str = field("all", "all norms of the blocks and the last one, or names a,b")
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """A copy in the place of each chosen norm."""
+        modules = dict(model.named_modules())
+        norms = [p for p, m in modules.items() if "weight" in m and "norm" in type(m).__name__.lower()]
+        if paths is None and self.targets == "all":
+            paths = norms
+        elif paths is None:
+            names = [name.strip() for name in self.targets.split(",")]
+            paths = [path for path in norms if any(sites.matches(path, name) for name in names)]
+        if not paths:
+            known = sorted({path.rpartition(".")[2] for path in norms})
+            raise ConfigError(f"ln_tuning: targets {self.targets!r} match no norm. Known: {', '.join(known)}")
+        return {path: Layer(modules[path]) for path in paths}
+
+    def to_peft(self) -> dict[str, Any]:
+        return {"modules_to_save": None}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls(targets=peft_targets(fields, otherwise="all"))

@@ -1,20 +1,9 @@
-"""LoRA: low-rank adaptation. Hu et al. 2021, https://arxiv.org/abs/2106.09685
-
-    y = W x + scale * B A drop(x),    scale = alpha / rank
-
-A [rank, in] starts kaiming-uniform(a = sqrt 5), B [out, rank] starts at zero: a fresh adapter is the base.
-
-rslora     scale = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
-lora_plus  B learns that many times faster than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354)
-pissa      A and B start from the largest singular vectors of W, which the base loses (Meng et al. 2024,
-           https://arxiv.org/abs/2404.02948). The base's array stays as it is: what it loses, B0 A0, is
-           subtracted, so quantized bases work too. Saved as plain LoRA of twice the rank, [A; A0], [B, -B0].
-"""
+"""LoRA on linear layers, embeddings and stacked experts, and modules trained whole beside it."""
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +11,9 @@ import mlx.nn as nn
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
+    LAYERS_HELP,
     AdapterLayer,
-    Dropout,
+    Method,
     dims,
     linear_like,
     peft_targets,
@@ -31,6 +21,7 @@ from mlx_adapters.methods.base import (
     resolve_targets,
     short_names,
 )
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.experts import (
     EXPERT_NAMES,
     PARTS,
@@ -40,66 +31,25 @@ from mlx_adapters.methods.experts import (
     is_block,
     is_stack,
 )
-from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, Saved, SavedNorm, saved
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, ModulesToSave, NormToSave, module_to_save
 from mlx_adapters.methods.patterns import as_text, fits, matching, parse
 from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
 
-PEFT_TYPE = "LORA"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method lora`."""
-
-    rank: int = field(8, "rank r of the update B A")
-    alpha: float = field(16.0, "numerator of the scale alpha / rank")
-    dropout: float = field(0.0, "dropout on the input of A while training")
-    rslora: bool = field(False, "scale by alpha / sqrt(rank) instead")
-    pissa: bool = field(False, "start from the largest singular vectors of the weight")
-    lora_plus: float = field(1.0, "how many times faster B learns than A")
-    rank_pattern: str = field("", "other ranks for some layers: q_proj=16,mlp.down_proj=4")
-    alpha_pattern: str = field("", "other alphas for some layers, written the same way")
-    modules_to_save: str = field("", "names of modules trained whole, as lm_head or embed_tokens")
-    targets: str = field(
-        "default", "default, attn, mlp, attn+mlp, experts, all-linear, names a,b or re:PATTERN"
-    )
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
-
-    def __post_init__(self) -> None:
-        check(self.rank, self.alpha, self.dropout, "lora")
-        if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
-            raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
-        parse(self.alpha_pattern, "alpha_pattern")
-        if odd := [v for v in parse(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
-            raise ConfigError(f"lora: rank_pattern={self.rank_pattern!r}: rank {odd[0]} is no whole number")
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A where no pattern says otherwise."""
-        return scale_of(self.alpha, self.rank, self.rslora)
-
-    def at(self, path: str) -> tuple[int, float]:
-        """(rank, scale) of the layer at a Hugging Face path."""
-        rank = int(matching(self.rank_pattern, "rank_pattern", path) or self.rank)
-        alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
-        return rank, scale_of(alpha, rank, self.rslora)
-
-
-def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def check(rank: int, alpha: float, dropout: float, method: str) -> None:
-    """Raise ConfigError for values that no low-rank method can have."""
-    if rank < 1:
-        raise ConfigError(f"{method}: rank={rank} must be at least 1")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"{method}: alpha={alpha} must be a positive number")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{method}: dropout={dropout} must be at least 0 and below 1")
+# What LoRA and DoRA read of PEFT's configuration, or may leave alone.
+SHARED_FIELDS: Known = {
+    **COMMON,
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora")),
+    "bias": ("none",),
+    # these leave the base alone; pissa, olora, corda, lora_ga and loftq start from what they take out of it
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+    # settings of such starts, of GPTQ's and Megatron's layers and of moving memory: nothing is left of them
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config")),
+    **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size")),
+    # of PEFT 0.3 and the code of LLM-Adapters
+    "merge_weights": None,
+}
 
 
 class Layer(AdapterLayer):
@@ -148,7 +98,7 @@ class Layer(AdapterLayer):
         a, b = self._matrices()
         return {"lora_a": a, "lora_b": b}
 
-    def fill(self, arrays: dict[str, mx.array]) -> None:
+    def load_weights(self, arrays: dict[str, mx.array]) -> None:
         self.pissa = False  # what was saved is the whole change
         self.lora_a, self.lora_b = arrays["lora_a"], arrays["lora_b"]
 
@@ -158,34 +108,222 @@ class Layer(AdapterLayer):
         return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a))
 
 
-LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, Saved, SavedNorm)
+class LowRank(Method):
+    """The options of LoRA and DoRA, and their fields in PEFT's configuration."""
+
+    rank: int = field(8, "rank r of the update B A")
+    alpha: float = field(16.0, "numerator of the scale alpha / rank")
+    dropout: float = field(0.0, "dropout on the input of A while training")
+    rslora: bool = field(False, "scale by alpha / sqrt(rank) instead")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"{self.NAME}: rank={self.rank} must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"{self.NAME}: alpha={self.alpha} must be a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{self.NAME}: dropout={self.dropout} must be at least 0 and below 1")
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A where no pattern says otherwise."""
+        return self._scale(self.alpha, self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def at(self, path: str) -> tuple[int, float]:
+        """(rank, scale) of the layer at a Hugging Face path."""
+        return self.rank, self.scale
+
+    def to_peft(self) -> dict[str, Any]:
+        """Only what every PEFT since 0.4 knows, more only where needed."""
+        fields: dict[str, Any] = {
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
+            "lora_dropout": self.dropout,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "modules_to_save": None,
+        }
+        if self.rslora:
+            fields["use_rslora"] = True
+        return fields
+
+    @staticmethod
+    def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
+        """Our options of PEFT's fields that LoRA and DoRA share."""
+        missing = [name for name in ("r", "lora_alpha") if name not in fields]
+        if missing:
+            raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")
+        return {
+            "rank": fields["r"],
+            "alpha": float(fields["lora_alpha"]),
+            "dropout": float(fields.get("lora_dropout") or 0.0),
+            "rslora": bool(fields.get("use_rslora", False)),
+            "targets": peft_targets(fields),
+        }
 
 
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """A layer on each chosen linear layer and on the embedding, and the modules to be trained whole."""
-    modules = dict(model.named_modules())
-    whole = _whole(modules, config, model_type)
-    if paths is None:
-        paths = [*_targets(model, model_type, config), *whole]
-        _all_matched(config, [name for path in paths for name in _names(path, modules[path], model_type)])
-    placed: dict[str, nn.Module] = {}
-    for path in paths:
-        (rank, scale), *others = map(config.at, _names(path, modules[path], model_type))
-        if path in whole:
-            _refuse_tied(model, path, isinstance(modules[path], EMBEDDINGS))
-            placed[path] = saved(modules[path], path)
-        elif isinstance(modules[path], EMBEDDINGS):
-            placed[path] = EmbeddingLayer(modules[path], rank=rank, scale=scale, tied=sites.tied(model))
-        elif is_block(modules[path]):
-            gate_up, (down,) = (rank, scale), others
-            placed[path] = Experts(modules[path], gate_up=gate_up, down=down, dropout=config.dropout)
-        elif is_stack(modules[path]):
-            placed[path] = ExpertLayer(modules[path], rank=rank, scale=scale, dropout=config.dropout)
-        else:
-            placed[path] = Layer(
-                modules[path], rank=rank, scale=scale, dropout=config.dropout, pissa=config.pissa
-            )
-    return placed
+class LoRA(LowRank):
+    """LoRA: low-rank adaptation. Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+        y = W x + scale * B A drop(x),    scale = alpha / rank
+
+    A [rank, in] starts kaiming-uniform(a = sqrt 5), B [out, rank] starts at zero: a fresh adapter is the
+    base.
+
+    rslora     scale = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
+    lora_plus  B learns that many times faster than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354)
+    pissa      A and B start from the largest singular vectors of W, which the base loses (Meng et al. 2024,
+               https://arxiv.org/abs/2404.02948). The base's array stays as it is: what it loses, B0 A0, is
+               subtracted, so quantized bases work too. Saved as plain LoRA of twice the rank:
+               [A; A0], [B, -B0].
+    """
+
+    NAME = "lora"
+    TITLE = "LoRA: low-rank adaptation"
+    AUTHORS = "Hu et al. 2021"
+    PAPER = "https://arxiv.org/abs/2106.09685"
+    PEFT_TYPE = "LORA"
+    PEFT_FIELDS = {
+        **SHARED_FIELDS,
+        **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")),
+    }
+    LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, ModulesToSave, NormToSave)
+
+    pissa: bool = field(False, "start from the largest singular vectors of the weight")
+    lora_plus: float = field(1.0, "how many times faster B learns than A")
+    rank_pattern: str = field("", "other ranks for some layers: q_proj=16,mlp.down_proj=4")
+    alpha_pattern: str = field("", "other alphas for some layers, written the same way")
+    modules_to_save: str = field("", "names of modules trained whole, as lm_head or embed_tokens")
+    targets: str = field(
+        "default", "default, attn, mlp, attn+mlp, experts, all-linear, names a,b or re:PATTERN"
+    )
+    layers: str = field("all", LAYERS_HELP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
+            raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
+        parse(self.alpha_pattern, "alpha_pattern")
+        if odd := [v for v in parse(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
+            raise ConfigError(f"lora: rank_pattern={self.rank_pattern!r}: rank {odd[0]} is no whole number")
+
+    def at(self, path: str) -> tuple[int, float]:
+        """(rank, scale) of the layer at a Hugging Face path."""
+        rank = int(matching(self.rank_pattern, "rank_pattern", path) or self.rank)
+        alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
+        return rank, self._scale(alpha, rank)
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """A layer on each chosen linear layer and on the embedding, and the modules to be trained whole."""
+        modules = dict(model.named_modules())
+        whole = _whole(modules, self, model_type)
+        if paths is None:
+            paths = [*_targets(model, model_type, self), *whole]
+            _all_matched(self, [name for path in paths for name in _names(path, modules[path], model_type)])
+        placed: dict[str, nn.Module] = {}
+        for path in paths:
+            base, sizes = modules[path], [self.at(name) for name in _names(path, modules[path], model_type)]
+            if path in whole:
+                _refuse_tied(model, path, isinstance(base, EMBEDDINGS))
+                placed[path] = module_to_save(base, path)
+            else:
+                placed[path] = self._layer(base, sizes, tied=sites.tied(model))
+        return placed
+
+    def _layer(self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool) -> AdapterLayer:
+        """The layer for `base`; `sizes` has (rank, scale) of each matrix that PEFT knows there."""
+        rank, scale = sizes[0]
+        if isinstance(base, EMBEDDINGS):
+            return EmbeddingLayer(base, rank=rank, scale=scale, tied=tied)
+        if is_block(base):
+            return Experts(base, gate_up=sizes[0], down=sizes[1], dropout=self.dropout)
+        if is_stack(base):
+            return ExpertLayer(base, rank=rank, scale=scale, dropout=self.dropout)
+        return Layer(base, rank=rank, scale=scale, dropout=self.dropout, pissa=self.pissa)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        return {} if self.lora_plus == 1 else dict.fromkeys(_STARTS_AT_ZERO, self.lora_plus)
+
+    def whole_modules(self) -> str | None:
+        return self.modules_to_save
+
+    def as_saved(self) -> Self:
+        """Of PiSSA, plain LoRA of twice the rank and the same scale."""
+        if not self.pissa:
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+
+        def times(text: str, name: str, by: float) -> str:
+            return as_text({key: value * by for key, value in parse(text, name).items()})
+
+        return replace(
+            self,
+            pissa=False,
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern=times(self.rank_pattern, "rank_pattern", 2),
+            alpha_pattern=times(self.alpha_pattern, "alpha_pattern", factor),
+        )
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether a LoRA configuration of PEFT is plain LoRA."""
+        return not fields.get("use_dora")
+
+    def to_peft(self) -> dict[str, Any]:
+        fields = super().to_peft()
+        if self.rank_pattern:
+            fields["rank_pattern"] = {k: int(v) for k, v in parse(self.rank_pattern, "rank_pattern").items()}
+        if self.alpha_pattern:
+            fields["alpha_pattern"] = parse(self.alpha_pattern, "alpha_pattern")
+        if self.modules_to_save:
+            fields["modules_to_save"] = [name.strip() for name in self.modules_to_save.split(",")]
+        return fields
+
+    def peft_extra(
+        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
+    ) -> dict[str, Any]:
+        """What of a mixture of experts PEFT must be told as parameters: the stacked experts, and linear
+        layers whose names it would take for theirs. It has no dropout on parameters and refuses a field."""
+        if not any(is_block(module) or is_stack(module) for module in model.modules()):
+            return {}
+        linear = {path for path, layer in layers.items() if layer.TARGET}
+        taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
+        whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
+        parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
+        # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
+        names_in_peft = [sites.to_hf(path, model_type) for path in sorted(taken)]
+        parameters += [f"{name.replace('.block_sparse_moe.', '.mlp.')}.weight" for name in names_in_peft]
+        if not parameters:
+            return {}
+        names = short_names(linear - taken, model, model_type).values()
+        return {"target_modules": sorted(set(names)), "target_parameters": parameters, "lora_dropout": 0.0}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        own: dict[str, Any] = {
+            name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
+        }
+        whole = fields.get("modules_to_save") or []
+        if not isinstance(whole, list):
+            raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
+        own["modules_to_save"] = ",".join(whole)
+        parameters = fields.get("target_parameters") or []
+        kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
+        if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
+            raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
+        shared = cls.read_peft(fields)
+        if parameters:
+            shared["targets"] = f"{shared['targets']},experts" if fields.get("target_modules") else "experts"
+        return cls(**shared, **own)
+
+
+_STARTS_AT_ZERO = ("lora_b", "gate_up_b", "lora_embedding_a")
 
 
 def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
@@ -194,7 +332,7 @@ def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
     return [f"{name}.{part}" for part in PARTS] if is_block(module) else [name]
 
 
-def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
+def _targets(model: nn.Module, model_type: str, config: LoRA) -> list[str]:
     """Paths of the linear layers, and of the embedding and the stacked experts where they are named."""
     names = [name.strip() for name in re.split(r"[,+]", config.targets)]
     if "experts" in names:
@@ -216,14 +354,14 @@ def _targets(model: nn.Module, model_type: str, config: Config) -> list[str]:
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
-def _all_matched(config: Config, paths: list[str]) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in parse(getattr(config, name), name):
+def _all_matched(config: LoRA, paths: list[str]) -> None:
+    for name, text in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in parse(text, name):
             if not any(fits(key, path) for path in paths):
                 raise ConfigError(f"lora: {name}: {key!r} matches no target")
 
 
-def _whole(modules: dict[str, nn.Module], config: Config, model_type: str) -> list[str]:
+def _whole(modules: dict[str, nn.Module], config: LoRA, model_type: str) -> list[str]:
     names = [name.strip() for name in config.modules_to_save.split(",") if name.strip()]
     # PEFT's rule: a name is the end of a path, and "norm" names every input_layernorm too
     found = {n: [p for p in modules if sites.to_hf(p, model_type).endswith(n)] for n in names}
@@ -246,132 +384,3 @@ def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
             f"modules_to_save: {path} is the output head too in this model, and PyTorch would train only one "
             "of the two. Use LoRA on the embedding: targets=embed_tokens,..."
         )
-
-
-def rates(config: Config) -> dict[str, float]:
-    """How many times faster than the others an attribute learns."""
-    return {} if config.lora_plus == 1 else dict.fromkeys(_FAST, config.lora_plus)
-
-
-_FAST = ("lora_b", "gate_up_b", "lora_embedding_a")  # what starts at zero
-
-
-def as_saved(config: Config) -> Config:
-    """The configuration of what is saved: of PiSSA, plain LoRA of twice the rank and the same scale."""
-    if not config.pissa:
-        return config
-    factor = math.sqrt(2) if config.rslora else 2
-
-    def times(text: str, name: str, by: float) -> str:
-        return as_text({key: value * by for key, value in parse(text, name).items()})
-
-    return replace(
-        config,
-        pissa=False,
-        rank=2 * config.rank,
-        alpha=factor * config.alpha,
-        rank_pattern=times(config.rank_pattern, "rank_pattern", 2),
-        alpha_pattern=times(config.alpha_pattern, "alpha_pattern", factor),
-    )
-
-
-def claims(fields: dict[str, Any]) -> bool:
-    """Whether a LoRA configuration of PEFT is plain LoRA."""
-    return not fields.get("use_dora")
-
-
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    fields = peft_fields(config)
-    if config.rank_pattern:
-        fields["rank_pattern"] = {k: int(v) for k, v in parse(config.rank_pattern, "rank_pattern").items()}
-    if config.alpha_pattern:
-        fields["alpha_pattern"] = parse(config.alpha_pattern, "alpha_pattern")
-    if config.modules_to_save:
-        fields["modules_to_save"] = [name.strip() for name in config.modules_to_save.split(",")]
-    return fields
-
-
-def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """What of a mixture of experts PEFT must be told as parameters: the stacked experts, and linear layers
-    whose names it would take for theirs. It has no dropout on parameters and refuses a field."""
-    if not any(is_block(module) or is_stack(module) for module in model.modules()):
-        return {}
-    linear = {path for path, layer in layers.items() if layer.TARGET}
-    taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
-    whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
-    parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
-    # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
-    places = [sites.to_hf(path, model_type).replace(".block_sparse_moe.", ".mlp.") for path in sorted(taken)]
-    parameters += [f"{place}.weight" for place in places]
-    if not parameters:
-        return {}
-    names = short_names(linear - taken, model, model_type).values()
-    return {"target_modules": sorted(set(names)), "target_parameters": parameters, "lora_dropout": 0.0}
-
-
-def peft_fields(config: Any) -> dict[str, Any]:
-    """What LoRA and DoRA share; only what every PEFT since 0.4 knows, more only where needed."""
-    fields: dict[str, Any] = {
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-    }
-    if config.rslora:
-        fields["use_rslora"] = True
-    return fields
-
-
-# What LoRA and DoRA read of PEFT's configuration, or may leave alone.
-SHARED_FIELDS: Known = {
-    **COMMON,
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora")),
-    "bias": ("none",),
-    # these leave the base alone; pissa, olora, corda, lora_ga and loftq start from what they take out of it
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
-    # settings of such starts, of GPTQ's and Megatron's layers and of moving memory: nothing is left of them
-    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config")),
-    **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size")),
-    # of PEFT 0.3 and the code of LLM-Adapters
-    "merge_weights": None,
-}
-PEFT_FIELDS: Known = {
-    **SHARED_FIELDS,
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")),
-}
-
-
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes; AdapterError names what is not supported."""
-    own: dict[str, Any] = {
-        name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
-    }
-    whole = fields.get("modules_to_save") or []
-    if not isinstance(whole, list):
-        raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
-    own["modules_to_save"] = ",".join(whole)
-    told = fields.get("target_parameters") or []
-    kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
-    if odd := [name for name in told if not re.search(rf"(^|\.){kinds}", name)]:
-        raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
-    shared = read_peft(fields)
-    if told:
-        shared["targets"] = f"{shared['targets']},experts" if fields.get("target_modules") else "experts"
-    return Config(**shared, **own)
-
-
-def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
-    """The values of PEFT's fields that LoRA and DoRA share."""
-    missing = [name for name in ("r", "lora_alpha") if name not in fields]
-    if missing:
-        raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")
-    return {
-        "rank": fields["r"],
-        "alpha": float(fields["lora_alpha"]),
-        "dropout": float(fields.get("lora_dropout") or 0.0),
-        "rslora": bool(fields.get("use_rslora", False)),
-        "targets": peft_targets(fields),
-    }

@@ -1,50 +1,18 @@
-"""LoReFT: the hidden state that leaves a block, edited in a low-rank subspace. Wu et al. 2024,
-https://arxiv.org/abs/2404.03592
-
-    y = h + R^T (W h + b - R h)        R [rank, width] with orthonormal rows, W [rank, width], b [rank]
-
-`h` is what the decoder block returns. The edit stands on every position, of the prompt and of the answer: it
-is then a function of the token's own state, so cached generation and padded batches need nothing else. (The
-paper also tries the first and last few positions of the prompt alone; that is not offered.)
-
-R is trained as a matrix M whose rows are made orthonormal at every use (modified Gram-Schmidt, which is the
-QR decomposition with a positive diagonal); the file holds M, and making R from it again gives the same bits.
-As in the authors' code M starts orthonormal and W as a linear layer does: a fresh adapter is not the base.
-"""
+"""LoReFT's layer and its options."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
-from mlx_adapters.fields import field, parse_fields
-from mlx_adapters.methods.base import AdapterLayer, Dropout, dims, layer_range
+from mlx_adapters.fields import field
+from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, dims, layer_range
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
-
-PEFT_TYPE = "LOREFT"
-IN_PEFT = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method loreft`."""
-
-    rank: int = field(4, "directions of the hidden state that are edited")
-    dropout: float = field(0.0, "dropout on the edit's coordinates while training")
-    layers: str = field("all", "all, last:N or A-B (from 0, ends included)")
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.rank < 1:
-            problems.append(f"loreft: rank={self.rank} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"loreft: dropout={self.dropout} must be at least 0 and below 1")
-        if problems:
-            raise ConfigError("; ".join(problems))
 
 
 def orthonormal(m: mx.array) -> mx.array:
@@ -97,30 +65,78 @@ class Layer(AdapterLayer):
         return h + (edit @ r).astype(h.dtype)
 
 
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """An edit behind each chosen block."""
-    modules = dict(model.named_modules())
-    blocks = dict(_blocks(model, modules))
-    if not blocks:
-        raise UnsupportedError(f"loreft: a {model_type} model has no list of blocks. Use lora or series")
-    if paths is None:
-        keep = layer_range(config.layers, set(range(len(blocks))))
-        paths = [path for number, path in enumerate(blocks) if number in keep]
-    if strange := [path for path in paths if path not in blocks]:
-        raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
-    row = sites.sites(model_type, model)
-    placed: dict[str, nn.Module] = {}
-    for path in paths:
-        width = _width(path, row, modules)
-        if width is None:
-            raise UnsupportedError(
-                f"loreft: no linear layer is known to lead out of {path} of a {model_type} model, "
-                "so the hidden state's size is not either. Use lora or series"
-            )
-        if config.rank > width:
-            raise ConfigError(f"loreft: rank={config.rank} is above the hidden state's size, {width}")
-        placed[path] = Layer(blocks[path], width=width, rank=config.rank, dropout=config.dropout)
-    return placed
+class LoReFT(Method):
+    """LoReFT: the hidden state that leaves a block, edited in a low-rank subspace. Wu et al. 2024,
+    https://arxiv.org/abs/2404.03592
+
+        y = h + R^T (W h + b - R h)        R [rank, width] with orthonormal rows, W [rank, width], b [rank]
+
+    `h` is what the decoder block returns. The edit stands on every position, of the prompt and of the answer:
+    it is then a function of the token's own state, so cached generation and padded batches need nothing else.
+    (The paper also tries the first and last few positions of the prompt alone; that is not offered.)
+
+    R is trained as a matrix M whose rows are made orthonormal at every use (modified Gram-Schmidt, which is
+    the QR decomposition with a positive diagonal); the file holds M, and making R from it again gives the
+    same bits. As in the authors' code M starts orthonormal and W as a linear layer does: a fresh adapter is
+    not the base.
+    """
+
+    NAME = "loreft"
+    TITLE = "LoReFT: the hidden state that leaves a block, edited in a low-rank subspace"
+    AUTHORS = "Wu et al. 2024"
+    PAPER = "https://arxiv.org/abs/2404.03592"
+    PEFT_TYPE = "LOREFT"
+    IN_PEFT = False
+    LAYERS = (Layer,)
+    STANDS_ON = "blocks"
+
+    rank: int = field(4, "directions of the hidden state that are edited")
+    dropout: float = field(0.0, "dropout on the edit's coordinates while training")
+    layers: str = field("all", LAYERS_HELP)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rank < 1:
+            problems.append(f"loreft: rank={self.rank} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"loreft: dropout={self.dropout} must be at least 0 and below 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """An edit behind each chosen block."""
+        modules = dict(model.named_modules())
+        blocks = dict(_blocks(model, modules))
+        if not blocks:
+            raise UnsupportedError(f"loreft: a {model_type} model has no list of blocks. Use lora or series")
+        if paths is None:
+            keep = layer_range(self.layers, set(range(len(blocks))))
+            paths = [path for number, path in enumerate(blocks) if number in keep]
+        if strange := [path for path in paths if path not in blocks]:
+            raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
+        row = sites.sites(model_type, model)
+        placed: dict[str, nn.Module] = {}
+        for path in paths:
+            width = _width(path, row, modules)
+            if width is None:
+                raise UnsupportedError(
+                    f"loreft: no linear layer is known to lead out of {path} of a {model_type} model, "
+                    "so the hidden state's size is not either. Use lora or series"
+                )
+            if self.rank > width:
+                raise ConfigError(f"loreft: rank={self.rank} is above the hidden state's size, {width}")
+            placed[path] = Layer(blocks[path], width=width, rank=self.rank, dropout=self.dropout)
+        return placed
+
+    def to_peft(self) -> dict[str, Any]:
+        """What our folder says of the method: no PEFT release has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls.from_fields({name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
 def _blocks(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -138,17 +154,3 @@ def _width(path: str, row: sites.Sites, modules: dict[str, nn.Module]) -> int | 
     inside = (p for p in modules if p.startswith(path + "."))
     out = next((p for p in inside if any(sites.matches(p, name) for name in outs)), None)
     return dims(modules[out])[1] if out else None
-
-
-def to_peft(config: Config) -> dict[str, Any]:
-    """What our folder says of the method: no PEFT release has it."""
-    return asdict(config)
-
-
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration of a saved folder."""
-    given: dict[str, Any] = {n: fields[n] for n in ("rank", "dropout", "layers") if n in fields}
-    try:
-        return cast(Config, parse_fields(Config, given, where="loreft"))
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None

@@ -9,13 +9,13 @@ from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.methods import ln_tuning
 from mlx_adapters.methods.base import LINEARS, AdapterLayer, OnEmbedding, dims, linear_like, plain_weight
 
-__all__ = ["EMBEDDINGS", "EmbeddingLayer", "Saved", "SavedNorm", "saved"]
+__all__ = ["EMBEDDINGS", "EmbeddingLayer", "ModulesToSave", "NormToSave", "module_to_save"]
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class EmbeddingLayer(OnEmbedding):
-    """`E[ids] + scale * A^T[ids] B^T`: A [rank, words] starts at zero, B [width, rank] at random.
+    """`E[ids] + scale * A^T[ids] B^T`: A [rank, vocabulary] starts at zero, B [width, rank] at random.
 
     A tied output head stays the base's, as in PEFT.
     """
@@ -27,11 +27,11 @@ class EmbeddingLayer(OnEmbedding):
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
         super().__init__()
-        width, words = dims(base)
+        width, vocabulary = dims(base)
         self.base = base
         self.scale = scale
         self.tied = tied
-        self.lora_embedding_a = mx.zeros((rank, words))
+        self.lora_embedding_a = mx.zeros((rank, vocabulary))
         self.lora_embedding_b = mx.random.normal((width, rank))
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -51,26 +51,26 @@ class EmbeddingLayer(OnEmbedding):
         return merged
 
 
-def saved(base: nn.Module, path: str) -> AdapterLayer:
+def module_to_save(base: nn.Module, path: str) -> AdapterLayer:
     """The layer for a module of PEFT's `modules_to_save`; UnsupportedError for one of another kind."""
     if isinstance(base, LINEARS + EMBEDDINGS):
-        return Saved(base)
+        return ModulesToSave(base)
     if "weight" in base and "norm" in type(base).__name__.lower():
-        return SavedNorm(base)
+        return NormToSave(base)
     raise UnsupportedError(
         f"modules_to_save: {path} is a {type(base).__name__}: only linear layers, embeddings and norms are "
         "trained whole"
     )
 
 
-class SavedNorm(ln_tuning.Layer):
+class NormToSave(ln_tuning.Layer):
     """A norm whose own weight (and bias) is trained."""
 
     TENSORS: ClassVar[dict[str, str]] = {"weight": "weight", "bias": "bias"}
     TARGET: ClassVar[bool] = False
 
 
-class Saved(AdapterLayer):
+class ModulesToSave(AdapterLayer):
     """A linear layer or an embedding whose own weight (and bias) is trained."""
 
     TENSORS: ClassVar[dict[str, str]] = {"weight": "weight", "bias": "bias"}

@@ -1,68 +1,33 @@
-"""Prompt tuning: n input embeddings in front of the text. Lester et al. 2021,
-https://arxiv.org/abs/2104.08691
-
-    h = [P_1 .. P_n, E(text)]
-
-The virtual tokens have ids behind the vocabulary, which only the layer here understands: positions, masks,
-caches and batches treat them as tokens. The text stands at position n.
-"""
+"""Prompt tuning's layer and options, and the table of virtual tokens that the other prompt methods share."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, OnEmbedding, dims
+from mlx_adapters.methods.base import AdapterLayer, Method, OnEmbedding, dims
 from mlx_adapters.methods.peft_fields import COMMON, Known
 from mlx_adapters.models import sites
 
-PEFT_TYPE = "PROMPT_TUNING"
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 # sizes of the model, which the table's own shape is compared with
 SHAPE_FIELDS: Known = {
     **COMMON,
     **dict.fromkeys(("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")),
     "num_transformer_submodules": (1,),
 }
-PEFT_FIELDS: Known = {
-    **SHAPE_FIELDS,
-    **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text")),
-    **dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs")),
-}
-AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
-
 INITS = ("vocabulary", "random", "text")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method prompt`."""
-
-    num_virtual_tokens: int = field(20, "how many embeddings are learned")
-    init: str = field(
-        "vocabulary", "vocabulary: of sampled words; text: of init_text's; random: normal(0, 1)"
-    )
-    init_text: str | None = field(None, "the text to start from; repeated or cut to fit")
-    init_ids: str | None = field(None, "its token ids joined by commas; found by the tokenizer")
-
-    def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise ConfigError(f"prompt: num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
-        if self.init not in INITS:
-            raise ConfigError("prompt: " + unknown("init", self.init, INITS))
-        if self.init == "text" and not self.init_text:
-            raise ConfigError("prompt: init=text needs init_text, the text to start from")
-
-
-class Table(AdapterLayer):
-    """A layer whose saved form is one array: `table`, learned as it is, or what `encoded` makes of others
-    until a saved one takes their place.
-
-    `ENCODER` names the attributes that `encoded` reads.
-    """
+class PromptTable(AdapterLayer):
+    """A layer whose saved form is one array: a learned `table`, or the output of an encoder (the attributes
+    that `ENCODER` names) that is replaced by its table on load."""
 
     TENSORS: ClassVar[dict[str, str]] = {"table": "prompt_embeddings"}
     ROOTED: ClassVar[bool] = True
@@ -70,7 +35,7 @@ class Table(AdapterLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slot = _Slot()
+        self.slot = _Cache()
 
     def encoded(self) -> mx.array:
         """The table as the encoder has it now."""
@@ -93,19 +58,19 @@ class Table(AdapterLayer):
     def tensors(self) -> dict[str, mx.array]:
         return {"table": self.table if "table" in self else self.encoded()}
 
-    def fill(self, arrays: dict[str, mx.array]) -> None:
+    def load_weights(self, arrays: dict[str, mx.array]) -> None:
         for name in self.ENCODER:
             self.pop(name, None)
         self.table = arrays["table"]
 
 
-class _Slot:
+class _Cache:
     """Holds an array that follows from the parameters. A plain object: on the module it would be one."""
 
     value: mx.array | None = None
 
 
-class Virtual(Table, OnEmbedding):
+class SoftPrompt(PromptTable, OnEmbedding):
     """Stands where the token embedding stood: ids behind the vocabulary are rows of the table [n, width]."""
 
     def __init__(self, base: nn.Module, count: int, *, divisor: float, table: mx.array | None = None) -> None:
@@ -124,31 +89,13 @@ class Virtual(Table, OnEmbedding):
         return list(range(first, first + self.count))
 
 
-Layer = Virtual
-
-
 def embed(base: nn.Module, table: mx.array, ids: mx.array) -> mx.array:
     """Embeddings [.., width] of ids, in which those behind the vocabulary are rows of `table`."""
-    words = base.weight.shape[0]
-    virtual = ids >= words
+    vocabulary = base.weight.shape[0]
+    virtual = ids >= vocabulary
     text = base(mx.where(virtual, 0, ids))
-    rows = table[mx.clip(ids - words, 0, table.shape[0] - 1)].astype(text.dtype)
+    rows = table[mx.clip(ids - vocabulary, 0, table.shape[0] - 1)].astype(text.dtype)
     return mx.where(virtual[..., None], rows, text)
-
-
-def with_tokenizer(config: Config, tokenizer: Any) -> Config:
-    """The configuration with what the tokenizer makes of `init_text`."""
-    if config.init != "text" or config.init_ids:
-        return config
-    return replace(config, init_ids=",".join(map(str, tokenizer.encode(config.init_text))))
-
-
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """The layer in the place of the token embedding."""
-    path = sites.embedding(model, alone=True)
-    base = dict(model.named_modules())[path]
-    by = divisor(model, model_type, base)
-    return {path: Virtual(base, config.num_virtual_tokens, table=_start(base, config, by), divisor=by)}
 
 
 def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
@@ -156,32 +103,95 @@ def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
     return math.sqrt(dims(base)[0]) if sites.sites(model_type, model).scaled_embedding else 1.0
 
 
-def _start(base: nn.Module, config: Config, by: float) -> mx.array:
+class Prompt(Method):
+    """Prompt tuning: n input embeddings in front of the text. Lester et al. 2021,
+    https://arxiv.org/abs/2104.08691
+
+        h = [P_1 .. P_n, E(text)]
+
+    The virtual tokens have ids behind the vocabulary, which only the layer here understands: positions,
+    masks, caches and batches treat them as tokens. The text stands at position n.
+    """
+
+    NAME = "prompt"
+    TITLE = "Prompt tuning: n input embeddings in front of the text"
+    AUTHORS = "Lester et al. 2021"
+    PAPER = "https://arxiv.org/abs/2104.08691"
+    PEFT_TYPE = "PROMPT_TUNING"
+    PEFT_FIELDS = {
+        **SHAPE_FIELDS,
+        **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text")),
+        **dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs")),
+    }
+    AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
+    LAYERS = (SoftPrompt,)
+    STANDS_ON = "the embedding"
+
+    num_virtual_tokens: int = field(20, "how many embeddings are learned")
+    init: str = field(
+        "vocabulary", "vocabulary: of sampled words; text: of init_text's; random: normal(0, 1)"
+    )
+    init_text: str | None = field(None, "the text to start from; repeated or cut to fit")
+    init_ids: str | None = field(None, "its token ids joined by commas; found by the tokenizer")
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise ConfigError(f"prompt: num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
+        if self.init not in INITS:
+            raise ConfigError("prompt: " + unknown("init", self.init, INITS))
+        if self.init == "text" and not self.init_text:
+            raise ConfigError("prompt: init=text needs init_text, the text to start from")
+
+    def with_tokenizer(self, tokenizer: "TokenizerWrapper") -> Self:
+        """With the token ids of `init_text`."""
+        if self.init != "text" or self.init_ids:
+            return self
+        return replace(self, init_ids=",".join(map(str, tokenizer.encode(self.init_text))))
+
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """The layer in the place of the token embedding."""
+        path = sites.embedding(model, alone=True)
+        base = dict(model.named_modules())[path]
+        by = divisor(model, model_type, base)
+        return {path: SoftPrompt(base, self.num_virtual_tokens, table=_start(base, self, by), divisor=by)}
+
+    def to_peft(self) -> dict[str, Any]:
+        return {"num_virtual_tokens": self.num_virtual_tokens, "prompt_tuning_init": "RANDOM"}
+
+    def peft_extra(
+        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
+    ) -> dict[str, Any]:
+        """The sizes that PEFT wants to know."""
+        return {"token_dim": table_width(layers), **shape_fields(model)}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        """The start is of no use any more."""
+        return cls(num_virtual_tokens=virtual_tokens(fields), init="random")
+
+
+def _start(base: nn.Module, config: Prompt, by: float) -> mx.array:
     n, width = config.num_virtual_tokens, dims(base)[0]
     if config.init == "random":
         return mx.random.normal((n, width))
     if config.init == "vocabulary":
         ids = mx.random.randint(0, base.weight.shape[0], (n,))
     else:
-        given = [int(token) for token in (config.init_ids or "0").split(",")]
-        if wrong := [token for token in given if not 0 <= token < base.weight.shape[0]]:
+        start = [int(token) for token in (config.init_ids or "0").split(",")]
+        if wrong := [token for token in start if not 0 <= token < base.weight.shape[0]]:
             raise ConfigError(
                 f"prompt: init_ids: the model's embedding has rows for 0 to {base.weight.shape[0] - 1}, not "
                 f"for {wrong[0]}. Choose another init_text"
             )
-        ids = mx.array((given * -(-n // len(given)))[:n])
+        ids = mx.array((start * -(-n // len(start)))[:n])
     return base(ids).astype(mx.float32) * by
 
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    return {"num_virtual_tokens": config.num_virtual_tokens, "prompt_tuning_init": "RANDOM"}
-
-
-def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """The sizes PEFT wants to know."""
-    width = next(iter(layers.values())).tensors()["table"].shape[1]
-    return {"token_dim": width, **shape_fields(model)}
+def table_width(layers: dict[str, AdapterLayer]) -> int:
+    """The size of one virtual token of the saved table."""
+    return next(iter(layers.values())).tensors()["table"].shape[1]
 
 
 def shape_fields(model: nn.Module) -> dict[str, Any]:
@@ -200,11 +210,6 @@ def shape_fields(model: nn.Module) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_transformer_submodules": 1,
     }
-
-
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes; the start is of no use any more."""
-    return Config(num_virtual_tokens=virtual_tokens(fields), init="random")
 
 
 def virtual_tokens(fields: dict[str, Any]) -> int:

@@ -1,15 +1,6 @@
-"""P-tuning: n input embeddings, the output of a small network. Liu et al. 2021,
-https://arxiv.org/abs/2103.10385
+"""P-tuning's layer, its encoders and its options."""
 
-    h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
-
-The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP of
-two behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from it is
-the table. A run that resumes from its checkpoint goes on with the encoder.
-"""
-
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,40 +8,11 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
-from mlx_adapters.methods.base import AdapterLayer, Dropout, dims
-from mlx_adapters.methods.peft_fields import Known
+from mlx_adapters.methods.base import AdapterLayer, Method, dims
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
 
-PEFT_TYPE = "P_TUNING"
-PEFT_FIELDS: Known = {
-    **prompt.SHAPE_FIELDS,
-    **dict.fromkeys(("encoder_reparameterization_type", "encoder_hidden_size")),
-    **dict.fromkeys(("encoder_num_layers", "encoder_dropout")),
-}
-AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
-
 ENCODERS = ("MLP", "LSTM")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields of `--method ptuning`."""
-
-    num_virtual_tokens: int = field(20, "how many embeddings are learned")
-    encoder: str = field("MLP", "MLP or LSTM")
-    encoder_hidden_size: int | None = field(None, "width of the encoder [default: the model's]")
-    encoder_layers: int = field(2, "layers of the LSTM; the MLP has three")
-    dropout: float = field(0.0, "dropout between the layers of the LSTM while training")
-
-    def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1 or self.encoder_layers < 1:
-            raise ConfigError("ptuning: num_virtual_tokens and encoder_layers must be at least 1")
-        if self.encoder not in ENCODERS:
-            raise ConfigError("ptuning: " + unknown("encoder", self.encoder, ENCODERS))
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ConfigError(f"ptuning: encoder_hidden_size={self.encoder_hidden_size} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"ptuning: dropout={self.dropout} must be at least 0 and below 1")
 
 
 class MLP(nn.Module):
@@ -84,7 +46,7 @@ class LSTM(nn.Module):
         return self.head[1](nn.relu(self.head[0](x)))
 
 
-class Layer(prompt.Virtual):
+class Layer(prompt.SoftPrompt):
     """Stands where the token embedding stood; ids behind the vocabulary are rows of encoder(seeds)."""
 
     ENCODER: ClassVar[tuple[str, ...]] = ("encoder", "seeds")
@@ -100,45 +62,87 @@ class Layer(prompt.Virtual):
         return self.encoder(self.seeds)
 
 
-def place(model: nn.Module, model_type: str, config: Config, paths: list[str] | None) -> dict[str, nn.Module]:
-    """The layer in the place of the token embedding."""
-    path = sites.embedding(model, alone=True)
-    base = dict(model.named_modules())[path]
-    width = dims(base)[0]
-    hidden = config.encoder_hidden_size or width
-    encoder = (
-        MLP(width, hidden)
-        if config.encoder == "MLP"
-        else LSTM(width, hidden, config.encoder_layers, config.dropout)
-    )
-    by = prompt.divisor(model, model_type, base)
-    return {path: Layer(base, encoder, config.num_virtual_tokens, width, divisor=by)}
+class PTuning(Method):
+    """P-tuning: n input embeddings, the output of a small network. Liu et al. 2021,
+    https://arxiv.org/abs/2103.10385
 
+        h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
 
-def to_peft(config: Config) -> dict[str, Any]:
-    """PEFT's fields for this configuration."""
-    return {
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "encoder_reparameterization_type": config.encoder,
-        "encoder_hidden_size": config.encoder_hidden_size,
-        "encoder_num_layers": config.encoder_layers,
-        "encoder_dropout": config.dropout,
+    The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP
+    of two behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from
+    it is the table. A run that resumes from its checkpoint goes on with the encoder.
+    """
+
+    NAME = "ptuning"
+    TITLE = "P-tuning: n input embeddings, the output of a small network"
+    AUTHORS = "Liu et al. 2021"
+    PAPER = "https://arxiv.org/abs/2103.10385"
+    PEFT_TYPE = "P_TUNING"
+    PEFT_FIELDS = {
+        **prompt.SHAPE_FIELDS,
+        **dict.fromkeys(("encoder_reparameterization_type", "encoder_hidden_size")),
+        **dict.fromkeys(("encoder_num_layers", "encoder_dropout")),
     }
+    AUTO_MODEL = False  # transformers' load_adapter refuses prompt learning; PeftModel opens it
+    LAYERS = (Layer,)
+    STANDS_ON = "the embedding"
 
+    num_virtual_tokens: int = field(20, "how many embeddings are learned")
+    encoder: str = field("MLP", "MLP or LSTM")
+    encoder_hidden_size: int | None = field(None, "width of the encoder [default: the model's]")
+    encoder_layers: int = field(2, "layers of the LSTM; the MLP has three")
+    dropout: float = field(0.0, "dropout between the layers of the LSTM while training")
 
-def peft_extra(layers: dict[str, AdapterLayer], model: nn.Module, model_type: str) -> dict[str, Any]:
-    """The sizes PEFT wants to know."""
-    fields = prompt.peft_extra(layers, model, model_type)
-    layer = next(iter(layers.values()))
-    return fields | ({"encoder_hidden_size": fields["token_dim"]} if "table" in layer else {})
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1 or self.encoder_layers < 1:
+            raise ConfigError("ptuning: num_virtual_tokens and encoder_layers must be at least 1")
+        if self.encoder not in ENCODERS:
+            raise ConfigError("ptuning: " + unknown("encoder", self.encoder, ENCODERS))
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ConfigError(f"ptuning: encoder_hidden_size={self.encoder_hidden_size} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"ptuning: dropout={self.dropout} must be at least 0 and below 1")
 
+    def place(
+        self, model: nn.Module, model_type: str, paths: list[str] | None = None
+    ) -> dict[str, nn.Module]:
+        """The layer in the place of the token embedding."""
+        path = sites.embedding(model, alone=True)
+        base = dict(model.named_modules())[path]
+        width = dims(base)[0]
+        hidden = self.encoder_hidden_size or width
+        encoder = (
+            MLP(width, hidden)
+            if self.encoder == "MLP"
+            else LSTM(width, hidden, self.encoder_layers, self.dropout)
+        )
+        by = prompt.divisor(model, model_type, base)
+        return {path: Layer(base, encoder, self.num_virtual_tokens, width, divisor=by)}
 
-def from_peft(fields: dict[str, Any]) -> Config:
-    """The configuration a PEFT `adapter_config.json` describes."""
-    return Config(
-        num_virtual_tokens=prompt.virtual_tokens(fields),
-        encoder=fields.get("encoder_reparameterization_type") or "MLP",
-        encoder_hidden_size=fields.get("encoder_hidden_size"),
-        encoder_layers=fields.get("encoder_num_layers") or 2,
-        dropout=float(fields.get("encoder_dropout") or 0.0),
-    )
+    def to_peft(self) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "encoder_reparameterization_type": self.encoder,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "encoder_num_layers": self.encoder_layers,
+            "encoder_dropout": self.dropout,
+        }
+
+    def peft_extra(
+        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
+    ) -> dict[str, Any]:
+        """The sizes that PEFT wants to know; a loaded table has no encoder, whose width is made up."""
+        width = prompt.table_width(layers)
+        loaded = "table" in next(iter(layers.values()))
+        hidden = {"encoder_hidden_size": width} if loaded else {}
+        return {"token_dim": width, **prompt.shape_fields(model), **hidden}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> Self:
+        return cls(
+            num_virtual_tokens=prompt.virtual_tokens(fields),
+            encoder=fields.get("encoder_reparameterization_type") or "MLP",
+            encoder_hidden_size=fields.get("encoder_hidden_size"),
+            encoder_layers=fields.get("encoder_num_layers") or 2,
+            dropout=float(fields.get("encoder_dropout") or 0.0),
+        )

@@ -8,7 +8,6 @@ method, a model file or a version of mlx-lm that came later.
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +22,7 @@ from mlx_adapters.errors import AdaptersError
 from mlx_adapters.generate.decode import generate_ids
 from mlx_adapters.generate.likelihood import loglikelihoods
 from mlx_adapters.methods.base import LINEARS
+from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
 from mlx_adapters.models.samples import IDS, architectures, file_of, sample, sample_config
 from mlx_adapters.train.config import TrainConfig
@@ -77,10 +77,10 @@ def _plain(error: Exception) -> str:
 
 def attached(model_type: str, method: str) -> nn.Module:
     """A tiny `model_type` that carries a fresh adapter of `method` with its default fields."""
-    network, base = sample(model_type), sample_config(model_type)
+    network = sample(model_type)
     with tempfile.TemporaryDirectory() as folder:
-        config = methods.make_config(method, _fields(method, model_type, base, Path(folder)))
-        adapter.attach(network, method, config, base=base)
+        config = methods.find(method).trial(lambda: _trained(model_type, Path(folder)))
+        adapter.attach(network, config, model_type=sample_config(model_type)["model_type"])
     return network
 
 
@@ -103,13 +103,15 @@ def targets(model_type: str) -> dict[str, list[str]]:
     return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "parallel", "ia3")}
 
 
-def _fields(method: str, model_type: str, base: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields that a method cannot do without, if it has any."""
-    module = methods.get(method)
-    if not hasattr(module, "trial_fields"):
-        return {}
-    fields: dict[str, Any] = module.trial_fields(lambda: sample(model_type), base, folder)
-    return fields
+def _trained(model_type: str, folder: Path) -> list[Path]:
+    """Folders of two LoRA adapters of random weights, for a method that is made of others."""
+    folders = {folder / f"rank-{rank}": rank for rank in (2, 3)}
+    for member, rank in folders.items():
+        network = sample(model_type)
+        adapter.attach(network, LoRA(rank=rank), model_type=sample_config(model_type)["model_type"])
+        _change(network)
+        adapter.save(network, member)
+    return list(folders)
 
 
 def _change(network: nn.Module) -> None:

@@ -113,10 +113,11 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _trained(
     study: Study, cell: Cell, folder: Path, train: Train, warn: Callable[[str], None]
 ) -> dict[str, Any]:
+    from mlx_adapters import methods
     from mlx_adapters.data import wordproblems
     from mlx_adapters.data.sources import Rows, load_rows
     from mlx_adapters.models import load as model
-    from mlx_adapters.train.session import excluded_hashes, prepare
+    from mlx_adapters.train.trainer import Trainer
 
     file, adapter = folder / "trained.json", folder / "adapter"
     if file.exists():
@@ -128,17 +129,17 @@ def _trained(
     else:
         rows = load_rows(settings.data)
     excluded = [Path(part.strip()) for part in (settings.exclude or "").split(",") if part.strip()]
-    session = prepare(
+    session = Trainer(
         model.load(study.model),
         rows,
-        method=cell.method,
-        fields=cell.fields,
-        config=cell.train,
+        methods.make(cell.method, cell.fields),
         output=adapter,
-        exclude=excluded_hashes(excluded),
+        exclude=excluded,
         resume=adapter.exists(),
-        warn=warn,
+        **vars(cell.train),
     )
+    for note in session.notes:
+        warn(note)
     seconds = train(session)
     facts = {
         "trainable": session.trainable,
@@ -221,6 +222,6 @@ def parameters(study: Study) -> dict[str, int]:
     found = {}
     for cell in study.cells:
         empty = network(arguments.from_dict(config))  # its arrays are never computed
-        adapter.attach(empty, cell.method, methods.make_config(cell.method, cell.fields), base=config)
+        adapter.attach(empty, methods.make(cell.method, cell.fields), model_type=config["model_type"])
         found[cell.id] = adapter.count(empty)[0]
     return found

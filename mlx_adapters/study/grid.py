@@ -182,7 +182,7 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
     for (place, fields), size, rate, seed in product(places.items(), values or [None], rates, seeds):
         given = fixed | _mapping(fields, f"{where}: placement {place!r}") | (dict([size]) if size else {})
         try:
-            made = asdict(methods.make_config(method, _computed(method, given)))
+            made = asdict(methods.make(method, _computed(method, given)))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         rate_of_cell = {"lr": rate} if rate is not None else {}
@@ -203,7 +203,7 @@ def _computed(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The fields, with each number that is written as a multiple of another one ("2*rank") computed."""
     from mlx_adapters import methods
 
-    kind = methods.config_class(method)
+    kind = methods.find(method)
     hints, known = typing.get_type_hints(kind), {one.name: one.default for one in dataclasses.fields(kind)}
     found = dict(given)
     for name, value in given.items():

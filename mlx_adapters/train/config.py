@@ -1,7 +1,7 @@
 """The settings of a training run: flags, YAML's keys and the saved record are these fields."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
@@ -79,6 +79,12 @@ class TrainConfig:
             problems.append(unknown("value of loss-on", self.loss_on, LOSS_ON))
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def shared(self, processes: int) -> "TrainConfig":
+        """The settings of one of the processes that share every batch: its part of the rows."""
+        if self.batch_size % processes:
+            raise ConfigError(f"batch_size={self.batch_size} must be a multiple of processes={processes}")
+        return replace(self, batch_size=self.batch_size // processes)
 
 
 _LEAST = {

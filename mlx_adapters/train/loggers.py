@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
 from mlx_adapters.train import metrics
-from mlx_adapters.train.loop import Step
+from mlx_adapters.train.progress import Step
 
 __all__ = ["LOGGERS", "JsonLines", "Logger", "open_loggers"]
 

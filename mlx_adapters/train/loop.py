@@ -1,10 +1,10 @@
 """The training loop: it yields one `Step` after each update; the caller logs, saves and stops."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,32 @@ import mlx.nn as nn
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
-from mlx_adapters.data.batches import MULTIPLE, Batch, batch, batches, rows_at_once
+from mlx_adapters.data.batches import MULTIPLE, Batch, batches, make_batch, rows_per_pass
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.models.limits import check_ids, check_length, positions
 from mlx_adapters.train import checkpoint
+from mlx_adapters.train import compile as compilation
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.gradient import Gradient, compiling
 from mlx_adapters.train.length import epoch_groups, total_steps, warmup_steps
-from mlx_adapters.train.loss import Head, Targets, loss_sum, split_head, targets
+from mlx_adapters.train.loss import Head, loss_sum, split_head
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
-from mlx_adapters.train.packing import Packing
-from mlx_adapters.train.recompute import recompute_blocks
-from mlx_adapters.train.shared_prefix import can_share
-from mlx_adapters.train.update import Update
+from mlx_adapters.train.packing import packing
+from mlx_adapters.train.progress import INTERRUPTED, RECENT, Progress, Step, StepOutcome
+from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.shared_prefix import can_share, share_prefix
+from mlx_adapters.train.step import (
+    GradientFn,
+    StepGradientFn,
+    accumulate,
+    make_update,
+    train_step,
+    value_and_grad,
+)
 
-__all__ = ["CHECKPOINTS", "Progress", "Run", "Step", "validate"]
+__all__ = ["CHECKPOINTS", "Run", "gradient_fn", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -40,50 +48,6 @@ _FIXED = (
     *("clip", "on_bad_step", "spike", "neftune"),
 )
 CHECKPOINTS = "checkpoints"  # below a run's folder
-_RECENT = 20  # steps whose mean a spike is measured against
-_PATIENCE = 10  # bad steps one after the other that end a run in any case
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step. `loss` is the mean over its supervised tokens; `tokens` counts what is not
-    padding, `tokens_per_second` from them; `memory` is the peak so far in bytes. A `skipped` step had a bad
-    loss and changed nothing. After a `last` one nothing comes, for a reason if it is not the end."""
-
-    step: int
-    total: int
-    epoch: float
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    memory: int
-    validation_loss: float | None = None
-    skipped: bool = False
-    stopped: str | None = None
-
-
-@dataclass
-class Progress:
-    """What a run remembers besides arrays: the best validation and how many were worse since, the losses of
-    the last steps, how many bad ones came in a row, and how many BLAS threads: it decides the last bits."""
-
-    best_loss: float | None = None
-    best_step: int = 0
-    worse: int = 0
-    recent: list[float] = field(default_factory=list)
-    bad: int = 0
-    threads: int = 0
-
-    def measured(self, step: int, loss: float) -> bool:
-        """Note a validation; True where it is the best so far."""
-        if self.best_loss is not None and not loss < self.best_loss:
-            self.worse += 1
-            return False
-        self.best_loss, self.best_step, self.worse = loss, step, 0
-        return True
 
 
 def validate(
@@ -104,12 +68,34 @@ def validate(
     share = (processes.rank, processes.size)
     batch_size *= processes.size
     options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
-    for given in batches(examples, batch_size=batch_size, **options):
-        value = loss_sum(model, targets(given), head=head, gradient=False)
+    for batch in batches(examples, batch_size=batch_size, **options):
+        value = loss_sum(model, batch, head=head, gradient=False)
         total += float(processes.sums([value], {})[0][0])
-        count += given.targets
+        count += batch.supervised
     model.train(was_training)
     return total / max(1, count)
+
+
+def gradient_fn(
+    model: nn.Module,
+    *,
+    head: Head | None,
+    pack: Callable[[GradientFn], GradientFn] | None = None,
+    recompute: Callable[[GradientFn], GradientFn] | None = None,
+    compiled: bool = False,
+    share: bool = False,
+) -> StepGradientFn:
+    """The gradient of a step: the plain one, wrapped in what makes it cheaper."""
+    gradient = value_and_grad(model, head)
+    if pack:
+        gradient = pack(gradient)
+    if recompute:
+        gradient = recompute(gradient)
+    if compiled:
+        compilation.prepare(model)
+        gradient = compilation.Compiled(gradient)
+    step_gradient = accumulate(gradient)
+    return share_prefix(step_gradient, model, head, compiled=compiled) if share else step_gradient
 
 
 class Run:
@@ -117,9 +103,9 @@ class Run:
 
     `model` has frozen base weights; what `trainable_parameters()` returns is trained. With a `folder`,
     checkpoints go to `folder/checkpoints` every `config.save_every` steps, and `save()` writes one now.
-    `identity` is what else a resumed run must share: the method and its fields, say. `rates` are factors on
-    the learning rate of the trained arrays whose last name is the key. `processes` share every batch: each
-    computes `config.batch_size` rows of it.
+    `identity` is what else a resumed run must share, such as the method and its fields. `rates` are learning
+    rate multipliers, by the last name of the trained arrays. `processes` share every batch: each computes
+    `config.batch_size` rows of it.
     """
 
     def __init__(
@@ -148,21 +134,18 @@ class Run:
         self.total = total_steps(examples, config, self.processes.size)
         self.warmup = warmup_steps(config, self.total)
         model.eval()
-        self._packing = Packing(model) if config.packing else None
+        self.pack = packing(model) if config.packing else None
         if config.neftune:
             add_noise(model, config.neftune)
-        if config.gradient_checkpointing:
-            recompute_blocks(model)
+        self.recompute = Recompute(model) if config.gradient_checkpointing else None
         trained, kinds = model.trainable_parameters(), kinds_of(model)
         self.optimizer = make_optimizer(config, self.total, trained, rates, kinds)
         self.step = 0
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
-        self._apply = Update(model, self.optimizer, clip=config.clip, compiled=self.compiles)
-        self._head: Head | None = None
         self._start = checkpoint.digest(model)
-        self._gradient = Gradient(model, packing=self._packing)
         self._stop = self._stopping = False
+        self.checkpoint: Path | None = None  # that of the last step, where one was written
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -205,7 +188,7 @@ class Run:
         return bool(self.processes.from_first(mx.array([float(found)])).item())
 
     def resume(self, warn: Callable[[str], None] = lambda message: None) -> int:
-        """Go on from the newest checkpoint; returns its step. Raises TrainingError when there is none."""
+        """Continue from the newest checkpoint; returns its step. Raises TrainingError when there is none."""
         if self.folder is None:
             raise TrainingError("a run without a folder has nothing to resume from")
         if self.processes.writes:  # the other machines may not have the folder
@@ -226,30 +209,56 @@ class Run:
         self.processes.agree(repr(self.settings), "settings or data")
         self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
-        self.model.eval()  # with dropout on, the probe would find no head that agrees
-        self._head = split_head(self.model)
-        shares = not self.config.neftune and not self.config.packing and can_share(self.model)
-        self._gradient = Gradient(self.model, packing=self._packing, compiled=self.compiles, shares=shares)
-        self.model.train()
+        take = self._prepared()
         device.prepare_memory()
-        for epoch, window in self._windows():
-            if self._out_of_patience:
-                break
-            self.progress.threads = threads.keep_up(self.progress.threads)
-            step = self._step(epoch, window)
-            record(step)
-            if self.step == self.total or self._out_of_patience or self.step % self.config.save_every == 0:
-                self._save()
-            yield step
-        self.model.eval()
+        try:
+            for epoch, step_batches in self.step_batches():
+                if self._out_of_patience:
+                    break
+                self.progress.threads = threads.keep_up(self.progress.threads)
+                self.checkpoint = None
+                step = self._step(epoch, step_batches, take)
+                record(step)
+                last = self.step == self.total or self._out_of_patience
+                if last or self.step % self.config.save_every == 0:
+                    self._save()
+                yield step
+        finally:
+            self.model.eval()
 
-    def _step(self, epoch: float, window: list[Batch]) -> Step:
+    def _prepared(self) -> Callable[..., StepOutcome]:
+        """`train_step` for this model, optimizer and settings."""
+        model, config = self.model, self.config
+        model.eval()  # with dropout on, the probe would find no head that agrees
+        share = not config.neftune and not config.packing and can_share(model)
+        gradient = gradient_fn(
+            model,
+            head=split_head(model),
+            pack=self.pack,
+            recompute=self.recompute,
+            compiled=self.compiles,
+            share=share,
+        )
+        update = make_update(self.optimizer, config.clip)
+        if self.compiles:
+            update = mx.compile(update)
+        model.train()
+        return partial(train_step, model, self.optimizer, gradient, update, processes=self.processes)
+
+    def _step(self, epoch: float, batches: list[Batch], take: Callable[..., StepOutcome]) -> Step:
         started = time.perf_counter()
-        with compiling():
-            loss, norm, rate, good = self._update(window)
+        # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
+        mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
+        rate = self._rate(mx.array(self.step))
+        mx.async_eval(rate)
+        with compilation.compiling():
+            done = take(batches, max_loss=self.progress.max_loss(self.config), stop=self._stop)
+        if self.processes.size > 1:  # a signal reaches them at different steps: all have to have heard of it
+            self._stopping = done.stopped
+        self.progress.judge(self.step + 1, done, self.config)
         self.step += 1
         seconds = time.perf_counter() - started
-        tokens = sum(batch.tokens for batch in window)
+        tokens = sum(batch.tokens for batch in batches)
         last = self.step == self.total
         validation = None
         if self.validation and (last or self.step % self.config.validate_every == 0):
@@ -258,20 +267,20 @@ class Run:
         if not last and self._out_of_patience:
             reason = f"no better validation than step {self.progress.best_step}'s"
         elif not last and (self._stopping or (self._stop and self.processes.size == 1)):
-            reason = "interrupted"
+            reason = INTERRUPTED
         return Step(
             step=self.step,
             total=self.total,
             epoch=epoch,
-            loss=loss,
-            lr=rate,
-            grad_norm=norm,
+            loss=done.loss,
+            lr=float(rate),
+            grad_norm=done.grad_norm,
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             memory=device.peak_memory(),
             validation_loss=validation,
-            skipped=not good,
+            skipped=not done.good,
             stopped=reason,
         )
 
@@ -289,13 +298,18 @@ class Run:
         return loss
 
     @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop
+
+    @property
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.progress.worse >= self.config.patience
 
     def _save(self, *, best: bool = False) -> Path | None:
         if self.folder is None or not self.processes.writes:
             return None
-        return checkpoint.save(
+        self.checkpoint = checkpoint.save(
             self.folder,
             self.model,
             self.optimizer,
@@ -305,6 +319,7 @@ class Run:
             keep=self.config.keep,
             best=best,
         )
+        return self.checkpoint
 
     def _share(self) -> None:
         """The state of the first process becomes everyone's."""
@@ -312,9 +327,9 @@ class Run:
             return
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
         own, best = self.progress, self.progress.best_loss
-        recent = own.recent[-_RECENT:]
+        recent = own.recent[-RECENT:]
         numbers = [self.step, best is not None, best or 0.0, own.best_step, own.worse, own.bad, own.threads]
-        numbers += [len(recent), *recent, *[0.0] * (_RECENT - len(recent))]
+        numbers += [len(recent), *recent, *[0.0] * (RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
@@ -322,7 +337,7 @@ class Run:
         self.step, best_step, worse, bad, count, length = map(int, [step, *rest[:5]])
         self.progress = Progress(best if known else None, best_step, worse, rest[5 : 5 + length], bad, count)
 
-    def _windows(self) -> Iterator[tuple[float, list[Batch]]]:
+    def step_batches(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
         position, epoch, size = 0, 0, self.config.accumulation
         options: dict[str, Any] = {"pad_id": self.pad_id, "multiple": self._multiple}
@@ -335,71 +350,28 @@ class Run:
                     return
                 if position <= self.step:
                     continue
-                window = [
-                    batch(self.examples, part, **options)
+                step = [
+                    make_batch([[self.examples[i] for i in row] for row in rows], **options)
                     for group in order[first : first + size]
-                    for part in self._parts(group)
+                    for rows in self._passes(group)
                 ]
-                yield epoch + min(1.0, (first + size) / len(order)), window
+                yield epoch + min(1.0, (first + size) / len(order)), step
             epoch += 1
 
     def _order(self, epoch: int) -> list[list[list[int]]]:
         return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
-    def _parts(self, group: list[list[int]]) -> list[list[list[int]]]:
+    def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
         fewer rows take less memory and stay nearer. A GPU wants all rows together."""
         if not device.on_cpu():
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
-        rows = rows_at_once(len(group), longest, self.processes.size)
+        rows = rows_per_pass(len(group), longest, self.processes.size)
         return [group[first : first + rows] for first in range(0, len(group), rows)]
-
-    def _update(self, window: list[Batch]) -> tuple[float, float, float, bool]:
-        """(loss, norm of the gradient, rate, whether the step was taken); the device is asked once."""
-        # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
-        mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
-        count = max(1, sum(batch.targets for batch in window))
-        loss, grads = self._gradient(self._loss, window)
-        mx.async_eval(loss, grads)  # apart from the update: its order of evaluation needs more memory
-        (loss, stops), grads = self.processes.sums([loss, mx.array(float(self._stop))], grads)
-        mean, norm, good = self._apply(grads, loss, count, self._most())
-        rate = self._rate(mx.array(self.step))
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, mean, norm, good, rate, stops)
-        if self.processes.size > 1:  # a signal reaches them at different steps: all have to have heard of it
-            self._stopping = float(stops) > 0
-        self._judge(float(mean), float(norm), bool(good))
-        return float(mean), float(norm), float(rate), bool(good)
-
-    def _most(self) -> float:
-        """The largest loss that is no spike."""
-        recent = self.progress.recent
-        if not self.config.spike or len(recent) < _RECENT:
-            return math.inf
-        return self.config.spike * sum(recent) / len(recent)
-
-    def _judge(self, loss: float, norm: float, good: bool) -> None:
-        """Note the outcome of a step; TrainingError where it has to end the run."""
-        if good:
-            self.progress.recent = [*self.progress.recent, loss][-_RECENT:]
-            self.progress.bad = 0
-            return
-        self.progress.bad += 1
-        if self.config.on_bad_step == "skip" and self.progress.bad < _PATIENCE:
-            return
-        often = f" ({self.progress.bad} bad steps in a row)" if self.progress.bad > 1 else ""
-        raise TrainingError(
-            f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}{often}. The checkpoint "
-            "before is kept: lower --lr, look for odd rows in the data, or go on with --on-bad-step skip"
-        )
-
-    def _loss(self, given: Targets, cache: list[Any] | None) -> mx.array:
-        if self._packing:
-            cache = self._packing.caches()
-        return loss_sum(self.model, given, head=self._head, cache=cache)
 
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.start}:{example.ids}" for example in examples)
+    text = ";".join(f"{example.loss_start}:{example.ids}" for example in examples)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,16 +1,16 @@
-"""Cross entropy over the supervised targets, with logits computed only where one is predicted.
+"""Cross entropy of the labels, with logits computed only where one is predicted.
 
 The base is frozen, so nothing needs the logits of the other positions. The hidden states are picked before
 the output head wherever the model is `head(backbone(ids))`; that is found out by comparing the two on a
 short input, so a model with a twist in its head (soft-capping, a scale) takes the plain way.
 
 Where the head is a frozen linear layer, the gradient with respect to the hidden state is formed with the
-loss, one part of the vocabulary after the other: nothing of the size tokens x vocabulary is ever there.
+loss, one chunk of the vocabulary after the other: nothing of the size tokens x vocabulary is ever there.
 
     p = softmax(h W^T),  loss = sum_i w_i (-log p_i[y_i]),  d loss / d h_i = w_i (p_i W - W[y_i])
 
-As in attention over the words (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867): the sums of e^l
-and of e^l W go on from part to part, scaled down where a larger logit l comes.
+As in an online softmax (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867): the sums of e^l and of
+e^l W are carried from chunk to chunk, and scaled down where a larger logit l comes.
 """
 
 import math
@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import apart, call_model
@@ -28,7 +27,7 @@ from mlx_adapters.cpu import exponential
 from mlx_adapters.cpu.quantized import dequantize
 from mlx_adapters.data.batches import Batch
 
-__all__ = ["Head", "Targets", "loss_sum", "split_head", "targets"]
+__all__ = ["Head", "loss_sum", "split_head"]
 
 # Names of head twists: with small logits they hide below the comparison's tolerance.
 _TWISTS = (
@@ -38,11 +37,10 @@ _TWISTS = (
     "logits_scaling",
     "output_multiplier",
 )
-_MULTIPLE = 64
-# Logits of a part of the vocabulary. On a CPU a few arrays of so many stay in the cache; a GPU wants products
-# that are larger.
+# Logits of a chunk of the vocabulary. On a CPU a few arrays of so many stay in the cache; a GPU wants larger
+# products.
 _LOGITS = {"cpu": 1 << 21, "gpu": 1 << 24}
-_WORDS = 1024  # a part has a multiple of so many words
+_CHUNK = 1024  # the tokens of a chunk are a multiple of it
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -66,30 +64,6 @@ class Head:
     def frozen(self) -> bool:
         """Whether the layer is a plain one that nothing trains: then its gradient has a closed form."""
         return isinstance(self.layer, _LINEAR + _EMBEDDING) and not self.layer.trainable_parameters()
-
-
-@dataclass(frozen=True)
-class Targets:
-    """A batch on the device: `ids` [rows, time], and per supervised target its flat position in
-    `ids[:, :-1]`, the token `wanted` there, and a `weight` (0 for the padding to a round number)."""
-
-    ids: mx.array
-    positions: mx.array
-    wanted: mx.array
-    weight: mx.array
-
-
-def targets(batch: Batch) -> Targets:
-    """Move a batch to the device. Their number is padded to a multiple: fewer shapes, fewer allocations."""
-    rows, columns = np.nonzero(batch.mask)
-    count = len(rows)
-    padded = max(_MULTIPLE, -(-count // _MULTIPLE) * _MULTIPLE)
-    positions, wanted = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
-    positions[:count] = rows * (batch.ids.shape[1] - 1) + columns - 1
-    wanted[:count] = batch.ids[rows, columns]
-    weight = np.zeros(padded, np.float32)
-    weight[:count] = batch.mask[rows, columns]
-    return Targets(mx.array(batch.ids), mx.array(positions), mx.array(wanted), mx.array(weight))
 
 
 def split_head(model: nn.Module) -> Head | None:
@@ -119,15 +93,20 @@ def split_head(model: nn.Module) -> Head | None:
 
 def loss_sum(
     model: nn.Module,
-    batch: Targets,
+    batch: Batch,
     *,
     head: Head | None,
     gradient: bool = True,
     cache: list[Any] | None = None,
 ) -> mx.array:
-    """Summed cross entropy (natural logarithm, float32) of the batch's targets; 0 where it has none.
+    """Summed cross entropy of the labels of `batch`, a float32 scalar in nats; 0 where it has none.
 
-    Without `gradient` the value alone is computed, in less time. `cache` is what the model is called with.
+    Args:
+        model: the model, with its adapter.
+        batch: its `tokens` and `supervised` are not used.
+        head: what `split_head` found; with None all logits are computed.
+        gradient: whether a gradient will be asked for; without one the value takes less time.
+        cache: a cache for each layer, to call the model with.
     """
     inputs = batch.ids[:, :-1]
     if head is None:
@@ -138,11 +117,11 @@ def loss_sum(
     if not head.frozen:
         return _cross_entropy(head.project(hidden), batch)
     if not gradient:
-        return _by_words(hidden, batch, head.layer, gradient=False)[0]
+        return _chunked_cross_entropy(hidden, batch, head.layer, gradient=False)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return _by_words(hidden, batch, head.layer, gradient=True)
+        return _chunked_cross_entropy(hidden, batch, head.layer, gradient=True)
 
     @fused.vjp
     def pull(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -153,58 +132,60 @@ def loss_sum(
     return value
 
 
-def _cross_entropy(logits: mx.array, batch: Targets) -> mx.array:
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch.wanted)
-    return (losses * batch.weight).sum()
+def _cross_entropy(logits: mx.array, batch: Batch) -> mx.array:
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch.labels)
+    return (losses * batch.weights).sum()
 
 
-def _by_words(
-    hidden: mx.array, batch: Targets, layer: nn.Module, *, gradient: bool
+def _chunked_cross_entropy(
+    hidden: mx.array, batch: Batch, layer: nn.Module, *, gradient: bool
 ) -> tuple[mx.array, mx.array]:
-    """(loss, its gradient with respect to `hidden`), one part of the vocabulary after the other."""
+    """(loss, its gradient with respect to `hidden`), one chunk of the vocabulary after the other."""
     count, vocabulary = hidden.shape[0], layer.weight.shape[0]
     kind = "cpu" if device.on_cpu() else "gpu"
-    words = max(1, _LOGITS[kind] // (max(1, count) * _WORDS)) * _WORDS
-    most = mx.full((count, 1), -math.inf)
-    chosen, z = mx.zeros((count,)), mx.zeros((count, 1))
-    expected = mx.zeros(hidden.shape)
+    size = max(1, _LOGITS[kind] // (max(1, count) * _CHUNK)) * _CHUNK
+    largest = mx.full((count, 1), -math.inf)
+    label_logits, z = mx.zeros((count,)), mx.zeros((count, 1))
+    weighted_rows = mx.zeros(hidden.shape)  # the sum of e^l W
     done = z
-    for first in range(0, vocabulary, words):
-        # the dependency makes a part wait for the one before: else the logits of all are alive together
+    for first in range(0, vocabulary, size):
+        # the dependency makes a chunk wait for the one before: else the logits of all are alive together
         states = mx.depends([hidden], [done])[0]
-        part = _Words(layer, slice(first, first + words), after=states)
-        logits = part.logits(states).astype(mx.float32)
-        place = batch.wanted - first
-        inside = (place >= 0) & (place < logits.shape[1])
-        place = mx.clip(place, 0, logits.shape[1] - 1)
-        chosen = chosen + mx.where(inside, mx.take_along_axis(logits, place[:, None], axis=-1)[:, 0], 0.0)
-        before, most = most, mx.maximum(most, logits.max(axis=-1, keepdims=True))
-        p = exponential.shifted_exp(logits, most) if kind == "cpu" else mx.exp(logits - most)
-        less = mx.exp(before - most)
-        done = z = z * less + p.sum(axis=-1, keepdims=True)
+        chunk = _VocabChunk(layer, slice(first, first + size), after=states)
+        logits = chunk.logits(states).astype(mx.float32)
+        index = batch.labels - first
+        inside = (index >= 0) & (index < logits.shape[1])
+        index = mx.clip(index, 0, logits.shape[1] - 1)
+        label_logits = label_logits + mx.where(
+            inside, mx.take_along_axis(logits, index[:, None], axis=-1)[:, 0], 0.0
+        )
+        before, largest = largest, mx.maximum(largest, logits.max(axis=-1, keepdims=True))
+        p = exponential.shifted_exp(logits, largest) if kind == "cpu" else mx.exp(logits - largest)
+        scale = mx.exp(before - largest)
+        done = z = z * scale + p.sum(axis=-1, keepdims=True)
         if gradient:
-            done = expected = expected * less + part.times(p)
-    loss = (((most + mx.log(z))[:, 0] - chosen) * batch.weight).sum()
+            done = weighted_rows = weighted_rows * scale + chunk.times(p)
+    loss = (((largest + mx.log(z))[:, 0] - label_logits) * batch.weights).sum()
     if not gradient:
         return loss, mx.zeros_like(hidden)
-    return loss, (expected / z - _rows(layer, batch.wanted)) * batch.weight[:, None]
+    return loss, (weighted_rows / z - _rows(layer, batch.labels)) * batch.weights[:, None]
 
 
-class _Words:
+class _VocabChunk:
     """Products with some rows of the weight W [vocabulary, width] of a head that does not train.
 
     On a CPU a quantized W is written out; Metal has kernels for the packed one.
     """
 
-    def __init__(self, layer: nn.Module, part: slice, *, after: mx.array) -> None:
-        self.bias: mx.array | None = layer.bias[part] if "bias" in layer else None
+    def __init__(self, layer: nn.Module, rows: slice, *, after: mx.array) -> None:
+        self.bias: mx.array | None = layer.bias[rows] if "bias" in layer else None
         self.packed: nn.Module | None = None
         if not isinstance(layer, _PACKED):
-            self.weight = layer.weight[part]
+            self.weight = layer.weight[rows]
         elif device.on_cpu():
-            self.weight = dequantize(_packed_rows(layer, part), after=after)
+            self.weight = dequantize(_packed_rows(layer, rows), after=after)
         else:
-            self.packed = _packed_rows(layer, part)
+            self.packed = _packed_rows(layer, rows)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """h W^T + bias."""
@@ -242,11 +223,11 @@ def _packed_rows(layer: nn.Module, rows: slice | mx.array) -> nn.Module:
     return some
 
 
-def _rows(layer: nn.Module, wanted: mx.array) -> mx.array:
-    """W[wanted] in float32."""
+def _rows(layer: nn.Module, labels: mx.array) -> mx.array:
+    """W[labels] in float32."""
     if isinstance(layer, _PACKED):
-        return dequantize(_packed_rows(layer, wanted))
-    rows: mx.array = layer.weight[wanted].astype(mx.float32)
+        return dequantize(_packed_rows(layer, labels))
+    rows: mx.array = layer.weight[labels].astype(mx.float32)
     return rows
 
 

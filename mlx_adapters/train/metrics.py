@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_adapters.errors import writing_to
 from mlx_adapters.files.writing import write_whole
-from mlx_adapters.train.loop import Step
+from mlx_adapters.train.progress import Step
 
 __all__ = ["append", "forget_after", "plot", "read"]
 

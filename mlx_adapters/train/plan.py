@@ -21,15 +21,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, device, methods
-from mlx_adapters.data.batches import rows_at_once
+from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.methods.base import Method
 from mlx_adapters.models import load as model
 from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-__all__ = ["Plan", "overhead", "predict", "predict_all"]
+__all__ = ["MemoryPlan", "Plan", "candidates", "overhead", "plan", "predict", "predict_all", "weigh"]
 
 _SHORT, _LONG = 4, 6
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
@@ -52,24 +53,80 @@ class Plan:
     measured: int
 
 
-def predict(source: str | Path, *, method: str, fields: dict[str, Any], config: TrainConfig) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Which settings fit into `memory` bytes; the `process` itself takes so many besides MLX's arrays."""
+
+    memory: int
+    process: int
+    plans: list[Plan]
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a run with these settings stays within the memory."""
+        return plan.peak + self.process <= self.memory
+
+    @property
+    def best(self) -> Plan | None:
+        """The fastest that fits: computing blocks again costs more than small batches do."""
+        fitting = filter(self.fits, self.plans)
+        return max(fitting, key=lambda plan: (not plan.gradient_checkpointing, plan.batch_size), default=None)
+
+
+def plan(
+    source: str | Path,
+    method: Method | str = "lora",
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    memory: int | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """Predict the memory of training with several batch sizes, with gradient checkpointing and without.
+
+    Args:
+        source: a model folder or hub id.
+        method: the method with its options, as `LoRA(rank=16)`, or its name.
+        batch_sizes: the batch sizes to try.
+        memory: bytes of the machine; by default of this one.
+        **options: other fields of `TrainConfig`; `cutoff` is the length of the rows.
+
+    Returns:
+        A prediction for each of the settings, and which of them fit.
+    """
+    method = methods.make(method, {}) if isinstance(method, str) else method
+    configs = candidates(batch_sizes, **options)
+    return weigh(list(predict_all(source, method=method, configs=configs)), memory)
+
+
+def candidates(batch_sizes: Sequence[int], **options: Any) -> list[TrainConfig]:
+    """Every batch size, without gradient checkpointing and with it."""
+    return [
+        TrainConfig(batch_size=size, gradient_checkpointing=again, **options)
+        for again in (False, True)
+        for size in batch_sizes
+    ]
+
+
+def weigh(plans: list[Plan], memory: int | None = None) -> MemoryPlan:
+    """The predictions of this process against `memory` bytes, by default those of this machine."""
+    memory = device.total_memory() if memory is None else memory
+    return MemoryPlan(memory=memory, process=overhead(plans), plans=plans)
+
+
+def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:
     """The memory of training `method` on the model in `source` with `config`.
 
     `config.cutoff` is the length of the rows. Raises what loading and attaching raise, and UnsupportedError
     for a model whose blocks cannot be cut.
     """
-    return next(predict_all(source, method=method, fields=fields, configs=[config]))
+    return next(predict_all(source, method=method, configs=[config]))
 
 
-def predict_all(
-    source: str | Path, *, method: str, fields: dict[str, Any], configs: Sequence[TrainConfig]
-) -> Iterator[Plan]:
+def predict_all(source: str | Path, *, method: Method, configs: Sequence[TrainConfig]) -> Iterator[Plan]:
     """`predict` for each of the settings. Those whose batches are computed in parts of the same size are
     measured once: on a CPU a larger batch takes more time, and no more memory."""
-    chosen = methods.make_config(method, fields)
     whole = model.load(source, lazy=True)
     depth, weights = len(whole.model.layers), _bytes(whole.model.parameters())
-    adapter.attach(whole.model, method, chosen, base=model.describe(whole))
+    adapter.attach(whole, method)
     trained = _bytes(whole.model.trainable_parameters())
     del whole
     blocks = list(dict.fromkeys((min(_SHORT, depth), min(_LONG, depth))))
@@ -77,7 +134,7 @@ def predict_all(
     for config in configs:
         measured = _smallest(config, configs)
         if measured not in found:
-            found[measured] = [_peak(source, method, chosen, measured, count) for count in blocks]
+            found[measured] = [_peak(source, method, measured, count) for count in blocks]
         peaks = found[measured]
         growth = (peaks[-1] - peaks[0]) / max(1, blocks[-1] - blocks[0])
         yield Plan(
@@ -103,7 +160,7 @@ def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfi
 
 
 def _part(config: TrainConfig) -> int:
-    return rows_at_once(config.batch_size, config.cutoff)
+    return rows_per_pass(config.batch_size, config.cutoff)
 
 
 def overhead(plans: list[Plan]) -> int:
@@ -111,11 +168,11 @@ def overhead(plans: list[Plan]) -> int:
     return max(0, device.peak_memory() - max(plan.measured for plan in plans)) if device.on_cpu() else 0
 
 
-def _peak(source: str | Path, method: str, chosen: Any, config: TrainConfig, blocks: int) -> int:
+def _peak(source: str | Path, method: Method, config: TrainConfig, blocks: int) -> int:
     """Peak bytes of a training step on the model cut to its first `blocks` blocks."""
     loaded = model.load(source, lazy=True)
     _cut(loaded.model, blocks)
-    adapter.attach(loaded.model, method, chosen, base=model.describe(loaded))
+    adapter.attach(loaded, method)
     words = vocabulary(loaded.model) or loaded.config["vocab_size"]
     rows = np.random.default_rng(0).integers(0, words, (config.batch_size, config.cutoff))
     start = 1 if config.loss_on == "all" else config.cutoff // 2

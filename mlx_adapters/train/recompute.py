@@ -15,7 +15,7 @@ gradients of their own were then all computed again at once, and twice the memor
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,54 +24,73 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_adapters.adapter.call import call_model, needs_cache
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import drawing_from
+from mlx_adapters.methods.dropout import drawing_from
 
-__all__ = ["recompute_blocks"]
+__all__ = ["Recompute"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def recompute_blocks(model: nn.Module) -> int:
-    """Let every block of `model.layers` recompute itself while training; returns how many there are.
+class Recompute:
+    """Makes the blocks of `model.layers` able to compute themselves again; called with a gradient function,
+    it returns one in which they do.
 
     Only these modules change, not their classes: other models in the process stay as they are. Raises
     UnsupportedError where the model has no list of blocks, or where the gradient would be another one: that
     is tried on a short text.
     """
-    blocks = getattr(model, "layers", None)
-    if not isinstance(blocks, list) or not blocks:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no list of blocks: leave gradient checkpointing off"
-        )
-    try:
-        plain = _gradient(model, blocks)
-    except ValueError:  # it has none at all, which the first step says
-        plain = {}
-    for block in blocks:
-        if not getattr(type(block), "_recomputes", False):
-            block.__class__ = _recomputing(type(block))
-    if plain:
-        _compare(model, blocks, plain)
-    return len(blocks)
+
+    def __init__(self, model: nn.Module) -> None:
+        blocks = getattr(model, "layers", None)
+        if not isinstance(blocks, list) or not blocks:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no list of blocks: leave gradient checkpointing off"
+            )
+        self.blocks = len(blocks)
+        self._active = _Switch()
+        try:
+            plain = _gradients(model)
+        except ValueError:  # it has none at all, which the first step says
+            plain = {}
+        for block in blocks:
+            block.__class__ = _recomputing(type(block), self._active)
+        if plain:
+            self._compare(model, plain)
+
+    def __call__(self, gradient: Callable[P, R]) -> Callable[P, R]:
+        def recomputed(*args: P.args, **kwargs: P.kwargs) -> R:
+            self._active.on = True
+            try:
+                return gradient(*args, **kwargs)
+            finally:
+                self._active.on = False
+
+        return recomputed
+
+    def _compare(self, model: nn.Module, plain: dict[str, mx.array]) -> None:
+        name = type(model).__module__.rpartition(".")[2]
+        refusal = f"gradient checkpointing: the blocks of mlx-lm's {name} cannot be computed again"
+        try:
+            again = self(_gradients)(model)
+        except Exception as error:  # a block may take and return anything
+            raise UnsupportedError(f"{refusal} ({' '.join(str(error).split())}). Leave it off") from None
+        for path, gradient in plain.items():
+            apart = float(mx.abs(again[path] - gradient).max())
+            if not apart <= rounding(gradient.dtype) * float(mx.abs(gradient).max()):
+                raise UnsupportedError(f"{refusal}: the gradient of {path} would be wrong. Leave it off")
 
 
-def _compare(model: nn.Module, blocks: list[nn.Module], plain: dict[str, mx.array]) -> None:
-    name = type(model).__module__.rpartition(".")[2]
-    refusal = f"gradient checkpointing: the blocks of mlx-lm's {name} cannot be computed again"
-    try:
-        again = _gradient(model, blocks)
-    except Exception as error:  # a block may take and return anything
-        raise UnsupportedError(f"{refusal} ({' '.join(str(error).split())}). Leave it off") from None
-    for path, gradient in plain.items():
-        apart = float(mx.abs(again[path] - gradient).max())
-        if not apart <= rounding(gradient.dtype) * float(mx.abs(gradient).max()):
-            raise UnsupportedError(f"{refusal}: the gradient of {path} would be wrong. Leave it off")
+class _Switch:
+    """Whether blocks compute themselves again; of a run, and of its model's blocks."""
+
+    on = False
 
 
-def _gradient(model: nn.Module, blocks: list[nn.Module]) -> dict[str, mx.array]:
+def _gradients(model: nn.Module) -> dict[str, mx.array]:
     """Of a short text, without dropout: it draws other masks where blocks are computed again."""
     probe, was_training = mx.array([[1, 2, 3, 4, 2]]), model.training
     model.eval()
-    for block in blocks:
-        block._set_training_mode(True)  # not what is in it: only blocks in training recompute themselves
 
     def loss() -> mx.array:
         logits = call_model(model, probe[:, :-1]).astype(mx.float32)
@@ -84,12 +103,12 @@ def _gradient(model: nn.Module, blocks: list[nn.Module]) -> dict[str, mx.array]:
     return gradients
 
 
-def _recomputing(base: type) -> type:
+def _recomputing(base: type, active: _Switch) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not active.on:
+            return base.__call__(self, *args, **kwargs)
         # a cache, say: what a block leaves there, other blocks may read
         objects = [leaf for _, leaf in tree_flatten((args, kwargs)) if hasattr(leaf, "__dict__")]
-        if not self.training or any(getattr(one, "reads", False) for one in objects):  # few tokens, shared
-            return base.__call__(self, *args, **kwargs)
 
         def block(parameters: Any, given: Any, states: list[Any], key: mx.array) -> tuple[Any, list[Any]]:
             self.update(parameters)
@@ -105,7 +124,7 @@ def _recomputing(base: type) -> type:
         _set(objects, states)
         return result
 
-    return type(base.__name__, (base,), {"__call__": call, "_recomputes": True})
+    return type(base.__name__, (base,), {"__call__": call})
 
 
 def _states(objects: list[Any]) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter.call import call_model
-from mlx_adapters.adapter.combine import HOWS, _largest, _Noise, combine
+from mlx_adapters.adapter.combine import COMBINATIONS, _largest, _Noise, combine
 from mlx_adapters.cli.app import app
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, ConfigError, OutputError
-from mlx_adapters.methods import lora
+from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
 
 IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
@@ -32,14 +32,16 @@ LORAS: dict[str, dict[str, Any]] = {
 def make_lora(base: Path, folder: Path, fields: dict[str, Any], seed: int, **about: Any) -> Path:
     """A LoRA folder with nothing at its start: every entry is random, none equal to another."""
     loaded = model.load(base)
-    config = lora.Config(**fields)
+    config = LoRA(**fields)
     described = model.describe(loaded)
     mx.random.seed(seed)
-    adapter.attach(loaded.model, "lora", config, base=described)
+    adapter.attach(loaded, config)
     for layer in adapter.layers(loaded.model).values():
-        layer.fill({name: 0.2 * mx.random.normal(array.shape) for name, array in layer.tensors().items()})
-    meta = adapter.AdapterMeta(method="lora", config=vars(config), base=described, **about)
-    adapter.save(folder, loaded.model, meta=meta)
+        layer.load_weights(
+            {name: 0.2 * mx.random.normal(array.shape) for name, array in layer.tensors().items()}
+        )
+    meta = adapter.AdapterMeta(method=config, base=described, **about)
+    adapter.save(loaded.model, folder, meta=meta)
     return folder
 
 
@@ -115,14 +117,14 @@ def shared_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("shared_masks")
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", COMBINATIONS)
 def test_every_way_is_pefts(
     how: str, folders: dict[str, Path], loras: dict[str, Path], torch_base: Path, tmp_path: Path
 ) -> None:
     members, weights = [loras[name] for name in ("a", "b", "c")], [0.7, 0.9, -0.4]
     settings: dict[str, Any] = {} if how in ("linear", "cat", "svd") else {"density": 0.4}
     theirs = by_peft(torch_base, members, weights, combination_type=how, **settings)
-    done = combine(members, weights, tmp_path / "m", how=how, **settings)
+    done = combine(members, weights, tmp_path / "m", method=how, **settings)
     expected = torch_logits(theirs)
     np.testing.assert_allclose(
         our_logits(folders["llama"], done.path), expected, atol=bound(expected), rtol=0
@@ -153,7 +155,7 @@ def test_different_ranks(
 ) -> None:
     members, weights = [loras["a"], loras["small"]], [1.0, 0.5]
     theirs = by_peft(torch_base, members, weights, combination_type=how, svd_rank=rank)
-    done = combine(members, weights, tmp_path / "m", how=how, rank=rank)
+    done = combine(members, weights, tmp_path / "m", method=how, rank=rank)
     assert done.rank == (6 if how == "cat" else rank or 4)
     expected = torch_logits(theirs)
     np.testing.assert_allclose(
@@ -167,7 +169,7 @@ def test_pytorch_opens_the_result(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    done = combine([loras["a"], loras["b"]], [0.5, 0.5], tmp_path / "m", how="cat")
+    done = combine([loras["a"], loras["b"]], [0.5, 0.5], tmp_path / "m", method="cat")
     opened = AutoModelForCausalLM.from_pretrained(torch_base, attn_implementation="eager")
     expected = torch_logits(PeftModel.from_pretrained(opened, done.path).eval())
     np.testing.assert_allclose(
@@ -178,7 +180,7 @@ def test_pytorch_opens_the_result(
 def test_rslora_has_its_scale(loras: dict[str, Path], tmp_path: Path) -> None:
     """The result is a plain LoRA of scale 1 whose update is the weighted one."""
     for how in ("linear", "cat", "svd"):
-        done = combine([loras["rs"]], [0.5], tmp_path / how, how=how)
+        done = combine([loras["rs"]], [0.5], tmp_path / how, method=how)
         assert "use_rslora" not in json.loads((done.path / "adapter_config.json").read_text())
         before, after = written(loras["rs"]), written(done.path)
         for name in (name for name in before if "lora_A" in name):
@@ -194,7 +196,7 @@ def test_conv1d_keeps_its_flag(folders: dict[str, Path], tmp_path: Path) -> None
     base = write_transformers(loaded.model, loaded.config, tmp_path / "base")
     for how in ("linear", "svd"):
         theirs = by_peft(base, members, [0.6, 0.4], combination_type=how)
-        done = combine(members, [0.6, 0.4], tmp_path / how, how=how)
+        done = combine(members, [0.6, 0.4], tmp_path / how, method=how)
         expected = torch_logits(theirs)
         np.testing.assert_allclose(
             our_logits(folders["gpt2"], done.path), expected, atol=bound(expected), rtol=0
@@ -222,7 +224,7 @@ def test_random_dropping_keeps_the_expectation_and_follows_the_seed() -> None:
 def test_the_seed_decides(loras: dict[str, Path], tmp_path: Path) -> None:
     def run(name: str, seed: int) -> dict[str, np.ndarray]:
         folders = [loras["a"], loras["c"]]
-        return written(combine(folders, [0.5, 0.5], tmp_path / name, how="dare_ties", seed=seed).path)
+        return written(combine(folders, [0.5, 0.5], tmp_path / name, method="dare_ties", seed=seed).path)
 
     one, same, other = run("one", 1), run("same", 1), run("other", 2)
     assert all(np.array_equal(one[name], same[name]) for name in one)
@@ -240,7 +242,7 @@ def test_what_is_known_of_the_members_is_kept(loras: dict[str, Path], tmp_path: 
         "weights": [1.0, 2.0],
         "how": "linear",
     }
-    assert (meta.config["rank"], meta.config["alpha"]) == (4, 4.0)
+    assert (meta.method.rank, meta.method.alpha) == (4, 4.0)
 
 
 # Refusals --------------------------------------------------------------------------------------------------
@@ -251,11 +253,11 @@ def test_what_is_known_of_the_members_is_kept(loras: dict[str, Path], tmp_path: 
     [
         ("a,c", [1.0], {}, "1 weight for 2 adapters"),
         ("a,c", [1.0, float("nan")], {}, "nan"),
-        ("a,c", [1.0, 1.0], {"how": "tise"}, "Did you mean 'ties'"),
+        ("a,c", [1.0, 1.0], {"method": "tise"}, "Did you mean 'ties'"),
         ("a,small", [1.0, 1.0], {}, "4, 2: use cat or svd"),
         ("a,c", [1.0, 1.0], {"rank": 3}, "svd only"),
-        ("a,c", [1.0, 1.0], {"how": "svd", "rank": 0}, "rank=0"),
-        ("a,c", [1.0, 1.0], {"how": "ties", "density": 0.0}, "density=0.0"),
+        ("a,c", [1.0, 1.0], {"method": "svd", "rank": 0}, "rank=0"),
+        ("a,c", [1.0, 1.0], {"method": "ties", "density": 0.0}, "density=0.0"),
         ("", [], {}, "no adapter"),
     ],
 )
@@ -286,7 +288,7 @@ def test_adapters_that_do_not_fit(folders: dict[str, Path], loras: dict[str, Pat
     config["config"]["rank"] = 5
     (broken / "mlx_adapters.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"r is 4, but by mlx_adapters\.json it is 5"):
-        combine([loras["a"], broken], [1.0, 1.0], tmp_path / "m", how="cat")
+        combine([loras["a"], broken], [1.0, 1.0], tmp_path / "m", method="cat")
 
 
 # Command line ----------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_the_command(loras: dict[str, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "ties" in result.stdout
     assert "rank 4" in result.stdout
-    other = combine([loras["a"], loras["c"]], [0.7, 0.3], tmp_path / "o", how="ties", density=0.3)
+    other = combine([loras["a"], loras["c"]], [0.7, 0.3], tmp_path / "o", method="ties", density=0.3)
     ours, theirs = written(tmp_path / "m"), written(other.path)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 

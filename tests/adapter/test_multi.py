@@ -15,7 +15,7 @@ from trained import make_adapter
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
-from mlx_adapters.adapter.multi import activate, active, load_several, names, rows, unload
+from mlx_adapters.adapter.multi import activate, active, load_adapters, names, rows, unload
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError, UnsupportedError
@@ -77,8 +77,8 @@ def test_switching_gives_each_adapter_and_the_base_bit_for_bit(
     expected_base = alone(bases["llama"], None)
     loaded = answering(bases["llama"])
     arrays = {name: id(array) for name, array in tree_flatten(loaded.model.parameters())}
-    metas = load_several(loaded, loras)
-    assert [meta.config["rank"] for meta in metas.values()] == [4, 2, 3]
+    metas = load_adapters(loaded, loras)
+    assert [meta.method.rank for meta in metas.values()] == [4, 2, 3]
     assert names(loaded.model) == list(loras)
     assert active(loaded.model) == ()
     assert np.array_equal(logits(loaded.model), expected_base)
@@ -98,7 +98,7 @@ def test_an_active_adapter_shares_the_arrays_of_the_base(
 ) -> None:
     loaded = answering(bases["llama"])
     before = {id(array) for _, array in tree_flatten(loaded.model.parameters())}
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     for which in ("wide", ["wide", "rs"]):
         activate(loaded.model, which)
         assert before <= {id(array) for _, array in tree_flatten(loaded.model.parameters())}
@@ -106,7 +106,7 @@ def test_an_active_adapter_shares_the_arrays_of_the_base(
 
 def test_switching_takes_no_time(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     fastest = float("inf")
     for name in ["wide", "rs"] * 20:
         started = time.perf_counter()
@@ -120,7 +120,7 @@ def test_switching_takes_no_time(bases: dict[str, Path], loras: dict[str, Path])
 
 def test_nothing_trains_unless_asked(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
 
     def trainable() -> set[str]:
         return {name for name, _ in tree_flatten(loaded.model.trainable_parameters())}
@@ -144,11 +144,11 @@ def test_nothing_trains_unless_asked(bases: dict[str, Path], loras: dict[str, Pa
 
 def test_loading_keeps_what_is_active(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, {"wide": loras["wide"]})
+    load_adapters(loaded, {"wide": loras["wide"]})
     activate(loaded.model, "wide", train=True)
     expected = logits(loaded.model)
     trains = [name for name, _ in tree_flatten(loaded.model.trainable_parameters())]
-    load_several(loaded, {"rs": loras["rs"]})
+    load_adapters(loaded, {"rs": loras["rs"]})
     assert active(loaded.model) == ("wide",)
     assert [name for name, _ in tree_flatten(loaded.model.trainable_parameters())] == trains
     assert np.array_equal(logits(loaded.model), expected)
@@ -161,7 +161,7 @@ def test_the_mode_of_the_model_is_that_of_the_adapter_that_becomes_active(
     folder = make_adapter(bases["llama"], tmp_path / "a", "lora", fields, 1)
     loaded = model.load(bases["llama"])
     loaded.model.train()
-    load_several(loaded, {"a": folder})
+    load_adapters(loaded, {"a": folder})
     activate(loaded.model, "a")
     assert not np.array_equal(logits(loaded.model), logits(loaded.model))
     activate(loaded.model, None)
@@ -182,7 +182,7 @@ def test_a_stack_of_loras_adds_them_up(bases: dict[str, Path], loras: dict[str, 
         expected_of.model.update_modules(tree_unflatten(merged))
     expected = logits(expected_of.model)
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     activate(loaded.model, ["wide", "rs"])
     stacked = logits(loaded.model)
     np.testing.assert_allclose(stacked, expected, atol=bound(expected))
@@ -196,7 +196,7 @@ def test_a_stack_of_loras_adds_them_up(bases: dict[str, Path], loras: dict[str, 
 
 def test_each_row_by_its_own_adapter(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     which = ["wide", None, ["narrow", "rs"], "narrow", "wide"]
     ids = mx.concatenate([IDS, IDS[:2] + 1])
     expected = []
@@ -215,7 +215,7 @@ def test_each_row_by_its_own_adapter(bases: dict[str, Path], loras: dict[str, Pa
 
 def test_rows_with_a_cache(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     with rows(loaded.model, ["rs", None, "wide"]):
         expected = logits(loaded.model)
         cache = make_prompt_cache(loaded.model)
@@ -225,7 +225,7 @@ def test_rows_with_a_cache(bases: dict[str, Path], loras: dict[str, Path]) -> No
 
 def test_rows_are_undone_after_an_error(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     activate(loaded.model, "rs")
     before = logits(loaded.model)
     with pytest.raises(AdapterError, match=r"3 rows.*for 2"), rows(loaded.model, ["wide", None]):
@@ -250,7 +250,7 @@ def test_peft_computes_the_same(bases: dict[str, Path], loras: dict[str, Path], 
     for name in ("narrow", "rs"):
         theirs.load_adapter(loras[name], adapter_name=name)
     theirs.eval()
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     ids = torch.tensor(IDS.tolist())
 
     def same(expected: Any) -> None:
@@ -310,7 +310,7 @@ def cases(*bases: str) -> list[tuple[str, str]]:
 def test_every_method_beside_a_lora(case: str, arch: str, bases: dict[str, Path], family: Any) -> None:
     """Switched bit for bit; in a batch with other rows equal to the row alone, or refused with a reason."""
     loaded = answering(bases[arch])
-    load_several(loaded, {"lora": family("lora", arch), "other": family(case, arch)})
+    load_adapters(loaded, {"lora": family("lora", arch), "other": family(case, arch)})
     expected = {name: alone(bases[arch], family(c, arch)) for name, c in (("lora", "lora"), ("other", case))}
     plain = alone(bases[arch], None)
     for name in ("other", "lora", "other"):
@@ -336,7 +336,7 @@ def test_every_method_beside_a_lora(case: str, arch: str, bases: dict[str, Path]
 def test_every_method_on_top_of_a_lora(case: str, bases: dict[str, Path], family: Any) -> None:
     """The second adapter's base is the first's layer: as on a base that the first is merged into."""
     loaded = answering(bases["llama"])
-    load_several(loaded, {"lora": family("lora"), "other": family(case)})
+    load_adapters(loaded, {"lora": family("lora"), "other": family(case)})
     if METHODS[case].name == "dora":
         with pytest.raises(UnsupportedError, match=r"'other' .dora. reads the weight"):
             activate(loaded.model, ["lora", "other"])
@@ -354,7 +354,7 @@ def test_every_method_on_top_of_a_lora(case: str, bases: dict[str, Path], family
 @pytest.mark.parametrize("case", [case for case, method in METHODS.items() if method.mergeable])
 def test_a_lora_on_top_of_every_method(case: str, bases: dict[str, Path], family: Any) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, {"lora": family("lora-rslora"), "other": family(case)})
+    load_adapters(loaded, {"lora": family("lora-rslora"), "other": family(case)})
     expected_of = merged_into(bases["llama"], family(case))
     adapter.load(expected_of, family("lora-rslora"))
     expected_of.model.eval()
@@ -366,7 +366,7 @@ def test_a_lora_on_top_of_every_method(case: str, bases: dict[str, Path], family
 @pytest.mark.parametrize("case", METHODS)
 def test_every_method_trains_by_name_as_alone(case: str, bases: dict[str, Path], family: Any) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, {"lora": family("lora"), "other": family(case)})
+    load_adapters(loaded, {"lora": family("lora"), "other": family(case)})
     activate(loaded.model, "other", train=True)
     single = answering(bases["llama"])
     adapter.load(single, family(case))
@@ -379,7 +379,7 @@ def test_every_method_trains_by_name_as_alone(case: str, bases: dict[str, Path],
 
 def test_generation_starts_with_the_active_prefix_only(bases: dict[str, Path], family: Any) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, {"prefix": family("prefix"), "prompt": family("prompt"), "lora": family("lora")})
+    load_adapters(loaded, {"prefix": family("prefix"), "prompt": family("prompt"), "lora": family("lora")})
     activate(loaded.model, ["prefix", "lora"])
     assert start_cache(loaded.model) is not None
     assert virtual_ids(loaded.model) == []
@@ -400,40 +400,40 @@ def test_saving_writes_the_active_adapter_or_says_why_not(
     bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded = answering(bases["llama"])
-    metas = load_several(loaded, loras)
+    metas = load_adapters(loaded, loras)
     for which in (None, ["wide", "rs"]):
         activate(loaded.model, which)
         with pytest.raises(AdapterError, match="activate one"):
-            adapter.save(tmp_path / "a", loaded.model, meta=metas["wide"])
+            adapter.save(loaded.model, tmp_path / "a", meta=metas["wide"])
     activate(loaded.model, "rs")
     with pytest.raises(AdapterError, match="active adapter is 'rs'"):
-        adapter.save(tmp_path / "a", loaded.model, meta=metas["wide"])
+        adapter.save(loaded.model, tmp_path / "a", meta=metas["wide"])
     assert not (tmp_path / "a").exists()
-    adapter.save(tmp_path / "a", loaded.model, meta=metas["rs"])
+    adapter.save(loaded.model, tmp_path / "a", meta=metas["rs"])
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (loras["rs"] / file).read_bytes()
 
 
 def test_what_would_go_wrong_is_refused(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    with pytest.raises(AdapterError, match="load_several"):
+    with pytest.raises(AdapterError, match="load_adapters"):
         activate(loaded.model, "wide")
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     with pytest.raises(AdapterError, match=r"Unknown adapter 'wid'.*Did you mean 'wide'"):
         activate(loaded.model, "wid")
     with pytest.raises(AdapterError, match="twice"):
         activate(loaded.model, ["wide", "wide"])
     with pytest.raises(AdapterError, match="'wide' is taken"):
-        load_several(loaded, {"wide": loras["rs"]})
+        load_adapters(loaded, {"wide": loras["rs"]})
     with pytest.raises(AdapterError, match="by name"):
-        adapter.attach(loaded.model, "lora", methods.make_config("lora", {}), base=model.describe(loaded))
+        adapter.attach(loaded, methods.make("lora", {}))
     with pytest.raises(AdapterError, match="empty"), rows(loaded.model, []):
         pass
     with rows(loaded.model, ["wide", None, "rs"]):
         for refused in (
             lambda: activate(loaded.model, "wide"),
             lambda: unload(loaded.model, "narrow"),
-            lambda: load_several(loaded, {"new": loras["wide"]}),
+            lambda: load_adapters(loaded, {"new": loras["wide"]}),
             lambda: rows(loaded.model, ["rs"]).__enter__(),
         ):
             with pytest.raises(AdapterError):
@@ -441,23 +441,23 @@ def test_what_would_go_wrong_is_refused(bases: dict[str, Path], loras: dict[str,
     single = answering(bases["llama"])
     adapter.load(single, loras["wide"])
     with pytest.raises(AdapterError, match="already"):
-        load_several(single, loras)
+        load_adapters(single, loras)
 
 
 def test_all_are_loaded_or_none(bases: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, {"rs": loras["rs"]})
+    load_adapters(loaded, {"rs": loras["rs"]})
     activate(loaded.model, "rs")
     foreign = make_adapter(bases["gpt2"], tmp_path / "gpt2", "lora", {}, 1)
     with pytest.raises(AdapterError, match="was trained on a gpt2 model"):
-        load_several(loaded, {"wide": loras["wide"], "foreign": foreign})
+        load_adapters(loaded, {"wide": loras["wide"], "foreign": foreign})
     assert names(loaded.model) == ["rs"]
     assert np.array_equal(logits(loaded.model), alone(bases["llama"], loras["rs"]))
 
 
 def test_unloading(bases: dict[str, Path], loras: dict[str, Path]) -> None:
     loaded = answering(bases["llama"])
-    load_several(loaded, loras)
+    load_adapters(loaded, loras)
     activate(loaded.model, "rs")
     with pytest.raises(AdapterError, match="'rs' is active"):
         unload(loaded.model, "rs")

@@ -16,7 +16,7 @@ import pytest
 from tiny import make_tiny
 from trained import make_adapter
 
-from mlx_adapters.adapter.multi import load_several
+from mlx_adapters.adapter.multi import load_adapters
 from mlx_adapters.cli.chat import _Chat
 from mlx_adapters.models import load as models
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cache_changes_nothing(base: Path) -> None:
     """Three turns under each adapter and the base: as with a cache made new for every answer."""
     loaded = models.load(base)
-    metas = load_several(loaded, {name: base.parent / name for name in METHODS})
+    metas = load_adapters(loaded, {name: base.parent / name for name in METHODS})
     loaded.model.eval()
     chat, fresh = (_Chat(loaded, metas, "plain", 12, 0.0, 1.0) for _ in range(2))
     said = set()

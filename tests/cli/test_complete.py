@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from test_json import commands
+from command_line import commands
 
 from mlx_adapters import methods
 from mlx_adapters.adapter import combine
@@ -38,7 +38,7 @@ KNOWN = {
     "mode": checkpoint.MODES,
     "recipe": checkpoint.RECIPES,
     "to": fuse.TARGETS,
-    "how": combine.HOWS,
+    "how": combine.COMBINATIONS,
     "decoding": complete.DECODINGS,
     "choices": score.SCORED,
 }

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from command_line import cli, commands
 from tiny import make_tiny
 from trained import make_adapter
 from typer.testing import CliRunner, Result
@@ -19,21 +19,6 @@ from mlx_adapters.cli.screen import size
 
 # They talk until they are stopped: what they say is no report.
 WITHOUT = {"chat", "serve"}
-
-
-def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """("data overlap", its command), and so on."""
-    for name, command in (group or typer.main.get_command(app)).commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{before}{name} ")
-        else:
-            yield before + name, command
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, Method, pairs
+from in_transformers import in_torch
 from mlx.utils import tree_flatten
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny, make_tokenizer
 from typer.testing import CliRunner
 
@@ -28,20 +28,8 @@ from mlx_adapters.models.samples import sample, sample_config
 
 def saved(folder: Path, case: str, dst: Path) -> np.ndarray:
     loaded, meta = attached(folder, METHODS[case], trained=True)
-    adapter.save(dst, loaded.model, meta=meta)
+    adapter.save(loaded.model, dst, meta=meta)
     return logits(loaded)
-
-
-def in_torch(folder: Path, **more: Any) -> np.ndarray:
-    from transformers import AutoModelForCausalLM
-
-    network, said = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **more
-    )
-    assert not said["missing_keys"], said["missing_keys"]
-    assert not said["unexpected_keys"], said["unexpected_keys"]
-    with torch.no_grad():
-        return network.eval()(torch.tensor(IDS.tolist())).logits.numpy()
 
 
 # the first row of every method that can be merged
@@ -151,7 +139,7 @@ EVERYWHERE = Method("lora", {"rank": 4, "targets": "embed_tokens,q_proj", "modul
 
 def test_embedding_and_head(folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], EVERYWHERE, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
     fuse(folders["llama"], tmp_path / "a", tmp_path / "fused")
     np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
@@ -162,7 +150,7 @@ def test_a_tied_embedding_is_refused(to: str, tmp_path: Path) -> None:
     """PEFT adapts the embedding alone: merged, the head that shares its weight would change too."""
     base = make_tiny("llama", tmp_path, tie_word_embeddings=True)
     loaded, meta = attached(base, Method("lora", {"targets": "embed_tokens"}), trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     with pytest.raises(ConfigError, match=r"lora cannot be fused: at model.embed_tokens, .* tied"):
         fuse(base, tmp_path / "a", tmp_path / "fused", to=to)
     assert not (tmp_path / "fused").exists()

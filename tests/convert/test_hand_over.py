@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_methods import logits
+from adapted import logits
+from command_line import cli
 from tiny import make_tiny
 from trained import make_adapter
-from typer.testing import CliRunner
 
 from mlx_adapters import adapter
-from mlx_adapters.cli.app import app
 from mlx_adapters.convert import exchange
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.data.templates import prompt_for
@@ -30,12 +29,6 @@ from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.requests import Ask
 
 COMMIT = "0123456789" * 4
-
-
-def cli(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, bound, logits
 from reference.bottleneck import attach
-from test_methods import IDS, bound, logits
 from tiny import make_tiny
 
 from mlx_adapters import adapter, methods
@@ -23,6 +23,7 @@ from mlx_adapters.convert import llm_adapters
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods import Parallel
 from mlx_adapters.models import load as model
 from mlx_adapters.models import sites
 
@@ -47,11 +48,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def exported(folder: Path, method: str, fields: dict[str, Any], place: Path) -> Path:
     """Our folder in `place`/a, the fork's in `place`/theirs."""
     loaded = model.load(folder)
-    config, base = methods.make_config(method, fields), model.describe(loaded)
+    config, base = methods.make(method, fields), model.describe(loaded)
     mx.random.seed(2)
-    adapter.attach(loaded.model, method, config, base=base)
-    meta = adapter.AdapterMeta(method=method, config=vars(config), base=base)
-    adapter.save(place / "a", loaded.model, meta=meta)
+    adapter.attach(loaded, config)
+    meta = adapter.AdapterMeta(method=config, base=base)
+    adapter.save(loaded.model, place / "a", meta=meta)
     llm_adapters.export(place / "a", place / "theirs", base="owner/base")
     return place / "theirs"
 
@@ -124,8 +125,8 @@ def test_the_single_target_of_lora_is_a_pattern(folders: dict[str, Path], tmp_pa
 
 def test_scaling_is_written_as_a_float(folders: dict[str, Path], tmp_path: Path) -> None:
     """The fork has no forward for an int, even from a configuration built in Python."""
-    config = methods.config_class("parallel")(scaling=4)
-    text = json.dumps(methods.get("parallel").to_peft(config))
+    config = Parallel(scaling=4)
+    text = json.dumps(config.to_peft())
     assert '"scaling": 4.0' in text
 
 
@@ -150,7 +151,7 @@ def test_a_chosen_side_survives_without_our_own_file(folders: dict[str, Path], t
     with pytest.raises(AdapterError, match="side is not auto"):
         exported(folders["llama"], "series", {"side": "post", "bottleneck_size": 3}, tmp_path)
     (tmp_path / "a" / adapter.META).unlink()
-    assert adapter.read_meta(tmp_path / "a").config["side"] == "post"
+    assert adapter.read_meta(tmp_path / "a").method.side == "post"
 
 
 # Written as the fork writes, its configuration in full ----------------------------------------------------
@@ -227,7 +228,7 @@ def test_their_own_folder_computes_as_torch(
     theirs = written_by_the_fork(tmp_path / "theirs", folders[arch], fields, dtype)
     assert llm_adapters.detect(theirs)
     meta = llm_adapters.import_adapter(theirs, tmp_path / "ours", loaded=model.load(folders[arch]))
-    assert meta.method == ("parallel" if fields.get("use_parallel_adapter") else "series")
+    assert ("parallel" if fields.get("use_parallel_adapter") else "series") == meta.method.NAME
     loaded = model.load(folders[arch])
     adapter.load(loaded, tmp_path / "ours")
     loaded.model.eval()

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import ARCHITECTURES, METHODS, Method, pairs
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 
 from mlx_adapters import adapter
@@ -40,7 +40,7 @@ def base(folder: Path) -> Any:
 @pytest.mark.parametrize(("case", "arch"), pairs())
 def test_same_logits(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     expected = logits(loaded)
     plain = base(folders[arch])
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_same_logits(case: str, arch: str, folders: dict[str, Path], tmp_path: P
 def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Cached generation here and there, for a ragged batch here."""
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     rows = [[4, 5, 6], [9, 8, 7, 6, 5, 4, 11], [12, 4]]
     ours = dict(generate_ids(loaded.model, rows, stop=frozenset(), max_tokens=12, batch_size=3))
     network = load_adapter(base(folders[arch]), tmp_path)
@@ -73,7 +73,7 @@ def test_same_tokens(case: str, arch: str, folders: dict[str, Path], tmp_path: P
 def test_a_padded_batch(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Rows padded on the left give the tokens they give alone."""
     loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     network = load_adapter(base(folders["llama"]), tmp_path)
     ids = torch.tensor([[0, 0, 4, 5, 6], [9, 8, 7, 6, 5]])
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -95,7 +95,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_same_logits_of_other_fields(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], OTHERS[name], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     expected = logits(loaded)
     with torch.no_grad():
         theirs = load_adapter(base(folders["llama"]), tmp_path)(TORCH_IDS).logits.numpy()
@@ -108,10 +108,10 @@ def test_same_logits_of_other_fields(name: str, folders: dict[str, Path], tmp_pa
 def test_fusion_of_other_methods(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     for number, name in enumerate(("lora", case)):
         loaded, meta = attached(folders["llama"], METHODS[name], trained=True)
-        adapter.save(tmp_path / str(number), loaded.model, meta=meta)
+        adapter.save(loaded.model, tmp_path / str(number), meta=meta)
     fused = Method("fusion", {"adapters": f"{tmp_path / '0'},{tmp_path / '1'}", "width": 5})
     loaded, meta = attached(folders["llama"], fused, trained=True)
-    adapter.save(tmp_path / "fused", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "fused", meta=meta)
     expected = logits(loaded)
     with torch.no_grad():
         theirs = load_adapter(base(folders["llama"]), tmp_path / "fused")(TORCH_IDS).logits.numpy()
@@ -122,7 +122,7 @@ def test_fusion_of_other_methods(case: str, folders: dict[str, Path], tmp_path: 
 def test_half_precision(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The base in bfloat16, here and there: no further apart than two ways to round."""
     loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     exact = logits(loaded)
     half = model.load(folders["llama"], dtype="bfloat16")
     adapter.load(half, tmp_path)
@@ -138,7 +138,7 @@ def test_half_precision(case: str, folders: dict[str, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize("case", ["lora", "seq_bn"])
 def test_the_card_s_example_runs(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], METHODS[case], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
     peft.export(tmp_path / "a", tmp_path / "b", base=str(folders["llama"] / "torch"))
     card = (tmp_path / "b" / "README.md").read_text()
@@ -193,14 +193,14 @@ def older(
         name, _, scaled = arch.partition("-")
         source = make_tiny(name, place, **(LLAMA3_ROPE if scaled else {}))
         loaded, meta = attached(source, Method("lora", {"rank": 2, "targets": "attn"}), trained=True)
-        adapter.save(place / "a", loaded.model, meta=meta)
+        adapter.save(loaded.model, place / "a", meta=meta)
         fuse(source, place / "a", place / "fused")
         ours["fused", arch] = logits(loaded)
         jobs.append([str(place / "fused"), "", str(place / "fused.npy")])
     for case, arch in OLDER_PAIRS:
         place = root / f"{case}-{arch}"
         loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-        adapter.save(place / "a", loaded.model, meta=meta)
+        adapter.save(loaded.model, place / "a", meta=meta)
         peft.export(place / "a", place / "b", base="owner/base")
         ours[case, arch] = logits(loaded)
         jobs.append([str(folders[arch] / "torch"), str(place / "b"), str(place / "out.npy")])
@@ -235,14 +235,14 @@ def test_what_is_no_linear_layer_in_torch_is_named(arch: str, targets: str, tmp_
 
     source = make_tiny(arch, tmp_path)
     loaded, meta = attached(source, Method("lora", {"rank": 2, "targets": targets}), trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     with pytest.raises(ValueError, match="no linear layer"):
         load_adapter(AutoModelForCausalLM.from_pretrained(source), tmp_path / "a")
 
 
 def test_another_model_and_an_unknown_method_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], METHODS["lora"], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     with pytest.raises(ValueError, match="another model's"):
         load_adapter(base(folders["gpt2"]), tmp_path)
     file = tmp_path / "adapter_config.json"

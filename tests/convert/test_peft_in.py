@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_methods import IDS, bound, logits
+from adapted import IDS, bound, logits
 from tiny import make_tiny
 from typer.testing import CliRunner
 
@@ -268,11 +268,11 @@ def test_norms_that_mlx_keeps_otherwise_are_not_read(tmp_path: Path) -> None:
 
     about = samples.sample_config("qwen3_next")
     kind, args = model_config.classes(about)  # built, not run: that would compile kernels for a minute
-    config = methods.make_config("ln_tuning", {"targets": "input_layernorm"})
+    config = methods.make("ln_tuning", {"targets": "input_layernorm"})
     network = kind(args.from_dict(about))
-    adapter.attach(network, "ln_tuning", config, base=about)
-    meta = adapter.AdapterMeta(method="ln_tuning", config=vars(config), base=about)
-    adapter.save(tmp_path / "a", network, meta=meta)
+    adapter.attach(network, config, model_type=about["model_type"])
+    meta = adapter.AdapterMeta(method=config, base=about)
+    adapter.save(network, tmp_path / "a", meta=meta)
     bare = kind(args.from_dict(about))
     adapter.build(bare, "qwen3_next", tmp_path / "a", name="it")
     with pytest.raises(
@@ -328,16 +328,16 @@ FIELDS = [
 def test_what_is_not_known_to_be_right_is_refused_by_name(
     method: str, changed: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    module = methods.get(method)
-    fields = {"peft_type": module.PEFT_TYPE, "task_type": "CAUSAL_LM", **module.to_peft(module.Config())}
+    kind = methods.find(method)
+    fields = {"peft_type": kind.PEFT_TYPE, "task_type": "CAUSAL_LM", **kind().to_peft()}
     write(tmp_path, fields)
-    assert adapter.read_meta(tmp_path).method == method
+    assert method == adapter.read_meta(tmp_path).method.NAME
     write(tmp_path, fields | changed)
     with pytest.raises(AdaptersError, match=said):
         adapter.read_meta(tmp_path)
     unset = {name: None if name != "save_projection" else True for name in changed}
     write(tmp_path, fields | {name: value for name, value in unset.items() if name != "task_type"})
-    assert adapter.read_meta(tmp_path).method == method
+    assert method == adapter.read_meta(tmp_path).method.NAME
 
 
 def write(folder: Path, fields: dict[str, Any]) -> None:
@@ -350,7 +350,7 @@ def write(folder: Path, fields: dict[str, Any]) -> None:
 def test_every_default_of_the_installed_peft_is_known(kind: str) -> None:
     config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM")
     fields = json.loads(json.dumps(config.to_dict(), default=str))
-    check_fields(fields, methods.get(methods.by_peft_fields(fields)).PEFT_FIELDS)
+    check_fields(fields, methods.claiming(fields).PEFT_FIELDS)
 
 
 def test_files_that_do_not_agree_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

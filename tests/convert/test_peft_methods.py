@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx.utils import tree_unflatten
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def test_dropout_drops_what_peft_drops(case: str, folder: Path, tmp_path: Path) 
     from peft import PeftModel
 
     loaded, meta = attached(folder, METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     whole = logits(loaded)
     for layer in adapter.layers(loaded.model).values():
         layer.dropout = Fixed()
@@ -82,7 +82,7 @@ def test_bits_that_do_not_divide_a_word(case: str, bits: int, folder: Path, tmp_
     """Their packed width says nothing of the input size; the written-out base gives the same."""
     convert(str(folder), tmp_path / "q", bits=bits, group_size=32)
     loaded, meta = attached(tmp_path / "q", METHODS[case], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     dense = model.load(tmp_path / "q")
     quantized = [(p, m) for p, m in dense.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
     dense.model.update_modules(tree_unflatten([(p, linear_like(m, plain_weight(m))) for p, m in quantized]))
@@ -120,7 +120,7 @@ def test_feedforward_modules_may_be_a_pattern(folder: Path, tmp_path: Path) -> N
 
 def test_shared_matrices_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
     loaded, meta = attached(folder, METHODS["vera"], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     arrays = adapter.read_tensors(tmp_path)
     cut = arrays | {"base_model.vera_A": arrays["base_model.vera_A"][:, :32]}
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), cut)

@@ -81,10 +81,10 @@ def quiet() -> Iterator[None]:
 
 def exported(arch: str, method: str, place: Path) -> Path:
     network, base = samples.sample(arch), samples.sample_config(arch)
-    config = methods.make_config(method, CASES[method])
-    adapter.attach(network, method, config, base=base)
-    meta = AdapterMeta(method=method, config=vars(config), base=base)
-    adapter.save(place / "a", network, meta=meta)
+    config = methods.make(method, CASES[method])
+    adapter.attach(network, config, model_type=base["model_type"])
+    meta = AdapterMeta(method=config, base=base)
+    adapter.save(network, place / "a", meta=meta)
     export.export(place / "a", place / "p", base="owner/base")
     return place / "p"
 

@@ -10,20 +10,15 @@ import sys
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from fresh_process import linux, openblas, run
 
 from mlx_adapters import device
 from mlx_adapters.cpu import cores
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has a fast BLAS built in")
-openblas = pytest.mark.skipif(
-    sys.platform != "linux" or util.find_spec("scipy_openblas32") is None,
-    reason='needs pip install "mlx-adapters[cpu]" on Linux',
-)
 _REPORT = """
 import json, sys
 import mlx_adapters
@@ -31,20 +26,6 @@ from mlx_adapters.cpu.blas import blas as loaded
 blas = loaded()
 print(json.dumps([blas.name, blas.path, blas.reason, blas.remedy, "mlx.core" in sys.modules]))
 """
-
-
-def run(code: str, **environment: str) -> Any:
-    """The JSON that `code` prints in a fresh interpreter; its stderr must stay empty."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return json.loads(done.stdout)
 
 
 @openblas

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_distributed import LAUNCH, free_ports
-from test_study import study_file
+from launch import LAUNCH, free_ports
+from study_files import study_file
 from tiny import make_tiny
 
 COMMAND = [sys.executable, "-P", "-m", "mlx_adapters.cli.app"]  # as the console script: without the folder

@@ -145,8 +145,9 @@ def test_half_precision_input_keeps_its_type() -> None:
 def test_the_written_out_weights_are_not_kept_for_the_gradient() -> None:
     """Neither kept from the forward pass nor written out ahead of their use: a few are alive at a time."""
     side, depth = 512, 64
-    layers = [nn.QuantizedLinear(side, side, bias=False, group_size=64, bits=4) for _ in range(depth)]
-    stack = nn.Sequential(*layers)
+    stack = nn.Sequential(
+        *(nn.QuantizedLinear(side, side, bias=False, group_size=64, bits=4) for _ in range(depth))
+    )
     layers.speed_up(stack)
     mx.eval(stack.parameters())
     mx.synchronize()

@@ -6,8 +6,8 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from test_blas import linux, openblas, run
-from test_train import config, examples, tiny
+from fresh_process import linux, openblas, run
+from small_run import config, examples, tiny
 from typer.testing import CliRunner
 
 from mlx_adapters import device
@@ -100,7 +100,7 @@ def test_what_the_user_fixed_is_not_measured(
 
 def test_a_share_of_the_cores_may_still_be_lowered(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--processes` and `--jobs` set the same variable as a user: the number is the most then."""
-    monkeypatch.setattr(cores, "cores", lambda: 8)
+    monkeypatch.setattr(cores, "count", lambda: 8)
     for name, value in cores.share(2).items():
         monkeypatch.setenv(name, value)
     machine.speeds = [BUSY]

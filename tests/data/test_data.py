@@ -136,7 +136,7 @@ def test_boundary_and_end_token(tokenizer: Any) -> None:
     words = [tokenizer.encode(word, add_special_tokens=False)[0] for word in " ".join(ROW.values()).split()]
     assert done.examples == [Example([*words, 2], 4)]
     assert (done.truncated, done.dropped) == (0, 0)
-    assert encode(_rows(ROW), tokenizer, template="plain", loss_on="all").examples[0].start == 1
+    assert encode(_rows(ROW), tokenizer, template="plain", loss_on="all").examples[0].loss_start == 1
     with pytest.raises(ConfigError, match="loss-on"):
         encode(_rows(ROW), tokenizer, template="plain", loss_on="both")
 
@@ -177,7 +177,7 @@ def test_start_token_once(with_start: Any) -> None:
 def test_generation_starts_from_the_trained_prompt(tokenizer: Any, with_start: Any) -> None:
     for each in (tokenizer, with_start):
         (example,) = encode(_rows(ROW), each, template="plain").examples
-        assert prompt_ids(ROW["prompt"], each) == example.ids[: example.start]
+        assert prompt_ids(ROW["prompt"], each) == example.ids[: example.loss_start]
 
 
 EXAMPLES = st.lists(

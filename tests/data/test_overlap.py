@@ -5,24 +5,17 @@ import random
 from pathlib import Path
 
 import pytest
+from command_line import cli
 from tiny import make_tiny
-from typer.testing import CliRunner, Result
 
-from mlx_adapters.cli.app import app
 from mlx_adapters.data import overlap as module
 from mlx_adapters.data.overlap import gram_hashes, item_hash, overlap, questions, rows_texts, seen_hashes
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import DataError
-from mlx_adapters.train.session import excluded_hashes
+from mlx_adapters.train.examples import excluded_hashes
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [f"word{number}" for number in range(500)]
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def text(seed: int, count: int = 30) -> str:

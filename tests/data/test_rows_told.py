@@ -11,13 +11,12 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
-from mlx_adapters.data.sources import Rows, load_rows
+from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import prompt_for
 from mlx_adapters.data.tokens import encode, end_id
 from mlx_adapters.models import load as model
 from mlx_adapters.models.chat_template import written_at
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.session import Session, prepare
+from mlx_adapters.train.trainer import Trainer
 
 
 def changed(folder: Path, **fields: Any) -> Path:
@@ -39,17 +38,9 @@ def rows(folder: Path, made: list[dict[str, Any]]) -> Path:
     return file
 
 
-def session(base: Path, data: Path, **options: Any) -> Session:
-    config = TrainConfig(steps=6, save_every=2, batch_size=2)
-    return prepare(
-        model.load(base),
-        load_rows(str(data)),
-        method="lora",
-        fields={},
-        config=config,
-        output=data.parent / "out",
-        **options,
-    )
+def trainer(base: Path, data: Path, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {"steps": 6, "save_every": 2, "batch_size": 2}
+    return Trainer(model.load(base), data, output=data.parent / "out", **settings, **options)
 
 
 def test_a_run_resumes_on_another_day(tmp_path: Path) -> None:
@@ -59,13 +50,13 @@ def test_a_run_resumes_on_another_day(tmp_path: Path) -> None:
     base = changed(tmp_path, chat_template=dated)
     turns = [{"role": "user", "content": "tom has 3"}, {"role": "assistant", "content": "7"}]
     data = rows(tmp_path, [{"messages": turns}] * 4)
-    begun = session(base, data)
+    begun = trainer(base, data)
     for step in begun:
         if step.step == 3:
             begun.save()
             break
     time.sleep(1.05)
-    resumed = session(base, data, resume=True)
+    resumed = trainer(base, data, resume=True)
     assert resumed.run.step == 3
     assert resumed.run.examples == begun.run.examples
     assert [step.step for step in resumed] == [4, 5, 6]

@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from command_line import cli
 
-from mlx_adapters.cli.app import app
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.compare import compare, differ, mcnemar, words
 from mlx_adapters.evaluate.records import read_report
@@ -27,12 +26,6 @@ def records(verdicts: str, task: str = "SVAMP") -> list[Record]:
 def report(file: Path, rows: list[Record]) -> Path:
     file.write_text(json.dumps({"model": "m", "records": [asdict(row) for row in rows]}))
     return file
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.mark.parametrize(
@@ -187,7 +180,7 @@ Change = Callable[[list[Record]], list[Record]]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[:-1], "4 and 3 items, 1 of them in one only .*item 3"),
+        (lambda rows: rows[:-1], "4 items, the other 3; 1 in one only .*item 3"),
         (lambda rows: [replace(rows[0], item="f" * 16), *rows[1:]], "item 0 is another question"),
         (lambda rows: [replace(rows[0], label="8"), *rows[1:]], "item 0 is another question"),
         (lambda rows: [replace(row, task="gsm8k") for row in rows], "different tasks: SVAMP; gsm8k"),

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import cli
 from tiny import make_tiny
-from typer.testing import CliRunner, Result
 
 from mlx_adapters import device
-from mlx_adapters.cli.app import app
 from mlx_adapters.cpu import cores, threads
 from mlx_adapters.errors import OutputError, UnsupportedError
 from mlx_adapters.evaluate import score as scoring
@@ -25,12 +24,6 @@ from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.workers import Workers, processes_for
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

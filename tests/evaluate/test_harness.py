@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapted import tiny_llama_with
 from spoken import make_speaker
-from test_likelihood import attached
 from tiny import make_tiny
 from trained import make_adapter
 from typer.testing import CliRunner
@@ -133,7 +133,7 @@ def test_an_adapter_answers_its_tasks(tmp_path: Path, tasks: Path, method: str) 
 
     base = load(make_tiny("llama", tmp_path / "base"))
     base.model.eval()
-    adapted = attached(tmp_path, method)
+    adapted = tiny_llama_with(method, tmp_path)
     adapted.model.eval()
     one, other = (run_tasks(loaded, ["ours_choice"], include_path=tasks) for loaded in (base, adapted))
     assert answers(one, "ours_choice") != answers(other, "ours_choice")

@@ -11,10 +11,9 @@ from typing import Any
 
 import paper_rule
 import pytest
+from command_line import cli
 from tiny import make_tiny
-from typer.testing import CliRunner, Result
 
-from mlx_adapters.cli.app import app
 from mlx_adapters.cli.eval import columns, score_row
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate import score as scoring
@@ -200,12 +199,6 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in SETS:
         write(folder, task)
     return folder
-
-
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def test_the_command_counts_all_sixteen_sets(

@@ -1,26 +1,22 @@
 """Beam search: token for token what transformers gives."""
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny import VOCAB, make_tiny
+from mlx.utils import tree_flatten
+from prompts import prompts
+from tiny import make_tiny
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.generate import beam
 from mlx_adapters.generate.beam import beam_search
-from mlx_adapters.models.load import describe, load
+from mlx_adapters.models.load import load
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
-
-
-def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(4, VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(count)]
 
 
 def by_transformers(
@@ -128,22 +124,16 @@ def test_an_adapter_with_and_without_the_cache(
 ) -> None:
     loaded = load(make_tiny("llama", tmp_path))
     fields = {"prompt": {"num_virtual_tokens": 3}, "prefix": {"num_virtual_tokens": 3}}.get(method, {})
-    config = methods.make_config(method, fields)
-    adapter.attach(loaded.model, method, config, base=describe(loaded))
+    config = methods.make(method, fields)
+    adapter.attach(loaded, config)
     shaken = {name: array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7))
-              for name, array in flat(loaded.model.trainable_parameters())}  # fmt: skip
+              for name, array in tree_flatten(loaded.model.trainable_parameters())}  # fmt: skip
     loaded.model.load_weights(list(shaken.items()), strict=False)
     loaded.model.eval()
     rows = prompts(7, seed=4)
     cached = by_us(loaded.model, rows, [2, 11], max_tokens=8, batch_size=3)
     monkeypatch.setattr("mlx_adapters.generate.beam.splits", lambda model: False)
     assert by_us(loaded.model, rows, [2, 11], max_tokens=8) == cached
-
-
-def flat(parameters: Any) -> Any:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(parameters)
 
 
 @pytest.mark.slow

@@ -306,13 +306,13 @@ def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str, 
     from mlx_adapters.data.templates import prompt_for
     from mlx_adapters.data.tokens import prompt_ids
     from mlx_adapters.evaluate.tasks import load_items
-    from mlx_adapters.models.load import describe, load
+    from mlx_adapters.models.load import load
 
     if not SETS.is_dir():
         pytest.skip(f"{SETS} is not here: published test sets are not part of the project")
     loaded = load(smollm2)
     if method != "base":
-        adapter.attach(loaded.model, method, methods.make_config(method, {}), base=describe(loaded))
+        adapter.attach(loaded, methods.make(method, {}))
         noise = [
             (name, array + 0.02 * mx.random.normal(array.shape, key=mx.random.key(number)))
             for number, (name, array) in enumerate(tree_flatten(loaded.model.trainable_parameters()))

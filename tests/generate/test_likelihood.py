@@ -5,18 +5,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from test_beam import flat, prompts
+from adapted import tiny_llama_with
+from prompts import prompts
 from tiny import make_tiny
 
-from mlx_adapters import adapter, methods
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.choices import parse
 from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.generate.prefill import shared_prefix
-from mlx_adapters.models.load import LanguageModel, describe, load
+from mlx_adapters.models.load import load
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
 Choices = list[tuple[list[int], list[list[int]]]]
@@ -51,17 +50,6 @@ def by_us(model: Any, given: Choices, **options: Any) -> list[list[float]]:
     return [found[index] for index in range(len(given))]
 
 
-def attached(tmp_path: Path, method: str) -> LanguageModel:
-    """A tiny model with an adapter that does something."""
-    loaded = load(make_tiny("llama", tmp_path))
-    config = methods.make_config(method, {} if method == "lora" else {"num_virtual_tokens": 3})
-    adapter.attach(loaded.model, method, config, base=describe(loaded))
-    shaken = [(name, array + 0.3 * mx.random.normal(array.shape, key=mx.random.key(7)))
-              for name, array in flat(loaded.model.trainable_parameters())]  # fmt: skip
-    loaded.model.load_weights(shaken, strict=False)
-    return loaded
-
-
 def close(one: list[list[float]], other: list[list[float]]) -> bool:
     return all(np.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(one, other, strict=True))
 
@@ -81,7 +69,7 @@ def test_ragged_choices_equal_torch(tmp_path: Path, arch: str) -> None:
 def test_a_prefix_that_all_prompts_share_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    loaded = attached(tmp_path, method)
+    loaded = tiny_llama_with(method, tmp_path)
     template = prompts(1, seed=9, longest=1)[0] * 20
     given = [(template + prompt, choices) for prompt, choices in items(9)]
     read = []
@@ -111,7 +99,7 @@ def test_an_adapter_with_and_without_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     base = by_us(load(make_tiny("llama", tmp_path)).model, items(6))
-    loaded = attached(tmp_path, method)
+    loaded = tiny_llama_with(method, tmp_path)
     cached = by_us(loaded.model, items(6), batch_size=4)
     assert not close(cached, base)
     monkeypatch.setattr("mlx_adapters.generate.likelihood.splits", lambda model: False)

@@ -10,14 +10,14 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, pairs
 from reference.bottleneck import attach
-from test_methods import IDS, attached, bound, logits
 from tiny import random_llama
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
-from mlx_adapters.methods import bottleneck
+from mlx_adapters.methods import activations, bottleneck
 from mlx_adapters.models import load as model
 
 FAMILY = ("series", "parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn")
@@ -38,7 +38,7 @@ def in_torch(folder: Path) -> Any:
 @pytest.mark.parametrize(("case", "arch"), [pair for pair in pairs() if METHODS[pair[0]].name in FAMILY])
 def test_torch_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     expected, network = logits(loaded), in_torch(folders[arch])
     with torch.no_grad():
         without = network(TORCH_IDS).logits.numpy()
@@ -53,18 +53,18 @@ def test_torch_computes_the_same(case: str, arch: str, folders: dict[str, Path],
 def test_a_side_can_be_chosen(side: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded = model.load(folders[arch])
     fields = {"bottleneck_size": 5, "side": side, "targets": "all-linear"}
-    config, base = methods.make_config("series", fields), model.describe(loaded)
-    adapter.attach(loaded.model, "series", config, base=base)
+    config, base = methods.make("series", fields), model.describe(loaded)
+    adapter.attach(loaded, config)
     loaded.model.update(_random(loaded.model), strict=False)
-    meta = adapter.AdapterMeta(method="series", config=vars(config), base=base)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    meta = adapter.AdapterMeta(method=config, base=base)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     network = in_torch(folders[arch])
     attach(network, tmp_path)
     with torch.no_grad():
         theirs = network(TORCH_IDS).logits.numpy()
     assert np.abs(theirs - logits(loaded)).max() <= bound(theirs)
     again = model.load(folders[arch])
-    assert adapter.load(again, tmp_path).config["side"] == side
+    assert adapter.load(again, tmp_path).method == config
     assert np.array_equal(logits(again), logits(loaded))
 
 
@@ -80,7 +80,7 @@ STEPS, ROWS, LENGTH, RATE = 20, 4, 12, 1e-2
 def test_twenty_steps_equal_torch(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """From the same weights, on the same batches, with AdamW: the same losses and the same adapter."""
     loaded, meta = attached(folders[arch], METHODS[case], trained=False)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     batches = np.random.default_rng(0).integers(3, 64, size=(STEPS, ROWS, LENGTH))
     theirs, named = _train_torch(in_torch(folders[arch]), tmp_path, batches)
     ours = _train_mlx(loaded.model, batches)
@@ -124,12 +124,12 @@ def _train_torch(network: Any, folder: Path, batches: np.ndarray) -> tuple[list[
 # The parts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(bottleneck.ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(activations.ACTIVATIONS))
 def test_activations_are_those_of_transformers(name: str) -> None:
     from transformers.activations import ACT2FN
 
     x = np.linspace(-12, 12, 481, dtype=np.float32)
-    ours = np.array(bottleneck.ACTIVATIONS[name](mx.array(x)))
+    ours = np.array(activations.ACTIVATIONS[name](mx.array(x)))
     np.testing.assert_allclose(ours, ACT2FN[name](torch.tensor(x)).numpy(), atol=2e-6, rtol=2e-6)
 
 
@@ -137,7 +137,7 @@ def test_every_activation_without_parameters_is_offered() -> None:
     from transformers.activations import ACT2CLS
 
     have_parameters = {"prelu", "xielu"}
-    assert set(ACT2CLS) - set(bottleneck.ACTIVATIONS) <= have_parameters
+    assert set(ACT2CLS) - set(activations.ACTIVATIONS) <= have_parameters
 
 
 @pytest.mark.parametrize("method", FAMILY)
@@ -226,7 +226,7 @@ def test_reduction_factor(factor: float, size: int) -> None:
 )
 def test_values_that_cannot_be_are_refused(method: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        methods.make_config(method, fields)
+        methods.make(method, fields)
     assert method in str(caught.value)
 
 
@@ -234,27 +234,27 @@ def test_values_that_cannot_be_are_refused(method: str, fields: dict[str, Any], 
 def test_reduction_factors_that_cannot_be_are_refused(factor: float) -> None:
     for method in ("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"):
         with pytest.raises(ConfigError, match="reduction_factor"):
-            methods.make_config(method, {"reduction_factor": factor})
+            methods.make(method, {"reduction_factor": factor})
 
 
 def test_no_norm_to_read_the_stream_from() -> None:
     """olmo2 has its norms behind the sublayers: said by name, with what to use."""
     network = _tiny_olmo2()
     for method in ("seq_bn", "par_bn", "scaled_par_bn"):
-        config = methods.make_config(method, {})
+        config = methods.make(method, {})
         with pytest.raises(UnsupportedError, match="olmo2 model has no norm before its MLP"):
-            adapter.attach(network, method, config, base={"model_type": "olmo2"})
+            adapter.attach(network, config)
 
 
 def test_a_config_of_2023_finds_its_sides(folders: dict[str, Path], tmp_path: Path) -> None:
     """A folder without our own file: the sides follow from the names of the layers."""
     loaded, meta = attached(folders["llama"], METHODS["series"], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     (tmp_path / adapter.META).unlink()
     fields = json.loads((tmp_path / adapter.CONFIG).read_text())
     assert fields["peft_type"] == "BOTTLENECK"
     again = model.load(folders["llama"])
-    assert adapter.load(again, tmp_path).method == "series"
+    assert adapter.load(again, tmp_path).method.NAME == "series"
     sides = {path.rpartition(".")[2]: layer.kind for path, layer in adapter.layers(again.model).items()}
     assert sides == {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"}
     assert np.array_equal(logits(again), logits(loaded))
@@ -277,7 +277,7 @@ def test_a_broken_adapter_config_names_its_field(
     method: str, name: str, value: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded, meta = attached(folders["llama"], METHODS[method], trained=False)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     (tmp_path / adapter.META).unlink()
     file = tmp_path / adapter.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
@@ -312,8 +312,8 @@ def test_two_adapters_of_a_block_read_one_stream() -> None:
     network = _bare_llama()
     for layer in network.layers:
         layer.mlp = Mlp()
-    config = methods.make_config("par_bn", {"init": "bert"})
-    paths = adapter.attach(network, "par_bn", config, base={"model_type": "llama"})
+    config = methods.make("par_bn", {"init": "bert"})
+    paths = adapter.attach(network, config)
     assert len(paths) == 4
     assert mx.isfinite(network(IDS)).all().item()
 
@@ -325,7 +325,7 @@ def _bare_llama() -> nn.Module:
 
 def _wide_llama(method: str, **fields: Any) -> nn.Module:
     network = _bare_llama()
-    adapter.attach(network, method, methods.make_config(method, fields), base={"model_type": "llama"})
+    adapter.attach(network, methods.make(method, fields))
     return network
 
 

@@ -7,17 +7,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import Method
+from in_transformers import in_torch
 from mlx.utils import tree_flatten, tree_unflatten
 from peft import LoraConfig, get_peft_model
-from test_fuse import in_torch
-from test_methods import IDS, attached, bound, logits
-from test_torch_training import CONFIG, examples, train_in_torch
 from tiny import make_tiny
+from torch_training import CONFIG, examples, train_in_torch
 from transformers import AutoModelForCausalLM
 
 from mlx_adapters import adapter
-from mlx_adapters.adapter import multi as several
+from mlx_adapters.adapter import multi
 from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
@@ -68,7 +68,7 @@ def test_saved_and_loaded_and_through_mlx_lm(folder: Path, tmp_path: Path) -> No
     from mlx_lm.tuner.utils import load_adapters
 
     loaded, meta = attached(folder, METHOD, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
     again = model.load(folder)
     adapter.load(again, tmp_path / "a")
@@ -93,7 +93,7 @@ def test_saved_and_loaded_and_through_mlx_lm(folder: Path, tmp_path: Path) -> No
 
 def test_fused_for_transformers(folder: Path, tmp_path: Path) -> None:
     loaded, meta = attached(folder, METHOD, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
     fuse(folder, tmp_path / "a", tmp_path / "fused")
     np.testing.assert_allclose(in_torch(tmp_path / "fused"), expected, atol=bound(expected))
@@ -105,7 +105,7 @@ def test_quantized_experts(bits: int, folder: Path, tmp_path: Path) -> None:
     small = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
     convert(make_tiny(source.name, tmp_path, **small), tmp_path / "q", bits=bits, group_size=32)
     loaded, meta = attached(tmp_path / "q", METHOD, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
     done = fuse(tmp_path / "q", tmp_path / "a", tmp_path / "dense", to="mlx")
     assert done.error <= bound(expected)
@@ -140,7 +140,7 @@ def test_pytorch_computes_the_same(
     """Through PeftModel and through transformers alone."""
     method = Method("lora", {"rank": 3, "alpha": 5.0, **fields})
     loaded, meta = attached(mixtures[arch], method, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
     verdict = peft.verify(tmp_path / "p", mixtures[arch])
     assert verdict.passed, verdict
@@ -158,7 +158,7 @@ def test_experts_alone_and_in_one_layer(folder: Path, tmp_path: Path) -> None:
     method = Method("lora", {"rank": 2, "targets": "experts", "layers": "last:1"})
     loaded, meta = attached(folder, method, trained=True)
     assert len(adapter.layers(loaded.model)) == 1
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
     assert peft.verify(tmp_path / "p", folder).passed
 
@@ -182,7 +182,7 @@ def test_an_adapter_of_peft_trains_on_here(folder: Path, tmp_path: Path) -> None
     meta = adapter.load(loaded, tmp_path / "theirs")
     loaded.model.eval()
     np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
-    adapter.save(tmp_path / "ours", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "ours", meta=meta)
     before, after = (adapter.read_tensors(tmp_path / name) for name in ("theirs", "ours"))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]) for name in before)
@@ -196,12 +196,12 @@ def test_an_adapter_of_peft_trains_on_here(folder: Path, tmp_path: Path) -> None
 def test_rows_and_recomputed_blocks(folder: Path, tmp_path: Path) -> None:
     """A batch in which rows use different adapters; gradient checkpointing gives the same steps."""
     loaded, meta = attached(folder, METHOD, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected, plain = logits(loaded), model.load(folder)
     base = logits(plain)
-    several.load_several(plain, {"a": tmp_path / "a"})
+    multi.load_adapters(plain, {"a": tmp_path / "a"})
     plain.model.eval()
-    with several.rows(plain.model, ["a", None]):
+    with multi.rows(plain.model, ["a", None]):
         mixed = logits(plain)
     np.testing.assert_allclose(mixed[0], expected[0], atol=bound(expected))
     np.testing.assert_allclose(mixed[1], base[1], atol=bound(expected))
@@ -246,7 +246,7 @@ def test_what_peft_does_not_open_is_not_exported(
 ) -> None:
     for targets in (opens, closed):
         loaded, meta = attached(mixtures[arch], Method(method, {"targets": targets}), trained=True)
-        adapter.save(tmp_path / targets, loaded.model, meta=meta)
+        adapter.save(loaded.model, tmp_path / targets, meta=meta)
     peft.export(tmp_path / opens, tmp_path / "p", base="owner/base")
     assert peft.verify(tmp_path / "p", mixtures[arch]).passed
     with pytest.raises(AdapterError, match=f"PEFT opens no {method} on"):

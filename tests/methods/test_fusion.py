@@ -15,18 +15,15 @@ from trained import make_adapter
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter import multi as several
+from mlx_adapters.adapter import AdapterMeta, multi
 from mlx_adapters.adapter.call import call_model
 from mlx_adapters.adapter.combine import combine
 from mlx_adapters.cli.app import app
-from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
-from mlx_adapters.methods import fusion
+from mlx_adapters.methods import Fusion
 from mlx_adapters.models import load as model
-from mlx_adapters.train import session
-from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.trainer import Trainer
 
 IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
 
@@ -46,12 +43,12 @@ def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def fused(base: Path, folders: list[Path], **fields: Any) -> tuple[model.LanguageModel, AdapterMeta]:
     loaded = model.load(base)
-    config = methods.make_config("fusion", {"adapters": ",".join(map(str, folders)), **fields})
+    config = methods.make("fusion", {"adapters": ",".join(map(str, folders)), **fields})
     about = model.describe(loaded)
     mx.random.seed(0)
-    adapter.attach(loaded.model, "fusion", config, base=about)
+    adapter.attach(loaded, config)
     loaded.model.eval()
-    return loaded, AdapterMeta(method="fusion", config=vars(config), base=about)
+    return loaded, AdapterMeta(method=config, base=about)
 
 
 def logits(loaded: model.LanguageModel) -> np.ndarray:
@@ -73,7 +70,9 @@ def bound(expected: np.ndarray) -> float:
 def scatter(loaded: model.LanguageModel, size: float = 0.5) -> None:
     """Give every trainable array other values."""
     for layer in adapter.layers(loaded.model).values():
-        layer.fill({name: size * mx.random.normal(array.shape) for name, array in layer.tensors().items()})
+        layer.load_weights(
+            {name: size * mx.random.normal(array.shape) for name, array in layer.tensors().items()}
+        )
 
 
 def test_one_layer_computes_the_papers_formula(base: Path, loras: list[Path]) -> None:
@@ -106,7 +105,7 @@ def test_one_layer_computes_the_papers_formula(base: Path, loras: list[Path]) ->
 def test_a_fresh_fusion_is_nearly_the_mean_of_its_members(
     base: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    mean = with_adapter(base, combine(loras[:2], [0.5, 0.5], tmp_path / "m", how="cat").path)
+    mean = with_adapter(base, combine(loras[:2], [0.5, 0.5], tmp_path / "m", method="cat").path)
     effect = np.abs(mean - with_adapter(base, None)).max()
     loaded, _ = fused(base, loras[:2])
     assert np.abs(logits(loaded) - mean).max() < 0.1 * effect
@@ -145,18 +144,17 @@ def test_the_base_is_computed_once(base: Path, loras: list[Path], monkeypatch: p
 
 
 def test_gradient_checkpointing_changes_nothing(base: Path, loras: list[Path]) -> None:
-    def gradients(loaded: model.LanguageModel) -> dict[str, np.ndarray]:
+    def gradients(loaded: model.LanguageModel, recompute: Any = lambda f: f) -> dict[str, np.ndarray]:
         def loss() -> mx.array:
             return nn.losses.cross_entropy(call_model(loaded.model, IDS)[:, :-1], IDS[:, 1:]).sum()
 
-        _, grads = nn.value_and_grad(loaded.model, loss)()
+        _, grads = recompute(nn.value_and_grad(loaded.model, loss))()
         return {name: np.array(grad) for name, grad in tree_flatten(grads)}
 
     loaded, _ = fused(base, loras)
     loaded.model.train()
     expected = gradients(loaded)
-    recompute_blocks(loaded.model)
-    for name, gradient in gradients(loaded).items():
+    for name, gradient in gradients(loaded, Recompute(loaded.model)).items():
         assert np.abs(gradient).max() > 0
         np.testing.assert_allclose(gradient, expected[name], atol=1e-5 * np.abs(expected[name]).max())
 
@@ -194,7 +192,7 @@ def test_members_may_be_of_different_methods(
     expected = logits(loaded)
     for changed in (lora, folder):
         assert np.abs(expected - with_adapter(base, changed)).max() > 1e-2
-    adapter.save(tmp_path / "f", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "f", meta=meta)
     again = model.load(base)
     adapter.load(again, tmp_path / "f")
     again.model.eval()
@@ -236,19 +234,17 @@ def test_training_lowers_the_loss_and_the_folder_loads_alone(
     members = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in loras]
     (members[0] / "seen.txt").write_text("00000000000000aa\n")
     before = [adapter.read_tensors(folder) for folder in members]
-    run = session.prepare(
+    run = Trainer(
         model.load(base),
-        load_rows(str(rows(tmp_path / "d.jsonl"))),
-        method="fusion",
-        fields={"adapters": ",".join(map(str, members))},
-        config=TrainConfig(steps=30, batch_size=4, lr=0.02, validation=0, template="alpaca"),
+        rows(tmp_path / "d.jsonl"),
+        Fusion(adapters=",".join(map(str, members))),
         output=tmp_path / "fusion",
+        **{"steps": 30, "batch_size": 4, "lr": 0.02, "validation": 0, "template": "alpaca"},
     )
     losses = [step.loss for step in run]
-    run.finish()
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
-    run.loaded.model.eval()
-    expected = logits(run.loaded)
+    run.model.model.eval()
+    expected = logits(run.model)
     for folder in members:
         shutil.rmtree(folder)
     moved = (tmp_path / "fusion").rename(tmp_path / "elsewhere, with a comma")
@@ -261,7 +257,7 @@ def test_training_lowers_the_loss_and_the_folder_loads_alone(
     for ours, theirs in zip(kept, before, strict=True):
         assert set(ours) == set(theirs)
         assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
-    adapter.save(tmp_path / "again", again.model, meta=meta)  # and it can be handed on
+    adapter.save(again.model, tmp_path / "again", meta=meta)  # and it can be handed on
     third = model.load(base)
     adapter.load(third, tmp_path / "again")
     third.model.eval()
@@ -270,16 +266,15 @@ def test_training_lowers_the_loss_and_the_folder_loads_alone(
 
 def test_weight_decay_pulls_the_value_to_the_identity(base: Path, loras: list[Path], tmp_path: Path) -> None:
     def distance(decay: float) -> float:
-        run = session.prepare(
+        run = Trainer(
             model.load(base),
-            load_rows(str(rows(tmp_path / "d.jsonl"))),
-            method="fusion",
-            fields={"adapters": ",".join(map(str, loras))},
-            config=TrainConfig(steps=30, batch_size=4, lr=0.02, warmup=0, weight_decay=decay, validation=0),
+            rows(tmp_path / "d.jsonl"),
+            Fusion(adapters=",".join(map(str, loras))),
             output=tmp_path / f"decay-{decay}",
+            **{"steps": 30, "batch_size": 4, "lr": 0.02, "warmup": 0, "weight_decay": decay},
         )
         list(run)
-        return sum(mx.abs(x.shift).sum().item() for x in adapter.layers(run.loaded.model).values())
+        return sum(mx.abs(x.shift).sum().item() for x in adapter.layers(run.model.model).values())
 
     assert distance(10.0) < 0.5 * distance(0.0)
 
@@ -300,14 +295,14 @@ def test_a_fusion_among_several(base: Path, loras: list[Path], tmp_path: Path) -
     """By name, and on top of another adapter, whose output its members then work on."""
     loaded, meta = fused(base, loras[:2])
     scatter(loaded)
-    adapter.save(tmp_path / "f", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "f", meta=meta)
     expected = logits(loaded)
     held = model.load(base)
     held.model.eval()
-    several.load_several(held, {"fusion": tmp_path / "f", "plain": loras[2]})
-    several.activate(held.model, "fusion")
+    multi.load_adapters(held, {"fusion": tmp_path / "f", "plain": loras[2]})
+    multi.activate(held.model, "fusion")
     assert np.array_equal(logits(held), expected)
-    several.activate(held.model, ["plain", "fusion"])
+    multi.activate(held.model, ["plain", "fusion"])
     path, x = "model.layers.0.self_attn.v_proj", mx.random.normal((1, 4, 32))
     top = adapter.layers(held.model)[path]
     below = adapter.layers(held.model)[f"{path}.base"]
@@ -343,14 +338,14 @@ def single(base: Path, folder: Path) -> model.LanguageModel:
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        methods.make_config("fusion", fields)
+        methods.make("fusion", fields)
 
 
 def test_members_that_do_not_fit(base: Path, loras: list[Path], tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="not an adapter folder"):
         fused(base, [loras[0], tmp_path / "nothing"])
     loaded, meta = fused(base, loras[:2])
-    adapter.save(tmp_path / "f", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "f", meta=meta)
     with pytest.raises(AdapterError, match="is a fusion itself"):
         fused(base, [loras[0], tmp_path / "f"])
     shutil.rmtree(tmp_path / "f" / "members" / "01")
@@ -360,6 +355,6 @@ def test_members_that_do_not_fit(base: Path, loras: list[Path], tmp_path: Path) 
 
 def test_the_cases_make_their_members(base: Path) -> None:
     for case in ("fusion", "fusion-mean"):
-        config = methods.make_config("fusion", METHODS[case].settings(base))
-        assert all((folder / "adapter_model.safetensors").exists() for folder in config.folders)
-    assert not fusion.IN_PEFT
+        config = methods.make("fusion", METHODS[case].settings(base))
+        assert all((folder / "adapter_model.safetensors").exists() for folder in config.members())
+    assert not Fusion.IN_PEFT

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import Method
 from mlx_lm.tuner.utils import load_adapters
-from test_methods import IDS, attached, bound, logits
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_pytorch_computes_the_same(
     fresh, _ = attached(folders[name], method, trained=False)
     np.testing.assert_allclose(logits(fresh), logits(model.load(folders[name])), atol=1e-6)
     loaded, meta = attached(folders[name], method, trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     again = model.load(folders[name])
     adapter.load(again, tmp_path / "a")
     again.model.eval()
@@ -157,12 +157,12 @@ def test_lora_plus_is_torch_s_parameter_groups(folders: dict[str, Path], tmp_pat
 
     method = Method("lora", {"rank": 4, "lora_plus": 8.0, "targets": "all-linear"})
     loaded, meta = attached(folders["llama"], method, trained=False)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     config = TrainConfig(
         steps=15, batch_size=2, lr=1e-3, warmup=0, schedule="constant", weight_decay=0.1, clip=0
     )
     examples = [Example(row, 1) for row in IDS.tolist()]
-    rates = methods.get("lora").rates(methods.make_config("lora", method.fields))
+    rates = methods.make("lora", method.fields).lr_multipliers()
     ours = [s.loss for s in Run(loaded.model, examples, config=config, rates=rates)]
     plain = attached(folders["llama"], method, trained=False)[0].model
     without = [s.loss for s in Run(plain, examples, config=config)]
@@ -254,9 +254,9 @@ def test_patterns_count_wherever_a_scale_is_read(folders: dict[str, Path], tmp_p
     """Merging adapters and mlx-lm's folders take each layer's own scale, to the last digit."""
     fields = {"rank": 4, "targets": "q_proj,o_proj", "alpha_pattern": "q_proj=1.23456789,o_proj=11"}
     loaded, meta = attached(folders["llama"], Method("lora", fields), trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     expected = logits(loaded)
-    read = methods.get("lora").from_peft(adapter.read_fields(tmp_path / "a"))
+    read = methods.find("lora").from_peft(adapter.read_fields(tmp_path / "a"))
     assert read.at("x.q_proj") == (4, 1.23456789 / 4)
     combine([tmp_path / "a"], [1.0], tmp_path / "merged")
     again = model.load(folders["llama"])
@@ -267,7 +267,7 @@ def test_patterns_count_wherever_a_scale_is_read(folders: dict[str, Path], tmp_p
         exchange.export(tmp_path / "a", tmp_path / "two", format="mlx-lm")
     one = Method("lora", {"rank": 4, "alpha": 6.0, "targets": "attn", "rank_pattern": ".*=3"})
     loaded, meta = attached(folders["llama"], one, trained=True)
-    adapter.save(tmp_path / "b", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "b", meta=meta)
     exchange.export(tmp_path / "b", tmp_path / "theirs", format="mlx-lm")
     network = load_adapters(model.load(folders["llama"]).model, str(tmp_path / "theirs"))
     network.eval()
@@ -284,7 +284,7 @@ def test_pissa_keeps_patterns_when_saved(folders: dict[str, Path], tmp_path: Pat
         "alpha_pattern": "q_proj=7",
     }
     loaded, meta = attached(folders["llama"], Method("lora", fields), trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     again = model.load(folders["llama"])
     adapter.load(again, tmp_path)
     ours, theirs = adapter.layers(loaded.model), adapter.layers(again.model)

@@ -8,9 +8,9 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx import nn
-from test_methods import IDS, attached, bound, logits
 from transformers import AutoModelForCausalLM
 
 from mlx_adapters import adapter, methods
@@ -19,7 +19,7 @@ from mlx_adapters.errors import AdaptersError, ConfigError, UnsupportedError
 from mlx_adapters.methods.loreft import orthonormal
 from mlx_adapters.models import load as model
 from mlx_adapters.models.support import trial
-from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.recompute import Recompute
 
 STEPS, ROWS, LENGTH, RATE = 20, 4, 12, 1e-2
 
@@ -92,14 +92,13 @@ def test_recomputed_blocks_have_the_same_gradient(folders: dict[str, Path]) -> N
     gradients = []
     for recompute in (False, True):
         loaded, _ = attached(folders["llama"], METHODS["loreft"], trained=True)
-        if recompute:
-            recompute_blocks(loaded.model)
+        wrap = Recompute(loaded.model) if recompute else lambda function: function
         loaded.model.train()
 
         def loss(network: nn.Module = loaded.model) -> mx.array:
             return nn.losses.cross_entropy(network(IDS)[:, :-1], IDS[:, 1:]).sum()
 
-        gradients.append(dict(mlx.utils.tree_flatten(nn.value_and_grad(loaded.model, loss)()[1])))
+        gradients.append(dict(mlx.utils.tree_flatten(wrap(nn.value_and_grad(loaded.model, loss))()[1])))
     for name, gradient in gradients[0].items():
         assert mx.abs(gradient).max().item() > 0
         np.testing.assert_allclose(np.array(gradient), np.array(gradients[1][name]), atol=1e-5)
@@ -125,8 +124,8 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], said: str, folders: d
     loaded = model.load(folders["llama"])
 
     def attach() -> None:
-        config = methods.make_config("loreft", fields)
-        adapter.attach(loaded.model, "loreft", config, base=model.describe(loaded))
+        config = methods.make("loreft", fields)
+        adapter.attach(loaded, config)
 
     with pytest.raises(ConfigError, match=said):
         attach()
@@ -135,7 +134,7 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], said: str, folders: d
 @pytest.mark.parametrize("form", ["adapterhub", "llm-adapters", "mlx-lm"])
 def test_other_formats_refuse_it_by_name(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders["llama"], METHODS["loreft"], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     with pytest.raises(AdaptersError, match="loreft"):
         exchange.export(tmp_path / "a", tmp_path / "b", format=form, base="owner/base")
     assert not (tmp_path / "b").exists()
@@ -154,27 +153,27 @@ def test_a_block_that_returns_more_is_refused() -> None:
 
 def test_several_share_a_base(folders: dict[str, Path], tmp_path: Path) -> None:
     """Switched on and off beside a LoRA: alone each gives what it gives on a fresh base."""
-    from mlx_adapters.adapter import multi as several
+    from mlx_adapters.adapter import multi
 
     expected = {}
     for name in ("lora", "loreft"):
         loaded, meta = attached(folders["llama"], METHODS[name], trained=True)
-        adapter.save(tmp_path / name, loaded.model, meta=meta)
+        adapter.save(loaded.model, tmp_path / name, meta=meta)
         expected[name] = logits(loaded)
     loaded = model.load(folders["llama"])
     loaded.model.eval()
     base = logits(loaded)
-    several.load_several(loaded, {name: tmp_path / name for name in expected})
+    multi.load_adapters(loaded, {name: tmp_path / name for name in expected})
     for name, alone in expected.items():
-        several.activate(loaded.model, name)
+        multi.activate(loaded.model, name)
         np.testing.assert_allclose(logits(loaded), alone, atol=bound(alone))
-    several.activate(loaded.model, ["lora", "loreft"])
+    multi.activate(loaded.model, ["lora", "loreft"])
     both = logits(loaded)
     assert min(np.abs(both - alone).max() for alone in expected.values()) > 1e-2
-    several.activate(loaded.model, None)
+    multi.activate(loaded.model, None)
     assert np.array_equal(logits(loaded), base)
     with (
         pytest.raises(UnsupportedError, match="loreft"),
-        several.rows(loaded.model, ["loreft", "lora"]),
+        multi.rows(loaded.model, ["loreft", "lora"]),
     ):
         logits(loaded)

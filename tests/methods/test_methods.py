@@ -8,46 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, METHODS, Method, pairs, refusals
+from adapted import IDS, attached, bound, logits
+from cases import ARCHITECTURES, METHODS, pairs, refusals
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
 from mlx_adapters.convert import peft
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError
 from mlx_adapters.methods.base import linear_like, plain_weight, resolve_targets
 from mlx_adapters.models import load as model
-
-IDS = mx.array([[4, 5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5, 4]])
-
-
-def attached(folder: Path, method: Method, *, trained: bool) -> tuple[model.LanguageModel, AdapterMeta]:
-    loaded = model.load(folder)
-    config = methods.make_config(method.name, method.settings(folder))
-    base = model.describe(loaded)
-    mx.random.seed(3)
-    adapter.attach(loaded.model, method.name, config, base=base)
-    if trained:
-        change(loaded.model)
-    loaded.model.eval()
-    return loaded, AdapterMeta(method=method.name, config=vars(config), base=base, template="plain")
-
-
-def change(network: nn.Module) -> None:
-    """Move every adapter array away from its start, as training would."""
-    for path, array in tree_flatten(network.trainable_parameters()):
-        network.update(nested(path, array + 0.1 * mx.random.normal(array.shape)), strict=False)
-
-
-def nested(path: str, array: mx.array) -> Any:
-    return tree_unflatten([(path, array)])
-
-
-def logits(loaded: model.LanguageModel) -> np.ndarray:
-    return np.array(call_model(loaded.model, IDS))
 
 
 def test_every_method_has_a_row() -> None:
@@ -102,14 +74,12 @@ class TestMethod:
         self, case: str, arch: str, folders: dict[str, Path], tmp_path: Path
     ) -> None:
         loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-        adapter.save(tmp_path, loaded.model, meta=meta)
+        adapter.save(loaded.model, tmp_path, meta=meta)
         again = model.load(folders[arch])
         read = adapter.load(again, tmp_path)
         again.model.eval()
         assert np.array_equal(logits(again), logits(loaded))
-        as_saved = getattr(methods.get(meta.method), "as_saved", lambda config: config)
-        config = vars(as_saved(methods.config_class(meta.method)(**meta.config)))
-        assert (read.method, read.config, read.template) == (meta.method, config, "plain")
+        assert (read.method, read.template) == (meta.method.as_saved(), "plain")
 
 
 @pytest.mark.parametrize(("case", "arch"), pairs(mergeable=True))
@@ -133,7 +103,7 @@ def test_what_cannot_be_merged_says_so(case: str, folders: dict[str, Path]) -> N
 @pytest.mark.parametrize(("case", "arch"), pairs(peft=True))
 def test_pytorch_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
     verdict = peft.verify(tmp_path / "p", folders[arch])
     assert verdict.missing == verdict.unexpected == ()
@@ -146,7 +116,7 @@ def test_pytorch_computes_the_same(case: str, arch: str, folders: dict[str, Path
 def test_verify_fails_for_another_scale(folders: dict[str, Path], tmp_path: Path) -> None:
     """The check can fail: PyTorch is given another lora_alpha than MLX."""
     loaded, meta = attached(folders["llama"], METHODS["lora"], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     peft.export(tmp_path / "a", tmp_path / "p", base="owner/base")
     other = json.loads((tmp_path / "p" / "adapter_config.json").read_text()) | {"lora_alpha": 1}
     expected = peft.verify(tmp_path / "p", folders["llama"])
@@ -189,7 +159,7 @@ def test_an_adapter_written_by_peft_loads_here(folders: dict[str, Path], tmp_pat
     meta = adapter.load(loaded, tmp_path / "peft")
     loaded.model.eval()
     np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
-    adapter.save(tmp_path / "again", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "again", meta=meta)
     before, after = (
         mx.load(str(folder / "adapter_model.safetensors"))
         for folder in (tmp_path / "peft", tmp_path / "again")
@@ -212,7 +182,7 @@ def quantized(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def test_a_quantized_base_works(case: str, bits: int, quantized: dict[int, Path], tmp_path: Path) -> None:
     """The same adapter on the quantized base and on that base written out: equal up to rounding."""
     loaded, meta = attached(quantized[bits], METHODS[case], trained=True)
-    adapter.save(tmp_path / "a", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
     dense = model.load(quantized[bits])
     dense.model.update_modules(tree_unflatten([(p, _dense(m)) for p, m in _quantized(dense.model)]))
     adapter.load(dense, tmp_path / "a")
@@ -230,10 +200,6 @@ def _quantized(network: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _dense(layer: nn.Module) -> nn.Linear:
     return linear_like(layer, plain_weight(layer))
-
-
-def bound(expected: np.ndarray) -> float:
-    return float(1e-5 + 1e-5 * np.abs(expected).max())
 
 
 # Targets ---------------------------------------------------------------------------------------------------
@@ -284,7 +250,7 @@ def test_a_peft_field_that_changes_the_function_is_refused_by_name(
     field: str, value: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     loaded, meta = attached(folders["llama"], METHODS["lora"], trained=True)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(AdapterError, match=field):

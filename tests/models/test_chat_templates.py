@@ -50,7 +50,7 @@ def test_the_ids_of_a_prompt_are_those_of_transformers(name: str, speakers: dict
         prompt, _ = render(row, "messages", template="chat", tokenizer=tokenizer)
         assert prompt_ids(prompt, tokenizer) == right
         (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
-        assert example.ids[: example.start] == right
+        assert example.ids[: example.loss_start] == right
 
 
 @pytest.mark.parametrize("name", ["thinks unless told", "thinks when told"])
@@ -67,7 +67,7 @@ def test_thinking_is_as_the_template_has_it_unless_the_user_says(
         assert prompt_ids(asked, tokenizer) == right
         row = {"messages": [*ASKED, {"role": "assistant", "content": "3"}], "chat_template_kwargs": kwargs}
         (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
-        assert example.ids[: example.start] == right
+        assert example.ids[: example.loss_start] == right
         prompts.add(tuple(right))
     assert len(prompts) == 2
 
@@ -77,7 +77,7 @@ def test_tools_and_the_system_of_a_row_reach_the_template(speakers: dict[str, Pa
     tokenizer = read_tokenizer(folder, {})
     row = {"messages": [*ASKED, {"role": "assistant", "content": "3"}], "tools": [TOOL], "system": "be short"}
     (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
-    assert example.ids[: example.start] == theirs(folder, SYSTEM, tools=[TOOL])
+    assert example.ids[: example.loss_start] == theirs(folder, SYSTEM, tools=[TOOL])
 
 
 def test_a_variable_that_changes_nothing_is_refused(speakers: dict[str, Path]) -> None:

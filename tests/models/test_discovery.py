@@ -116,8 +116,8 @@ def test_every_linear_layer_can_be_wrapped(name: str) -> None:
     """No layer among them whose weight the model reads, or which returns something else than an array."""
     network = samples.sample(name)
     base, wanted = logits(network), list(sites.linears(network))
-    config = methods.make_config("lora", {"targets": "all-linear", "rank": 2})
-    placed = adapter.attach(network, "lora", config, base=samples.sample_config(name))
+    config = methods.make("lora", {"targets": "all-linear", "rank": 2})
+    placed = adapter.attach(network, config, model_type=samples.sample_config(name)["model_type"])
     network.eval()
     assert placed == wanted != []
     np.testing.assert_allclose(logits(network), base, atol=bound(base))

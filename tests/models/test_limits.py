@@ -92,8 +92,8 @@ def test_a_client_of_the_server_gets_a_400(method: str, folder: Path) -> None:
     """The text of the token is enough. An adapter's virtual tokens stand past the table on purpose."""
     loaded = model.load(folder)
     if method == "prompt":
-        config = methods.make_config("prompt", {"num_virtual_tokens": 3})
-        adapter.attach(loaded.model, "prompt", config, base=model.describe(loaded))
+        config = methods.make("prompt", {"num_virtual_tokens": 3})
+        adapter.attach(loaded, config)
     engine = Engine(loaded, {}, name="base")
     asked = [engine.submit(Ask(model="base", prompt=text, max_tokens=2)) for text in ("tom <|user|>", "tom")]
     got: list[Any] = []
@@ -138,9 +138,9 @@ def test_rows_of_the_library_are_checked_too(folder: Path) -> None:
 
 def test_a_prompt_does_not_start_from_a_token_that_is_not_there(folder: Path) -> None:
     loaded = model.load(folder)
-    config = methods.make_config("prompt", {"init": "text", "init_text": "x", "init_ids": "4,64"})
+    config = methods.make("prompt", {"init": "text", "init_text": "x", "init_ids": "4,64"})
     with pytest.raises(ConfigError, match=r"rows for 0 to 63, not for 64"):
-        adapter.attach(loaded.model, "prompt", config, base=model.describe(loaded))
+        adapter.attach(loaded, config)
 
 
 def test_padding_past_the_table_is_padding_all_the_same(folder: Path, tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_virtual_tokens_take_positions_and_padding_none(method: str, folders: di
     """Lengths are rounded up, which OPT as we have it refuses where gpt2 would read on."""
     for arch in ("gpt2", "opt"):
         loaded = model.load(folders[arch])
-        config = methods.make_config(method, {"num_virtual_tokens": 6})
-        adapter.attach(loaded.model, method, config, base=model.describe(loaded))
+        config = methods.make(method, {"num_virtual_tokens": 6})
+        adapter.attach(loaded, config)
         row = Example([4] * 250, 1)
         (step,) = Run(loaded.model, [row], [row], config=TrainConfig(steps=1, validation=1))
         assert math.isfinite(step.loss)

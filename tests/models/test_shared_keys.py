@@ -92,8 +92,8 @@ def test_its_first_loss_and_gradient_are_those_of_peft(again: bool, pair: tuple[
 
     folder, theirs = pair
     loaded = model.load(folder)
-    config = methods.make_config("lora", {"rank": 2, "alpha": 2, "targets": "q_proj,k_proj,v_proj"})
-    paths = adapter.attach(loaded.model, "lora", config, base=model.describe(loaded))
+    config = methods.make("lora", {"rank": 2, "alpha": 2, "targets": "q_proj,k_proj,v_proj"})
+    paths = adapter.attach(loaded, config)
     names = ["q_proj", "k_proj", "v_proj"]
     peft = get_peft_model(theirs, LoraConfig(r=2, lora_alpha=2, target_modules=names))
     placed = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from spoken import TEMPLATES, make_speaker
-from test_gguf import as_written, llama_weights, write_tiny
 from tiny import make_tiny
+from tiny_gguf import as_written, llama_weights, write_tiny
 from trained import make_adapter
 
 from mlx_adapters.convert.checkpoint import convert

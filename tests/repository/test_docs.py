@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from embedded import make_embedded
-from test_hub import Hub
+from hub_server import Hub
 from tiny import make_tiny
 
 import mlx_adapters as ma

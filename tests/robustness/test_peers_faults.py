@@ -15,35 +15,36 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapted import attached
 from cases import METHODS
 from mlx.utils import tree_flatten
-from test_methods import attached
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 from tiny import random_llama
 
 import mlx_adapters
 from mlx_adapters import adapter, methods
-from mlx_adapters.data.batches import batches, pad
+from mlx_adapters.data.batches import batches, make_batch
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.models import load as model
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run, validate
-from mlx_adapters.train.loss import loss_sum, split_head, targets
+from mlx_adapters.train.loss import loss_sum, split_head
 
 SOURCE = Path(mlx_adapters.__file__).parent
 
 
 def test_no_pad_token_is_trained() -> None:
     """mlx-lm counts three targets in a row of three tokens; there are two."""
-    batch = pad([Example([5, 6, 7], 1), Example(list(range(5, 25)), 1)], pad_id=0)
-    assert batch.targets == 2 + 19
-    assert int(targets(batch).weight.sum()) == 21
+    rows = [[Example([5, 6, 7], 1)], [Example(list(range(5, 25)), 1)]]
+    batch = make_batch(rows, pad_id=0)
+    assert batch.supervised == 2 + 19
+    assert int(batch.weights.sum()) == 21
     assert batch.mask[0].tolist()[:4] == [0, 1, 1, 0]
-    other = pad([Example([5, 6, 7], 1), Example(list(range(5, 25)), 1)], pad_id=9)
+    other = make_batch(rows, pad_id=9)
     network = tiny()
     head = split_head(network)
-    losses = [float(loss_sum(network, targets(given), head=head)) for given in (batch, other)]
+    losses = [float(loss_sum(network, given, head=head)) for given in (batch, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -74,17 +75,20 @@ def test_the_last_partial_batch_is_trained_and_measured(count: int) -> None:
     network = tiny()
     every = validate(network, items, batch_size=4, pad_id=0)
     sums = [
-        validate(network, [item], batch_size=1, pad_id=0) * (len(item.ids) - item.start) for item in items
+        validate(network, [item], batch_size=1, pad_id=0) * (len(item.ids) - item.loss_start)
+        for item in items
     ]
-    assert every == pytest.approx(sum(sums) / sum(len(item.ids) - item.start for item in items), rel=1e-5)
+    assert every == pytest.approx(
+        sum(sums) / sum(len(item.ids) - item.loss_start for item in items), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("targets", ["q_proj,nonsense", "auto", "self_attn.q_proj_typo"])
 def test_unmatched_targets_are_an_error(targets: str) -> None:
     """`keys=["q_proj"]` converts no layer in mlx-lm, and says nothing."""
-    chosen = methods.make_config("lora", {"targets": targets})
+    chosen = methods.make("lora", {"targets": targets})
     with pytest.raises(AdaptersError, match=targets.split(",")[-1]):
-        adapter.attach(random_llama(), "lora", chosen, base={"model_type": "llama"})
+        adapter.attach(random_llama(), chosen)
 
 
 def test_every_option_is_read_somewhere() -> None:
@@ -96,7 +100,7 @@ def test_every_option_is_read_somewhere() -> None:
         if file.name == "config.py" and file.parent.name == "train":
             continue
         used |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for kind in (TrainConfig, *(methods.config_class(name) for name in methods.names())):
+    for kind in (TrainConfig, *(methods.find(name) for name in methods.names())):
         unread = [field.name for field in dataclasses.fields(kind) if field.name not in used]
         assert not unread, f"{kind.__module__}: {unread}"
 
@@ -152,8 +156,8 @@ def test_dora_on_every_width(bits: int) -> None:
     mx.random.seed(0)
     network = random_llama(hidden_size=64, intermediate_size=128)
     nn.quantize(network, group_size=32, bits=bits)
-    chosen = methods.make_config("dora", {"rank": 4, "targets": "all-linear"})
-    adapter.attach(network, "dora", chosen, base={"model_type": "llama"})
+    chosen = methods.make("dora", {"rank": 4, "targets": "all-linear"})
+    adapter.attach(network, chosen)
     steps = list(Run(network, examples(), config=config(steps=20)))
     assert steps[-1].loss < steps[0].loss
 
@@ -179,8 +183,8 @@ def test_memory_does_not_grow_and_is_told(steps: int) -> None:
 def test_the_scale_is_alpha_over_rank() -> None:
     """mlx-lm's default scale of 20 is alpha 160 at rank 8; mlx-vlm used alpha itself."""
     network = random_llama()
-    chosen = methods.make_config("lora", {"rank": 4, "alpha": 12.0})
-    adapter.attach(network, "lora", chosen, base={"model_type": "llama"})
+    chosen = methods.make("lora", {"rank": 4, "alpha": 12.0})
+    adapter.attach(network, chosen)
     assert {layer.scale for layer in adapter.layers(network).values()} == {3.0}
 
 
@@ -195,7 +199,7 @@ def test_an_epoch_sees_every_row_once() -> None:
     """mlx-lm-lora permutes anew every step: after an epoch's steps 40 of 64 rows had been seen."""
     items = [Example([n + 3, n + 4, 2], 1) for n in range(40)]
     run = Run(tiny(), items, config=config(steps=None, epochs=2, batch_size=8))
-    seen = [int(row[0]) for _, window in run._windows() for batch in window for row in batch.ids]
+    seen = [int(row[0]) for _, step in run.step_batches() for batch in step for row in batch.ids]
     assert len(seen) == 80
     assert sorted(seen[:40]) == sorted(seen[40:]) == [n + 3 for n in range(40)]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve import HOLD, METHODS, PROMPTS, base, expected  # noqa: F401
+from serving import HOLD, METHODS, PROMPTS
 from typer.testing import CliRunner
 
-from mlx_adapters.adapter.multi import load_several
+from mlx_adapters.adapter.multi import load_adapters
 from mlx_adapters.cli.app import app
 from mlx_adapters.models.load import load
 from mlx_adapters.serve.engine import Engine
@@ -28,14 +28,14 @@ Expected = dict[tuple[str, str], str]
 
 
 @pytest.fixture(scope="module")
-def engine(base: Path) -> Iterator[Engine]:  # noqa: F811
+def engine(base: Path) -> Iterator[Engine]:
     """An engine whose arrays belong to a thread of its own, as the page's do to the command's."""
     ready: queue.Queue[Engine] = queue.Queue()
 
     def work() -> None:
         loaded = load(base, answering=True)
         made = Engine(
-            loaded, load_several(loaded, {name: base.parent / name for name in METHODS}), name="base"
+            loaded, load_adapters(loaded, {name: base.parent / name for name in METHODS}), name="base"
         )
         ready.put(made)
         made.run()
@@ -52,14 +52,14 @@ def ask(model: str, text: str, **fields: Any) -> Ask:
     return Ask(model=model, messages=({"role": "user", "content": text},), max_tokens=HOLD, **fields)
 
 
-def test_answers_grow_to_what_generate_prints(engine: Engine, base: Path, expected: Expected) -> None:  # noqa: F811
+def test_answers_grow_to_what_generate_prints(engine: Engine, base: Path, expected: Expected) -> None:
     for model in engine.models:
         seen = list(answer(engine, ask(model, PROMPTS[0])))
         assert seen[-1] == expected[base.name if model == "base" else model, PROMPTS[0]]
         assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
 
 
-def test_side_by_side_is_one_by_one(engine: Engine, base: Path, expected: Expected) -> None:  # noqa: F811
+def test_side_by_side_is_one_by_one(engine: Engine, base: Path, expected: Expected) -> None:
     last = list(side_by_side(engine, [ask(model, PROMPTS[1]) for model in engine.models]))[-1]
     assert last == [expected[base.name if model == "base" else model, PROMPTS[1]] for model in engine.models]
     assert len(set(last)) > 1  # adapters that all answer alike would show nothing
@@ -94,11 +94,11 @@ def test_the_page_has_every_adapter(engine: Engine) -> None:
     assert [name for name in engine.models if name not in labels] == []
 
 
-def chat(base: Path, *options: str) -> Any:  # noqa: F811
+def chat(base: Path, *options: str) -> Any:
     return CliRunner().invoke(app, ["chat", str(base), "--web", *options])
 
 
-def test_what_it_refuses(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+def test_what_it_refuses(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = chat(base, "--template", "alpaca")
     assert (result.exit_code, "leave --template out" in result.stderr) == (2, True)
     shutil.copytree(base.parent / "lora", tmp_path / "base")
@@ -122,7 +122,7 @@ def test_what_it_refuses(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_in_a_browser(base: Path, expected: Expected) -> None:  # noqa: F811
+def test_in_a_browser(base: Path, expected: Expected) -> None:
     """Chat with two adapters, all side by side; nothing is asked of any other machine."""
     pytest.importorskip("gradio", reason="the extra web is not installed")
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

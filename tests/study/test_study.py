@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import cli
+from study_files import study_file
 from tiny import make_tiny
-from typer.testing import CliRunner, Result
 
-from mlx_adapters.cli.app import app
 from mlx_adapters.evaluate.score import wilson
 from mlx_adapters.files.lock import locked
 from mlx_adapters.study import cells, grid
@@ -27,34 +27,9 @@ COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("model"))
-
-
-def study_file(folder: Path, model: Path, **changes: Any) -> Path:
-    """Two methods, two sizes each; JSON is YAML."""
-    content: dict[str, Any] = {
-        "name": "Tiny <study>",
-        "model": str(model),
-        "rows": 20,
-        "limit": 4,
-        "max_tokens": 4,
-        "train": {"steps": 4, "batch_size": 2, "cutoff": 48, "warmup": 0, "save_every": 2},
-        "grid": [
-            {"method": "lora", "placement": {"attn": {"targets": "attn"}}, "size": {"rank": [2, 4]}},
-            {"method": "prefix", "size": {"num_virtual_tokens": [2, 3]}},
-        ],
-    } | changes
-    file = folder / "study.yaml"
-    file.write_text(json.dumps(content))
-    return file
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:

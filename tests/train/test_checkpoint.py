@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train.loop import Run

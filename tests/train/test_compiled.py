@@ -12,18 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import METHODS
-from test_recompute import attached
-from test_train import config, examples, flat, tiny
+from small_run import CASES, config, examples, flat, llama_with, tiny
 
 from mlx_adapters import device
 from mlx_adapters.errors import ConfigError, TrainingError
-from mlx_adapters.train import gradient
-from mlx_adapters.train.gradient import compiling
+from mlx_adapters.train import compile as compilation
+from mlx_adapters.train.compile import compiling
 from mlx_adapters.train.loop import Run
 
 FAST = ("lora", "dora", "prefix", "seq_bn")  # each compiles a dozen kernels of its own, a second each
-CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and method.prepare is None]
 
 
 def trained(model: Any, **fields: Any) -> tuple[list[float], dict[str, np.ndarray]]:
@@ -33,8 +30,8 @@ def trained(model: Any, **fields: Any) -> tuple[list[float], dict[str, np.ndarra
 
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_every_method(case: str) -> None:
-    plain, without = trained(attached(case), compile="off", steps=3)
-    compiled, arrays = trained(attached(case), compile="on", steps=3)
+    plain, without = trained(llama_with(case), compile="off", steps=3)
+    compiled, arrays = trained(llama_with(case), compile="on", steps=3)
     np.testing.assert_allclose(compiled, plain, rtol=1e-5)
     for name, array in without.items():
         np.testing.assert_allclose(arrays[name], array, atol=1e-4 * np.abs(array).max())
@@ -59,12 +56,20 @@ def test_every_option(fields: dict[str, Any]) -> None:
 
 
 def test_traces_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "_SHAPES", 1)
+    made: list[compilation.Compiled[Any, Any]] = []
+
+    class Noted(compilation.Compiled[Any, Any]):
+        def __init__(self, function: Any) -> None:
+            super().__init__(function)
+            made.append(self)
+
+    monkeypatch.setattr(compilation, "_SHAPES", 1)
+    monkeypatch.setattr(compilation, "Compiled", Noted)
     plain, _ = trained(tiny(), compile="off", batch_size=2, steps=8)
     model = tiny()
     run = Run(model, examples(), config=config(lr=1e-3, compile="on", batch_size=2, steps=8))
     assert [step.loss for step in run] == pytest.approx(plain, rel=1e-5)
-    assert len(run._gradient._shapes) == 1
+    assert [len(compiled.shapes) for compiled in made] == [1]
 
 
 def test_who_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

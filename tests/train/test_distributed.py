@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,26 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launch import LAUNCH, free_ports
 from safetensors.numpy import load_file
 from tiny import make_tiny
 
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(
     not LAUNCH.exists(), reason="mlx.launch comes with mlx; it is not beside python"
 )
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    for first in range(23000 + os.getpid() % 5000, 60000, 50):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as tried:
-                    tried.bind(("127.0.0.1", port))
-            return first
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
 
 
 def command(count: int, setting: tuple[Path, Path], output: Path, *more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The loss over supervised targets: against a plain float64 computation, and what the head split refuses."""
+"""The loss over supervised tokens: against a plain float64 computation, and what the head split refuses."""
 
 from typing import Any, ClassVar
 
@@ -12,11 +12,11 @@ from tiny import random_llama
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter.call import needs_cache
-from mlx_adapters.data.batches import Batch, pad
+from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.train import loss as losses
-from mlx_adapters.train.loss import Head, loss_sum, split_head, targets
+from mlx_adapters.train.loss import Head, loss_sum, split_head
 
 VOCAB = 48
 
@@ -25,7 +25,7 @@ def make(*, tied: bool = False, layers: int = 2) -> Any:
     """A random llama with LoRA whose update is not zero."""
     mx.random.seed(0)
     model = random_llama(num_hidden_layers=layers, tie_word_embeddings=tied)
-    adapter.attach(model, "lora", methods.make_config("lora", {"rank": 4}), base={"model_type": "llama"})
+    adapter.attach(model, methods.make("lora", {"rank": 4}))
     for layer in adapter.layers(model).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.3
     mx.eval(model.parameters())
@@ -35,18 +35,18 @@ def make(*, tied: bool = False, layers: int = 2) -> Any:
 def batch(seed: int = 0, rows: int = 5) -> Batch:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 20, rows)
-    return pad([Example(list(map(int, rng.integers(3, VOCAB, n))), int(n) // 2) for n in lengths], pad_id=0)
+    return make_batch([[Example(rng.integers(3, VOCAB, n).tolist(), int(n) // 2)] for n in lengths], pad_id=0)
 
 
 def plain(model: Any, given: Batch) -> float:
     """The definition, in numpy and float64, target by target."""
-    logits = np.array(model(mx.array(given.ids))).astype(np.float64)
+    logits = np.array(model(given.ids)).astype(np.float64)
     total = 0.0
-    for row, column in zip(*np.nonzero(given.mask), strict=True):
+    for row, column in zip(*np.nonzero(given.label_mask), strict=True):
         scores = logits[row, column - 1]
         largest = scores.max()
         log_sum = largest + np.log(np.exp(scores - largest).sum())
-        total += log_sum - scores[given.ids[row, column]]
+        total += log_sum - scores[given.ids[row, column].item()]
     return float(total)
 
 
@@ -56,12 +56,12 @@ def test_value_is_the_definition(tied: bool) -> None:
     head = split_head(model)
     assert head is not None, "a llama has a backbone and a head"
     wanted = plain(model, given)
-    assert loss_sum(model, targets(given), head=head).item() == pytest.approx(wanted, rel=1e-5)
-    assert loss_sum(model, targets(given), head=None).item() == pytest.approx(wanted, rel=1e-5)
+    assert loss_sum(model, given, head=head).item() == pytest.approx(wanted, rel=1e-5)
+    assert loss_sum(model, given, head=None).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def gradients(model: Any, given: Batch, head: Any) -> dict[str, np.ndarray]:
-    grads = nn.value_and_grad(model, lambda: loss_sum(model, targets(given), head=head))()[1]
+    grads = nn.value_and_grad(model, lambda: loss_sum(model, given, head=head))()[1]
     return {name: np.array(array) for name, array in tree_flatten(grads)}
 
 
@@ -90,38 +90,39 @@ def test_gradient_agrees_with_finite_differences() -> None:
 
 def test_rows_and_padding_beyond_the_mask_do_not_matter() -> None:
     model, given = make(), batch()
-    wider = np.pad(given.ids, ((0, 1), (0, 8)), constant_values=7)
-    mask = np.pad(given.mask, ((0, 1), (0, 8)))
-    other = Batch(wider, mask, given.tokens, given.targets)
+    wider = np.pad(np.array(given.ids), ((0, 1), (0, 8)), constant_values=7)
+    mask = np.pad(given.label_mask, ((0, 1), (0, 8)))
+    other = Batch.from_mask(wider, mask, tokens=given.tokens, supervised=given.supervised)
     head = split_head(model)
-    ours = loss_sum(model, targets(other), head=head).item()
-    assert ours == pytest.approx(loss_sum(model, targets(given), head=head).item(), rel=1e-5)
+    ours = loss_sum(model, other, head=head).item()
+    assert ours == pytest.approx(loss_sum(model, given, head=head).item(), rel=1e-5)
 
 
 def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
     """0/0 in mlx-lm: one such batch turns every weight to NaN."""
     model, given = make(), batch()
-    empty = Batch(given.ids, np.zeros_like(given.mask), given.tokens, 0)
-    assert loss_sum(model, targets(empty), head=split_head(model)).item() == 0
+    nothing = np.zeros_like(given.label_mask)
+    empty = Batch.from_mask(np.array(given.ids), nothing, tokens=given.tokens, supervised=0)
+    assert loss_sum(model, empty, head=split_head(model)).item() == 0
     for array in gradients(model, empty, split_head(model)).values():
         assert not array.any()
 
 
 def test_logits_only_where_something_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head sees the targets (rounded up), not rows x time."""
+    """The head sees the supervised tokens (rounded up), not rows x time."""
     model, given = make(), batch(rows=40)
     head = split_head(model)
     assert head is not None
     seen = []
-    real = losses._Words.logits
+    real = losses._VocabChunk.logits
 
     def watching(self: Any, hidden: mx.array) -> mx.array:
         seen.append(hidden.shape[0])
         return real(self, hidden)
 
-    monkeypatch.setattr(losses._Words, "logits", watching)
-    loss_sum(model, targets(given), head=head)
-    assert given.targets <= sum(seen) < given.targets + 64
+    monkeypatch.setattr(losses._VocabChunk, "logits", watching)
+    loss_sum(model, given, head=head)
+    assert given.supervised <= sum(seen) < given.supervised + 64
     assert sum(seen) < given.ids.size
 
 
@@ -159,10 +160,10 @@ def test_chunked_loss_and_gradient_are_the_definition(
     1e-6 of the largest value, but float32 itself cannot do better than its rounding of the logits, which the
     exponential turns into a relative error: eps * max|logit|.
     """
-    monkeypatch.setattr(losses, "_WORDS", 64)
+    monkeypatch.setattr(losses, "_CHUNK", 64)
     monkeypatch.setattr(losses, "_LOGITS", dict.fromkeys(("cpu", "gpu"), 0))
-    layer = head_of(kind, 300, 32)  # in parts of 64 words, the last one smaller
-    picked = targets(batch(seed=3, rows=40))
+    layer = head_of(kind, 300, 32)  # in chunks of 64 tokens, the last one smaller
+    picked = batch(seed=3, rows=40)
     backbone = Backbone(300, 32)
     backbone.weight = mx.random.normal(backbone.weight.shape) * size
     assert not needs_cache(backbone)  # which is asked before anything is traced
@@ -187,7 +188,7 @@ def in_float64(table: mx.array, layer: nn.Module, picked: Any) -> tuple[float, n
     logits = np.array(table).astype(np.float64)[ids] @ weight.T + bias
     shifted = logits - logits.max(axis=1, keepdims=True)
     p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    rows, wanted, w = np.arange(len(ids)), np.array(picked.wanted), np.array(picked.weight)
+    rows, wanted, w = np.arange(len(ids)), np.array(picked.labels), np.array(picked.weights)
     loss = float((-np.log(p[rows, wanted]) * w).sum())
     p[rows, wanted] -= 1
     gradient = np.zeros(table.shape)
@@ -223,7 +224,7 @@ def test_a_soft_capped_head_is_not_split() -> None:
     )
     model, given = gemma2.Model(args), batch()
     assert split_head(model) is None
-    assert loss_sum(model, targets(given), head=None).item() == pytest.approx(plain(model, given), rel=1e-5)
+    assert loss_sum(model, given, head=None).item() == pytest.approx(plain(model, given), rel=1e-5)
 
 
 def test_another_family_is_split_or_right_without() -> None:
@@ -238,5 +239,5 @@ def test_another_family_is_split_or_right_without() -> None:
         vocab_size=VOCAB,
     )
     model, given = gpt2.Model(args), batch()
-    value = loss_sum(model, targets(given), head=split_head(model)).item()
+    value = loss_sum(model, given, head=split_head(model)).item()
     assert value == pytest.approx(plain(model, given), rel=1e-5)

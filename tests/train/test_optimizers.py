@@ -1,7 +1,6 @@
 """Optimizers by name: against torch where it has them, groups with rates of their own, what is refused."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import ConfigError
@@ -156,10 +155,10 @@ def test_weight_decay_is_on_the_parameters_that_transformers_decays(
     from transformers import AutoModelForCausalLM, Trainer
 
     loaded = model.load(folders[arch])
-    chosen, base = methods.make_config(method, {}), model.describe(loaded)
-    adapter.attach(loaded.model, method, chosen, base=base)
-    meta = adapter.AdapterMeta(method=method, config=asdict(chosen), base=base)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    chosen, base = methods.make(method, {}), model.describe(loaded)
+    adapter.attach(loaded, chosen)
+    meta = adapter.AdapterMeta(method=chosen, base=base)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     theirs = AutoModelForCausalLM.from_pretrained(folders[arch] / "torch")
     theirs = PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     decayed = Trainer.get_decay_parameter_names(None, theirs)

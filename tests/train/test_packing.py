@@ -6,62 +6,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapted import attached
 from cases import ARCHITECTURES, METHODS
+from gradients import distance, of_batches, same, summed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from test_methods import attached
-from test_train import config, examples, tiny
+from small_run import config, examples, tiny
 
-from mlx_adapters.data.batches import Batch, batches
+from mlx_adapters.data.batches import batches
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
 from mlx_adapters.train.length import total_steps
 from mlx_adapters.train.loop import Run
-from mlx_adapters.train.packing import Packing
-
-Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
-
-
-def of_batches(run: Run, given: list[Batch], *, together: bool = False) -> Found:
-    """Loss and gradients summed over the batches of a step, or over steps of a batch; without dropout.
-
-    In float64, whose rounding hides nothing.
-    """
-    with mx.stream(mx.cpu):
-        run.model.set_dtype(mx.float64)
-        return _summed(run, given, together)
-
-
-def _summed(run: Run, given: list[Batch], together: bool) -> Found:
-    for module in run.model.modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-    run.model.train()  # only then are blocks recomputed
-    run._head = None
-    total, sums = 0.0, {}
-    for window in [given] if together else [[batch] for batch in given]:
-        loss, grads = run._gradient(run._loss, window)
-        total += float(loss)
-        for path, array in tree_flatten(grads):
-            sums[path] = sums.get(path, 0.0) + np.array(array, dtype=np.float64)
-    return total, sums
-
-
-def same(left: Found, right: Found, within: float = 1e-12) -> None:
-    """The losses, which are computed in float32, within 1e-6; the gradients much closer."""
-    assert left[0] == pytest.approx(right[0], rel=1e-6)
-    assert left[1].keys() == right[1].keys()
-    assert all(np.abs(gradient).max() > 0 for gradient in left[1].values())
-    assert distance(left, right) < within
-
-
-def distance(left: Found, right: Found) -> float:
-    """How far the gradients are apart, as vectors of all arrays, of the length of one."""
-    length = np.sqrt(sum(np.square(gradient).sum() for gradient in left[1].values()))
-    apart = np.sqrt(sum(np.square(right[1][path] - gradient).sum() for path, gradient in left[1].items()))
-    return float(apart / length)
+from mlx_adapters.train.packing import packing
 
 
 def rows(count: int = 9) -> list[Example]:
@@ -89,10 +47,10 @@ def test_packing_rounds_no_more_than_padding_does(arch: str, folders: dict[str, 
     items = rows()
     loaded, _ = attached(folders[arch], METHODS["lora"], trained=True)
     plain = Run(loaded.model, items, config=config())
-    apart = _summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1), together=False)
-    padded = _summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32), together=False)
+    apart = summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1))
+    padded = summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32))
     run = Run(loaded.model, items, config=config(packing=True, cutoff=64))
-    packed = _summed(run, batches(items, batch_size=2, pad_id=0, pack=64), together=False)
+    packed = summed(run, batches(items, batch_size=2, pad_id=0, pack=64))
     assert 0 < distance(apart, packed) < 2 * distance(apart, padded) < 1e-5
 
 
@@ -113,7 +71,7 @@ def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[s
 def test_virtual_tokens_are_refused(case: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     with pytest.raises(UnsupportedError, match="virtual tokens"):
-        Packing(loaded.model)
+        packing(loaded.model)
 
 
 def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +85,7 @@ def test_a_model_that_mixes_neighbours_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(model.model), "__call__", mixing)
     with pytest.raises(UnsupportedError, match=r"llama cannot keep examples of one row apart.*differ"):
-        Packing(model)
+        packing(model)
 
 
 @settings(deadline=None, max_examples=15)
@@ -168,9 +126,10 @@ def test_nothing_is_lost_or_repeated(lengths: list[int], size: int, pack: int, p
         for rank in range(processes):
             for batch in batches(items, batch_size=size, pad_id=0, pack=length, share=(rank, processes)):
                 assert batch.ids.shape[1] <= 8 + (length or 40)
-                if batch.mask.any():
-                    found += batch.ids[batch.ids > 0].tolist()
-                supervised += int(batch.mask.sum())
+                if batch.label_mask.any():
+                    ids = np.array(batch.ids)
+                    found += ids[ids > 0].tolist()
+                supervised += int(batch.label_mask.sum())
         assert sorted(found) == wanted
         assert supervised == sum(len(item.ids) - 1 for item in items)
 

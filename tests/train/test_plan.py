@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from mlx_adapters import adapter, device, methods
 from mlx_adapters.cli.app import app
 from mlx_adapters.data.tokens import Example
+from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
 from mlx_adapters.train import plan
 from mlx_adapters.train.config import TrainConfig
@@ -39,9 +40,9 @@ def test_prediction_is_within_15_percent(
     config = TrainConfig(
         batch_size=rows, cutoff=tokens, steps=2, warmup=0, gradient_checkpointing=again, loss_on="all"
     )
-    predicted = predict(folder, method=method, fields={}, config=config)
+    predicted = predict(folder, method=methods.make(method, {}), config=config)
     loaded = model.load(folder)
-    adapter.attach(loaded.model, method, methods.make_config(method, {}), base=model.describe(loaded))
+    adapter.attach(loaded, methods.make(method, {}))
     mx.eval(loaded.model.parameters())
     mx.reset_peak_memory()
     ids = np.random.default_rng(0).integers(0, 64, (rows, tokens)).tolist()
@@ -56,15 +57,14 @@ def test_prediction_is_within_15_percent(
 def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
     folder = make_tiny(arch, tmp_path, num_hidden_layers=8)
     config = TrainConfig(batch_size=2, cutoff=64, loss_on="all")
-    peaks = [_peak(folder, "lora", methods.make_config("lora", {}), config, blocks) for blocks in (2, 6)]
+    peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (2, 6)]
     assert peaks[1] > peaks[0]
 
 
 def test_checkpointing_costs_one_hidden_state_per_token_and_layer(folder: Path) -> None:
     """Growth per layer: the block's weights and trained arrays, and one hidden state per token."""
     config = TrainConfig(batch_size=4, cutoff=256, gradient_checkpointing=True, loss_on="all")
-    chosen = methods.make_config("lora", {})
-    peaks = [_peak(folder, "lora", chosen, config, blocks) for blocks in (4, 8)]
+    peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (4, 8)]
     loaded = model.load(folder)
     block = sum(v.nbytes for _, v in _leaves(loaded.model.layers[0]))
     adapters = 4 * 4 * 2 * 8 * (128 + 128)  # rank 8 on q and v: weight, gradient, two moments
@@ -137,18 +137,17 @@ def test_batches_of_like_parts_are_measured_once_and_take_as_much(
     asked: list[int] = []
 
     def counting(*arguments: Any) -> int:
-        asked.append(arguments[3].batch_size)
+        asked.append(arguments[2].batch_size)
         return _peak(*arguments)
 
     monkeypatch.setattr(plan, "_peak", counting)
-    plans = list(predict_all(folder, method="lora", fields={}, configs=configs))
+    plans = list(predict_all(folder, method=LoRA(), configs=configs))
     assert [one.batch_size for one in plans] == [1, 2, 4, 8, 10, 16]
     if not device.on_cpu():
         assert asked == [1, 1, 2, 2, 4, 4, 8, 8, 10, 10, 16, 16]
         return
     assert asked == [1, 1, 2, 2, 8, 8, 10, 10]
     assert plans[2].peak == plans[3].peak == plans[5].peak
-    chosen = methods.make_config("lora", {})
-    largest = _peak(folder, "lora", chosen, configs[5], 4)
-    assert largest == pytest.approx(_peak(folder, "lora", chosen, configs[3], 4), rel=0.02)
-    assert largest == pytest.approx(_peak(folder, "lora", chosen, configs[2], 4), rel=0.05)
+    largest = _peak(folder, LoRA(), configs[5], 4)
+    assert largest == pytest.approx(_peak(folder, LoRA(), configs[3], 4), rel=0.02)
+    assert largest == pytest.approx(_peak(folder, LoRA(), configs[2], 4), rel=0.05)

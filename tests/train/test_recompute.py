@@ -8,39 +8,29 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from cases import METHODS
-from mlx.utils import tree_flatten, tree_unflatten
-from tiny import random_llama
+from mlx.utils import tree_flatten
+from small_run import llama_with
 
-from mlx_adapters import adapter, methods
-from mlx_adapters.data.batches import pad
+from mlx_adapters import adapter
+from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.methods.base import Dropout
+from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import support
-from mlx_adapters.train.loss import loss_sum, split_head, targets
-from mlx_adapters.train.recompute import recompute_blocks
+from mlx_adapters.train.loss import split_head
+from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.step import value_and_grad
 
 
-def attached(case: str) -> Any:
-    mx.random.seed(0)
-    model = random_llama(num_hidden_layers=3)
-    fields = dict(METHODS[case].fields)
-    config = methods.make_config(METHODS[case].name, fields)
-    adapter.attach(model, METHODS[case].name, config, base={"model_type": "llama"})
-    for path, array in tree_flatten(model.trainable_parameters()):
-        moved = array + 0.1 * mx.random.normal(array.shape)
-        model.update(tree_unflatten([(path, moved)]), strict=False)
-    mx.eval(model.parameters())
-    model.train()
-    return model
-
-
-def gradients(model: Any) -> tuple[float, dict[str, np.ndarray]]:
+def gradients(model: Any, recompute: Recompute | None = None) -> tuple[float, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    rows = [Example(list(map(int, rng.integers(3, 48, n))), 2) for n in (9, 14, 5)]
-    given = targets(pad(rows, pad_id=0))
+    rows = [[Example(list(map(int, rng.integers(3, 48, n))), 2)] for n in (9, 14, 5)]
+    given = make_batch(rows, pad_id=0)
+    gradient = value_and_grad(model, split_head(model))
+    if recompute:
+        gradient = recompute(gradient)
     mx.random.seed(7)
-    loss, grads = nn.value_and_grad(model, lambda: loss_sum(model, given, head=split_head(model)))()
+    loss, (grads, _) = gradient(model.trainable_parameters(), ([], []), given)
     return loss.item(), {name: np.array(array) for name, array in tree_flatten(grads)}
 
 
@@ -51,10 +41,11 @@ def gradients(model: Any) -> tuple[float, dict[str, np.ndarray]]:
 )
 def test_same_loss_and_gradients(case: str) -> None:
     """Prefix gradients are exactly zero with mlx-lm's checkpointing; here every method keeps its own."""
-    model = attached(case)
+    model = llama_with(case)
     loss, plain = gradients(model)
-    assert recompute_blocks(model) == 3
-    again, recomputed = gradients(model)
+    recompute = Recompute(model)
+    assert recompute.blocks == 3
+    again, recomputed = gradients(model, recompute)
     assert again == pytest.approx(loss, rel=1e-6)
     assert set(plain) == set(recomputed)
     for name, gradient in plain.items():
@@ -69,8 +60,7 @@ def test_what_blocks_hand_on_beside_their_result_keeps_its_gradient(name: str) -
     support._change(model)
     model.train()
     loss, plain = gradients(model)
-    recompute_blocks(model)
-    again, recomputed = gradients(model)
+    again, recomputed = gradients(model, Recompute(model))
     assert again == pytest.approx(loss, rel=1e-6)
     for path, gradient in plain.items():
         np.testing.assert_allclose(recomputed[path], gradient, atol=1e-5 * np.abs(gradient).max())
@@ -78,7 +68,7 @@ def test_what_blocks_hand_on_beside_their_result_keeps_its_gradient(name: str) -
 
 def handing_on(call: Callable[[list[Any], mx.array], mx.array]) -> Any:
     """A model whose blocks return what `call` makes of (their results so far, their own)."""
-    model, results = attached("lora"), []
+    model, results = llama_with("lora"), []
     kind = type(model.layers[0])
 
     class Handing(kind):  # type: ignore[misc]
@@ -97,7 +87,7 @@ def test_blocks_whose_gradient_would_be_wrong_are_refused() -> None:
     with pytest.raises(
         UnsupportedError, match=r"llama cannot .* gradient of .* would be wrong. Leave it off"
     ):
-        recompute_blocks(model)
+        Recompute(model)
 
 
 def test_blocks_that_cannot_be_traced_again_are_refused() -> None:
@@ -107,23 +97,23 @@ def test_blocks_that_cannot_be_traced_again_are_refused() -> None:
         return own
 
     with pytest.raises(UnsupportedError, match=r"llama cannot .* \(once more than it can\). Leave it off"):
-        recompute_blocks(handing_on(once))
+        Recompute(handing_on(once))
 
 
 def test_dropout_draws_the_same_mask_in_the_second_pass() -> None:
     """A finite difference sees the mask of the forward pass; the gradient must be of that one."""
-    model = attached("lora")
+    model = llama_with("lora")
     for layer in adapter.layers(model).values():
         layer.dropout = Dropout(0.5)
-    recompute_blocks(model)
+    recompute = Recompute(model)
     model.train()
-    _, grads = gradients(model)
+    _, grads = gradients(model, recompute)
     layer = adapter.layers(model)["model.layers.1.mlp.up_proj"]
     direction = mx.random.normal(layer.lora_a.shape)
     start, width, values = layer.lora_a, 1e-2, []
     for sign in (1, -1):
         layer.lora_a = start + sign * width * direction
-        values.append(gradients(model)[0])
+        values.append(gradients(model, recompute)[0])
     slope = (values[0] - values[1]) / (2 * width)
     expected = float((grads["model.layers.1.mlp.up_proj.lora_a"] * np.array(direction)).sum())
     assert expected == pytest.approx(slope, rel=2e-2)
@@ -131,4 +121,4 @@ def test_dropout_draws_the_same_mask_in_the_second_pass() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="no list of blocks"):
-        recompute_blocks(nn.Linear(2, 2))
+        Recompute(nn.Linear(2, 2))

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_train import config, examples, flat, tiny
+from small_run import config, examples, flat, tiny
 
-from mlx_adapters.data.sources import load_rows
 from mlx_adapters.errors import ConfigError, OutputError, TrainingError, UnsupportedError
 from mlx_adapters.models import load as model
 from mlx_adapters.train import checkpoint, metrics
+from mlx_adapters.train import step as training_step
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.noise import add_noise
-from mlx_adapters.train.session import prepare
+from mlx_adapters.train.trainer import Trainer
 
 # the loss on rows of another kind rises as soon as these are learned
 OTHER = examples(6, seed=77)
@@ -83,13 +84,23 @@ def test_best_without_validation_is_refused(fields: dict[str, Any]) -> None:
         TrainConfig(**fields)
 
 
-def spoil(run: Run, at: int, by: float) -> None:
-    """The loss of step `at` is multiplied by `by`."""
-    real = run._loss
-    run._loss = lambda *given: real(*given) * (by if run.step == at - 1 else 1.0)  # type: ignore[method-assign]
+Spoil = Callable[[Run, int, float], None]
 
 
-def test_a_bad_step_is_skipped_and_changes_nothing() -> None:
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """`spoil(run, at, by)`: the loss of step `at` is multiplied by `by`."""
+    real = training_step.loss_fn
+
+    def of_run(run: Run, at: int, by: float) -> None:
+        monkeypatch.setattr(
+            training_step, "loss_fn", lambda *given: real(*given) * (by if run.step == at - 1 else 1.0)
+        )
+
+    return of_run
+
+
+def test_a_bad_step_is_skipped_and_changes_nothing(spoil: Spoil) -> None:
     run = Run(tiny(), examples(), config=config(on_bad_step="skip", steps=8))
     spoil(run, 4, math.nan)
     before: dict[str, np.ndarray] = {}
@@ -108,7 +119,7 @@ def test_a_bad_step_is_skipped_and_changes_nothing() -> None:
     assert all(np.isfinite(array).all() for array in before.values())
 
 
-def test_a_spike_is_a_bad_step_after_twenty_good_ones() -> None:
+def test_a_spike_is_a_bad_step_after_twenty_good_ones(spoil: Spoil) -> None:
     settings = config(steps=30, spike=3.0, on_bad_step="skip")
     run = Run(tiny(), examples(), config=settings)
     spoil(run, 25, 50.0)
@@ -122,9 +133,11 @@ def test_a_spike_is_a_bad_step_after_twenty_good_ones() -> None:
     assert not any(step.skipped for step in unaware)
 
 
-def test_ten_bad_steps_in_a_row_end_the_run_anyhow() -> None:
+def test_ten_bad_steps_in_a_row_end_the_run_anyhow(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tiny(), examples(), config=config(on_bad_step="skip", steps=40))
-    run._loss = lambda *given: mx.array(math.inf) * run.model.model.norm.weight.sum()  # type: ignore[method-assign]
+    monkeypatch.setattr(
+        training_step, "loss_sum", lambda model, *_, **__: math.inf * model.model.norm.weight.sum()
+    )
     with pytest.raises(TrainingError, match=r"step 10: .*10 bad steps in a row"):
         list(run)
 
@@ -169,23 +182,17 @@ def rows_file(folder: Path, count: int = 20) -> Path:
     return file
 
 
-def session(folders: dict[str, Path], tmp_path: Path, **options: Any) -> Any:
-    return prepare(
-        model.load(folders["llama"]),
-        load_rows(str(rows_file(tmp_path))),
-        method="lora",
-        fields={},
-        config=TrainConfig(steps=6, batch_size=4, validation=4, validate_every=2, lr=5e-2, best=True),
-        output=tmp_path / "out",
-        **options,
-    )
+def trainer(folders: dict[str, Path], tmp_path: Path, **options: Any) -> Any:
+    settings = {"steps": 6, "batch_size": 4, "validation": 4, "validate_every": 2, "lr": 5e-2, "best": True}
+    loaded = model.load(folders["llama"])
+    return Trainer(loaded, rows_file(tmp_path), output=tmp_path / "out", **settings, **options)
 
 
-def test_a_session_finishes_with_the_best(folders: dict[str, Path], tmp_path: Path) -> None:
-    made = session(folders, tmp_path)
+def test_a_trainer_ends_with_the_best(folders: dict[str, Path], tmp_path: Path) -> None:
+    made = trainer(folders, tmp_path)
     losses = {step.step: step.validation_loss for step in made if step.validation_loss is not None}
     best = min(losses, key=lambda step: losses[step])
-    assert made.finish() == best
+    assert made.result.step == best
     config = json.loads((tmp_path / "out" / "mlx_adapters.json").read_text())
     assert config["training"]["steps_done"] == best
 
@@ -208,16 +215,16 @@ def test_a_kill_beside_a_checkpoint_loses_no_line_of_the_record(
 
     monkeypatch.setattr(checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        list(session(folders, tmp_path))
+        list(trainer(folders, tmp_path))
     monkeypatch.setattr(checkpoint, "save", save)
-    resumed = session(folders, tmp_path, resume=True)
+    resumed = trainer(folders, tmp_path, resume=True)
     list(resumed)
     assert [row["step"] for row in metrics.read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_numbers_go_to_tensorboard(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
-    made = session(folders, tmp_path, log=["tensorboard"])
+    made = trainer(folders, tmp_path, log=["tensorboard"])
     losses = [step.loss for step in made]
     assert len(losses) == 6
     (events,) = (tmp_path / "out" / "tensorboard").iterdir()
@@ -244,7 +251,7 @@ def test_trackers_get_every_step(
 
     spec = ModuleSpec(name, None)  # other packages look whether it is installed
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init, __spec__=spec))
-    steps = list(session(folders, tmp_path, log=[name]))
+    steps = list(trainer(folders, tmp_path, log=[name]))
     assert [(step, numbers["loss"]) for step, numbers in logged] == [(s.step, s.loss) for s in steps]
     assert told["closed"]
     assert told["project"] == "mlx-adapters"
@@ -263,7 +270,7 @@ def test_an_unknown_logger_and_a_missing_package_are_named(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file on a full disk: Linux")
 def test_a_full_disk_is_told_with_the_file_of_the_losses(folders: dict[str, Path], tmp_path: Path) -> None:
-    made = session(folders, tmp_path)
+    made = trainer(folders, tmp_path)
     (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         list(made)

@@ -7,21 +7,25 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapted import attached
 from cases import ARCHITECTURES, METHODS
+from gradients import Found, of_batches, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
-from test_compiled import CASES
-from test_methods import attached
-from test_packing import Found, of_batches, same
-from test_train import config, flat, tiny
+from small_run import CASES, config, flat, tiny
 
-from mlx_adapters.data.batches import Batch, batch, pad
+from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.tokens import Example
-from mlx_adapters.train import shared_prefix
-from mlx_adapters.train.gradient import Gradient
+from mlx_adapters.train import loop, shared_prefix
 from mlx_adapters.train.loop import Run
-from mlx_adapters.train.shared_prefix import after, can_share, opening, shared_length, untrained
+from mlx_adapters.train.shared_prefix import (
+    can_share,
+    drop_prefix,
+    prefix_batch,
+    shared_length,
+    untrained,
+)
 
 SUMS = 1e-6  # the loss is computed in float32 whatever the model is in, and its sums have another order here
 
@@ -34,7 +38,7 @@ def examples(start: int, *, rows: int = 9, shared: int = 18) -> list[Example]:
 
 def window(items: list[Example]) -> list[Batch]:
     """A step of two batches of other lengths, the second one smaller."""
-    return [batch(items, [[i] for i in group], pad_id=0) for group in (range(5), range(5, len(items)))]
+    return [make_batch([[item] for item in group], pad_id=0) for group in (items[:5], items[5:])]
 
 
 def both(model: nn.Module, items: list[Example], **fields: Any) -> list[Found]:
@@ -42,11 +46,7 @@ def both(model: nn.Module, items: list[Example], **fields: Any) -> list[Found]:
     assert can_share(model)
     assert shared_length(window(items), virtual=0) == 17
     run = Run(model, items, config=config(**fields))
-    found = []
-    for shares in (False, True):
-        run._gradient = Gradient(model, shares=shares)
-        found.append(of_batches(run, window(items), together=True))
-    return found
+    return [of_batches(run, window(items), together=True, share=share) for share in (False, True)]
 
 
 @pytest.mark.parametrize("start", [1, 10, 20], ids=["all", "from within", "behind"])
@@ -118,12 +118,13 @@ def test_a_whole_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(flat(compiled)[name], array, atol=1e-4 * np.abs(array).max())
 
 
-def test_noise_is_every_rows_own(folders: dict[str, Path]) -> None:
+def test_noise_is_every_rows_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_share(tiny(dropout=0.1))
-    model = tiny()
-    run = Run(model, examples(3), config=config(neftune=5.0, steps=1))
-    list(run)
-    assert not run._gradient.shares
+    shared: list[Any] = []
+    monkeypatch.setattr(loop, "share_prefix", lambda gradient, *rest, **named: shared.append(1) or gradient)
+    for fields, shares in (({"neftune": 5.0}, 0), ({}, 1)):
+        list(Run(tiny(), examples(3), config=config(steps=1, **fields)))
+        assert len(shared) == shares
 
 
 def test_a_model_that_looks_elsewhere_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,18 +167,19 @@ def test_a_new_adapter_that_looks_at_places_is_found_out(folders: dict[str, Path
 )
 def test_every_target_is_learned_once(rows: list[list[int]], front: list[int], start: int) -> None:
     items = [Example(front + row, min(start, len(front) + len(row) - 1)) for row in rows]
-    step = [pad(items[:2], pad_id=0), *([pad(items[2:], pad_id=0)] if items[2:] else [])]
+    parts = [part for part in (items[:2], items[2:]) if part]
+    step = [make_batch([[item] for item in part], pad_id=0) for part in parts]
     length = shared_length(step, virtual=0)
     assert length == 0 or length * (len(rows) - 1) >= shared_prefix._WORTH
     if not length:
         return
-    first = opening(step, length)
+    first = prefix_batch(step, length)
     assert all((whole.ids[:, : length + 1] == first.ids).all() for whole in step)
-    left = [after(given, length) for given in step]
-    assert all(rest.ids.shape[1] >= 2 and rest.mask[:, 0].sum() == 0 for rest in left)
-    # by place in the row: what the opening has, and behind it what the rows have
+    left = [drop_prefix(given, length) for given in step]
+    assert all(rest.ids.shape[1] >= 2 and rest.label_mask[:, 0].sum() == 0 for rest in left)
+    # by place in the row: what the prefix has, and behind it what the rows have
     for place in range(first.ids.shape[1]):
-        assert first.mask[0, place] == sum(whole.mask[:, place].sum() for whole in step)
+        assert first.label_mask[0, place] == sum(whole.label_mask[:, place].sum() for whole in step)
     for whole, rest in zip(step, left):
-        assert (rest.mask[:, 1:] == whole.mask[:, length + 1 :]).all()
+        assert (rest.label_mask[:, 1:] == whole.label_mask[:, length + 1 :]).all()
         assert (rest.ids == whole.ids[:, length:]).all()

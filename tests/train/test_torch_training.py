@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapted import IDS, attached, bound, logits
 from cases import METHODS, Method
-from test_methods import IDS, attached, bound, logits
+from torch_training import CONFIG, examples, train_in_torch
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
@@ -22,16 +23,6 @@ from mlx_adapters.models import load as model
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-CONFIG = TrainConfig(
-    steps=20, batch_size=4, lr=5e-3, warmup=0, schedule="constant", weight_decay=0.01, no_decay=None
-)
-
-
-def examples() -> list[Example]:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(6, 20, 24)
-    return [Example(list(map(int, rng.integers(4, 64, n))), int(n) // 3) for n in lengths]
-
 
 def base(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
@@ -41,43 +32,12 @@ def base(folder: Path) -> Any:
     )
 
 
-def train_in_torch(
-    network: Any, parameters: list[Any], run: Run, settings: TrainConfig = CONFIG
-) -> list[float]:
-    """The steps that `run` would take, with torch's AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    losses = []
-    for _, window in run._windows():
-        ids, mask = together(window)
-        scores = network(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
-        scores = scores[:, -(ids.shape[1] - 1) :]
-        each = torch.nn.functional.cross_entropy(scores.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (each * mask[:, 1:]).sum() / mask[:, 1:].sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def together(window: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts of a batch as one, padded to the longest."""
-    time = max(part.ids.shape[1] for part in window)
-
-    def joined(arrays: list[np.ndarray]) -> torch.Tensor:
-        wide = [np.pad(array, ((0, 0), (0, time - array.shape[1]))) for array in arrays]
-        return torch.tensor(np.concatenate(wide))
-
-    return joined([part.ids for part in window]).long(), joined([part.mask for part in window])
-
-
 def in_peft(folder: Path, saved: Path, method: Method) -> tuple[Any, list[Any]]:
     """The fresh adapter as PEFT opens it, ready to train."""
     from peft import PeftConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file
 
-    if methods.get(method.name).PEFT_TYPE in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+    if methods.find(method.name).PEFT_TYPE in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
         config = PeftConfig.from_pretrained(saved)  # PEFT refuses to train a prompt it has loaded
         config.inference_mode, config.base_model_name_or_path = False, None
         network = get_peft_model(base(folder), config)
@@ -99,9 +59,9 @@ def test_losses_agree(
 ) -> None:
     method = METHODS[case]
     loaded, meta = attached(folders[arch], method, trained=False)
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path, meta=meta)
     ours = [step.loss for step in Run(loaded.model, examples(), config=CONFIG)]
-    if methods.in_peft(method.name):
+    if methods.find(method.name).IN_PEFT:
         network, parameters = in_peft(folders[arch], tmp_path, method)
     else:
         read = load_adapter.load_file
@@ -149,7 +109,7 @@ def test_an_adapter_of_peft_trains_on_here_and_goes_back(folders: dict[str, Path
     assert steps[-1].loss < steps[0].loss
     loaded.model.eval()
     assert np.abs(logits(loaded) - expected).max() > 1e-2
-    adapter.save(tmp_path / "ours", loaded.model, meta=meta)
+    adapter.save(loaded.model, tmp_path / "ours", meta=meta)
     peft.export(tmp_path / "ours", tmp_path / "back", base="owner/base")
     verdict = peft.verify(tmp_path / "back", folders["llama"])
     assert verdict.passed
@@ -173,18 +133,18 @@ def test_fifty_steps_of_a_real_model_on_real_data(smollm2: Path, tmp_path: Path)
     from mlx_adapters.data.tokens import encode
 
     settings = TrainConfig(steps=50, batch_size=2, lr=3e-4, warmup=0, schedule="constant", no_decay=None)
-    chosen = methods.make_config("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
+    chosen = methods.make("lora", {"rank": 8, "alpha": 16.0, "targets": "all-linear"})
 
     def prepared() -> tuple[model.LanguageModel, Run]:
         loaded = model.load(smollm2)
         items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
         mx.random.seed(0)
-        adapter.attach(loaded.model, "lora", chosen, base=model.describe(loaded))
+        adapter.attach(loaded, chosen)
         return loaded, Run(loaded.model, items, config=settings)
 
     loaded, run = prepared()
-    meta = AdapterMeta(method="lora", config=vars(chosen), base=model.describe(loaded))
-    adapter.save(tmp_path, loaded.model, meta=meta)
+    meta = AdapterMeta(method=chosen, base=model.describe(loaded))
+    adapter.save(loaded.model, tmp_path, meta=meta)
     losses = [step.loss for step in run]
     network = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     network = PeftModel.from_pretrained(network, tmp_path, is_trainable=True)

@@ -10,9 +10,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny import random_llama
+from small_run import config, examples, flat, tiny
 
-from mlx_adapters import adapter, methods
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.train import metrics
@@ -20,34 +19,6 @@ from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.length import LEAST_STEPS, epochs, total_steps, warmup_steps
 from mlx_adapters.train.loop import Run, validate
 from mlx_adapters.train.optimizers import learning_rate
-
-
-def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
-    """A random two-layer llama with LoRA on it."""
-    mx.random.seed(seed)
-    model = random_llama()
-    config = methods.make_config("lora", {"rank": 4, "dropout": dropout})
-    adapter.attach(model, "lora", config, base={"model_type": "llama"})
-    mx.eval(model.parameters())
-    return model
-
-
-def examples(count: int = 20, *, seed: int = 0) -> list[Example]:
-    """Random prompts of 3 to 12 tokens, each answered by its first token, repeated."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        prompt = [int(token) for token in rng.integers(3, 48, size=int(rng.integers(3, 13)))]
-        made.append(Example([*prompt, prompt[0], prompt[0], 2], len(prompt)))
-    return made
-
-
-def flat(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
-
-
-def config(**fields: Any) -> TrainConfig:
-    return TrainConfig(**({"batch_size": 4, "lr": 1e-2, "warmup": 2, "steps": 6} | fields))
 
 
 def test_loss_falls_and_the_base_stays() -> None:
@@ -90,8 +61,8 @@ def test_first_gradient_norm_is_that_of_the_plain_mean_loss() -> None:
         for row in rows:
             logits = model(mx.array([row.ids[:-1]]))[0]
             wanted = mx.array(row.ids[1:])
-            losses = nn.losses.cross_entropy(logits, wanted)[row.start - 1 :]
-            total, count = total + losses.sum(), count + len(row.ids) - row.start
+            losses = nn.losses.cross_entropy(logits, wanted)[row.loss_start - 1 :]
+            total, count = total + losses.sum(), count + len(row.ids) - row.loss_start
         return total / count
 
     loss, grads = nn.value_and_grad(model, mean)(model)

@@ -1,0 +1,102 @@
+"""From rows to the examples of a run: which rows count, how they become text, which are held out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.data.overlap import item_hash, row_text, rows_texts
+from mlx_adapters.data.sources import FORMATS, Rows, load_rows, read_rows, rows_from_list
+from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
+from mlx_adapters.errors import DataError, counted
+from mlx_adapters.evaluate.tasks import load_file
+from mlx_adapters.models.chat_template import written_at
+from mlx_adapters.models.limits import check_ids, vocabulary
+from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.train.config import TrainConfig
+
+__all__ = ["Data", "encoded", "excluded_hashes", "pad_id", "rows_of", "select", "split"]
+
+Data = str | Path | Sequence[str | Path] | Sequence[dict[str, Any]] | Rows
+"""Training data: a file, folder, hub id or set of the paper; several of them; or the rows themselves."""
+
+
+def rows_of(data: Data) -> Rows:
+    """All rows of `data`. Raises DataError, also where two files have rows of different forms."""
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, str | Path):
+        return load_rows(str(data))
+    if all(isinstance(each, dict) for each in data):
+        return rows_from_list([each for each in data if isinstance(each, dict)])
+    parts = [load_rows(str(each)) for each in data]
+    for part in parts[1:]:
+        if part.format != parts[0].format:
+            raise DataError(
+                f"{part.origin}: rows of the form {part.format}, but those of {parts[0].origin} are of the "
+                f"form {parts[0].format}. Train on files of one form"
+            )
+    rows = [row for part in parts for row in part.rows]
+    return Rows(rows, parts[0].format, ", ".join(part.origin for part in parts))
+
+
+def select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
+    """(the rows to train on, how many were left out): without those whose question's hash is in `exclude`."""
+    kept = [row for row in rows.rows if item_hash(row_text(row, rows.format)) not in exclude]
+    excluded = len(rows.rows) - len(kept)
+    kept = kept[: config.limit]
+    if not kept:
+        raise DataError(
+            f"{rows.origin}: all rows ({excluded}) are in the excluded files, nothing is left to train on"
+        )
+    return replace(rows, rows=kept), excluded
+
+
+def excluded_hashes(files: Sequence[str | Path]) -> frozenset[str]:
+    """Hashes of the questions in test files, of a form of training data or of one that `eval` takes: rows
+    that must not be trained on."""
+    return frozenset(item_hash(text) for file in files for text in _questions(Path(file)))
+
+
+def _questions(file: Path) -> list[str]:
+    first = next(read_rows(file), ("", None))[1] if file.is_file() else None
+    first = first if isinstance(first, dict) else {}
+    form_of_training = any(set(fields) <= set(first) for fields in FORMATS.values())
+    if "answer" not in first or form_of_training:
+        return rows_texts(load_rows(str(file)))
+    _, items = load_file(file)
+    return [row_text({"instruction": item.instruction, "input": item.input}, "instruction") for item in items]
+
+
+def encoded(
+    rows: Rows, model: LanguageModel, config: TrainConfig, *, template: str, written: datetime
+) -> Encoded:
+    """The rows as examples. `written` is the time for templates that write a date."""
+    with written_at(written):
+        found = encode(rows, model.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
+    check_ids(model.model, (example.ids for example in found.examples), model.tokenizer)
+    return found
+
+
+def split(examples: list[Example], config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out for validation), drawn by the seed: not a run of neighbours in the file."""
+    if config.validation == 0:
+        return examples, []
+    if config.validation >= len(examples):
+        rows = counted(len(examples), "row")
+        raise DataError(f"validation={config.validation} leaves nothing of {rows} to train on")
+    order = np.random.default_rng(config.seed).permutation(len(examples))
+    return (
+        [examples[i] for i in sorted(order[config.validation :])],
+        [examples[i] for i in order[: config.validation]],
+    )
+
+
+def pad_id(model: LanguageModel) -> int:
+    """What fills rows up, which no label and no token before it sees: any id that the model has."""
+    known = vocabulary(model.model)
+    preferred = (model.tokenizer.pad_token_id, end_id(model.tokenizer))
+    return next((id for id in preferred if id is not None and (known is None or 0 <= id < known)), 0)

@@ -1,0 +1,57 @@
+"""What a run is about to do, in sentences."""
+
+from mlx_adapters.errors import counted
+from mlx_adapters.models.limits import made_for
+from mlx_adapters.train.length import EPOCHS, epochs
+from mlx_adapters.train.loop import Run
+from mlx_adapters.train.trainer import Trainer
+
+__all__ = ["summary"]
+
+
+def summary(trainer: Trainer) -> list[str]:
+    """What will be trained, on which rows, and what about them a user would not expect."""
+    names = sorted({path.rpartition(".")[2] for path in trainer.paths})
+    ratio = trainer.trainable / trainer.parameters
+    said = [
+        f"{trainer.meta.method.NAME} on {counted(len(trainer.paths), 'layer')} ({', '.join(names)})",
+        f"trainable {trainer.trainable:,} of {trainer.parameters:,} parameters ({ratio:.3%})",
+        _rows(trainer),
+    ]
+    if trainer.encoded.endless:
+        said.append("the tokenizer has no end token: answers will not learn where to end")
+    long = made_for(trainer.model.config)
+    if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
+        said.append(f"{over} rows are longer than the {long} tokens that the model was made for")
+    return said + _length(trainer.run)
+
+
+def _rows(trainer: Trainer) -> str:
+    rows, held_out = counted(len(trainer.run.examples), "row"), len(trainer.run.validation)
+    text = f"{rows} to train on, {held_out} held out"
+    text += f", template {trainer.meta.template}, loss on {trainer.meta.loss_on}"
+    encoded = trainer.encoded
+    counts = (
+        (trainer.excluded, "left out because they stand in the excluded files"),
+        (encoded.truncated, f"cut at {trainer.config.cutoff} tokens"),
+        (encoded.dropped, "dropped: nothing to learn within the cutoff"),
+        (encoded.empty, "with an empty answer"),
+        (encoded.repeated, "the same as an earlier row"),
+    )
+    return text + "".join(f"; {count} {what}" for count, what in counts if count)
+
+
+def _length(run: Run) -> list[str]:
+    """What a user who chose no number of steps, or too many of warm-up, would not expect."""
+    config, said = run.config, []
+    if config.steps is None and config.epochs is None:
+        passes = epochs(run.examples, config, run.processes.size)
+        if passes > EPOCHS:
+            said.append(
+                f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps. --epochs chooses"
+            )
+    if run.warmup == run.total:
+        said.append(
+            f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup"
+        )
+    return said

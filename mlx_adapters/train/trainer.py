@@ -1,0 +1,397 @@
+"""Train an adapter: `train` runs to the end, a `Trainer` yields every step.
+
+result = train(load("model"), "data.jsonl", "lora", output="adapter", epochs=3)
+
+for step in Trainer(load("model"), "data.jsonl", "lora", output="adapter", epochs=3):
+    print(step.loss)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_adapters import adapter, methods
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.data.overlap import rows_texts, seen_hashes
+from mlx_adapters.data.sources import Rows, digest, notes
+from mlx_adapters.data.templates import default_template
+from mlx_adapters.errors import OutputError, TrainingError, writing_to
+from mlx_adapters.fields import parse_fields
+from mlx_adapters.files.lock import locked
+from mlx_adapters.methods.base import Method
+from mlx_adapters.models.load import LanguageModel, describe, fingerprint
+from mlx_adapters.train import bare, checkpoint, metrics
+from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, rows_of, select, split
+from mlx_adapters.train.interrupt import stop_on_interrupt
+from mlx_adapters.train.length import epochs
+from mlx_adapters.train.loggers import open_loggers
+from mlx_adapters.train.loop import CHECKPOINTS, Run
+from mlx_adapters.train.progress import INTERRUPTED, Step
+
+__all__ = ["TrainResult", "Trainer", "check_output", "train"]
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"
+_CALLBACK = "a callback ended it"
+_SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        adapter: the folder of the saved adapter.
+        method: the method's name.
+        loss: of the step whose adapter was saved: mean cross entropy per supervised token, in nats.
+        validation_loss: the same of the validation rows, where that step was followed by a validation.
+        step: the step whose adapter was saved: the last, or that of the best validation.
+        steps: how many steps the run took, with those before it was resumed.
+        seconds: from the first step to the last, with validation, without those before it was resumed.
+        metrics: one row per step, as in `metrics.jsonl`.
+        stopped: why the run ended early; None where it did not.
+        trainable: how many parameters the adapter has.
+        parameters: how many the model has with it.
+        rows: how many rows were trained on.
+    """
+
+    adapter: Path
+    method: str
+    loss: float | None
+    validation_loss: float | None
+    step: int
+    steps: int
+    seconds: float
+    metrics: list[dict[str, Any]]
+    stopped: str | None
+    trainable: int
+    parameters: int
+    rows: int
+
+
+def train(
+    model: LanguageModel,
+    data: Data,
+    method: Method | str = "lora",
+    *,
+    output: str | Path,
+    callbacks: Sequence[Callback | Callable[[Step], bool | None]] = (),
+    **options: Any,
+) -> TrainResult:
+    """Train an adapter to the end, and save it.
+
+    Afterwards `model` is bare again. Ctrl-C ends the run after the current step, which is saved, and raises
+    KeyboardInterrupt; `resume=True` continues it.
+
+    Args:
+        model: a loaded model; its weights do not change.
+        data: a `.json` or `.jsonl` file, a folder, a hub id, several of them, or a list of rows.
+        method: the method with its options, as `LoRA(rank=16)`, or its name.
+        output: the new folder for the adapter, its losses and checkpoints.
+        callbacks: functions that are called with every `Step`, or objects of `Callback`.
+        **options: the other arguments of `Trainer`, and the fields of `TrainConfig`: `epochs=3, lr=2e-4`.
+
+    Returns:
+        The losses, the number of steps, the folder: see `TrainResult`.
+
+    Raises:
+        ConfigError, DataError, OutputError, UnsupportedError: before anything is trained.
+        TrainingError: where the loss is not a number, or the run has changed nothing.
+    """
+    trainer = Trainer(model, data, method, output=output, callbacks=callbacks, **options)
+    try:
+        with stop_on_interrupt(trainer.stop) as interrupted:
+            for _ in trainer:
+                pass
+    finally:
+        trainer.detach()
+    if interrupted:
+        raise KeyboardInterrupt(f"stopped at step {trainer.run.step}: saved in {output}")
+    return trainer.result
+
+
+class Trainer:
+    """A run that is ready to begin. Iterate to train, a step at a time; at the end the adapter is saved.
+
+    What stopped early is in the `stopped` of the last step, the rest in `result`. After a `break` nothing is
+    saved but the checkpoints so far: call `save`. The adapter stays on the model: `detach` takes it off.
+
+    Args:
+        model: a loaded model; its weights do not change.
+        data: a `.json` or `.jsonl` file, a folder, a hub id, several of them, or a list of rows.
+        method: the method with its options, as `LoRA(rank=16)`, or its name.
+        output: the new folder for the adapter, its losses and checkpoints.
+        callbacks: functions that are called with every `Step`, or objects of `Callback`.
+        start: an adapter folder to continue from, ours or PEFT's: its method and settings count then.
+        resume: continue the run in `output` from its newest checkpoint.
+        exclude: test files whose questions must not be trained on, or their hashes.
+        log: also to tensorboard, wandb or trackio.
+        processes: the processes that share every batch. The first one writes.
+        **options: the fields of `TrainConfig`.
+
+    Attributes:
+        run: the loop over the encoded examples.
+        config: the settings of the run.
+        paths: the layers that the adapter is on.
+        encoded: the examples, and what is odd about the rows.
+        excluded: how many rows were left out because of `exclude`.
+        trainable: how many parameters the adapter has.
+        parameters: how many the model has with it.
+        notes: what a user may want to know, as sentences.
+
+    Raises:
+        ConfigError, DataError, OutputError, UnsupportedError: the model is bare then, as it was.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        data: Data,
+        method: Method | str = "lora",
+        *,
+        output: str | Path,
+        callbacks: Sequence[Callback | Callable[[Step], bool | None]] = (),
+        start: str | Path | None = None,
+        resume: bool = False,
+        exclude: Sequence[str | Path] | frozenset[str] = (),
+        log: Sequence[str] = (),
+        processes: Processes | None = None,
+        **options: Any,
+    ) -> None:
+        self.model, self.output = model, Path(output)
+        self.config: TrainConfig = parse_fields(TrainConfig, options, where="train")
+        self.processes = processes or Processes()
+        self.callbacks = callbacks_of(callbacks)
+        self._result: TrainResult | None = None
+        self._lock, self._holds_lock = ExitStack(), False
+        self._restore = bare.remember(model.model)
+        if self.processes.writes:
+            check_output(self.output, resume)
+        try:
+            if resume:
+                self._hold_lock()  # or it would continue from what another run is writing
+            rows = rows_of(data)
+            self.notes = notes(rows)
+            hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
+            rows, self.excluded = select(rows, self.config, hashes)
+            self._prepare(rows, method, Path(start) if start else None, resume)
+            writes = self.processes.writes
+            self._loggers = open_loggers(log, self.output, self.meta.training) if writes else []
+        except BaseException:
+            self._lock.close()
+            self.detach()
+            raise
+
+    def __iter__(self) -> Iterator[Step]:
+        started, stopped = time.perf_counter(), None
+        with self._lock:
+            self._hold_lock()
+            try:
+                for step in self.run.steps(self._log):
+                    step = self._told(step)
+                    stopped = step.stopped
+                    if stopped in _SAVED:
+                        self.save()
+                    yield step
+                    if stopped:
+                        break
+            finally:
+                for logger in self._loggers:
+                    logger.close()
+            self._result = self._finish(time.perf_counter() - started, stopped)
+        for callback in self.callbacks:
+            callback.on_end(self.result)
+
+    @property
+    def result(self) -> TrainResult:
+        """What the run came to. Raises TrainingError while it has not ended."""
+        if self._result is None:
+            raise TrainingError(f"{self.output}: the run has not ended, so it has no result yet")
+        return self._result
+
+    def stop(self) -> None:
+        """End after the current step, in every process. The run is saved and can be resumed."""
+        self.run.stop()
+
+    def save(self) -> None:
+        """Save what there is now: the adapter, and a checkpoint to resume from."""
+        self.run.save()
+        self._save_adapter(self.run.step)
+
+    def detach(self) -> None:
+        """Take the adapter off the model, which is bare again."""
+        if adapter.layers(self.model.model):
+            adapter.detach(self.model)
+        self._restore()
+
+    def _prepare(self, rows: Rows, method: Method | str, start: Path | None, resume: bool) -> None:
+        """Encode the rows, attach the adapter, set up the loop."""
+        config, processes = self.config, self.processes
+        earlier = adapter.read_meta(start) if start else None
+        template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
+        written = _time(self.output, resume, processes)
+        self.encoded = encoded(rows, self.model, config, template=template, written=written)
+        training, validation = split(self.encoded.examples, config)
+        mx.random.seed(config.seed)
+        base = describe(self.model)
+        chosen, self.paths = _attached(self.model, method, start, earlier)
+        mx.eval(self.model.model.parameters())
+        self.trainable, self.parameters = adapter.count(self.model.model)
+        self.run = Run(
+            self.model.model,
+            training,
+            validation,
+            config=config,
+            pad_id=pad_id(self.model),
+            folder=self.output,
+            processes=processes,
+            rates=chosen.lr_multipliers() or None,
+            identity={
+                "method": chosen.NAME,
+                "fields": asdict(chosen),
+                "template": template,
+                "loss_on": config.loss_on,
+                "written": written.isoformat(),
+                "base": fingerprint(self.model.path),
+            },
+        )
+        if processes.writes:
+            self.output.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._resume()
+        self.meta = AdapterMeta(
+            method=chosen,
+            base=base,
+            template=template,
+            loss_on=config.loss_on,
+            seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
+            training=self._record(rows, template),
+        )
+
+    def _record(self, rows: Rows, template: str) -> dict[str, Any]:
+        """What the adapter's folder says of its training."""
+        return {
+            **asdict(self.config),
+            "epochs": None
+            if self.config.steps
+            else epochs(self.run.examples, self.config, self.processes.size),
+            "warmup": self.run.warmup,
+            "template": template,
+            "data": rows.origin,
+            "data_sha256": digest(rows.rows),
+            "rows": len(rows.rows),
+        }
+
+    def _resume(self) -> None:
+        if self.run.can_resume():
+            self.run.resume(self.notes.append)
+        else:
+            self.notes.append(f"{self.output}: has no checkpoint yet, starting from the beginning")
+        if self.processes.writes:
+            metrics.forget_after(self.output / METRICS, self.run.step)
+
+    def _hold_lock(self) -> None:
+        """Keep other runs out of the folder until this one ends."""
+        if self.processes.writes and not self._holds_lock:
+            self._lock.enter_context(locked(self.output))
+            self._lock.callback(setattr, self, "_holds_lock", False)
+            self._holds_lock = True
+
+    def _log(self, step: Step) -> None:
+        for logger in self._loggers:
+            logger.log(step)
+
+    def _told(self, step: Step) -> Step:
+        """The step that the callbacks were told of; where one of them ends the run, `stopped`."""
+        if continues(self.callbacks, step, self.run.checkpoint) or step.stopped or step.step == step.total:
+            return step
+        if self.processes.size > 1:  # all of them have to end after the same step
+            self.stop()
+            return step
+        return replace(step, stopped=_CALLBACK)
+
+    def _finish(self, seconds: float, stopped: str | None) -> TrainResult:
+        """Save the adapter, of the best step if configured so, and draw the losses."""
+        run, step, rows = self.run, self.run.step, list[dict[str, Any]]()
+        if self.processes.writes:
+            if stopped not in _SAVED:
+                step = run.use_best() if self.config.best or self.config.patience else step
+                self._save_adapter(step)
+            rows = metrics.read(self.output / METRICS)
+            if stopped not in _SAVED:
+                with writing_to(self.output / PLOT):
+                    title = f"{self.meta.method.NAME} on {self.model.path.name}"
+                    metrics.plot(rows, self.output / PLOT, title=title)
+                if not run.moved:
+                    raise TrainingError(
+                        f"{self.output}: {step} steps have not changed the adapter, which is saved as it "
+                        f"began. Give more --steps, or a higher --lr than {self.config.lr:g}"
+                    )
+        row = next((row for row in rows if row["step"] == step), {})
+        return TrainResult(
+            adapter=self.output,
+            method=self.meta.method.NAME,
+            loss=row.get("loss"),
+            validation_loss=row.get("validation_loss"),
+            step=step,
+            steps=run.step,
+            seconds=seconds,
+            metrics=rows,
+            stopped=stopped,
+            trainable=self.trainable,
+            parameters=self.parameters,
+            rows=len(run.examples),
+        )
+
+    def _save_adapter(self, step: int) -> None:
+        if not self.processes.writes:
+            return
+        for name, array in tree_flatten(self.model.model.trainable_parameters()):
+            if not mx.isfinite(array).all().item():
+                raise TrainingError(
+                    f"{self.output}: not saved, since after step {step} the adapter's {name} holds values "
+                    "that are not numbers. Lower --lr"
+                )
+        training = {**self.meta.training, "steps_done": step}
+        adapter.save(self.model.model, self.output, meta=replace(self.meta, training=training))
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raise OutputError when `output` holds something and the run does not resume."""
+    if resume and not output.exists():
+        raise OutputError(f"{output}: no such folder, so there is nothing to resume. Start without --resume")
+    if output.is_file():
+        raise OutputError(f"{output}: is a file. Choose another --output folder")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        raise OutputError(f"{output}: is not empty. Choose another --output, or go on with --resume")
+
+
+def _attached(
+    model: LanguageModel, method: Method | str, start: Path | None, earlier: AdapterMeta | None
+) -> tuple[Method, list[str]]:
+    """Put the adapter on the model: (its method, the layers' paths)."""
+    if start and earlier:
+        adapter.load(model, start)
+        return earlier.method, list(adapter.layers(model.model))
+    method = methods.make(method, {}) if isinstance(method, str) else method
+    method = method.with_tokenizer(model.tokenizer)
+    return method, list(adapter.attach(model, method))
+
+
+def _time(output: Path, resume: bool, processes: Processes) -> datetime:
+    """When the rows are written, for templates that write a date: now, or as the run that is resumed had it.
+    The first process decides, for another may be past midnight."""
+    saved = checkpoint.setting(output / CHECKPOINTS, "written") if resume and processes.writes else None
+    moment = datetime.fromisoformat(saved) if isinstance(saved, str) else datetime.now()
+    parts = processes.from_first(mx.array(moment.timetuple()[:6], dtype=mx.int32)).tolist()
+    year, month, day, hour, minute, second = parts
+    return datetime(year, month, day, hour, minute, second)
