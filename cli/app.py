@@ -6,45 +6,25 @@ Nothing heavy is imported here: `mlx-adapters --help` must answer at once.
 
 import os
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mlx_adapters import __version__
-from mlx_adapters.cli import (
-    chat,
-    combine,
-    compare,
-    convert,
-    data,
-    doctor,
-    eval,
-    export,
-    fuse,
-    generate,
-    harness,
-    import_adapter,
-    info,
-    methods,
-    models,
-    plan,
-    push,
-    quickstart,
-    serve,
-    signals,
-    study,
-    train,
-)
+from mlx_adapters.cli import data, signals
 from mlx_adapters.cli.options import App
 from mlx_adapters.cli.screen import complain, deaf
-from mlx_adapters.cpu import children
+from mlx_adapters.cpu import processes
 from mlx_adapters.errors import AdaptersError
 
 __all__ = ["app", "main"]
 
-
 _LONGEST = 2000  # characters of an error
+# In the order of the help.
+_COMMANDS = """quickstart convert plan train eval harness compare study export push import fuse generate chat
+serve combine data info methods models doctor"""
 # Commands that compute with MLX alone, also where torch is installed.
 _WITHOUT_TORCH = frozenset(
     ("train", "eval", "study", "generate", "chat", "serve", "plan", "info", "import", "combine", "models")
@@ -59,11 +39,11 @@ class _Group(TyperGroup):
             _fail(" ".join(str(error).split()), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
-        except SystemExit as error:  # typer's own ends are no SystemExit: this is a library's
+        except SystemExit as error:  # typer ends in other ways: this comes from a library
             _fail(f"a library ended the program ({error.code})", 2)
         except OSError as error:
             if deaf() and isinstance(error, BrokenPipeError):
-                raise typer.Exit(0) from None  # the reader (head, say) has seen enough of the result
+                raise typer.Exit(0) from None  # the reader, such as head, has seen enough of the result
             if error.filename is None and error.errno is None:
                 raise
             place = f"{error.filename}: " if error.filename else ""
@@ -87,7 +67,7 @@ app = App(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # markup would swallow what stands in brackets: [default: lora]
+    rich_markup_mode=None,  # markup would swallow text in brackets: [default: lora]
     help="Train adapters for language models on Apple MLX or a plain CPU; hand them to PyTorch unchanged.",
 )
 
@@ -100,32 +80,17 @@ def _root(
 ) -> None: ...
 
 
-app.command("quickstart")(quickstart.command)
-app.command("convert")(convert.command)
-app.command("plan")(plan.command)
-app.command("train")(train.command)
-app.command("eval")(eval.command)
-app.command("harness")(harness.command)
-app.command("compare")(compare.command)
-app.command("study")(study.command)
-app.command("export")(export.command)
-app.command("push")(push.command)
-app.command("import")(import_adapter.command)
-app.command("fuse")(fuse.command)
-app.command("generate")(generate.command)
-app.command("chat")(chat.command)
-app.command("serve")(serve.command)
-app.command("combine")(combine.command)
-app.add_typer(data.app, name="data")
-app.command("info")(info.command)
-app.command("methods")(methods.command)
-app.command("models")(models.command)
-app.command("doctor")(doctor.command)
+for _name in _COMMANDS.split():
+    if _name == "data":
+        app.add_typer(data.app, name="data")
+    else:
+        _module = import_module(f"mlx_adapters.cli.{'import_adapter' if _name == 'import' else _name}")
+        app.command(_name)(_module.command)
 
 
 def main() -> None:
     """The console script."""
-    children.follow()
+    processes.follow()
     # transformers' and the hub's progress bars and hints would interleave with ours
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import COMBINATIONS
+from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError, counted
 
@@ -14,21 +15,21 @@ __all__ = ["command"]
 
 @reporting("path", "how", "weights", "layers", "rank")
 def command(
-    adapters: Annotated[list[Path], typer.Argument(help="LoRA adapter folders of one base")],
-    dst: Annotated[Path, typer.Argument(help="new adapter folder to write")],
+    adapters: Annotated[list[Path], arg("LoRA adapter folders of one base")],
+    dst: Annotated[Path, arg("new adapter folder to write")],
     weights: Annotated[
-        str | None, typer.Option(help="a number for each adapter, joined by commas [default: equal shares]")
+        str | None, opt("a number for each adapter, joined by commas [default: equal shares]")
     ] = None,
     how: Annotated[
         str,
-        typer.Option(
-            help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune (also *_svd)",
-            autocompletion=complete.among(complete.COMBINATIONS),
+        opt(
+            "linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune (also *_svd)",
+            values=COMBINATIONS,
         ),
     ] = "linear",
-    rank: Annotated[int | None, typer.Option(help="rank of the result, for svd")] = None,
-    density: Annotated[float, typer.Option(help="share of entries that ties, dare and prune keep")] = 0.5,
-    seed: Annotated[int, typer.Option(help="of the entries that dare drops")] = 0,
+    rank: Annotated[int | None, opt("rank of the result, for svd")] = None,
+    density: Annotated[float, opt("share of entries that ties, dare and prune keep")] = 0.5,
+    seed: Annotated[int, opt("seed for choosing the entries that dare drops")] = 0,
 ) -> None:
     """Merge LoRA adapters, weighted, into one.
 

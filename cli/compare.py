@@ -6,39 +6,25 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
 
 __all__ = ["command"]
-
 
 _KEYS = ("task", "part", "total", "seen", "a_correct", "b_correct", "only_a", "only_b", "difference", "low")
 
 
 @reporting(*_KEYS, "high", "p", "differ", each=True)
 def command(
-    a: Annotated[Path, typer.Argument(help="report of `mlx-adapters eval --output`")],
-    b: Annotated[Path, typer.Argument(help="another, of the same items")],
+    a: Annotated[Path, arg("report of `mlx-adapters eval --output`")],
+    b: Annotated[Path, arg("another, of the same items")],
 ) -> None:
     """Tell which of two evaluations is better, by a paired test."""
-    from mlx_adapters.evaluate.compare import compare, differ, words
+    from mlx_adapters.evaluate.compare import compare, differ, sentences
     from mlx_adapters.evaluate.records import read_report
 
     (ours, our_records), (theirs, their_records) = read_report(a), read_report(b)
     found, others = compare(our_records, their_records), differ(ours, theirs)
     names = (a.stem, b.stem) if a.stem != b.stem else (str(a), str(b))
-    tests = sum(one.task != "all" and one.part == "all" for one in found)  # the pooled one is not counted
-
-    def sentences() -> None:
-        if others:
-            listed = ", ".join(f"{name} ({_shown(x)}; {_shown(y)})" for name, (x, y) in others.items())
-            typer.echo(f"The reports differ in {listed}: the tests compare these together with the adapters.")
-        for one in found:
-            typer.echo(words(one, *names, tests=1 if one.task == "all" else tests))
-        if tests > 1:
-            typer.echo(f"With {tests} sets compared, p counts as small below {0.05 / tests:.2g} in each.")
-
-    report([asdict(one) | {"differ": others} for one in found], sentences)
-
-
-def _shown(value: object) -> str:
-    return "not told" if value is None else str(value)
+    lines = sentences(found, *names, others)
+    report([asdict(one) | {"differ": others} for one in found], lambda: typer.echo("\n".join(lines)))

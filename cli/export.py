@@ -2,39 +2,28 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
+from mlx_adapters.cli.complete import FORMATS
+from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, size
+from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import ConfigError, counted
+from mlx_adapters.units import size
 
-if TYPE_CHECKING:
-    from mlx_adapters.convert.peft import Verdict
-
-__all__ = ["command", "verdict_text"]
+__all__ = ["command"]
 
 
 @reporting("path", "format", "tensors", "bytes", "base", "verify")
 def command(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
-    dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="peft, adapterhub, llm-adapters or mlx-lm", autocompletion=complete.among(complete.FORMATS)
-        ),
-    ] = "peft",
-    base: Annotated[
-        str | None,
-        typer.Option(help="hub id PyTorch users load the base from [default: the one it was named by]"),
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="open it with peft and transformers and compare")] = False,
-    model: Annotated[
-        Path | None, typer.Option(help="MLX model folder for --verify; default: as trained")
-    ] = None,
+    adapter: Adapter,
+    dst: NewFolder,
+    format: Annotated[str, opt("peft, adapterhub, llm-adapters or mlx-lm", values=FORMATS)] = "peft",
+    base: Base = None,
+    verify: Annotated[bool, opt("open it with peft and transformers and compare")] = False,
+    model: Annotated[Path | None, opt("MLX model folder for --verify; default: as trained")] = None,
 ) -> None:
     """Write the adapter for another library, by default PEFT.
 
@@ -80,24 +69,9 @@ def command(
                 f"folder{others}"
             )
         if verdict:
-            typer.echo(verdict_text(verdict))
+            typer.echo(str(verdict))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
     report(asdict(done) | {"format": format, "verify": checked}, words)
     if verdict and not verdict.passed:
         raise typer.Exit(1)
-
-
-def verdict_text(verdict: "Verdict") -> str:
-    """The comparison in words."""
-    keys = "no missing and no unexpected key"
-    if verdict.missing or verdict.unexpected:
-        keys = f"{len(verdict.missing)} missing and {len(verdict.unexpected)} unexpected keys"
-    tokens = "equal" if verdict.greedy_equal else "NOT EQUAL"
-    auto = "" if verdict.auto_diff is None else f", {verdict.auto_diff:.1e} through AutoModelForCausalLM"
-    return (
-        f"verify: {keys}; max |logit difference| {verdict.peft_diff:.1e} through PeftModel{auto} "
-        f"(bound {verdict.bound:.1e}); "
-        f"{verdict.tokens} greedy tokens {tokens}; without the adapter the logits move by "
-        f"{verdict.effect:.2g}: {'passed' if verdict.passed else 'FAILED'}"
-    )

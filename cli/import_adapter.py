@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.options import NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
@@ -13,11 +14,9 @@ __all__ = ["command"]
 
 @reporting("path", "method", "format")
 def command(
-    src: Annotated[Path, typer.Argument(help="adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
-    dst: Annotated[Path, typer.Argument(help="new folder to write")],
-    model: Annotated[
-        str | None, typer.Option(help="model folder or hub id it is for [default: the one it names]")
-    ] = None,
+    src: Annotated[Path, arg("adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
+    dst: NewFolder,
+    model: Annotated[str | None, opt("model folder or hub id it is for [default: the one it names]")] = None,
 ) -> None:
     """Write another library's adapter as ours.
 

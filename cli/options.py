@@ -4,18 +4,20 @@ import dataclasses
 import inspect
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
-from mlx_adapters.cli.complete import FIELDS
+from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, templates
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.files.documents import from_json, from_yaml
 
-__all__ = ["App", "fields_as_options", "json_object", "merged", "named_folders", "read_yaml", "settings"]
+if TYPE_CHECKING:
+    from mlx_adapters.adapter import AdapterMeta
+    from mlx_adapters.models.load import LanguageModel
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,16 +37,55 @@ class _Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """A Typer whose commands refuse an option given twice: Click would take the last without a word."""
+    """A Typer whose commands refuse an option given twice: Click would silently take the last."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
         """Typer's own, for commands of that kind."""
         return super().command(name, cls=_Command, **options)
 
 
-def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def arg(help: str, *, values: Complete | None = None) -> Any:
+    """An argument, in `Annotated`: its help, and the values that the shell completes."""
+    return typer.Argument(help=help, autocompletion=values)
+
+
+def opt(help: str, *names: str, values: Iterable[str] | Complete = (), **limits: Any) -> Any:
+    """An option, in `Annotated`: its help, names that are not the parameter's, the values that the shell
+    completes, and `min` and `max`."""
+    completed = values if callable(values) else among(values) if values else None
+    return typer.Option(*names, help=help, autocompletion=completed, **limits)
+
+
+# Arguments and options that several commands have.
+Model = Annotated[str, arg("model folder or hub id")]
+Adapter = Annotated[Path, arg("adapter folder")]
+NewFolder = Annotated[Path, arg("new folder to write")]
+AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
+Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
+Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
+Template = Annotated[
+    str | None,
+    opt(
+        "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]",
+        values=templates,
+    ),
+]
+ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
+DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
+BatchSize = Annotated[
+    int | None, opt("rows computed together [default: what memory allows, up to 64]", min=1)
+]
+MaxTokens = Annotated[int, opt("longest answer", min=1)]
+Temperature = Annotated[float, opt("0 takes the most likely token", min=0)]
+Dtype = Annotated[str | None, opt("float32, float16 or bfloat16 [default: the source's]", values=DTYPES)]
+Mode = Annotated[str, opt("quantization: affine, mxfp4, mxfp8 or nvfp4", values=MODES)]
+
+
+def fields_as_options(
+    config_class: type, **values: Iterable[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Append the fields of `config_class` to a command's signature; the command gets them in `**given`,
-    None where the user said nothing."""
+    None where they are not set. `values` are what the shell completes, by field."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(config_class)
@@ -56,7 +97,7 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
             option = typer.Option(
                 f"--{field.name.replace('_', '-')}",
                 help=field.metadata["help"] + default,
-                autocompletion=FIELDS.get(field.name),
+                autocompletion=among(values[field.name]) if field.name in values else FIELDS.get(field.name),
             )
             parameters.append(
                 inspect.Parameter(
@@ -74,7 +115,7 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
 
 
 def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
-    """A run file as a flat mapping; ConfigError for what is no mapping or not known."""
+    """A run file as a flat mapping; ConfigError for anything else, and for unknown keys."""
     if file is None:
         return {}
     try:
@@ -115,18 +156,23 @@ def json_object(text: str | None, where: str) -> dict[str, Any]:
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; None means not said."""
+    """Later layers win; None means not set."""
     result: dict[str, Any] = {}
     for layer in layers:
         result |= {name: value for name, value in layer.items() if value is not None}
     return result
 
 
-def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
-    """{name: folder} of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the base, would
-    have one name."""
+def load_named(
+    model: str, adapters: list[str] | None, *, base: str
+) -> "tuple[LanguageModel, dict[str, AdapterMeta]]":
+    """The model with the adapters of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the
+    base, would have one name."""
+    from mlx_adapters.adapter.multi import load_adapters
+    from mlx_adapters.models.load import load
+
     folders: dict[str, Path] = {}
-    for text in adapters:
+    for text in adapters or []:
         name, equals, folder = text.partition("=")
         if not equals or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
@@ -135,7 +181,8 @@ def named_folders(adapters: list[str], base: str) -> dict[str, Path]:
         if name in folders or name == base:
             raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
         folders[name] = Path(folder)
-    return folders
+    loaded = load(model, answering=True)
+    return loaded, load_adapters(loaded, folders) if folders else {}
 
 
 def _plain(hint: Any) -> Any:

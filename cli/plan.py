@@ -10,8 +10,9 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import settings
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, size, table, track
+from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.units import size
 
 if TYPE_CHECKING:
     from mlx_adapters.train.plan import MemoryPlan, Plan

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_adapters.cli.options import Adapter, Base, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
@@ -13,20 +14,16 @@ __all__ = ["command"]
 
 @reporting("repo", "url", "sent", "path", "files")
 def command(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there")],
-    base: Annotated[
-        str | None, typer.Option(help="hub id of the base [default: the one it was named by]")
-    ] = None,
-    eval: Annotated[
-        list[Path] | None, typer.Option(help="report of eval --output, for the card; may be repeated")
-    ] = None,
+    adapter: Adapter,
+    repo: Annotated[str, arg("OWNER/NAME on the hub; made if it is not there")],
+    base: Base = None,
+    eval: Annotated[list[Path] | None, opt("report of eval --output, for the card; may be repeated")] = None,
     license: Annotated[
-        str | None, typer.Option(help="the hub's name of the license: apache-2.0 say [default: none named]")
+        str | None, opt("the hub's name of the license, such as apache-2.0 [default: none named]")
     ] = None,
-    private: Annotated[bool, typer.Option(help="a new repository is private")] = False,
-    dry_run: Annotated[bool, typer.Option(help="write the folder to --output, upload nothing")] = False,
-    output: Annotated[Path | None, typer.Option(help="new folder for --dry-run")] = None,
+    private: Annotated[bool, opt("make a new repository private")] = False,
+    dry_run: Annotated[bool, opt("write the folder to --output, upload nothing")] = False,
+    output: Annotated[Path | None, opt("new folder for --dry-run")] = None,
 ) -> None:
     """Upload the adapter to the hub as a PEFT folder with a card.
 
@@ -36,8 +33,8 @@ def command(
     """
     import tempfile
 
-    from mlx_adapters.cli.screen import size
     from mlx_adapters.convert import publish
+    from mlx_adapters.units import size
 
     if dry_run != (output is not None):
         raise ConfigError("--dry-run and --output FOLDER go together: the folder is written, nothing is sent")

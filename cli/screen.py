@@ -1,4 +1,4 @@
-"""What the user sees: progress on a terminal, plain lines in a log, tables, and sizes in words."""
+"""What the user sees: progress on a terminal, plain lines in a log, and tables."""
 
 import os
 import select
@@ -10,19 +10,7 @@ from typing import Any
 
 import typer
 
-__all__ = [
-    "Lines",
-    "be_quiet",
-    "complain",
-    "deaf",
-    "duration",
-    "lines",
-    "plain",
-    "say",
-    "size",
-    "table",
-    "track",
-]
+__all__ = ["Lines", "be_quiet", "complain", "deaf", "lines", "plain", "say", "table", "track"]
 
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
@@ -46,9 +34,9 @@ def plain(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line about the work, on stderr: stdout is for results. It stands above the bar, if there is one.
+    """A line about the work, on stderr: stdout is for results. It is printed above the bar, if there is one.
 
-    Nobody may be there to read it (`2>&1 | head`, a closed terminal): the work goes on without a word.
+    Nobody may be there to read it (`2>&1 | head`, a closed terminal): the work continues silently.
     """
     if not _quiet:
         _write(text)
@@ -112,23 +100,6 @@ class _Patient:
             self.stream.flush()
         except OSError:
             _drop(self.stream)
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:
@@ -201,7 +172,7 @@ def lines(title: str, total: int) -> Iterator[Lines]:
 
 
 def track(title: str, items: Iterable[Any], total: int, text: Callable[[Any], str]) -> Iterator[Any]:
-    """Yield the items while showing progress; `text(item)` stands beside the bar."""
+    """Yield the items while showing progress; `text(item)` is shown beside the bar."""
     with lines(title, total) as display:
         for done, item in enumerate(items, start=1):
             display.update(done, text(item))

@@ -9,10 +9,11 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import be_quiet, duration, lines, say, size
+from mlx_adapters.cli.screen import be_quiet, lines, say
 from mlx_adapters.cli.signals import answered, telling
 from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.units import duration, size
 
 if TYPE_CHECKING:
     from mlx_adapters.train.progress import Step
@@ -63,7 +64,7 @@ def command(
     """Train an adapter on a frozen base model."""
     import dataclasses
 
-    from mlx_adapters.cli.processes import launched, supervise
+    from mlx_adapters.cpu.processes import in_ring, run_ring
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
     training = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -79,8 +80,9 @@ def command(
     run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
     if processes > 1:
         run_config = run_config.shared(processes)
-        if not launched():
-            raise typer.Exit(supervise(sys.argv[1:], processes))
+        if not in_ring():
+            app = "mlx_adapters.cli.app"
+            raise typer.Exit(run_ring(app, sys.argv[1:], processes, warn=say, on_signal=answered))
     _train(
         chosen["model"],
         chosen["data"],

@@ -24,6 +24,7 @@ from mlx_adapters.models import load as models
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build
 from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.units import duration, size
 
 __all__ = [
     "MODES",
@@ -68,6 +69,12 @@ class Converted:
     parameters: int
     seconds: float
     dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.parameters / 1e6:.1f} M parameters, {size(self.bytes)}, "
+            f"{self.bits_per_weight:.2f} bits per weight ({self.dtype}), {duration(self.seconds)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

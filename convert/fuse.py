@@ -26,10 +26,11 @@ from mlx_adapters.convert.checkpoint import (
     write_mlx,
 )
 from mlx_adapters.convert.to_transformers import CHECKED, dequantized_weights, write_transformers
-from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
+from mlx_adapters.errors import ConfigError, UnsupportedError, counted, unknown
 from mlx_adapters.files import weights, writing
 from mlx_adapters.models import load as models
 from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.units import size
 
 __all__ = ["TARGETS", "Fused", "fuse"]
 
@@ -58,6 +59,19 @@ class Fused:
     def passed(self) -> bool:
         """Whether transformers, if it was asked, computes the same function."""
         return self.torch_diff is None or self.torch_diff <= self.bound
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.path}: {counted(self.layers, 'layer')} fused, {self.dtype}, {size(self.bytes)}\n"
+            f"logits on three prompts: the adapter moves them by up to {self.effect:.2g}, fusing by up to "
+            f"{self.error:.2g} (rms {self.error_rms:.2g})"
+        )
+        if self.torch_diff is None:
+            return text
+        return (
+            f"{text}\nverify: no missing and no unexpected key; max |logit difference| {self.torch_diff:.1e} "
+            f"in transformers (bound {self.bound:.1e}): {'passed' if self.passed else 'FAILED'}"
+        )
 
 
 def fuse(

@@ -81,6 +81,19 @@ class Verdict:
         close = max(self.peft_diff, self.auto_diff or 0.0) <= self.bound
         return close and self.greedy_equal and not self.missing and not self.unexpected
 
+    def __str__(self) -> str:
+        """The comparison in one line."""
+        keys = "no missing and no unexpected key"
+        if self.missing or self.unexpected:
+            keys = f"{len(self.missing)} missing and {len(self.unexpected)} unexpected keys"
+        auto = "" if self.auto_diff is None else f", {self.auto_diff:.1e} through AutoModelForCausalLM"
+        return (
+            f"verify: {keys}; max |logit difference| {self.peft_diff:.1e} through PeftModel{auto} "
+            f"(bound {self.bound:.1e}); "
+            f"{self.tokens} greedy tokens {'equal' if self.greedy_equal else 'NOT EQUAL'}; without the "
+            f"adapter the logits move by {self.effect:.2g}: {'passed' if self.passed else 'FAILED'}"
+        )
+
 
 def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     """Write the adapter in `source` to `dst` as a PEFT folder with a model card.

@@ -51,6 +51,15 @@ class Verdict:
         """Whether transformers computes the same function."""
         return self.max_diff <= self.bound and (not self.lossless or self.argmax_agreement == 1.0)
 
+    def __str__(self) -> str:
+        """The comparison in one line."""
+        against = "transformers" if self.lossless else "transformers with the same rounded weights"
+        return (
+            f"verify: max |logit difference| {self.max_diff:.1e} to {against} (bound {self.bound:.1e}), "
+            f"same most likely token as the source at {self.argmax_agreement:.1%} of positions: "
+            f"{'passed' if self.passed else 'FAILED'}"
+        )
+
 
 def verify_model(src: Path | str, dst: Path) -> Verdict:
     """Compare the converted folder `dst` with `src` (folder, hub id or .gguf file) opened by transformers.

@@ -92,13 +92,19 @@ class Screen:
             if letter == "\r":
                 self.column = 0
             elif letter == "\n":
-                self.row += 1
-                self.lines += [[] for _ in range(self.row + 1 - len(self.lines))]
+                self._down()
             elif letter.isprintable():
+                if self.column == COLUMNS:  # the line is full: the next one takes the rest
+                    self._down()
+                    self.column = 0
                 line = self.lines[self.row]
                 line += [(" ", None)] * (self.column + 1 - len(line))
                 line[self.column] = (letter, self.colour)
                 self.column += 1
+
+    def _down(self) -> None:
+        self.row += 1
+        self.lines += [[] for _ in range(self.row + 1 - len(self.lines))]
 
     def _act(self, numbers: str, code: str) -> None:
         if code == "A":
@@ -174,7 +180,7 @@ def draw(versions: list[Version], title: str, rows: int, seconds: float) -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {rows * HEIGHT + 70}">
 <title>{escape(title)}</title>
 <style>
-text{{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre}}
+text{{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}}
 .back{{fill:#f6f8fa;stroke:#d0d7de}}
 {_colours(0)}
 @media (prefers-color-scheme:dark){{.back{{fill:#0d1117;stroke:#30363d}}{_colours(1)}}}
@@ -204,15 +210,17 @@ def _class(colour: str | None) -> str:
 
 
 def _runs(line: Line) -> list[tuple[int, str, str | None]]:
-    """(column, text, colour) of a line, without the blanks around."""
+    """(column, text, colour) of a line: what stands between two blanks or more, or has another colour."""
+    text = "".join(letter for letter, _ in line)
     runs: list[tuple[int, str, str | None]] = []
-    for column, (letter, colour) in enumerate(line):
-        if runs and runs[-1][2] == colour:
-            runs[-1] = (runs[-1][0], runs[-1][1] + letter, colour)
-        else:
-            runs.append((column, letter, colour))
-    stripped = [(x + len(text) - len(text.lstrip()), text.strip(), colour) for x, text, colour in runs]
-    return [run for run in stripped if run[1]]
+    for words in re.finditer(r"\S+(?: \S+)*", text):
+        start = words.start()
+        for column in range(start + 1, words.end() + 1):
+            if column == words.end() or (line[column][1] != line[start][1] and line[column][0] != " "):
+                piece = text[start:column]
+                runs.append((start, piece.rstrip(), line[start][1]))
+                start = column
+    return runs
 
 
 def main() -> None:

@@ -1,21 +1,29 @@
-"""The front door: what `import mlx_adapters as ma` offers, each a plain function over the package's modules.
+"""The functions of the front door that stand on several packages; the others stand in their own packages and
+are named in `mlx_adapters/__init__.py`.
 
-A path may be `str` or `Path` everywhere. Errors are those of `mlx_adapters.errors`, one line each.
+A path may be `str` or `Path` everywhere.
 """
 
 import hashlib
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import adapter as adapters
-from mlx_adapters.adapter.multi import activate, active, load_several, names, unload
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.combine import Combined
+from mlx_adapters.convert import checkpoint, exchange, peft
+from mlx_adapters.convert import fuse as fusing
+from mlx_adapters.convert.checkpoint import Converted
+from mlx_adapters.convert.fuse import Fused
+from mlx_adapters.convert.peft import Verdict
 from mlx_adapters.cpu.blas import cache
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.models import load as models
 from mlx_adapters.models.load import LanguageModel
+
+__all__ = ["Exported", "combine", "convert", "export", "fuse", "import_adapter", "load", "load_adapter"]
 
 PathLike = str | Path
 
@@ -26,11 +34,11 @@ def load(
     """Load a base model with its tokenizer.
 
     With `bits`, or from a `.gguf` file, the checkpoint is converted once into the user's cache
-    (`~/.cache/mlx-adapters/models`) and loaded from there; use `convert` to choose the folder.
+    (`~/.cache/mlx-adapters/models`) and loaded from there; `convert` writes it to a folder of your choice.
 
     Args:
         source: A hub id, a folder (a Hugging Face checkpoint or one that `convert` wrote), or a `.gguf` file.
-        bits: Quantize the linear layers and the embedding to so many bits per weight: 2, 3, 4, 6 or 8.
+        bits: Quantize the linear layers and the embedding to 2, 3, 4, 6 or 8 bits per weight.
         dtype: `float32`, `float16` or `bfloat16` for what is not quantized. By default float32 on a CPU,
             where other types are many times slower, and the checkpoint's type on Metal.
         revision: Branch, tag or commit of a hub id.
@@ -49,177 +57,95 @@ def load(
 
 def _converted(source: PathLike, bits: int | None, revision: str | None) -> Path:
     """The folder in the cache that holds `source` with so many bits, written if it is not there yet."""
-    from mlx_adapters.convert.checkpoint import convert
-
     path = Path(source)
     if not path.exists():
         path = models.locate(source, revision=revision)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    facts = "".join(f"{file.resolve()} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
+    facts = [f"{file.resolve()} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
     key = hashlib.sha256(f"{facts} {bits}".encode()).hexdigest()[:12]
     name = str(source).strip("/").replace("/", "--")[-80:]
     folder = cache() / "models" / f"{name}-{f'{bits}bit-' if bits else ''}{key}"
     if not (folder / "config.json").exists():
-        convert(str(source), folder, bits=bits, revision=revision)
+        checkpoint.convert(str(source), folder, bits=bits, revision=revision)
     return folder
 
 
-@contextmanager
-def _with_adapter(model: LanguageModel, folder: PathLike | None) -> Iterator[adapters.AdapterMeta | None]:
-    """The model with the adapter in `folder`, which is loaded once and kept; bare again behind the block."""
-    if folder is None:
-        yield None
-        return
-    file = Path(folder) / adapters.WEIGHTS
-    stamp = file.stat().st_mtime_ns if file.exists() else 0
-    name = f"{Path(folder).resolve()}@{stamp}"
-    if name not in names(model.model):
-        load_several(model, {name: folder})
-    before = active(model.model)
-    activate(model.model, name)
-    try:
-        yield adapters.read_meta(Path(folder))
-    finally:
-        activate(model.model, before or None)
+def load_adapter(model: LanguageModel, folder: PathLike) -> AdapterMeta:
+    """Put the adapter in `folder` on a bare model: ours, or PEFT's.
+
+    Args:
+        model: What `load` returned.
+        folder: The adapter's folder.
+
+    Returns:
+        What the folder says of the adapter: its method, its base model, its template, its training.
+
+    Raises:
+        AdapterError: Lists what does not fit the model.
+    """
+    return adapters.load(model, Path(folder))
 
 
-def generate(
-    model: LanguageModel | PathLike,
-    prompt: str,
-    *,
-    adapter: PathLike | None = None,
-    template: str | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> str:
-    """Answer one prompt."""
-    from mlx_adapters.adapter.call import before_text, start_cache, with_virtual
-    from mlx_adapters.data.templates import chosen_template, conversation
-    from mlx_adapters.data.tokens import prompt_ids
-    from mlx_adapters.generate.sampling import sampler
-    from mlx_adapters.generate.stream import stream
-    from mlx_adapters.models.limits import check_length
+def convert(source: PathLike, output: PathLike, **options: Any) -> Converted:
+    """Convert a checkpoint to a folder of MLX weights, quantized if asked.
 
-    loaded = _loaded(model)
-    with _with_adapter(loaded, adapter) as meta:
-        loaded.model.eval()
-        name = chosen_template(
-            template, meta.template if meta else None, loaded.template, tokenizer=loaded.tokenizer
-        )
-        turns = [{"role": "user", "content": prompt}]
-        ids = prompt_ids(conversation(turns, template=name, tokenizer=loaded.tokenizer), loaded.tokenizer)
-        row = with_virtual(loaded.model, ids, loaded.tokenizer)
-        check_length(loaded.model, len(ids) + before_text(loaded.model), max_tokens)
-        pieces = stream(
-            loaded.model,
-            loaded.tokenizer,
-            row,
-            prompt=ids,
-            max_tokens=max_tokens,
-            sampler=sampler(seed, temperature=temperature),
-            cache=start_cache(loaded.model),
-        )
-        return "".join(piece.text for piece in pieces)
+    Args:
+        source: A hub id, a folder, or a `.gguf` file.
+        output: The new folder. It appears only when it is whole.
+        **options: `bits` (2, 3, 4, 6 or 8 per weight), `group_size` (weights per scale), `mode` (affine,
+            mxfp4 ...), `recipe` (mixed precision: mixed_2_6, mixed_3_4 ...), `dtype` (float32, float16,
+            bfloat16), `revision` (of a hub id), `hub_id` (of a folder or file that does not name one).
+
+    Returns:
+        The folder, its size in bytes, bits per weight, and the number of parameters.
+
+    Raises:
+        ConfigError: Options that are unknown or contradict each other.
+        CheckpointError: A source that is missing or damaged.
+        UnsupportedError: An architecture or a format that is not supported.
+        OutputError: An `output` that is not empty, or a full disk.
+    """
+    return checkpoint.convert(source, Path(output), **options)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy of a model on one or more test sets."""
+def fuse(model: PathLike, adapter: PathLike, output: PathLike, **options: Any) -> Fused:
+    """Merge an adapter into its base model, and write one checkpoint that needs no library.
 
-    scores: list[Any]
-    records: list[Any]
+    Args:
+        model: The base model's folder or hub id.
+        adapter: The adapter's folder.
+        output: The new folder.
+        **options: `to` ("transformers" or "mlx"), `dtype`, `bits`, `group_size` and `mode` as in `convert`,
+            `verify` (compare with transformers).
 
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers among all items."""
-        return sum(score.correct for score in self.scores) / sum(score.total for score in self.scores)
+    Returns:
+        The folder, how far the adapter moves the logits, and how far rounding the fused weights does.
 
-
-def evaluate(
-    model: LanguageModel | PathLike,
-    task: PathLike,
-    *,
-    adapter: PathLike | None = None,
-    template: str | None = None,
-    limit: int | None = None,
-    **options: Any,
-) -> Evaluation:
-    """Accuracy on a test set, or on a file of your own."""
-    from mlx_adapters.data.templates import chosen_template
-    from mlx_adapters.evaluate import score, tasks
-
-    loaded = _loaded(model)
-    records, scores = [], []
-    with _with_adapter(loaded, adapter) as meta:
-        loaded.model.eval()
-        name = chosen_template(template, meta.template if meta else None, loaded.template)
-        for row, items in tasks.load(str(task), limit=limit):
-            seen = frozenset(meta.seen) if meta else frozenset()
-            found = list(
-                score.evaluate(
-                    loaded.model, loaded.tokenizer, items, row, template=name, seen=seen, **options
-                )
-            )
-            records += found
-            scores.append(score.summarise(found))
-    return Evaluation(scores, records)
+    Raises:
+        ConfigError: An adapter that does not change weights, or options that contradict each other.
+        UnsupportedError: A model that cannot be written.
+        OutputError: An `output` that is not empty.
+    """
+    return fusing.fuse(model, Path(adapter), Path(output), **options)
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left behind."""
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An adapter written for another library.
 
-    adapter: Path
-    loss: float
-    steps: int
-    seconds: float
-    metrics: list[dict[str, Any]]
+    Attributes:
+        path: The folder.
+        format: `peft`, `adapterhub`, `llm-adapters` or `mlx-lm`.
+        bytes: The size of its files.
+        base: The hub id that it names as its base model; None where the format names none.
+        verdict: The comparison in PyTorch that `verify` asked for.
+    """
 
-
-def train(
-    model: LanguageModel | PathLike,
-    data: PathLike | Sequence[Mapping[str, Any]],
-    method: Any = "lora",
-    *,
-    output: PathLike,
-    resume: bool = False,
-    **options: Any,
-) -> TrainResult:
-    """Train an adapter to the end, and take it off the model again."""
-    from mlx_adapters.data.sources import _checked, load_rows
-    from mlx_adapters.train.config import TrainConfig
-    from mlx_adapters.train.metrics import read
-    from mlx_adapters.train.session import METRICS, prepare
-
-    loaded = _loaded(model)
-    rows = (
-        load_rows(str(data))
-        if isinstance(data, (str, Path))
-        else _checked([(f"row {i}", dict(row)) for i, row in enumerate(data)], "the rows given")
-    )
-    for held in names(loaded.model):
-        unload(loaded.model, held)
-    name, fields = (method, {}) if isinstance(method, str) else (method.NAME, asdict(method))
-    started = time.perf_counter()
-    session = prepare(
-        loaded,
-        rows,
-        method=name,
-        fields=fields,
-        config=TrainConfig(**options),
-        output=Path(output),
-        resume=resume,
-    )
-    bare = dict(adapters.layers(loaded.model))
-    for _ in session:
-        pass
-    session.finish()
-    for path, layer in bare.items():
-        adapters.folder._install(loaded.model, {path: layer.base})
-    metrics = read(Path(output) / METRICS)
-    losses = [row["loss"] for row in metrics if "loss" in row]
-    return TrainResult(Path(output), losses[-1], session.run.step, time.perf_counter() - started, metrics)
+    path: Path
+    format: str
+    bytes: int
+    base: str | None
+    verdict: Verdict | None = None
 
 
 def export(
@@ -230,18 +156,84 @@ def export(
     base: str | None = None,
     verify: bool = False,
     model: PathLike | None = None,
-) -> Any:
-    """Write an adapter for another library, with a card that says how to load it."""
-    from mlx_adapters.convert import exchange, peft
+) -> Exported:
+    """Write an adapter for another library, with a card that says how to load it.
 
-    source, dst = Path(adapter), Path(output)
+    Args:
+        adapter: The adapter's folder.
+        output: The new folder.
+        format: `peft` (transformers opens it too), `adapterhub`, `llm-adapters` or `mlx-lm`.
+        base: The hub id of the base model, where the adapter was trained on a folder that names none.
+        verify: Open the result with PEFT and transformers, and compare logits and greedy tokens.
+        model: The base model's folder, where it has moved since the adapter was trained; for `verify`.
+
+    Returns:
+        What was written; `.verdict.passed` says whether PyTorch computes the same.
+
+    Raises:
+        AdapterError: An adapter that cannot be read, or that the format cannot hold.
+        ConfigError: A base model without a hub id, or a format that does not have the method.
+        UnsupportedError: The other library would not open it, or would compute something else.
+        OutputError: An `output` that is not empty.
+    """
+    source, folder = Path(adapter), Path(output)
     if format != "peft":
-        return exchange.export(source, dst, format=format, base=base)
-    done = peft.export(source, dst, base=base)
+        if verify:
+            raise ConfigError("verify opens the folder with PEFT: leave it out, or export to peft")
+        written = exchange.export(source, folder, format=format, base=base)
+        return Exported(path=folder, format=format, bytes=written, base=base)
+    done = peft.export(source, folder, base=base)
+    verdict = None
     if verify:
-        peft.verify(dst, model or adapters.read_meta(source).base.get("path", ""))
-    return done
+        verdict = peft.verify(folder, Path(model or adapters.read_meta(source).base.get("path", "")))
+    return Exported(path=folder, format=format, bytes=done.bytes, base=done.base, verdict=verdict)
 
 
-def _loaded(model: LanguageModel | PathLike) -> LanguageModel:
-    return model if isinstance(model, LanguageModel) else load(model)
+def import_adapter(
+    source: PathLike, output: PathLike, *, model: LanguageModel | PathLike | None = None
+) -> AdapterMeta:
+    """Write an adapter of PEFT, AdapterHub, LLM-Adapters or mlx-lm as one of this library.
+
+    Args:
+        source: The other library's folder; its files tell the format.
+        output: The new folder. It appears only when it is whole.
+        model: The base model, its folder or its hub id, where `source` names none.
+
+    Returns:
+        The method with its options, and what is known of the base model.
+
+    Raises:
+        AdapterError: A folder that is not an adapter, or does not fit the model.
+        ConfigError: No base model is named.
+        OutputError: An `output` that is not empty.
+    """
+    base = model if model is not None else exchange.base_of(Path(source))
+    if base is None:
+        raise ConfigError(f"{source}: names no base model. Say which one it is for with model")
+    loaded = base if isinstance(base, LanguageModel) else load(base)
+    return exchange.import_adapter(Path(source), Path(output), loaded=loaded)
+
+
+def combine(
+    folders: Sequence[PathLike], weights: Sequence[float], output: PathLike, **options: Any
+) -> Combined:
+    """Merge LoRA adapters of one base model, weighted, into one LoRA adapter.
+
+    Args:
+        folders: The adapters' folders.
+        weights: One factor per adapter.
+        output: The new folder.
+        **options: `method` (linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune), `rank` of the
+            result, `density` (the share of entries that is kept), `seed`.
+
+    Returns:
+        The folder, how many layers it adapts, and the rank of the update.
+
+    Raises:
+        ConfigError: Options that do not fit together.
+        AdapterError: Adapters that cannot be merged.
+        OutputError: An `output` that is not empty.
+    """
+    from mlx_adapters.adapter import combine as combining
+
+    return combining.combine(folders, weights, Path(output), **options)

@@ -101,10 +101,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M in float32, a folder that transformers opens too: from the package that embeds it."""
     from mlx_adapters.errors import ConfigError
-    from mlx_adapters.models.demo import demo_model
+    from mlx_adapters.models.embedded import embedded_model
 
     try:
-        demo_model()
+        embedded_model()
     except ConfigError as error:
         pytest.skip(str(error))
     benchmark = run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "training.py"))

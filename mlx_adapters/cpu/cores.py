@@ -9,7 +9,7 @@ __all__ = ["count", "limited", "share", "shared_threads"]
 _THREADS = "OPENBLAS_NUM_THREADS"
 
 
-_SHARED_THREADS = "MLX_ADAPTERS_THREADS"  # the same number, where it is no user's choice
+_SHARED_THREADS = "MLX_ADAPTERS_THREADS"  # the same number, where the user has not chosen it
 
 
 def count() -> int:
@@ -20,8 +20,8 @@ def count() -> int:
 def share(processes: int) -> dict[str, str]:
     """Environment that gives each of so many processes its share of this machine's cores and free memory."""
     own = str(max(1, count() // processes))
-    given = {_THREADS: own, "VECLIB_MAXIMUM_THREADS": own, SHARING: str(processes)}
-    return given if limited() else given | {_SHARED_THREADS: own}
+    limits = {_THREADS: own, "VECLIB_MAXIMUM_THREADS": own, SHARING: str(processes)}
+    return limits if limited() else limits | {_SHARED_THREADS: own}
 
 
 def limited() -> bool:

@@ -38,10 +38,11 @@ def default_template(fmt: str) -> str:
 
 
 def chosen_template(*names: str | None, tokenizer: Any = None) -> str:
-    """The first of `names` that is given: the user's, then the adapter's.
+    """The first of `names` that is set: the user's template, then the adapter's, then a fused adapter's.
 
-    Without one, `chat` where the tokenizer has a chat template and else `plain`; where no tokenizer is given,
-    because a test set is measured, the paper's `alpaca`.
+    This is the only place that decides what stands in for it. A question gets `chat` where its `tokenizer`
+    has a chat template, else `plain`. A test set, for which no tokenizer is passed, gets `alpaca`, so that
+    the numbers of all base models compare with the paper's.
     """
     fallback = "alpaca" if tokenizer is None else "chat" if tokenizer.has_chat_template else "plain"
     return next(filter(None, names), fallback)

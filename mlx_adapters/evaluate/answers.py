@@ -9,7 +9,7 @@ LLM-Adapters, kept to compare with its tables.
 | letter | the first capital A-E, which also fires inside words ("All", "Because") | the stated one |
 | true/false, answer1-5, ... | the first one in lower case | the one that is stated, in any case |
 
-What counts as stated is told in number.py and stated.py.
+number.py and stated.py define what counts as stated.
 """
 
 import re
@@ -34,20 +34,20 @@ def extract(response: str, kind: Kind, *, how: Extraction = "strict", question: 
     """The answer in `response`, None when there is none.
 
     `question` is the instruction; its choices let the strict reading recognise an answer given as the text of
-    a choice, and a list of the choices that is no answer.
+    a choice, and a list of the choices, which is not an answer.
     """
-    said = response.split("### Response:")[0]  # a model that runs on writes the next item itself
+    reply = response.split("### Response:")[0]  # a model that runs on writes the next item itself
     if how == "paper":
-        return _paper(said, kind)
-    said = said.split("### Instruction:")[0]
-    return number(said) if kind == "number" else stated(said, kind, question)
+        return _paper(reply, kind)
+    reply = reply.split("### Instruction:")[0]
+    return number(reply) if kind == "number" else stated(reply, kind, question)
 
 
-def _paper(said: str, kind: Kind) -> str | None:
+def _paper(reply: str, kind: Kind) -> str | None:
     if kind == "number":
-        numbers = _NUMBER.findall(said.replace(",", ""))
+        numbers = _NUMBER.findall(reply.replace(",", ""))
         return numbers[-1].rstrip(".") if numbers else None
-    found = re.search("[A-E]" if kind == "letter" else "|".join(WORDS[kind]), said)
+    found = re.search("[A-E]" if kind == "letter" else "|".join(WORDS[kind]), reply)
     return found.group() if found else None
 
 

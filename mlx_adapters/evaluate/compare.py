@@ -11,23 +11,38 @@ Where training data of either stood among the items, the unseen ones are compare
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mlx_adapters.errors import DataError, counted
+from mlx_adapters.evaluate.records import read_report
 from mlx_adapters.evaluate.score import Z95, Record
 
-__all__ = ["Comparison", "compare", "differ", "mcnemar", "words"]
+if TYPE_CHECKING:
+    from mlx_adapters.evaluate.run import Evaluation
 
-Pair = tuple[bool, bool, bool]  # of an item: a is right, b is right, unseen by both
+__all__ = ["Comparison", "compare", "differ", "mcnemar", "sentences", "words"]
+
+Report: TypeAlias = "str | Path | Evaluation | Sequence[Record]"
+"""An evaluation: the file of its report, what `evaluate` returned, or its records."""
+
+Pair = tuple[bool, bool, bool]  # for an item: a is right, b is right, unseen by both
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations on the same `total` items of `task`: how many each got right, how many it alone did.
+    """Two evaluations on the same items.
 
-    `part` is `all` or `unseen`: the items neither seen nor near in the training of either; `seen` counts the
-    others. `difference` is a's accuracy less b's, `low` and `high` its 95 % interval, `p` that of McNemar's
-    exact test.
+    Attributes:
+        task: the test set, or `all` of several sets.
+        part: `all`, or `unseen`: the items neither seen nor near in the training of either.
+        total: the number of items.
+        seen: how many of them were seen or near.
+        a_correct, b_correct: how many each got right.
+        only_a, only_b: how many it alone got right.
+        difference: a's accuracy minus b's, from -1 to 1.
+        low, high: the 95 % interval of the difference.
+        p: that of McNemar's exact test.
     """
 
     task: str
@@ -44,13 +59,20 @@ class Comparison:
     p: float
 
 
-def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Comparison]:
-    """Compare task by task, and over all items when there are several tasks (task "all").
+def compare(a: "Report", b: "Report") -> list[Comparison]:
+    """Is one of two evaluations better? Compares test set by test set, and over all items when there are
+    several sets (task "all"). A set with seen items is followed by its unseen part.
 
-    A task of which items were seen is followed by its unseen part. Raises DataError unless both have the same
-    items.
+        (found,) = compare("base.json", "desk.json")
+
+    Args:
+        a: the file of a report, what `evaluate` returned, or its records.
+        b: another evaluation of the same items.
+
+    Raises:
+        DataError: a file that is not a report, or evaluations of different items.
     """
-    ours, theirs = _by_task(a, "first"), _by_task(b, "second")
+    ours, theirs = _by_task(_records(a), "first"), _by_task(_records(b), "second")
     if ours.keys() != theirs.keys():
         raise DataError(
             f"the reports are of different tasks: {', '.join(sorted(ours))}; {', '.join(sorted(theirs))}"
@@ -106,8 +128,32 @@ def words(found: Comparison, a: str, b: str, *, tests: int = 1) -> str:
     return text + f"{a if found.only_a > found.only_b else b} is better."
 
 
+def sentences(
+    found: Sequence[Comparison], a: str, b: str, others: Mapping[str, tuple[Any, Any]]
+) -> list[str]:
+    """The comparisons in words, after what else the reports `differ` in."""
+    lines = []
+    tests = sum(one.task != "all" and one.part == "all" for one in found)  # the pooled one is not counted
+    if others:
+        told = {
+            name: ["not recorded" if x is None else str(x) for x in pair] for name, pair in others.items()
+        }
+        listed = ", ".join(f"{name} ({'; '.join(pair)})" for name, pair in told.items())
+        lines.append(f"The reports differ in {listed}: the tests compare these together with the adapters.")
+    lines += [words(one, a, b, tests=1 if one.task == "all" else tests) for one in found]
+    if tests > 1:
+        lines.append(f"With {tests} sets compared, p counts as small below {0.05 / tests:.2g} in each.")
+    return lines
+
+
 def _p(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def _records(report: "Report") -> Sequence[Record]:
+    if isinstance(report, (str, Path)):
+        return read_report(Path(report))[1]
+    return report if isinstance(report, (list, tuple)) else report.records  # type: ignore[union-attr]
 
 
 def _by_task(records: Sequence[Record], which: str) -> dict[str, dict[int, Record]]:

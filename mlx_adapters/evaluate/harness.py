@@ -18,6 +18,7 @@ from mlx_adapters.data.tokens import end_id
 from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
 from mlx_adapters.generate.decode import Decoding, generate_ids
 from mlx_adapters.generate.likelihood import scored
+from mlx_adapters.generate.using import opened, using
 from mlx_adapters.models.chat_template import chat_writer
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
@@ -31,7 +32,7 @@ except ImportError:
         'lm-evaluation-harness is not installed: pip install "mlx-adapters[lm-eval]"'
     ) from None
 
-__all__ = ["HarnessModel", "run_tasks"]
+__all__ = ["HarnessModel", "columns", "rows", "run_tasks"]
 
 _LONGEST = 2048  # tokens, where the model's configuration names no limit: lm_eval's own default
 _ANSWER = 256  # tokens of an answer, where the task does not say
@@ -63,7 +64,7 @@ class HarnessModel(TemplateLM):
         return self.loaded.path.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; a beginning-of-text token that already stands there is not added again."""
+        """Ids of a text; a beginning-of-text token that is there already is not added again."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -126,11 +127,11 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _answers(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
-        given = normalize_gen_kwargs(dict(settings), _ANSWER)
+        options = normalize_gen_kwargs(dict(settings), _ANSWER)
         end = end_id(self.tokenizer)
         eos = None if end is None else self.tokenizer.decode([end])
-        stops = handle_stop_sequences(given.get("until"), eos=eos)
-        limit = int(given["max_gen_toks"])
+        stops = handle_stop_sequences(options.get("until"), eos=eos)
+        limit = int(options["max_gen_toks"])
         room = self.max_length - limit
         if room < 1:
             raise ConfigError(f"max_gen_toks {limit} leaves no room for a prompt in {self.max_length} tokens")
@@ -148,7 +149,7 @@ class HarnessModel(TemplateLM):
                 stop=frozenset(int(token) for token in self.tokenizer.eos_token_ids),
                 max_tokens=limit,
                 batch_size=self.batch_size,
-                decoding=_decoding(given),
+                decoding=_decoding(options),
                 until=until,
             )
         )
@@ -156,22 +157,23 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, stops, think_end_token=None) for text in texts]
 
 
-def _decoding(given: dict[str, Any]) -> Decoding:
+def _decoding(options: dict[str, Any]) -> Decoding:
     """A task's settings; sampling without a limit draws from the whole vocabulary."""
-    if not given.get("do_sample") or not given.get("temperature"):
+    if not options.get("do_sample") or not options.get("temperature"):
         return Decoding()
     return Decoding(
         kind="sample",
-        temperature=float(given["temperature"]),
-        top_p=float(given.get("top_p", 1.0)),
-        top_k=int(given.get("top_k") or 1 << 30),
+        temperature=float(options["temperature"]),
+        top_p=float(options.get("top_p", 1.0)),
+        top_k=int(options.get("top_k") or 1 << 30),
     )
 
 
 def run_tasks(
-    loaded: LanguageModel,
+    model: LanguageModel | str | Path,
     tasks: Sequence[str],
     *,
+    adapter: str | Path | None = None,
     batch_size: int | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -187,6 +189,10 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
+    if not tasks:
+        raise ConfigError("--tasks is empty: name tasks of lm_eval, as in --tasks arc_easy,piqa")
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"--include-path {include_path}: no such folder")
     manager, unknown = _managed(tasks, include_path)
     if unknown:
         raise ConfigError(
@@ -194,7 +200,9 @@ def run_tasks(
             "--include-path adds a folder of YAML files"
         )
     manager.load = partial(_load, manager.load)
-    with _one_process(), redirect_stdout(sys.stderr):
+    loaded = opened(model)
+    loaded.model.eval()
+    with using(loaded, adapter), _one_process(), redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=HarnessModel(loaded, batch_size=batch_size),
             tasks=list(tasks),
@@ -252,3 +260,22 @@ def _managed(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list
         if not unknown:
             break
     return manager, unknown
+
+
+def columns() -> list[str]:
+    """The heads of a table of results, whose lines are `rows`."""
+    return ["task", "metric", "filter", "value", "standard error", "items"]
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """One row per metric: lm_eval names it `metric,filter` and its standard error `metric_stderr,filter`."""
+    rows = []
+    for task, metrics in found["results"].items():
+        items = str(found["n-samples"].get(task, {}).get("effective", ""))
+        for key, value in metrics.items():
+            metric, comma, rule = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = metrics.get(f"{metric}_stderr,{rule}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                rows.append([task, metric, rule, f"{value:.4f}", shown, items])
+    return rows

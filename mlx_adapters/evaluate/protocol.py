@@ -25,18 +25,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def chosen(protocol: str | None, given: dict[str, Any], *, flag: str = "") -> dict[str, Any]:
-    """`given` (None: not given) completed by the protocol, or by the defaults.
+def chosen(protocol: str | None, options: dict[str, Any], *, flag: str = "") -> dict[str, Any]:
+    """`options` (None: not set) completed by the protocol, or by the defaults.
 
-    Raises ConfigError for an unknown protocol, and for a given value that contradicts it; `flag` is what
-    stands before a name there, "--" on the command line.
+    Raises ConfigError for an unknown protocol, and for a value that contradicts it; `flag` precedes a name in
+    the message, "--" on the command line.
     """
     if protocol is None:
-        return DEFAULTS | {name: value for name, value in given.items() if value is not None}
+        return DEFAULTS | {name: value for name, value in options.items() if value is not None}
     if protocol not in PROTOCOLS:
         raise ConfigError(unknown("protocol", protocol, PROTOCOLS))
     fixed = PROTOCOLS[protocol]
-    for name, value in given.items():
+    for name, value in options.items():
         if name in fixed and value is not None and value != fixed[name]:
             spelled = f"{flag}{name.replace('_', '-') if flag else name}"
             wanted = "each set's own limit" if fixed[name] is None else fixed[name]
@@ -44,4 +44,4 @@ def chosen(protocol: str | None, given: dict[str, Any], *, flag: str = "") -> di
                 f"{spelled} {value} contradicts {flag}protocol {protocol}, which uses {wanted}: leave one of "
                 "the two out"
             )
-    return given | fixed
+    return options | fixed

@@ -1,8 +1,8 @@
-"""The records of an evaluation on disk: one line an item while it runs, one report at the end.
+"""The records of an evaluation on disk: one line per item while it runs, one report at the end.
 
-`FILE.json` is the report. While the evaluation runs its records stand in `FILE.partial.jsonl`: first a line
-that says what is measured, then a record a line as it is done. An interrupted evaluation goes on from there;
-a line cut short by a crash is dropped.
+`FILE.json` is the report. While the evaluation runs its records are in `FILE.partial.jsonl`: first a line
+that says what is measured, then one record per line. An interrupted evaluation continues from there; a line
+cut short by a crash is dropped.
 """
 
 import json
@@ -17,7 +17,7 @@ from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.files.lock import hold
-from mlx_adapters.files.writing import write_whole
+from mlx_adapters.files.writing import write_json
 
 __all__ = ["RecordFile", "read_report"]
 
@@ -95,12 +95,12 @@ class RecordFile:
     def finish(self, report: dict[str, Any]) -> None:
         """Write the report, whole or not at all, and remove the growing file."""
         self.close()
-        with writing_to(self.output):
-            write_whole(self.output, json.dumps(report, indent=1) + "\n")
+        write_json(self.output, report)
+        with writing_to(self.path):
             self.path.unlink()
 
     def close(self) -> None:
-        """Leave the file as it is, to go on from, to whoever comes next."""
+        """Leave the file as it is, for a later run to continue."""
         self._file.close()
 
     def __enter__(self) -> "RecordFile":

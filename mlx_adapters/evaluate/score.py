@@ -1,36 +1,14 @@
-"""Run a test set through a model and count: with an interval, and apart for items seen in training."""
+"""What an evaluation finds: a record for each item, and the score of a set with its intervals."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import mlx.nn as nn
+from mlx_adapters.errors import DataError
 
-from mlx_adapters.data.overlap import item_hash, relation, row_text
-from mlx_adapters.data.templates import prompt_for
-from mlx_adapters.data.tokens import prompt_ids
-from mlx_adapters.errors import ConfigError, DataError
-from mlx_adapters.evaluate.answers import EXTRACTIONS, Extraction, correct, extract
-from mlx_adapters.evaluate.choices import Choices, as_label, parse
-from mlx_adapters.evaluate.tasks import Item, Task, find
-from mlx_adapters.generate.decode import GREEDY, Decoding, generate
-from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
-
-__all__ = [
-    "SCORED",
-    "Record",
-    "Score",
-    "answered",
-    "evaluate",
-    "evaluate_likelihood",
-    "none_right",
-    "summarise",
-    "wilson",
-]
+__all__ = ["Record", "Score", "columns", "none_right", "row", "summarise", "wilson"]
 
 Z95 = 1.959964
-SCORED = ("label", "text")
 
 
 @dataclass(frozen=True)
@@ -92,159 +70,6 @@ class Score:
     unseen_low: float
     unseen_high: float
     unanswered: int
-
-
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    items: Sequence[Item],
-    task: Task | str,
-    *,
-    template: str,
-    batch_size: int | None = None,
-    max_tokens: int = 256,
-    seen: frozenset[str] = frozenset(),
-    decoding: Decoding = GREEDY,
-    reading: Extraction = "strict",
-    done: frozenset[int] = frozenset(),
-) -> Iterator[Record]:
-    """Yield a record for each item as its answer is done, not in the items' order.
-
-    `reading` decides which verdict counts. `seen` holds what the adapter remembers of its training rows
-    (`seen_hashes`); items among them are marked. Items whose index is in `done` are left out.
-    """
-    task = find(task) if isinstance(task, str) else task
-    items = _labelled(items, task)
-    left = [index for index in range(len(items)) if index not in done]
-    prompts = {index: _prompt(items[index], template, tokenizer) for index in left}
-    answers = generate(
-        model,
-        tokenizer,
-        [prompt_ids(prompts[index], tokenizer) for index in left],
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        decoding=decoding,
-        keys=left,
-    )
-    for place, response in answers:
-        index = left[place]
-        item = items[index]
-        found = {how: extract(response, task.kind, how=how, question=item.instruction) for how in EXTRACTIONS}
-        right = {how: correct(task.kind, found[how], item.label) for how in EXTRACTIONS}
-        yield replace(
-            _blank(task, index, item, prompts[index], seen),
-            response=response,
-            extracted=found[reading],
-            correct=right[reading],
-            strict_extracted=found["strict"],
-            strict_correct=right["strict"],
-            paper_extracted=found["paper"],
-            paper_correct=right["paper"],
-        )
-
-
-def evaluate_likelihood(
-    model: nn.Module,
-    tokenizer: Any,
-    items: Sequence[Item],
-    task: Task | str,
-    *,
-    template: str,
-    scored: str = "label",
-    batch_size: int | None = None,
-    seen: frozenset[str] = frozenset(),
-    done: frozenset[int] = frozenset(),
-) -> Iterator[Record]:
-    """Score the choices of each item by their likelihood; otherwise as `evaluate`.
-
-    `scored` is `label`: the prompt is the usual one and the choices are what the paper trains,
-    "the correct answer is answer1", or "The answer is (A)."; or `text`: lm-evaluation-harness' cloze, the
-    text of each choice after "Question: ...\\nAnswer:", whatever the template.
-    """
-    task = find(task) if isinstance(task, str) else task
-    items = _labelled(items, task)
-    left = [index for index in range(len(items)) if index not in done]
-    choices = {index: _choices(task, items[index], index) for index in left}
-    prompts, encoded = [], []
-    for index in left:
-        if scored == "text":
-            prompt = f"Question: {choices[index].question}\nAnswer:"
-            cut = [choice_ids(prompt, f" {text}", tokenizer) for text in choices[index].texts.values()]
-            encoded.append((cut[0][0], [ids for _, ids in cut]))
-        else:
-            prompt = _prompt(items[index], template, tokenizer)
-            says = "The answer is ({})." if task.kind == "letter" else "the correct answer is {}"
-            ids = [
-                tokenizer.encode(says.format(label), add_special_tokens=False)
-                for label in choices[index].texts
-            ]
-            encoded.append((prompt_ids(prompt, tokenizer), ids))
-        prompts.append(prompt)
-    for place, scores in loglikelihoods(model, encoded, batch_size=batch_size):
-        index = left[place]
-        texts = choices[index].texts
-        labels = list(texts)
-        said = list(texts.values()) if scored == "text" else labels
-        likeliest, norm = (labels[i] for i in pick(scores, [max(len(text), 1) for text in said]))
-        yield replace(
-            _blank(task, index, items[index], prompts[place], seen),
-            extracted=likeliest,
-            correct=likeliest == items[index].label,
-            norm_extracted=norm,
-            norm_correct=norm == items[index].label,
-            loglikelihoods=dict(zip(labels, scores)),
-        )
-
-
-def answered(
-    model: nn.Module, tokenizer: Any, items: Sequence[Item], task: Task | str, **options: Any
-) -> Iterator[Record]:
-    """`evaluate`, or `evaluate_likelihood` where `scored` is among the options."""
-    run = evaluate_likelihood if "scored" in options else evaluate
-    return run(model, tokenizer, items, task, **options)
-
-
-def _labelled(items: Sequence[Item], task: Task) -> list[Item]:
-    """The items with labels as readings are: those of a file are already, those made by hand may not be."""
-    found = []
-    for index, item in enumerate(items):
-        label = as_label(item.label, task.kind)
-        if label is None:
-            raise DataError(f"{task.name}: item {index}: {item.label!r} is no answer of the kind {task.kind}")
-        found.append(replace(item, label=label))
-    return found
-
-
-def _prompt(item: Item, template: str, tokenizer: Any) -> str:
-    return prompt_for(item.instruction, item.input, template=template, tokenizer=tokenizer, phase="eval")
-
-
-def _choices(task: Task, item: Item, index: int) -> Choices:
-    choices = parse(item.instruction, task.kind)
-    if choices is None:
-        if task.kind == "number":
-            raise ConfigError(f"{task.name}: its answers are numbers, so there are no choices to score")
-        raise DataError(
-            f"{task.name}: item {index}: its instruction lists no choices of the kind {task.kind}"
-        )
-    return choices
-
-
-def _blank(task: Task, index: int, item: Item, prompt: str, seen: frozenset[str]) -> Record:
-    text = row_text({"instruction": item.instruction, "input": item.input}, "instruction")
-    known = relation(seen, text)
-    return Record(
-        task=task.name,
-        index=index,
-        item=item_hash(text),
-        prompt=prompt,
-        response="",
-        extracted=None,
-        label=item.label,
-        correct=False,
-        seen=known == "seen",
-        near=known == "near",
-    )
 
 
 def summarise(records: Iterable[Record]) -> Score:
@@ -315,3 +140,33 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def columns(decoding: str = "greedy", reading: str = "strict") -> list[str]:
+    """The heads of a table of scores, whose cells are `row`."""
+    second = "strict reading" if reading == "paper" else "paper's rule"
+    second = "per character" if decoding == "likelihood" else second
+    return ["task", "accuracy", "95 % interval", "correct", "seen in training", "near", "unseen", second]
+
+
+def row(score: Score, reading: str = "strict") -> list[str]:
+    """The cells of `columns`. The unseen share has its own interval where some items were seen."""
+
+    def part(correct: int, total: int) -> str:
+        return f"{correct / total:.1%} of {total}" if total else "none"
+
+    unseen = part(score.unseen_correct, score.unseen_total)
+    if 0 < score.unseen_total < score.total:
+        unseen += f" ({score.unseen_low:.1%} - {score.unseen_high:.1%})"
+    second = score.strict_accuracy if reading == "paper" else score.paper_accuracy
+    second = second if score.norm_accuracy is None else score.norm_accuracy
+    return [
+        score.task,
+        f"{score.accuracy:.1%}",
+        f"{score.low:.1%} - {score.high:.1%}",
+        f"{score.correct}/{score.total}",
+        part(score.seen_correct, score.seen_total),
+        part(score.near_correct, score.near_total),
+        unseen,
+        f"{second:.1%}" if second is not None else "",
+    ]

@@ -69,28 +69,28 @@ def stated(response: str, kind: Kind, question: str) -> str | None:
     if kind == "true/false":
         texts = {}
     found = _patterns(kind)
-    said = _FORMAT.sub("", unformatted(response))
+    reply = _FORMAT.sub("", unformatted(response))
     if offered and offered.question:
-        said = said.replace(unformatted(offered.question), " ")
-    said = _without_list(said, texts, found.mark, kind)
-    labels = _statements(said, kind, texts)
+        reply = reply.replace(unformatted(offered.question), " ")
+    reply = _without_list(reply, texts, found.mark, kind)
+    labels = _statements(reply, kind, texts)
     if labels and labels[-1] and (kind == "letter" or len(set(labels)) == 1):
         return labels[-1]
-    if kind == "letter" and (alone := _alone(said, texts)):
+    if kind == "letter" and (alone := _alone(reply, texts)):
         return alone
     if labels:
         return None
-    concluded = [_label(match, kind) for match in found.concluded.finditer(said) if not _negated(match)]
+    concluded = [_label(match, kind) for match in found.concluded.finditer(reply) if not _negated(match)]
     if concluded and (kind == "letter" or len(set(concluded)) == 1):
         return concluded[-1]
     for pattern in found.named:
-        named = {_label(match, kind) for match in pattern.finditer(said) if not _negated(match)}
+        named = {_label(match, kind) for match in pattern.finditer(reply) if not _negated(match)}
         if named:
             return named.pop() if len(named) == 1 else None
     if kind == "true/false":
-        start = re.match(rf"[\s\"'*]*({_YES_NO})", said, re.IGNORECASE)
+        start = re.match(rf"[\s\"'*]*({_YES_NO})", reply, re.IGNORECASE)
         return _TRUTH[start[1].lower()] if start else None
-    last = (said.strip().splitlines() or [""])[-1] if kind == "letter" else said
+    last = (reply.strip().splitlines() or [""])[-1] if kind == "letter" else reply
     return _only(_words(last), texts)
 
 
@@ -146,20 +146,20 @@ def _negated(match: re.Match[str]) -> bool:
     return _NOT_BEFORE.search(before) is not None or _NOT_AFTER.match(after) is not None
 
 
-def _statements(said: str, kind: Kind, texts: dict[str, str]) -> list[str]:
+def _statements(reply: str, kind: Kind, texts: dict[str, str]) -> list[str]:
     """The labels that the response states as its answer, one each time it does; "" for "A or B"."""
     pattern, found = _patterns(kind).stated, []
-    for answer in _ANSWER.finditer(said):
-        match = pattern.match(said, answer.end())
+    for answer in _ANSWER.finditer(reply):
+        match = pattern.match(reply, answer.end())
         if match is None:
             working = re.match(r"solution\s*[:=]", answer[0], re.IGNORECASE)  # "Solution: Tom walks 5 km and"
-            label = None if working else _text_stated(said[answer.end() :], texts)
+            label = None if working else _text_stated(reply[answer.end() :], texts)
         else:
             label = _label(match, kind)
             if kind != "letter":  # "the answer is 4": rather the choice that says 4 than answer4
                 label = next((one for one, text in texts.items() if text == match[0].strip()), label)
-            other = re.match(r"[\s\"'*$)\]},]*(?:\bor\b|/|\|)\s*", said[match.end() :])
-            if other and pattern.match(said, match.end() + other.end()):
+            other = re.match(r"[\s\"'*$)\]},]*(?:\bor\b|/|\|)\s*", reply[match.end() :])
+            if other and pattern.match(reply, match.end() + other.end()):
                 label = ""
         if label is not None:
             found.append(label)
@@ -180,20 +180,20 @@ def _text_stated(rest: str, texts: dict[str, str]) -> str | None:
     return next(filter(None, found), None)
 
 
-def _with_number(said: str, texts: dict[str, str]) -> str | None:
-    """The one choice with the number that is all that was said: "50" for "50 seconds", "Rs. 50", "50%"."""
-    if not re.fullmatch(r"[$\-]*\d+(?:\.\d+)?%?", said):
+def _with_number(reply: str, texts: dict[str, str]) -> str | None:
+    """The one choice with the number that is all of the reply: "50" for "50 seconds", "Rs. 50", "50%"."""
+    if not re.fullmatch(r"[$\-]*\d+(?:\.\d+)?%?", reply):
         return None
-    value = _NUMBER.findall(said)
+    value = _NUMBER.findall(reply)
     hits = [label for label, text in texts.items() if _NUMBER.findall(text) == value]
     return hits[0] if len(hits) == 1 else None
 
 
-def _alone(said: str, texts: dict[str, str]) -> str | None:
+def _alone(reply: str, texts: dict[str, str]) -> str | None:
     """The letter that is all the last line or the first one says, or that stands there with its own text;
     None where other lines do so with other letters."""
     found = []
-    for line in said.strip().splitlines():
+    for line in reply.strip().splitlines():
         start = re.match(r"[\W_]*(?!A:\s*$)([A-Ea-e])(?!'?\w)[\W_]*", line)
         alone = start and _words(line[start.end() :]) in ("", texts.get(start[1].upper()))
         found.append(start[1].upper() if start and alone else None)
@@ -201,9 +201,9 @@ def _alone(said: str, texts: dict[str, str]) -> str | None:
     return letters.pop() if len(letters) == 1 and (found[0] or found[-1]) else None
 
 
-def _only(said: str, texts: dict[str, str]) -> str | None:
-    """The one choice whose text stands in what was said."""
-    hits = {label: text for label, text in texts.items() if text and f" {text} " in f" {said} "}
+def _only(reply: str, texts: dict[str, str]) -> str | None:
+    """The one choice whose text is in the reply."""
+    hits = {label: text for label, text in texts.items() if text and f" {text} " in f" {reply} "}
     # A choice inside another one ("5" in "5 km") is not meant when the longer one is there.
     best = [
         label
@@ -213,12 +213,12 @@ def _only(said: str, texts: dict[str, str]) -> str | None:
     return best[0] if len(best) == 1 else None
 
 
-def _without_list(said: str, texts: dict[str, str], mark: re.Pattern[str], kind: Kind) -> str:
-    """`said` without the options that it repeats one after the other, the last one perhaps cut short."""
-    marks = list(mark.finditer(said))
+def _without_list(reply: str, texts: dict[str, str], mark: re.Pattern[str], kind: Kind) -> str:
+    """`reply` without the options that it repeats one after the other, the last one perhaps cut short."""
+    marks = list(mark.finditer(reply))
     labels = [_label(match, kind) for match in marks]
-    ends = [match.start() for match in marks[1:]] + [len(said)]
-    follow = [_words(said[match.end() : end]) for match, end in zip(marks, ends)]
+    ends = [match.start() for match in marks[1:]] + [len(reply)]
+    follow = [_words(reply[match.end() : end]) for match, end in zip(marks, ends)]
     first = 0
     for place in range(len(marks) - 1, 0, -1):  # from the end, so that what is left keeps its place
         first = place
@@ -228,21 +228,21 @@ def _without_list(said: str, texts: dict[str, str], mark: re.Pattern[str], kind:
             first -= 1
         text = texts.get(labels[place], "")
         if first < place and text and f"{follow[place]} ".startswith(f"{text} "):
-            end = _end_of(text, said, marks[place].end())
-        elif first < place and text.startswith(follow[place]) and ends[place] == len(said):
-            end = len(said)
+            end = _end_of(text, reply, marks[place].end())
+        elif first < place and text.startswith(follow[place]) and ends[place] == len(reply):
+            end = len(reply)
         else:
             continue
-        return _without_list(f"{said[: marks[first].start()]}\n{said[end:]}", texts, mark, kind)
-    return said
+        return _without_list(f"{reply[: marks[first].start()]}\n{reply[end:]}", texts, mark, kind)
+    return reply
 
 
-def _end_of(text: str, said: str, start: int) -> int:
+def _end_of(text: str, reply: str, start: int) -> int:
     """Where the words of `text` end that begin at `start`."""
-    for end in range(start, len(said)):
-        if not said[end].isalnum() and _words(said[start:end]) == text:
+    for end in range(start, len(reply)):
+        if not reply[end].isalnum() and _words(reply[start:end]) == text:
             return end
-    return len(said)
+    return len(reply)
 
 
 def _words(text: str) -> str:

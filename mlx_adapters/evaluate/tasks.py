@@ -204,8 +204,8 @@ def load_file(file: Path, *, prompt: str | None = None, label: str = "answer") -
     """A test set of the user's own: a .json list or a .jsonl file, with the right answer in field `label`.
 
     The question is in `instruction` (and `input`), else `question` or `prompt`; or `prompt` is a text that
-    names the fields to put in: "{question} Answer Choices: {choices}". The kind of the answers is told by
-    the answers: all numbers, all letters A-E, all true or false, all answer1-5, ...
+    names the fields to put in: "{question} Answer Choices: {choices}". The kind of the answers is
+    detected from the answers: all numbers, all letters A-E, all true or false, all answer1-5, ...
     """
     rows = list(read_rows(file))
     if not rows:

@@ -1,16 +1,26 @@
 """Writing all or nothing: what existed before, or what shall be there, never something in between."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mlx_adapters.errors import AdaptersError, CheckpointError, OutputError
+from mlx_adapters.errors import AdaptersError, CheckpointError, OutputError, writing_to
 
-__all__ = ["folder_bytes", "refuse_existing", "refuse_links_out", "require_space", "write_whole", "writing"]
+__all__ = [
+    "folder_bytes",
+    "refuse_existing",
+    "refuse_links_out",
+    "require_space",
+    "write_json",
+    "write_whole",
+    "writing",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # MLX's C++ writer reports a short write in its own words, without an errno
@@ -25,6 +35,13 @@ def write_whole(file: Path, content: str | bytes) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `file` and the folders above it, whole or not at all; OutputError where that fails."""
+    with writing_to(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Answers of a model: decoding, sampling, beam search, and the likelihood of given answers."""
+"""Answers of a model: decoding, sampling, beam search, and the likelihood of fixed answers."""

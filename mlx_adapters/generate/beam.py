@@ -3,9 +3,10 @@
 Each prompt keeps `beams` unfinished texts with the highest sum of log-probabilities s, and a list of as many
 finished ones, scored s / length^penalty (length counts the generated tokens, the end token among them).
 Of the K = beams x max(2, 1 + end tokens) best continuations of a step, those that end are finished if they
-are among the first `beams`; the best `beams` of the others live on. A prompt is done when its list is full
-and the best living text, scored at its present length, does not beat the worst finished one; or at
-`max_tokens`, where every living text counts as finished. This is `early_stopping=False` of transformers.
+are among the first `beams`; the best `beams` of the others stay unfinished. A prompt is done when
+its list is full and the best living text, scored at its present length, does not beat the worst finished
+one; or at `max_tokens`, where every living text counts as finished. This is `early_stopping=False` of
+transformers.
 
 The batch is kept full: a prompt that is done leaves with its beams, and waiting ones enter.
 """
@@ -13,7 +14,6 @@ The batch is kept full: a prompt that is done leaves with its beams, and waiting
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +21,17 @@ import numpy as np
 
 from mlx_adapters.adapter.call import all_with_virtual, call_model
 from mlx_adapters.cpu import threads
-from mlx_adapters.generate.prefill import fill, logprobs, reorder, shared_prefix, splits
+from mlx_adapters.generate.prefill import (
+    Cache,
+    Prompts,
+    admit,
+    by_index,
+    logprobs,
+    longest_first,
+    reorder,
+    shared_prefix,
+    splits,
+)
 
 __all__ = ["beam_search"]
 
@@ -30,7 +40,7 @@ __all__ = ["beam_search"]
 class _Search:
     """The beams of one prompt."""
 
-    position: int
+    index: int
     prompt: Sequence[int]
     beams: int
     penalty: float
@@ -61,7 +71,7 @@ class _Search:
         return parents
 
     def last_tokens(self) -> list[int]:
-        """What each living text goes on from."""
+        """The last token of each living text, which the next step reads."""
         return [ids[-1] if ids else self.prompt[-1] for _, ids in self.living]
 
     def best(self, stop: frozenset[int]) -> list[int]:
@@ -71,7 +81,7 @@ class _Search:
 
 def beam_search(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     stop: frozenset[int],
     max_tokens: int,
@@ -81,48 +91,48 @@ def beam_search(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (index, token ids without the end token) of each prompt as it is done; `batch_size` prompts, so
     `batch_size * beams` rows, go together."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    searches = [_Search(index, prompts[index], beams, length_penalty) for index in order]
+    prompts = by_index(prompts)
+    searches = {i: _Search(i, prompts[i], beams, length_penalty) for i in longest_first(prompts)}
     if splits(model):
         run = _cached(model, searches, stop=stop, max_tokens=max_tokens, width=batch_size)
     else:
-        run = _uncached(model, searches, stop=stop, max_tokens=max_tokens)
+        run = _uncached(model, list(searches.values()), stop=stop, max_tokens=max_tokens)
     for search in run:
-        yield search.position, search.best(stop)
+        yield search.index, search.best(stop)
 
 
 def _cached(
-    model: nn.Module, searches: list[_Search], *, stop: frozenset[int], max_tokens: int, width: int
+    model: nn.Module, searches: dict[int, _Search], *, stop: frozenset[int], max_tokens: int, width: int
 ) -> Iterator[_Search]:
-    rows = all_with_virtual(model, (search.prompt for search in searches))
-    prefix = shared_prefix(model, rows)
-    waiting = deque(range(len(rows)))
-    going: list[_Search] = []
-    cache: list[Any] = []
-    while going or waiting:
+    rows = dict(zip(searches, all_with_virtual(model, (search.prompt for search in searches.values()))))
+    prefix = shared_prefix(model, list(rows.values()))
+    waiting = deque(rows)
+    active: list[_Search] = []
+    cache: Cache = []
+    while active or waiting:
         threads.keep_up()
-        cache, entered = fill(model, cache, rows, waiting, prefix, going=len(going), width=width)
-        going += [searches[place] for place in entered]
-        tokens = mx.array([[token] for search in going for token in search.last_tokens()])
+        cache, admitted = admit(model, cache, rows, waiting, prefix, present=len(active), width=width)
+        active += [searches[index] for index in admitted]
+        tokens = mx.array([[token] for search in active for token in search.last_tokens()])
         logits = model(tokens, cache=cache)[:, -1]
-        sources: list[int] = []  # for each row of the next step, the row whose cache it goes on from
+        sources: list[int] = []  # for each row of the next step, the row whose cache it continues
         first = 0
-        for search, found in zip(going, _candidates(logits, going, stop)):
+        for search, found in zip(active, _candidates(logits, active, stop)):
             count = len(search.living)
             parents = search.advance(found, stop, max_tokens)
             sources += [] if search.done else [first + parent for parent in parents]
             first += count
-        yield from (search for search in going if search.done)
-        left = any(search.done for search in going)
-        if left or sources != list(range(first)):
-            reorder(cache, sources, trim=left)
-        going = [search for search in going if not search.done]
+        yield from (search for search in active if search.done)
+        some_done = any(search.done for search in active)
+        if some_done or sources != list(range(first)):
+            reorder(cache, sources, trim=some_done)
+        active = [search for search in active if not search.done]
 
 
 def _uncached(
     model: nn.Module, searches: list[_Search], *, stop: frozenset[int], max_tokens: int
 ) -> Iterator[_Search]:
-    """Each prompt alone, read anew for each token: its beams are of one length, so they need no padding."""
+    """Each prompt alone, read again for each token: its beams are equally long and need no padding."""
     for search in searches:
         while not search.done:
             texts = mx.array([[*search.prompt, *ids] for _, ids in search.living])

@@ -1,12 +1,12 @@
 """The log-likelihood of each choice after its prompt, as lm-evaluation-harness scores multiple choice.
 
-The prompt is read once; its cache goes on in every choice. `pick` gives the two usual answers: the choice
+The prompt is read once; every choice continues its cache. `pick` gives the two usual answers: the choice
 with the highest log p (acc), and the one with the highest log p / characters (acc_norm), since a longer text
 is less likely whatever it says.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_adapters.generate.prefill import (
     Prefix,
     leaves_window,
     logprobs,
+    longest_first,
     prefill,
     reorder,
     right_padded,
@@ -28,7 +29,10 @@ from mlx_adapters.generate.prefill import (
 )
 from mlx_adapters.models.limits import check_ids, check_length
 
-__all__ = ["choice_ids", "loglikelihoods", "pick", "scored"]
+__all__ = ["Choices", "choice_ids", "loglikelihoods", "pick", "scored"]
+
+Choices: TypeAlias = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""The token ids of a prompt, and those of each choice after it."""
 
 Scores = list[tuple[float, bool]]  # of each choice: its log p, and whether greedy decoding would write it
 
@@ -59,11 +63,11 @@ def pick(scores: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
 
 def loglikelihoods(
     model: nn.Module,
-    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    items: Sequence[Choices] | Mapping[int, Choices],
     *,
     batch_size: int | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Yield (index, log p of each choice) of every item (prompt, choices), not in the order given.
+    """Yield (index, log p of each choice) of every item as it is done, not in the order of the items.
 
     `batch_size` prompts go together, by default as many as memory allows. Raises DataError for a
     prompt or a choice without tokens.
@@ -74,36 +78,38 @@ def loglikelihoods(
 
 def scored(
     model: nn.Module,
-    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    items: Sequence[Choices] | Mapping[int, Choices],
     *,
     batch_size: int | None = None,
 ) -> Iterator[tuple[int, Scores]]:
     """`loglikelihoods`, and for each choice whether greedy decoding would write it."""
-    for index, (prompt, choices) in enumerate(items):
+    items = items if isinstance(items, Mapping) else dict(enumerate(items))
+    prompts = {index: prompt for index, (prompt, _) in items.items()}
+    choices_of = {index: choices for index, (_, choices) in items.items()}
+    for index, (prompt, choices) in items.items():
         if not prompt or not choices or not all(choices):
             raise DataError(f"item {index}: the prompt and each of its choices must have a token")
-    order = sorted(range(len(items)), key=lambda index: -len(items[index][0]))
+    order = longest_first(prompts)
     training = model.training
     model.eval()
     try:
-        rows = all_with_virtual(model, (prompt for prompt, _ in items))
-        longest = max(map(len, rows), default=1)
-        answer = max((len(text) for _, texts in items for text in texts), default=0)
-        check_ids(model, (text for _, texts in items for text in texts))
-        check_length(
-            model, max((len(prompt) for prompt, _ in items), default=0) + before_text(model) + answer
-        )
+        rows = dict(zip(prompts, all_with_virtual(model, prompts.values())))
+        longest = max(map(len, rows.values()), default=1)
+        texts = [text for choices in choices_of.values() for text in choices]
+        answer = max(map(len, texts), default=0)
+        check_ids(model, texts)
+        check_length(model, max(map(len, prompts.values()), default=0) + before_text(model) + answer)
         cached = splits(model) and not leaves_window(model, longest + answer)
-        prefix = shared_prefix(model, rows) if cached else None
+        prefix = shared_prefix(model, list(rows.values())) if cached else None
         if batch_size is None:
-            most = max((len(texts) for _, texts in items), default=1)
-            batch_size = max(1, rows_that_fit(model, longest, answer) // most)
-        counts = [_tokens(items[index][1]) for index in order]
+            widest = max(map(len, choices_of.values()), default=1)
+            batch_size = max(1, rows_that_fit(model, longest, answer) // widest)
+        counts = [_tokens(choices_of[index]) for index in order]
         for group in _groups(order, counts, batch_size if cached else 1):
             threads.keep_up()
             if cached:
-                texts = [items[index][1] for index in group]
-                yield from zip(group, _cached(model, [rows[index] for index in group], texts, prefix))
+                together = [choices_of[index] for index in group]
+                yield from zip(group, _cached(model, [rows[index] for index in group], together, prefix))
             else:
                 yield from ((index, _uncached(model, *items[index])) for index in group)
     finally:
@@ -115,15 +121,15 @@ def _tokens(choices: Sequence[Sequence[int]]) -> int:
 
 
 def _groups(order: list[int], tokens: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Neighbours of `order` that go together: at most `batch_size`, and `_TOKENS` tokens of choices."""
+    """Neighbours of `order` to score together: at most `batch_size`, and `_TOKENS` tokens of choices."""
     group: list[int] = []
-    held = 0
+    total = 0
     for index, count in zip(order, tokens):
-        if group and (len(group) == batch_size or held + count > _TOKENS):
+        if group and (len(group) == batch_size or total + count > _TOKENS):
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(index)
-        held += count
+        total += count
     if group:
         yield group
 

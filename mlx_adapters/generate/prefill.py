@@ -1,9 +1,9 @@
-"""Read prompts into a KV cache: once, batched, with whatever the adapter puts in front."""
+"""Prefill: the keys and values of many prompts, in batches, behind whatever the adapter puts in front."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +14,15 @@ from mlx_adapters import device
 from mlx_adapters.adapter.call import close, start_cache
 
 __all__ = [
+    "Cache",
     "Prefix",
+    "Prompts",
+    "admit",
+    "by_index",
     "common_prefix",
-    "fill",
     "leaves_window",
     "logprobs",
+    "longest_first",
     "prefill",
     "read",
     "reorder",
@@ -28,15 +32,31 @@ __all__ = [
     "splits",
 ]
 
-_CHUNK = 2048  # of a long prompt, this many tokens are read at once
-_WORTH = 8  # a shorter prefix saves less than copying its cache costs
-_MOST = 64  # rows
-_READ = 4096  # prompt tokens that are read together, padding among them
-_SIMILAR = 0.85  # of the longest prompt's length, what one that is read with it has at least
+Cache: TypeAlias = list[Any]
+"""mlx-lm's cache: one object per layer, of a class that depends on the layer."""
+
+Prompts: TypeAlias = Sequence[Sequence[int]] | Mapping[int, Sequence[int]]
+"""The token ids of each prompt by its index: a list, or the part of one that is asked."""
+
+_CHUNK = 2048  # tokens of a long prompt that are read at once
+_SHORTEST_PREFIX = 8  # a shorter prefix saves less than copying its cache costs
+_MAX_ROWS = 64
+_PREFILL_TOKENS = 4096  # prompt tokens that are read together, padding included
+_SIMILAR = 0.85  # prompts at least this long, relative to the longest, are read together with it
+
+
+def by_index(prompts: Prompts) -> Mapping[int, Sequence[int]]:
+    """The prompts under the indices that they keep from here to their answers."""
+    return prompts if isinstance(prompts, Mapping) else dict(enumerate(prompts))
+
+
+def longest_first(rows: Mapping[int, Sequence[int]]) -> list[int]:
+    """The indices of the rows, longest row first: neighbours then need little padding."""
+    return sorted(rows, key=lambda index: -len(rows[index]))
 
 
 def splits(model: nn.Module) -> bool:
-    """Whether rows of different lengths can share a cache: tried once per model, by what each row has alone.
+    """Whether rows of different lengths can share a cache: tried once per model, against each row alone.
 
     Some state-space layers' caches have no batched form, others take padding into their state, and mlx-lm's
     code for a few models does not take a mask for each row (gpt_bigcode, and gemma2 as mlx-lm has it).
@@ -52,7 +72,7 @@ def splits(model: nn.Module) -> bool:
 
 
 def _reads_rows_apart(model: nn.Module) -> bool:
-    """Two rows, read in a padded batch and one token on, against each alone."""
+    """Two rows in a padded batch, one token further, against each of them alone."""
     rows, after = [[1, 2, 3, 4, 3, 2, 1, 2, 4, 1, 3, 2], [4, 3, 1]], [[4], [2]]
     _, cache = prefill(model, rows)
     found = model(mx.array(after), cache=cache)
@@ -65,9 +85,9 @@ def _reads_rows_apart(model: nn.Module) -> bool:
 
 
 def leaves_window(model: nn.Module, tokens: int) -> bool:
-    """Whether a row of so many tokens is longer than what some layer keeps of it.
+    """Whether a row of so many tokens is longer than the attention window of some layer.
 
-    mlx-lm's batched cache of such a layer goes on by single tokens only: of several at once it masks others.
+    mlx-lm's batched cache of such a layer takes single tokens only: several at once get the wrong mask.
     """
     cache = start_cache(model) or make_prompt_cache(model)
     return any(isinstance(layer, RotatingKVCache) and tokens > layer.max_size for layer in cache)
@@ -80,8 +100,8 @@ class Prefix:
     length: int
     states: list[tuple[mx.array, mx.array]]
 
-    def cache(self) -> list[Any]:
-        """A cache for one row, which goes on after the prefix."""
+    def cache(self) -> Cache:
+        """A cache for one row that continues after the prefix."""
         caches = []
         for keys, values in self.states:
             cache = KVCache()
@@ -92,13 +112,14 @@ class Prefix:
 
 
 def shared_prefix(model: nn.Module, rows: Sequence[Sequence[int]]) -> Prefix | None:
-    """What all rows begin with, read into a cache; None where it would not pay, or cannot go on in many rows.
+    """The tokens that all rows begin with, computed once; None where that saves nothing, or where the cache
+    cannot be continued by many rows.
 
     `rows` have their virtual tokens. The template and the task's phrases make a third of a short prompt.
     """
     length = common_prefix(rows)
     cache = start_cache(model) or make_prompt_cache(model)
-    if len(rows) < 2 or length < _WORTH or not all(type(layer) is KVCache for layer in cache):
+    if len(rows) < 2 or length < _SHORTEST_PREFIX or not all(type(layer) is KVCache for layer in cache):
         return None
     model(mx.array([rows[0][:length]]), cache=cache)
     states = [(c.keys[..., : c.offset, :], c.values[..., : c.offset, :]) for c in cache]
@@ -108,7 +129,7 @@ def shared_prefix(model: nn.Module, rows: Sequence[Sequence[int]]) -> Prefix | N
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, at least one of each row left over."""
+    """How many tokens all rows have in common at their beginning, leaving at least one token of each row."""
     if not rows:
         return 0
     first, last = min(map(list, rows)), max(map(list, rows))  # all others lie between these two
@@ -118,7 +139,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 def prefill(
     model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None = None
-) -> tuple[mx.array, list[Any]]:
+) -> tuple[mx.array, Cache]:
     """(logits after each row [rows, vocabulary], the cache of all rows in batched form).
 
     `rows` are of any length and have their virtual tokens; those of `prefix` are not read again. Needs
@@ -128,13 +149,13 @@ def prefill(
     return model(mx.array([[row[-1]] for row in rows]), cache=cache)[:, -1], cache
 
 
-def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[Any]:
+def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> Cache:
     """The cache of all rows in batched form, after all their tokens but the last.
 
     `rows` have their virtual tokens; those of `prefix` are not read again.
     """
     if prefix is None:
-        # a prefix of the adapter is a cache that starts full; each row needs its own, to grow by its own text
+        # prefix tuning starts with a filled cache; each row needs a copy that grows by its own text
         caches = [start_cache(model) or make_prompt_cache(model) for _ in rows]
     else:
         caches = [prefix.cache() for _ in rows]
@@ -157,16 +178,16 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
 def rows_that_fit(model: nn.Module, prompt: int, answer: int) -> int:
     """How many rows of so many tokens may be decoded together: their caches take half of the free memory.
 
-    At most 64: more rows are hardly faster, and whoever watches waits longer for the first answers.
+    At most 64: more rows are hardly faster, and the first answers come later.
     `prompt` counts virtual tokens too.
     """
     cache = start_cache(model) or make_prompt_cache(model)
     logits = model(mx.zeros((1, prompt), dtype=mx.int32), cache=cache)  # MLX is lazy: nothing is computed
     arrays = [array for layer in cache for _, array in tree_flatten(layer.state)]
     steps = -(-(prompt + answer) // KVCache.step) * KVCache.step  # the caches grow by so many
-    held = sum(_grown(array, prompt, steps) for array in arrays if isinstance(array, mx.array))
-    row = held + 3 * 4 * logits.shape[-1]  # the last: logits, and their copies where one samples
-    return max(1, min(_MOST, device.free_memory(shared=True) // 2 // row))
+    cached = sum(_grown(array, prompt, steps) for array in arrays if isinstance(array, mx.array))
+    row = cached + 3 * 4 * logits.shape[-1]  # the last: logits, and their copies when sampling
+    return max(1, min(_MAX_ROWS, device.free_memory(shared=True) // 2 // row))
 
 
 def _grown(array: mx.array, tokens: int, steps: int) -> int:
@@ -175,41 +196,45 @@ def _grown(array: mx.array, tokens: int, steps: int) -> int:
     return array.nbytes // array.shape[2] * steps if grows else array.nbytes
 
 
-def fill(
+def admit(
     model: nn.Module,
-    cache: list[Any],
-    prompts: Sequence[Sequence[int]],
+    cache: Cache,
+    prompts: Mapping[int, Sequence[int]],
     waiting: deque[int],
     prefix: Prefix | None,
     *,
-    going: int,
+    present: int,
     width: int,
-) -> tuple[list[Any], list[int]]:
-    """Let prompts of `waiting` enter a batch of `width`, of which `going` are on their way.
+) -> tuple[Cache, list[int]]:
+    """Let waiting prompts into a batch of `width` rows, of which `present` are taken.
 
-    Returns (the cache of all rows, those that entered). Entering copies the cache of all rows, so none
-    enters before an eighth of the batch is free. They stand behind the rows of `cache`, which may have none
-    ([]), and all their tokens are read but the last: a row goes on with it as if it had just been drawn, so
-    entering costs no step of its own. `prompts` have their virtual tokens; `waiting` holds their places,
-    longest first.
+    Admission copies the cache of all rows, so it waits until an eighth of the batch is free. New rows stand
+    behind those of `cache`, which may be empty. All but the last token of a prompt is prefilled; the next
+    decode step feeds the last, so admission needs no forward pass of its own.
+
+    Args:
+        prompts: token ids with their virtual tokens, by index.
+        waiting: the indices that wait, longest prompt first; the admitted ones are taken out.
+
+    Returns: the cache of all rows, and the indices that were admitted.
     """
-    known, room = prefix.length if prefix else 0, width - going
-    entered: list[int] = []
+    known, room = prefix.length if prefix else 0, width - present
+    admitted: list[int] = []
     if room * 8 < width:
-        return cache, entered
-    while waiting and len(entered) < room:
+        return cache, admitted
+    while waiting and len(admitted) < room:
         longest = len(prompts[waiting[0]]) - known
-        limit = min(room - len(entered), max(1, _READ // longest))
-        places = [waiting.popleft()]
-        # those of similar length together: padding costs what text costs
-        while waiting and len(places) < limit and len(prompts[waiting[0]]) - known >= _SIMILAR * longest:
-            places.append(waiting.popleft())
-        more = read(model, [prompts[place] for place in places], prefix)
+        limit = min(room - len(admitted), max(1, _PREFILL_TOKENS // longest))
+        group = [waiting.popleft()]
+        # prompts of similar length together: padding costs what text costs
+        while waiting and len(group) < limit and len(prompts[waiting[0]]) - known >= _SIMILAR * longest:
+            group.append(waiting.popleft())
+        more = read(model, [prompts[index] for index in group], prefix)
         for layer, other in zip(cache, more):
             layer.extend(other)
         cache = cache or more
-        entered += places
-    return cache, entered
+        admitted += group
+    return cache, admitted
 
 
 def logprobs(logits: mx.array) -> mx.array:
@@ -218,9 +243,9 @@ def logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def reorder(cache: list[Any], sources: list[int], *, trim: bool = False) -> None:
-    """Let the rows of the cache be those of `sources`; a row may go on in several, and without any the cache
-    is emptied. With `trim`, padding that all rows have goes too."""
+def reorder(cache: Cache, sources: list[int], *, trim: bool = False) -> None:
+    """Make row i of the cache a copy of row `sources[i]`; no sources empty the cache. `trim` also removes
+    padding that all rows have."""
     if not sources:
         cache.clear()
     rows = mx.array(sources)
@@ -234,7 +259,7 @@ def reorder(cache: list[Any], sources: list[int], *, trim: bool = False) -> None
 
 
 def right_padded(rows: Sequence[Sequence[int]]) -> tuple[mx.array, list[int]]:
-    """(rows as one array [rows, longest], how many zeros stand at each row's end)."""
+    """(rows as one array [rows, longest], the number of zeros at the end of each row)."""
     longest = max(len(row) for row in rows)
     padding = [longest - len(row) for row in rows]
     flat = [token for row, pad in zip(rows, padding) for token in [*row, *[0] * pad]]

@@ -73,8 +73,8 @@ def penalties(
 
     `repetition` divides the positive logits of every token of `prompt` and of the answer and multiplies the
     negative ones, as transformers' `repetition_penalty`. From the logits of the answer's tokens `presence` is
-    subtracted once and `frequency` for each time, as OpenAI defines them. `read` is how many ids the model is
-    given before the answer.
+    subtracted once and `frequency` for each time, as OpenAI defines them. `read` is the number of ids that
+    the model reads before the answer.
     """
     if repetition == 1 and presence == 0 and frequency == 0:
         return []

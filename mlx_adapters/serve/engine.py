@@ -9,7 +9,7 @@ tokens long, and turns go round, so a long answer does not hold back a short one
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -17,41 +17,31 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import start_cache, with_virtual
 from mlx_adapters.adapter.multi import activate, active
 from mlx_adapters.cpu import threads
-from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import AdaptersError, DataError
 from mlx_adapters.generate.sampling import fresh_seed, penalties, sampler
-from mlx_adapters.generate.stream import Piece as Written
-from mlx_adapters.generate.stream import stream
+from mlx_adapters.generate.stream import Delta, stream_tokens
+from mlx_adapters.generate.text import render
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
-from mlx_adapters.serve.requests import Ask, RequestError
+from mlx_adapters.serve.requests import CompletionRequest, RequestError
 
-__all__ = ["Engine", "Job", "Piece"]
+__all__ = ["Engine", "Stream"]
 
 _TURN = 8  # tokens; switching costs about as much as a small fraction of one
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer. The last one has a reason (`stop`, `length`) and the counts of tokens."""
-
-    text: str
-    reason: str | None = None
-    prompt_tokens: int = 0
-    tokens: int = 0
-
-
 @dataclass(eq=False)
-class Job:
-    """A request on its way. `pieces` is read by the HTTP thread; setting `cancelled` ends it early."""
+class Stream:
+    """An answer in progress. The HTTP thread reads `deltas`, of which the last has a reason and the number
+    of the prompt's tokens; setting `cancelled` ends the answer early."""
 
-    ask: Ask
-    pieces: "queue.SimpleQueue[Piece | RequestError]" = field(default_factory=queue.SimpleQueue)
+    request: CompletionRequest
+    deltas: "queue.SimpleQueue[Delta | RequestError]" = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False
-    steps: Iterator[Written] | None = None
+    steps: Generator[Delta] | None = None
     prompt_tokens: int = 0
-    held: str = ""
+    pending: str = ""  # text that may be the beginning of a stop text
 
 
 class Engine:
@@ -69,8 +59,8 @@ class Engine:
         loaded.model.eval()
         self.loaded, self.metas, self.name, self.parallel = loaded, dict(metas), name, parallel
         self.context = made_for(loaded.config)
-        self._new: queue.Queue[Job] = queue.Queue(maxsize=waiting)
-        self._jobs: deque[Job] = deque()
+        self._new: queue.Queue[Stream] = queue.Queue(maxsize=waiting)
+        self._streams: deque[Stream] = deque()
         self._stop = threading.Event()
 
     @property
@@ -78,25 +68,25 @@ class Engine:
         """What a request may name."""
         return [self.name, *self.metas]
 
-    def submit(self, ask: Ask) -> Job:
+    def submit(self, request: CompletionRequest) -> Stream:
         """Hand in a request, from any thread. RequestError for an unknown model or when too many wait."""
-        if ask.model not in self.models:
+        if request.model not in self.models:
             raise RequestError(
                 404,
-                f"no model {ask.model[:80]!r}; there are {', '.join(self.models)}",
+                f"no model {request.model[:80]!r}; there are {', '.join(self.models)}",
                 "model",
                 "model_not_found",
             )
-        job = Job(ask)
+        stream = Stream(request)
         try:
             if self._stop.is_set():
                 raise RequestError(503, "the server is stopping")
-            self._new.put_nowait(job)
+            self._new.put_nowait(stream)
         except queue.Full:
             raise RequestError(429, f"{self._new.maxsize} requests wait already: try again later") from None
         if self._stop.is_set():  # it stopped in between: nobody would read the queue again
             self._drop()
-        return job
+        return stream
 
     def stop(self) -> None:
         """End `run` after the present turn; what is not answered gets an error.
@@ -110,133 +100,130 @@ class Engine:
         try:
             while not self._stop.is_set():
                 self._take()
-                if self._jobs:
-                    self._turn(self._jobs.popleft())
+                if self._streams:
+                    self._turn(self._streams.popleft())
         finally:
             self._stop.set()
-            for job in self._jobs:
-                self._close(job)
-                job.pieces.put(RequestError(503, "the server is stopping"))
-            self._jobs.clear()
+            for stream in self._streams:
+                self._close(stream)
+                stream.deltas.put(RequestError(503, "the server is stopping"))
+            self._streams.clear()
             self._drop()
 
     def _drop(self) -> None:
         with suppress(queue.Empty):
             while True:
-                self._new.get_nowait().pieces.put(RequestError(503, "the server is stopping"))
+                self._new.get_nowait().deltas.put(RequestError(503, "the server is stopping"))
 
     def _take(self) -> None:
         """Let new requests in, the longest waiting first; wait for one when there is nothing to do."""
         with suppress(queue.Empty):
-            while len(self._jobs) < self.parallel:
-                self._jobs.append(self._new.get_nowait() if self._jobs else self._new.get(timeout=0.1))
+            while len(self._streams) < self.parallel:
+                self._streams.append(self._new.get_nowait() if self._streams else self._new.get(timeout=0.1))
 
-    def _turn(self, job: Job) -> None:
+    def _turn(self, stream: Stream) -> None:
         """A few tokens of one answer; then it goes to the end of the line."""
         threads.keep_up()
         try:
-            done = job.cancelled or self._advance(job)
+            done = stream.cancelled or self._advance(stream)
         except RequestError as error:
-            job.pieces.put(error)
+            stream.deltas.put(error)
             done = True
         except AdaptersError as error:
-            job.pieces.put(RequestError(400, " ".join(str(error).split())))
+            stream.deltas.put(RequestError(400, " ".join(str(error).split())))
             done = True
         except Exception as error:  # one request must not end the others'
-            job.pieces.put(RequestError(500, f"the answer failed ({type(error).__name__}: {error})"))
+            stream.deltas.put(RequestError(500, f"the answer failed ({type(error).__name__}: {error})"))
             done = True
         if done:
-            self._close(job)
+            self._close(stream)
         else:
-            self._jobs.append(job)
+            self._streams.append(stream)
 
-    def _advance(self, job: Job) -> bool:
-        name = None if job.ask.model == self.name else job.ask.model
+    def _advance(self, stream: Stream) -> bool:
+        name = None if stream.request.model == self.name else stream.request.model
         model = self.loaded.model
         if self.metas and active(model) != ((name,) if name else ()):
             activate(model, name)
-        if job.steps is None:
-            job.steps = self._start(job)
-        for _ in range(_TURN):
-            piece = next(job.steps)
-            if self._give(job, piece):
-                return True
-        return False
+        if stream.steps is None:
+            stream.steps = self._start(stream)
+        return any(self._pass_on(stream, next(stream.steps)) for _ in range(_TURN))
 
-    def _start(self, job: Job) -> Iterator[Written]:
-        model, tokenizer, ask = self.loaded.model, self.loaded.tokenizer, job.ask
-        ids = prompt_ids(self._text(ask), tokenizer)
+    def _start(self, stream: Stream) -> Generator[Delta]:
+        model, tokenizer, request = self.loaded.model, self.loaded.tokenizer, stream.request
+        ids = prompt_ids(self._text(request), tokenizer)
         if not ids:
             raise RequestError(400, "the prompt has no tokens")
         row = with_virtual(model, ids, tokenizer)
         cache = start_cache(model)
         front = int(getattr(cache[0], "offset", 0)) if cache else 0
-        if self.context and front + len(row) + ask.max_tokens > self.context:
+        if self.context and front + len(row) + request.max_tokens > self.context:
             raise RequestError(
                 400,
                 f"the model reads at most {self.context} tokens, found {front + len(row)} of the prompt and "
-                f"{ask.max_tokens} of max_tokens",
+                f"{request.max_tokens} of max_tokens",
                 code="context_length_exceeded",
             )
-        job.prompt_tokens = len(row)
-        return stream(
+        stream.prompt_tokens = len(row)
+        return stream_tokens(
             model,
             tokenizer,
             row,
             prompt=ids,
-            max_tokens=ask.max_tokens,
+            max_tokens=request.max_tokens,
             sampler=sampler(
-                fresh_seed() if ask.seed is None else ask.seed,
-                temperature=ask.temperature,
-                top_p=ask.top_p,
-                top_k=ask.top_k,
-                min_p=ask.min_p,
+                fresh_seed() if request.seed is None else request.seed,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                min_p=request.min_p,
             ),
             processors=penalties(
                 ids,
                 len(row),
-                repetition=ask.repetition_penalty,
-                presence=ask.presence_penalty,
-                frequency=ask.frequency_penalty,
+                repetition=request.repetition_penalty,
+                presence=request.presence_penalty,
+                frequency=request.frequency_penalty,
             ),
             cache=cache,
         )
 
-    def _text(self, ask: Ask) -> str:
+    def _text(self, request: CompletionRequest) -> str:
         """The prompt: as it is, or a conversation through the adapter's template (else the chat template)."""
-        if ask.prompt is not None:
-            return ask.prompt
-        tokenizer, meta = self.loaded.tokenizer, self.metas.get(ask.model)
-        trained = meta.template if meta else None
-        template = chosen_template(trained, self.loaded.template, tokenizer=tokenizer)
+        if request.prompt is not None:
+            return request.prompt
         try:
-            return conversation(
-                ask.messages, template=template, tokenizer=tokenizer, kwargs=ask.template_kwargs
+            text, _ = render(
+                self.loaded,
+                request.messages,
+                adapter=self.metas.get(request.model),
+                chat_template_kwargs=request.template_kwargs,
             )
+            return text
         except DataError as error:
             raise RequestError(400, " ".join(str(error).split()), "messages") from None
 
-    def _give(self, job: Job, piece: Written) -> bool:
+    def _pass_on(self, stream: Stream, delta: Delta) -> bool:
         """Pass on what was decoded, up to a stop text; True when that was all."""
-        text, last = job.held + piece.text, piece.reason is not None
-        cuts = [at for stop in job.ask.stop if (at := text.find(stop)) >= 0]
-        reason = "stop" if cuts else piece.reason
+        text, last = stream.pending + delta.text, delta.reason is not None
+        cuts = [at for stop in stream.request.stop if (at := text.find(stop)) >= 0]
+        reason = "stop" if cuts else delta.reason
         if cuts:
             text = text[: min(cuts)]
-        keep = 0 if cuts or last else _begun(text, job.ask.stop)
-        job.held = text[len(text) - keep :]
+        keep = 0 if cuts or last else _begun(text, stream.request.stop)
+        stream.pending = text[len(text) - keep :]
         text = text[: len(text) - keep]
         if reason:
-            job.pieces.put(Piece(text, reason, job.prompt_tokens, piece.tokens))
+            stream.deltas.put(Delta(text, delta.tokens, reason, stream.prompt_tokens))
         elif text:
-            job.pieces.put(Piece(text))
+            stream.deltas.put(Delta(text))
         return reason is not None
 
-    def _close(self, job: Job) -> None:
+    def _close(self, stream: Stream) -> None:
         """Free the cache of a request at once."""
-        if job.steps is not None:
-            job.steps.close()  # type: ignore[attr-defined]
-        job.steps = None
+        if stream.steps is not None:
+            stream.steps.close()
+        stream.steps = None
 
 
 def _begun(text: str, stops: tuple[str, ...]) -> int:

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.serve.engine import Engine
-from mlx_adapters.serve.requests import Ask, Message, RequestError
+from mlx_adapters.serve.requests import CompletionRequest, Message, RequestError
 
 __all__ = ["answer", "build", "side_by_side", "start"]
 
@@ -23,42 +23,42 @@ _CSS = """
 """
 
 
-def answer(engine: Engine, ask: Ask) -> Iterator[str]:
+def answer(engine: Engine, request: CompletionRequest) -> Iterator[str]:
     """The answer so far, again and again as it grows; an error is the answer's last line.
 
     Leaving the iterator early ends the request.
     """
     text = ""
     try:
-        job = engine.submit(ask)
+        stream = engine.submit(request)
     except RequestError as error:
         yield f"error: {error}"
         return
     try:
         while True:
-            piece = job.pieces.get()
-            if isinstance(piece, RequestError):
-                yield f"{text}\n\nerror: {piece}".strip()
+            delta = stream.deltas.get()
+            if isinstance(delta, RequestError):
+                yield f"{text}\n\nerror: {delta}".strip()
                 return
-            text += piece.text
+            text += delta.text
             yield text
-            if piece.reason:
+            if delta.reason:
                 return
     finally:
-        job.cancelled = True
+        stream.cancelled = True
 
 
-def side_by_side(engine: Engine, asks: list[Ask]) -> Iterator[list[str]]:
-    """All answers so far, one list a step; the engine writes them in turns."""
-    streams = [answer(engine, ask) for ask in asks]
-    texts, going = [""] * len(asks), set(range(len(asks)))
+def side_by_side(engine: Engine, requests: list[CompletionRequest]) -> Iterator[list[str]]:
+    """All answers so far, one list per step; the engine writes them in turns."""
+    streams = [answer(engine, request) for request in requests]
+    texts, unfinished = [""] * len(requests), set(range(len(requests)))
     try:
-        while going:
-            for index in sorted(going):
+        while unfinished:
+            for index in sorted(unfinished):
                 try:
                     texts[index] = next(streams[index])
                 except StopIteration:
-                    going.discard(index)
+                    unfinished.discard(index)
             yield list(texts)
     finally:
         for stream in streams:
@@ -79,12 +79,12 @@ def build(
     is asked with."""
     gr = _gradio()
 
-    def asks(models: list[str], messages: Turns, limit: float, heat: float) -> list[Ask]:
-        said = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
+    def requests(models: list[str], messages: Turns, limit: float, heat: float) -> list[CompletionRequest]:
+        conversation = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
         return [
-            Ask(
+            CompletionRequest(
                 model=model,
-                messages=said,
+                messages=conversation,
                 max_tokens=int(limit),
                 temperature=float(heat),
                 top_p=top_p,
@@ -100,15 +100,17 @@ def build(
             return
         turns = [*turns, {"role": "user", "content": text}]
         yield "", turns
-        (ask,) = asks([model], turns, limit, heat)
-        for found in answer(engine, ask):
+        (request,) = requests([model], turns, limit, heat)
+        for found in answer(engine, request):
             yield "", [*turns, {"role": "assistant", "content": found}]
 
     def compare(text: str, limit: float, heat: float) -> Iterator[list[str]]:
         if not text.strip():
             yield [""] * len(engine.models)
             return
-        yield from side_by_side(engine, asks(engine.models, [{"role": "user", "content": text}], limit, heat))
+        yield from side_by_side(
+            engine, requests(engine.models, [{"role": "user", "content": text}], limit, heat)
+        )
 
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nBase and adapters on this machine. Nothing leaves it.")
@@ -124,12 +126,12 @@ def build(
                 label="Conversation", height=420, elem_id="talk", render_markdown=False, buttons=["copy"]
             )
             with gr.Row():
-                said = gr.Textbox(
+                message = gr.Textbox(
                     show_label=False, placeholder="Write, then Enter", scale=6, elem_id="say", container=False
                 )
                 stop = gr.Button("Stop", scale=1, min_width=80)
                 gr.ClearButton([talk], value="New", scale=1, min_width=80)
-            running = said.submit(chat, [said, talk, model, limit, heat], [said, talk])
+            running = message.submit(chat, [message, talk, model, limit, heat], [message, talk])
             stop.click(None, cancels=[running])
         with gr.Tab("Compare"):
             asked = gr.Textbox(label="One question to all", lines=2, elem_id="ask")
@@ -144,18 +146,21 @@ def build(
 
 
 def start(page: Any, *, host: str, port: int) -> str:
-    """Serve the page from threads of its own and return its address; OSError if it cannot listen there."""
-    _, address, _ = page.queue(default_concurrency_limit=8).launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        css=_CSS,
-        footer_links=[],
-        ssr_mode=False,
-        theme=_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    """Serve the page from threads of its own and return its address; ConfigError where the port is taken."""
+    try:
+        _, address, _ = page.queue(default_concurrency_limit=8).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            css=_CSS,
+            footer_links=[],
+            ssr_mode=False,
+            theme=_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError:
+        raise ConfigError(f"port {port} is taken: give another with --port") from None
     return str(address)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_adapters.files.documents import from_json
 
-__all__ = ["Ask", "Message", "RequestError", "parse"]
+__all__ = ["CompletionRequest", "Message", "RequestError", "parse"]
 
 Message = dict[str, str]
 
@@ -51,7 +51,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-# Fields that say who asks, what is kept and how fast it should go.
+# Fields about the client, about storage and about speed, which do not change the answer.
 _ASIDE = frozenset(
     [
         "user",
@@ -76,10 +76,10 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class CompletionRequest:
     """A checked request. `prompt` is read as it is, `messages` through a template; one of them is given.
 
-    `top_k` 0 keeps all tokens; without a `seed` every answer is drawn anew.
+    `top_k` 0 keeps all tokens; without a `seed` every answer has new draws.
     """
 
     model: str
@@ -105,10 +105,10 @@ class Ask:
         return self.prompt is None
 
 
-def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
+def parse(body: bytes, *, chat: bool, max_tokens: int) -> CompletionRequest:
     """The request in `body`; RequestError says what is wrong with it.
 
-    `max_tokens` is the longest answer the server gives, and the one when nothing is asked (at most 256).
+    `max_tokens` is the server's limit; a request that sets none gets at most 256.
     The temperature is 0 unless given, as in `mlx-adapters generate`; OpenAI's would be 1.
     """
     fields = _object(body)
@@ -120,7 +120,7 @@ def parse(body: bytes, *, chat: bool, max_tokens: int) -> Ask:
         )
     limit_name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     options, seed = _object_field(fields, "stream_options"), fields.get("seed")
-    return Ask(
+    return CompletionRequest(
         model=model,
         prompt=None if chat else _prompt(fields.get("prompt")),
         messages=_messages(fields.get("messages")) if chat else (),
@@ -245,7 +245,7 @@ def _clean(text: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise RequestError(
-            400, f"{where} holds half of a surrogate pair: it is no valid text", where
+            400, f"{where} holds half of a surrogate pair: it is not valid text", where
         ) from None
     return text
 

@@ -14,7 +14,8 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from mlx_adapters.serve.engine import Engine, Job, Piece
+from mlx_adapters.generate.stream import Delta
+from mlx_adapters.serve.engine import Engine, Stream
 from mlx_adapters.serve.requests import RequestError, parse
 
 __all__ = ["Server"]
@@ -60,7 +61,7 @@ class Server(ThreadingHTTPServer):
                 return
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; the rest was answered with a status."""
+        """Silent: a client may go away, and everything else was answered with a status."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(RequestError(404, f"nothing at {path[:80]}; there is /v1/models"))
 
     def do_POST(self) -> None:
-        job = None
+        stream = None
         try:
             path = self.path.partition("?")[0]
             body = self._body()  # first: an unread body would be taken for the next request
@@ -94,20 +95,20 @@ class _Handler(BaseHTTPRequestHandler):
                 raise RequestError(
                     404, f"nothing at {path[:80]}; there are /v1/completions and /v1/chat/completions"
                 )
-            ask = parse(body, chat=path.endswith("chat/completions"), max_tokens=self.server.max_tokens)
-            job = self.server.engine.submit(ask)
-            first = self._next(job)  # an error before the first piece still gets its status
-            if ask.stream:
-                self._stream(job, first)
+            request = parse(body, chat=path.endswith("chat/completions"), max_tokens=self.server.max_tokens)
+            stream = self.server.engine.submit(request)
+            first = self._next(stream)  # an error before the first delta still gets its status
+            if request.stream:
+                self._stream(stream, first)
             else:
-                self._whole(job, first)
+                self._whole(stream, first)
         except RequestError as error:
             self._error(error)
         except OSError:  # the client went away, or is too slow
             self.close_connection = True
         finally:
-            if job:
-                job.cancelled = True
+            if stream:
+                stream.cancelled = True
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.server.started, "owned_by": "mlx-adapters"}
@@ -133,36 +134,38 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = not keep
         return body
 
-    def _next(self, job: Job) -> Piece:
-        """The next piece; ConnectionError when nobody waits for it any more."""
+    def _next(self, stream: Stream) -> Delta:
+        """The next delta; ConnectionError when nobody waits for it any more."""
         while True:
             if self._gone():
                 raise ConnectionError("the client went away")
             try:
-                piece = job.pieces.get(timeout=0.5)
+                delta = stream.deltas.get(timeout=0.5)
             except queue.Empty:
                 continue
-            if isinstance(piece, RequestError):
-                raise piece
-            return piece
+            if isinstance(delta, RequestError):
+                raise delta
+            return delta
 
     def _gone(self) -> bool:
         """Whether the client has closed: there is something to read, and it is the end."""
         ready = select.select([self.connection], [], [], 0)[0]
         return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
-    def _whole(self, job: Job, piece: Piece) -> None:
-        texts = [piece.text]
-        while piece.reason is None:
-            piece = self._next(job)
-            texts.append(piece.text)
+    def _whole(self, stream: Stream, delta: Delta) -> None:
+        texts = [delta.text]
+        while delta.reason is None:
+            delta = self._next(stream)
+            texts.append(delta.text)
         text = "".join(texts)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": piece.reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if job.ask.chat else {"text": text}
-        self._json(200, {**self._head(job, ""), "choices": [choice], "usage": _usage(piece)})
+        choice: dict[str, Any] = {"index": 0, "finish_reason": delta.reason, "logprobs": None}
+        choice |= (
+            {"message": {"role": "assistant", "content": text}} if stream.request.chat else {"text": text}
+        )
+        self._json(200, {**self._head(stream, ""), "choices": [choice], "usage": _usage(delta)})
 
-    def _stream(self, job: Job, piece: Piece) -> None:
-        head = self._head(job, ".chunk")
+    def _stream(self, stream: Stream, delta: Delta) -> None:
+        head = self._head(stream, ".chunk")
         self.close_connection = True  # the end of the stream is the end of the connection
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -172,25 +175,25 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             role: dict[str, str] = {"role": "assistant"}
             while True:
-                self._event({**head, "choices": [_delta(job, piece, role)]})
+                self._event({**head, "choices": [_delta(stream, delta, role)]})
                 role = {}
-                if piece.reason is not None:
+                if delta.reason is not None:
                     break
-                piece = self._next(job)
-            if job.ask.include_usage:
-                self._event({**head, "choices": [], "usage": _usage(piece)})
+                delta = self._next(stream)
+            if stream.request.include_usage:
+                self._event({**head, "choices": [], "usage": _usage(delta)})
         except RequestError as error:  # the status is out already
             self._event(_error(error))
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def _head(self, job: Job, chunk: str) -> dict[str, Any]:
-        kind = f"chat.completion{chunk}" if job.ask.chat else "text_completion"
-        prefix = "chatcmpl" if job.ask.chat else "cmpl"
+    def _head(self, stream: Stream, chunk: str) -> dict[str, Any]:
+        kind = f"chat.completion{chunk}" if stream.request.chat else "text_completion"
+        prefix = "chatcmpl" if stream.request.chat else "cmpl"
         return {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": job.ask.model,
+            "model": stream.request.model,
         }
 
     def _event(self, value: dict[str, Any]) -> None:
@@ -219,17 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._error(RequestError(int(code), message or "the request is not valid HTTP"))
 
 
-def _delta(job: Job, piece: Piece, role: dict[str, str]) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0, "finish_reason": piece.reason, "logprobs": None}
-    choice |= {"delta": {**role, "content": piece.text}} if job.ask.chat else {"text": piece.text}
+def _delta(stream: Stream, delta: Delta, role: dict[str, str]) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": delta.reason, "logprobs": None}
+    choice |= {"delta": {**role, "content": delta.text}} if stream.request.chat else {"text": delta.text}
     return choice
 
 
-def _usage(piece: Piece) -> dict[str, int]:
+def _usage(delta: Delta) -> dict[str, int]:
     return {
-        "prompt_tokens": piece.prompt_tokens,
-        "completion_tokens": piece.tokens,
-        "total_tokens": piece.prompt_tokens + piece.tokens,
+        "prompt_tokens": delta.prompt_tokens,
+        "completion_tokens": delta.tokens,
+        "total_tokens": delta.prompt_tokens + delta.tokens,
     }
 
 

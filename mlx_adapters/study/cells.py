@@ -1,4 +1,4 @@
-"""Train and measure one cell of a study, going on from what its folder already holds.
+"""Train and measure one cell of a study, continuing from what its folder already holds.
 
     cells/ID/settings.json        what the cell is made from
     cells/ID/adapter/             the adapter with its checkpoints and losses
@@ -11,20 +11,41 @@ What is done is not done again.
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from mlx_adapters.errors import OutputError, writing_to
-from mlx_adapters.files.writing import write_whole
+from mlx_adapters import methods
+from mlx_adapters.data import wordproblems
+from mlx_adapters.data.sources import Rows, load_rows
+from mlx_adapters.data.templates import chosen_template
+from mlx_adapters.errors import AdaptersError, OutputError
+from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate.ask import Asking, answer
+from mlx_adapters.evaluate.records import RecordFile
+from mlx_adapters.evaluate.run import Part
+from mlx_adapters.evaluate.score import summarise
+from mlx_adapters.files.writing import write_json
+from mlx_adapters.generate.decode import Decoding
 from mlx_adapters.study.grid import GENERATED, Cell, Study
+from mlx_adapters.train.trainer import Trainer
 
-__all__ = ["BASE", "cell_folder", "finished", "parameters", "run_cell", "same_rules", "write_json"]
+__all__ = [
+    "BASE",
+    "CellRun",
+    "Result",
+    "Training",
+    "cell_folder",
+    "finished",
+    "parameters",
+    "same_rules",
+]
 
 BASE = "base"
-Train = Callable[[Any], float]
-Answer = Callable[..., Any]
+Result = dict[str, Any]
 
 
 def cell_folder(output: Path, name: str) -> Path:
@@ -32,21 +53,14 @@ def cell_folder(output: Path, name: str) -> Path:
     return output / "cells" / name
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write `file` whole or not at all."""
-    with writing_to(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(value, indent=1) + "\n")
-
-
-def finished(output: Path, name: str) -> dict[str, Any] | None:
+def finished(output: Path, name: str) -> Result | None:
     """The result of a cell, or its error; None while it is not done."""
     file = cell_folder(output, name) / "cell.json"
-    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    found: Result | None = json.loads(file.read_text()) if file.exists() else None
     return found
 
 
-def same_rules(study: Study, measured: dict[str, Any], file: Path) -> None:
+def same_rules(study: Study, measured: Result, file: Path) -> None:
     """Raise OutputError where a cell's answers were read by other rules than the study's other cells are."""
     if measured.get("reading") != study.settings.rules:
         before = measured.get("reading") or "those of an earlier version"
@@ -56,38 +70,171 @@ def same_rules(study: Study, measured: dict[str, Any], file: Path) -> None:
         )
 
 
-def run_cell(
-    study: Study,
-    cell: Cell | None,
-    output: Path,
-    *,
-    train: Train,
-    answer: Answer,
-    warn: Callable[[str], None],
-) -> dict[str, Any]:
-    """Do what is left of a cell (None: the base model) and return its result.
+@dataclass
+class Training:
+    """The training of a cell; `seconds` is None until it has run. Who shows progress iterates over
+    `trainer`; otherwise `run` does."""
 
-    `train(session)` runs a prepared session and returns its seconds; `answer(loaded, items, task, ...)` is
-    `cli.eval.run_task`. Raises OutputError when the folder was made with other settings.
+    trainer: Trainer
+    seconds: float | None = None
+
+    def run(self) -> None:
+        """Train to the end."""
+        for _ in self.trainer:
+            pass
+        self.seconds = self.trainer.result.seconds
+
+
+class CellRun:
+    """A cell (None: the base model) with what is left to do of it.
+
+        with CellRun(study, cell, output) as run:
+            for phase in run.phases():
+                phase.run()
+        run.result
+
+    What goes wrong inside the block becomes the cell's result and stops no other cell, except an OutputError:
+    a full disk, or a folder that was made with other settings, would stop the next cell too.
     """
-    name = cell.id if cell else BASE
-    folder = cell_folder(output, name)
-    _same_settings(folder, {"study": study.common(), "cell": asdict(cell) if cell else None})
-    trained = _trained(study, cell, folder, train, warn) if cell else {}
-    scores, seconds = _measured(study, folder, answer, adapter=cell is not None)
-    result = {
-        "id": name,
-        "status": "done",
-        "method": cell.method if cell else BASE,
-        "placement": cell.placement if cell else "",
-        "size": cell.size if cell else "",
-        "lr": cell.train.lr if cell else None,
-        "seed": cell.train.seed if cell else None,
-        **trained,
-        "scores": scores,
-        "reading": study.settings.rules,
-        "eval_seconds": seconds,
-    }
+
+    def __init__(
+        self, study: Study, cell: Cell | None, output: Path, *, warn: Callable[[str], None] = print
+    ) -> None:
+        self.study, self.cell, self.warn = study, cell, warn
+        self.name = cell.id if cell else BASE
+        self.folder = cell_folder(output, self.name)
+        self.result: Result | None = None
+
+    def __enter__(self) -> "CellRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, OutputError) or not isinstance(
+            error, (AdaptersError, RuntimeError, ValueError, MemoryError)
+        ):
+            return False
+        text = " ".join(str(error).split()) or type(error).__name__
+        self.result = failure(self.folder, self.name, text, method=self.cell.method if self.cell else BASE)
+        return True
+
+    def phases(self) -> Iterator["Training | Part"]:
+        """The training and the test sets that are left, one after the other. A phase that the caller has not
+        run is run when the next one is asked for."""
+        cell, study = self.cell, self.study
+        _same_settings(self.folder, {"study": study.common(), "cell": asdict(cell) if cell else None})
+        trained: Result = {}
+        if cell is not None:
+            yield from self._training(cell)
+            trained = json.loads((self.folder / "trained.json").read_text())
+        yield from self._testing()
+        measured = json.loads((self.folder / "eval.json").read_text())
+        self.result = {
+            "id": self.name,
+            "status": "done",
+            "method": cell.method if cell else BASE,
+            "placement": cell.placement if cell else "",
+            "size": cell.size if cell else "",
+            "lr": cell.train.lr if cell else None,
+            "seed": cell.train.seed if cell else None,
+            **trained,
+            "scores": measured["scores"],
+            "reading": study.settings.rules,
+            "eval_seconds": measured["seconds"],
+        }
+        write_json(self.folder / "cell.json", self.result)
+
+    def _training(self, cell: Cell) -> Iterator[Training]:
+        from mlx_adapters.models.load import load
+
+        file, adapter, settings = self.folder / "trained.json", self.folder / "adapter", self.study.settings
+        if file.exists():
+            return
+        if settings.data == GENERATED:
+            rows = Rows(wordproblems.generate(settings.rows), "instruction", "generated word problems")
+        else:
+            rows = load_rows(settings.data)
+        excluded = [Path(part.strip()) for part in (settings.exclude or "").split(",") if part.strip()]
+        trainer = Trainer(
+            load(self.study.model),
+            rows,
+            methods.make(cell.method, cell.fields),
+            output=adapter,
+            exclude=excluded,
+            resume=adapter.exists(),
+            **vars(cell.train),
+        )
+        for note in trainer.notes:
+            self.warn(note)
+        training = Training(trainer)
+        yield training
+        if training.seconds is None:
+            training.run()
+        facts = {
+            "trainable": trainer.trainable,
+            "parameters": trainer.parameters,
+            "steps": trainer.run.step,
+            "rows": len(trainer.run.examples),
+            "excluded": trainer.excluded,
+            "truncated": trainer.encoded.truncated,
+            "train_seconds": training.seconds,
+        }
+        write_json(file, facts)
+        del (
+            trainer,
+            training.trainer,
+        )  # the model is loaded again for the test sets: a study holds one at a time
+
+    def _testing(self) -> Iterator[Part]:
+        from mlx_adapters import adapter as adapters
+        from mlx_adapters.models.load import load
+
+        study, settings, file = self.study, self.study.settings, self.folder / "eval.json"
+        if file.exists():  # killed between the answers and the result
+            same_rules(study, json.loads(file.read_text()), file)
+            return
+        sets = tasks.load(
+            settings.tasks,
+            data_dir=Path(settings.data_dir) if settings.data_dir else None,
+            limit=settings.limit,
+            seed=settings.test_seed,
+        )
+        loaded = load(study.model, answering=True)
+        meta = adapters.load(loaded, self.folder / "adapter") if self.cell else None
+        template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
+        asking = Asking(
+            template=template,
+            decoding=Decoding(kind=settings.decoding),
+            reading=settings.reading,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            seen=frozenset(meta.seen) if meta else frozenset(),
+        )
+        ask = partial(answer, loaded.model, loaded.tokenizer)
+        answered_by = {"study": study.common(), "template": template, "reading": settings.rules}
+        started = time.perf_counter()
+        with RecordFile(file, answered_by, resume=True) as records:
+            parts = [Part(task, items, asking, ask, records) for task, items in sets]
+            for part in parts:
+                yield part
+                part.run()
+            report = {
+                "model": study.model,
+                "template": template,
+                "decoding": settings.decoding,
+                "settings": asking.settings,
+                "reading": settings.rules,
+                "scores": [asdict(summarise(part.records)) for part in parts],
+                "seconds": time.perf_counter() - started,
+                "records": [asdict(record) for part in parts for record in part.records],
+            }
+            records.finish(report)
+
+
+def failure(folder: Path, name: str, error: str, *, method: str) -> Result:
+    """Write down and return that a cell failed."""
+    result = {"id": name, "status": "failed", "error": error, "method": method}
     write_json(folder / "cell.json", result)
     return result
 
@@ -108,105 +255,6 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         if (before.get(part) or {}).get(key) != value
     ]
     raise OutputError(f"{folder}: made with other settings ({'; '.join(changed)}). Use another --output")
-
-
-def _trained(
-    study: Study, cell: Cell, folder: Path, train: Train, warn: Callable[[str], None]
-) -> dict[str, Any]:
-    from mlx_adapters import methods
-    from mlx_adapters.data import wordproblems
-    from mlx_adapters.data.sources import Rows, load_rows
-    from mlx_adapters.models import load as model
-    from mlx_adapters.train.trainer import Trainer
-
-    file, adapter = folder / "trained.json", folder / "adapter"
-    if file.exists():
-        done: dict[str, Any] = json.loads(file.read_text())
-        return done
-    settings = study.settings
-    if settings.data == GENERATED:
-        rows = Rows(wordproblems.generate(settings.rows), "instruction", "generated word problems")
-    else:
-        rows = load_rows(settings.data)
-    excluded = [Path(part.strip()) for part in (settings.exclude or "").split(",") if part.strip()]
-    session = Trainer(
-        model.load(study.model),
-        rows,
-        methods.make(cell.method, cell.fields),
-        output=adapter,
-        exclude=excluded,
-        resume=adapter.exists(),
-        **vars(cell.train),
-    )
-    for note in session.notes:
-        warn(note)
-    seconds = train(session)
-    facts = {
-        "trainable": session.trainable,
-        "parameters": session.parameters,
-        "steps": session.run.step,
-        "rows": len(session.run.examples),
-        "excluded": session.excluded,
-        "truncated": session.encoded.truncated,
-        "train_seconds": seconds,
-    }
-    write_json(file, facts)
-    return facts
-
-
-def _measured(
-    study: Study, folder: Path, answer: Answer, *, adapter: bool
-) -> tuple[list[dict[str, Any]], float]:
-    from mlx_adapters import adapter as adapters
-    from mlx_adapters.data.templates import chosen_template
-    from mlx_adapters.evaluate import tasks
-    from mlx_adapters.evaluate.records import RecordFile
-    from mlx_adapters.generate.decode import Decoding
-    from mlx_adapters.models import load as model
-
-    settings, file = study.settings, folder / "eval.json"
-    if file.exists():  # killed between the answers and the result
-        report = json.loads(file.read_text())
-        same_rules(study, report, file)
-        return report["scores"], report["seconds"]
-    sets = tasks.load(
-        settings.tasks,
-        data_dir=Path(settings.data_dir) if settings.data_dir else None,
-        limit=settings.limit,
-        seed=settings.test_seed,
-    )
-    loaded = model.load(study.model, answering=True)
-    meta = adapters.load(loaded, folder / "adapter") if adapter else None
-    template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
-    decoding = Decoding(kind=settings.decoding)
-    about = {
-        "model": study.model,
-        "template": template,
-        "decoding": settings.decoding,
-        "settings": asdict(decoding) | {"max_tokens": settings.max_tokens},
-        "reading": settings.rules,
-    }
-    started, scores, answers = time.perf_counter(), [], []
-    answered_by = {"study": study.common(), "template": template, "reading": settings.rules}
-    with RecordFile(file, answered_by, resume=True) as records:
-        for task, items in sets:
-            kept, score, _ = answer(
-                loaded,
-                items,
-                task,
-                file=records,
-                template=template,
-                batch_size=settings.batch_size,
-                max_tokens=settings.max_tokens or task.max_tokens,
-                seen=frozenset(meta.seen) if meta else frozenset(),
-                decoding=decoding,
-                reading=settings.reading,
-            )
-            scores.append(asdict(score))
-            answers += [asdict(record) for record in kept]
-        seconds = time.perf_counter() - started
-        records.finish(about | {"scores": scores, "seconds": seconds, "records": answers})
-    return scores, seconds
 
 
 def parameters(study: Study) -> dict[str, int]:

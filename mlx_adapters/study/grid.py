@@ -144,9 +144,9 @@ def read(
     )
 
 
-def _settled(protocol: str | None, given: dict[str, Any], where: str) -> dict[str, Any]:
+def _settled(protocol: str | None, options: dict[str, Any], where: str) -> dict[str, Any]:
     try:
-        return chosen(protocol, given)
+        return chosen(protocol, options)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -174,15 +174,17 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
     if len(sizes) > 1:
         raise ConfigError(f"{where}: key 'size' must name one field of {method}, found {', '.join(sizes)}")
     values: list[tuple[str, Any] | None] = [
-        (name, value) for name, given in sizes.items() for value in _values(given, f"{where}: {name}")
+        (name, value) for name, found in sizes.items() for value in _values(found, f"{where}: {name}")
     ]
     run = train | _mapping(entry.get("train", {}), f"{where}: key 'train'")
     rates = _values(entry["lr"], f"{where}: key 'lr'") if "lr" in entry else [run.get("lr")]
     cells = []
     for (place, fields), size, rate, seed in product(places.items(), values or [None], rates, seeds):
-        given = fixed | _mapping(fields, f"{where}: placement {place!r}") | (dict([size]) if size else {})
+        chosen_fields = (
+            fixed | _mapping(fields, f"{where}: placement {place!r}") | (dict([size]) if size else {})
+        )
         try:
-            made = asdict(methods.make(method, _computed(method, given)))
+            made = asdict(methods.make(method, _computed(method, chosen_fields)))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         rate_of_cell = {"lr": rate} if rate is not None else {}
@@ -199,21 +201,21 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
 _PRODUCT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*\*\s*([A-Za-z_]\w*)\s*")
 
 
-def _computed(method: str, given: dict[str, Any]) -> dict[str, Any]:
+def _computed(method: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields, with each number that is written as a multiple of another one ("2*rank") computed."""
     from mlx_adapters import methods
 
     kind = methods.find(method)
     hints, known = typing.get_type_hints(kind), {one.name: one.default for one in dataclasses.fields(kind)}
-    found = dict(given)
-    for name, value in given.items():
+    found = dict(fields)
+    for name, value in fields.items():
         times = _PRODUCT.fullmatch(value) if isinstance(value, str) else None
         if times is None or not {int, float} & {hints.get(name), *typing.get_args(hints.get(name))}:
             continue
         other = times[2]
         if other not in known:
             raise ConfigError(f"{name}={value!r}: " + unknown(f"field of {method}", other, known))
-        base = given.get(other, known[other])
+        base = fields.get(other, known[other])
         try:
             number = float(times[1]) * float(str(base))
         except ValueError:
@@ -225,7 +227,7 @@ def _computed(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _budgeted(cell: Cell, max_steps: int | None) -> Cell:
-    """At most `max_steps` optimizer steps; a run counted in epochs gets just as many."""
+    """At most `max_steps` optimizer steps; a run counted in epochs gets exactly as many."""
     if max_steps is None or (cell.train.steps or max_steps + 1) <= max_steps:
         return cell
     return replace(cell, train=replace(cell.train, steps=max_steps))
@@ -252,6 +254,6 @@ def _values(value: Any, where: str) -> list[Any]:
     return found
 
 
-def _known(given: dict[str, Any], known: set[str], where: str) -> None:
-    if strange := sorted(set(given) - known):
+def _known(found: dict[str, Any], known: set[str], where: str) -> None:
+    if strange := sorted(set(found) - known):
         raise ConfigError(f"{where}: " + unknown("key", strange[0], known))

@@ -57,7 +57,7 @@ def average(scores: Sequence[Result]) -> dict[str, float]:
 
         sum p_i / k  +-  1.96 sqrt(sum p_i (1 - p_i) / (n_i + 4/k)) / k
 
-    It is no point where no answer, or every one, is right.
+    The interval is not a single point even where no answer, or every one, is right.
     """
     k = len(scores)
     mean = sum(score["accuracy"] for score in scores) / k

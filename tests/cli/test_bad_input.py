@@ -360,9 +360,9 @@ def test_a_disk_that_fills_up_while_training(model: Path, data: Path, tmp_path: 
 
 
 def test_the_embedded_model_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_adapters.models import demo
+    from mlx_adapters.models import embedded
 
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     for name, value in {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PIP_NO_INDEX": "1",

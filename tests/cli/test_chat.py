@@ -17,7 +17,8 @@ from tiny import make_tiny
 from trained import make_adapter
 
 from mlx_adapters.adapter.multi import load_adapters
-from mlx_adapters.cli.chat import _Chat
+from mlx_adapters.generate.conversation import Conversation
+from mlx_adapters.generate.text import Prompt
 from mlx_adapters.models import load as models
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app", "chat"]
@@ -42,7 +43,7 @@ def test_the_cache_changes_nothing(base: Path) -> None:
     loaded = models.load(base)
     metas = load_adapters(loaded, {name: base.parent / name for name in METHODS})
     loaded.model.eval()
-    chat, fresh = (_Chat(loaded, metas, "plain", 12, 0.0, 1.0) for _ in range(2))
+    chat, fresh = (Conversation(loaded, metas, template="plain", max_tokens=12) for _ in range(2))
     said = set()
     for name in [None, *METHODS]:
         for one in (chat, fresh):
@@ -54,7 +55,7 @@ def test_the_cache_changes_nothing(base: Path) -> None:
                 one.turns.append({"role": "user", "content": line})
                 if one is fresh:
                     one.forget()
-                answers.append(one.answer(lambda _: None))
+                answers.append("".join(one.answer()))
                 one.turns.append({"role": "assistant", "content": answers[-1]})
             assert answers[0] == answers[1], (name, number)
         said.add(json.dumps(chat.turns))
@@ -63,13 +64,13 @@ def test_the_cache_changes_nothing(base: Path) -> None:
 
 def test_a_second_turn_reads_only_what_is_new(base: Path) -> None:
     loaded = models.load(base)
-    chat = _Chat(loaded, {}, "plain", 4, 0.0, 1.0)
+    chat = Conversation(loaded, template="plain", max_tokens=4)
     ids = list(range(5, 25))
-    assert chat._continue(ids) == ids
+    assert chat._continue(Prompt(ids, ids)) == ids
     chat.read = ids
     loaded.model(mx.array([ids]), cache=chat.cache)
-    assert chat._continue([*ids, 30, 31]) == [30, 31]
-    assert chat._continue([*ids[:6], 40]) == [40]
+    for then, unread in (([*ids, 30, 31], [30, 31]), ([*ids[:6], 40], [40])):
+        assert chat._continue(Prompt(then, then)) == unread
 
 
 def test_a_pipe_gets_answers_without_control_codes(base: Path, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from command_line import commands
 
 from mlx_adapters import methods
 from mlx_adapters.adapter import combine
-from mlx_adapters.cli import complete
 from mlx_adapters.convert import checkpoint, exchange, fuse
 from mlx_adapters.data.templates import TEMPLATES
 from mlx_adapters.data.tokens import LOSS_ON
-from mlx_adapters.evaluate import score, tasks
+from mlx_adapters.evaluate import config as evaluation
+from mlx_adapters.evaluate import tasks
 from mlx_adapters.models import load as model
 from mlx_adapters.train import config, loggers
 
@@ -39,8 +39,8 @@ KNOWN = {
     "recipe": checkpoint.RECIPES,
     "to": fuse.TARGETS,
     "how": combine.COMBINATIONS,
-    "decoding": complete.DECODINGS,
-    "choices": score.SCORED,
+    "decoding": evaluation.DECODINGS,
+    "choices": evaluation.CHOICES,
 }
 
 

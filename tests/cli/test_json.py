@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mlx_adapters.cli.app import app
 from mlx_adapters.cli.report import report
-from mlx_adapters.cli.screen import size
+from mlx_adapters.units import size
 
 # They talk until they are stopped: what they say is no report.
 WITHOUT = {"chat", "serve"}

@@ -15,12 +15,12 @@ from mlx_adapters.convert.gguf import read_gguf
 from mlx_adapters.convert.gguf_blocks import BLOCKS, MLX_GROUP, dense, packed
 from mlx_adapters.convert.gguf_file import read_container
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
-from mlx_adapters.models.demo import demo_model
+from mlx_adapters.models.embedded import embedded_model
 
 
 def smollm() -> Path:
     try:
-        return demo_model()
+        return embedded_model()
     except ConfigError as error:
         pytest.skip(str(error))
 

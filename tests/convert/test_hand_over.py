@@ -26,7 +26,7 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.models import load as model
 from mlx_adapters.models.origin import remember
 from mlx_adapters.serve.engine import Engine
-from mlx_adapters.serve.requests import Ask
+from mlx_adapters.serve.requests import CompletionRequest
 
 COMMIT = "0123456789" * 4
 
@@ -192,7 +192,7 @@ def test_a_fused_model_is_prompted_as_its_adapter(to: str, hub: Path, data: Path
 
 
 def test_the_server_and_the_chat_prompt_a_fused_model_so(tiny: Path, tmp_path: Path) -> None:
-    from mlx_adapters.cli.chat import _Chat
+    from mlx_adapters.generate.conversation import Conversation
 
     config = remember(json.loads((tiny / "config.json").read_text()), template="alpaca")
     folder = Path(shutil.copytree(tiny, tmp_path / "f"))
@@ -200,13 +200,15 @@ def test_the_server_and_the_chat_prompt_a_fused_model_so(tiny: Path, tmp_path: P
     for place, begins in ((folder, "Below is an instruction"), (tiny, "tom has")):
         loaded = model.load(place)
         question = {"role": "user", "content": "tom has"}
-        assert Engine(loaded, {}, name="m")._text(Ask(model="m", messages=(question,))).startswith(begins)
+        assert (
+            Engine(loaded, {}, name="m")
+            ._text(CompletionRequest(model="m", messages=(question,)))
+            .startswith(begins)
+        )
         if place == folder:  # without a template of its own or the tokenizer's, chat falls back to alpaca too
-            chat = _Chat(
-                replace(loaded, config=remember(loaded.config, template="plain")), {}, None, 8, 0.0, 1.0
-            )
+            chat = Conversation(replace(loaded, config=remember(loaded.config, template="plain")))
             chat.turns = [question]
-            assert chat._ids() == prompt_ids("tom has", loaded.tokenizer)
+            assert chat.prompt().ids == prompt_ids("tom has", loaded.tokenizer)
 
 
 # LLM-Adapters -----------------------------------------------------------------------------------------------

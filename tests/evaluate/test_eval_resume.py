@@ -18,8 +18,8 @@ from tiny import make_tiny
 from mlx_adapters import device
 from mlx_adapters.cpu import cores, threads
 from mlx_adapters.errors import OutputError, UnsupportedError
-from mlx_adapters.evaluate import score as scoring
-from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate import ask, tasks
+from mlx_adapters.evaluate.ask import Asking
 from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.workers import Workers, processes_for
 
@@ -52,7 +52,7 @@ def report(file: Path) -> dict[str, Any]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Ctrl-C while item `count` is being answered."""
-    whole, left = scoring.generate, count
+    whole, left = ask.generate_texts, count
 
     def generate(*arguments: Any, **options: Any) -> Any:
         nonlocal left
@@ -62,7 +62,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             left -= 1
             yield one
 
-    monkeypatch.setattr(scoring, "generate", generate)
+    monkeypatch.setattr(ask, "generate_texts", generate)
 
 
 def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
@@ -80,7 +80,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     assert {json.loads(line)["task"] for line in lines[1:]} == {"SVAMP", "boolq"}
 
     answered = 0
-    whole = scoring.generate
+    whole = ask.generate_texts
 
     def counting(*arguments: Any, **options: Any) -> Any:
         nonlocal answered
@@ -88,7 +88,7 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
             answered += 1
             yield one
 
-    monkeypatch.setattr(scoring, "generate", counting)
+    monkeypatch.setattr(ask, "generate_texts", counting)
     said = cli(*run, "--output", tmp_path / "cut.json", "--resume")
     assert answered == 48 - 30
     assert "SVAMP: 24 of 24 items done already" in said.stderr
@@ -235,11 +235,11 @@ def test_what_a_process_meets_is_told_in_one_line(sets: Path, tmp_path: Path) ->
 
 
 def test_a_process_that_dies_ends_the_evaluation_with_a_message(model: Path, sets: Path) -> None:
-    items = tasks.load("SVAMP", data_dir=sets)[0][1]
+    ((task, items),) = tasks.load("SVAMP", data_dir=sets)
     with Workers(model, None, 2) as workers:
         os.kill(workers._processes[1].pid, signal.SIGKILL)
         with pytest.raises(UnsupportedError, match=r"process 1 of 2 ended .signal 9"):
-            list(workers.records(items, "SVAMP", template="alpaca", max_tokens=6))
+            list(workers.answer(task, items, Asking(template="alpaca", max_tokens=6)))
 
 
 def test_two_processes_are_the_default_where_they_pay(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

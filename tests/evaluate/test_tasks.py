@@ -455,15 +455,13 @@ class Scripted(nn.Module):
 
 def test_records_carry_answer_verdict_and_whether_the_item_was_seen() -> None:
     from mlx_adapters.data.overlap import item_hash, row_text
-    from mlx_adapters.evaluate.score import evaluate, summarise
+    from mlx_adapters.evaluate.ask import Asking, answer
+    from mlx_adapters.evaluate.score import summarise
 
     items = [Item("2 + 2?", "", "4.0"), Item("2 + 3?", "", "5"), Item("1 + 3? Say how.", "", "4")]
     seen = frozenset({item_hash(row_text({"instruction": "2 + 3?", "input": ""}, "instruction"))})
-    records = list(
-        evaluate(
-            Scripted(), Tokenizer(), items, "gsm8k", template="alpaca", batch_size=2, max_tokens=8, seen=seen
-        )
-    )
+    asking = Asking(template="alpaca", batch_size=2, max_tokens=8, seen=seen)
+    records = list(answer(Scripted(), Tokenizer(), find("gsm8k"), items, asking))  # type: ignore[arg-type]
     by_index = {record.index: record for record in records}
     assert set(by_index) == {0, 1, 2}
     assert [by_index[i].correct for i in range(3)] == [True, False, True]
@@ -496,7 +494,7 @@ def test_a_score_is_of_one_task() -> None:
 
 
 def test_the_start_token_is_not_doubled_and_no_end_token_is_fed() -> None:
-    from mlx_adapters.evaluate.score import prompt_ids
+    from mlx_adapters.data.tokens import prompt_ids
 
     class Adds(Tokenizer):
         bos_token = "<s>"  # type: ignore[assignment]

@@ -14,12 +14,12 @@ import pytest
 from command_line import cli
 from tiny import make_tiny
 
-from mlx_adapters.cli.eval import columns, score_row
 from mlx_adapters.errors import DataError
-from mlx_adapters.evaluate import score as scoring
-from mlx_adapters.evaluate import tasks
+from mlx_adapters.evaluate import ask, tasks
+from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.choices import Kind
-from mlx_adapters.evaluate.score import Record, evaluate, none_right, summarise
+from mlx_adapters.evaluate.config import CHOICES
+from mlx_adapters.evaluate.score import Record, columns, none_right, row, summarise
 from mlx_adapters.evaluate.tasks import Item, Task
 
 SETS = [task for task in tasks.TASKS if task.name != tasks.GENERATED]
@@ -81,11 +81,11 @@ class Says:
         self.answers, self.options = list(answers), list[dict[str, Any]]()
 
     def __call__(
-        self, model: Any, tokenizer: Any, prompts: Any, *, keys: list[int], **options: Any
+        self, model: Any, tokenizer: Any, prompts: dict[int, Any], **options: Any
     ) -> Iterator[tuple[int, str]]:
         self.options.append(options)
         said = self.answers.pop(0)
-        yield from ((place, said[index]) for place, index in reversed(list(enumerate(keys))))
+        yield from ((index, said[index]) for index in reversed(prompts))
 
 
 class Letters:
@@ -98,8 +98,8 @@ class Letters:
 
 
 def answered(monkeypatch: pytest.MonkeyPatch, task: Task, items: list[Item], said: list[str]) -> list[Record]:
-    monkeypatch.setattr(scoring, "generate", Says(said))
-    records = evaluate(None, Letters(), items, task, template="alpaca")  # type: ignore[arg-type]
+    monkeypatch.setattr(ask, "generate_texts", Says(said))
+    records = answer(None, Letters(), task, items, Asking(template="alpaca"))  # type: ignore[arg-type]
     return sorted(records, key=lambda record: record.index)
 
 
@@ -121,13 +121,13 @@ def test_every_set_counts_one_right_one_wrong_and_one_unreadable_answer(
     score = summarise(records)
     assert (score.correct, score.total, score.unanswered) == (1, 3, 1)
     assert (score.strict_correct, score.paper_correct) == (1, 1)
-    row = dict(zip(columns(), score_row(score), strict=True))
-    assert (row["accuracy"], row["correct"], row["paper's rule"]) == ("33.3%", "1/3", "33.3%")
+    cells = dict(zip(columns(), row(score), strict=True))
+    assert (cells["accuracy"], cells["correct"], cells["paper's rule"]) == ("33.3%", "1/3", "33.3%")
     assert none_right(score) is None
 
 
 @pytest.mark.parametrize("task", [one for one in SETS if one.kind != "number"], ids=lambda task: task.name)
-@pytest.mark.parametrize("scored", scoring.SCORED)
+@pytest.mark.parametrize("scored", CHOICES)
 def test_every_set_with_choices_is_scored_by_likelihood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task, scored: str
 ) -> None:
@@ -139,15 +139,13 @@ def test_every_set_with_choices_is_scored_by_likelihood(
     wrong = next(label for label in labels if label != items[1].label)
 
     def likelihoods(model: Any, encoded: Any, **_: Any) -> Iterator[tuple[int, list[float]]]:
-        assert [len(choices) for _, choices in encoded] == [len(labels)] * 2
+        assert [len(choices) for _, choices in encoded.values()] == [len(labels)] * 2
         for place, label in enumerate((items[0].label, wrong)):
             yield place, [-1.0 if one == label else -50.0 for one in labels]
 
-    monkeypatch.setattr(scoring, "loglikelihoods", likelihoods)
-    run = scoring.evaluate_likelihood(
-        None, Letters(), items, found, template="alpaca", scored=scored  # type: ignore[arg-type]
-    )  # fmt: skip
-    records = list(run)
+    monkeypatch.setattr(ask, "loglikelihoods", likelihoods)
+    asking = Asking(template="alpaca", decoding=None, choices=scored)
+    records = list(answer(None, Letters(), found, items, asking))  # type: ignore[arg-type]
     assert [record.extracted for record in records] == [items[0].label, wrong]
     assert [record.correct for record in records] == [True, False]
     assert set(records[0].loglikelihoods or {}) == set(labels)
@@ -205,14 +203,14 @@ def test_the_command_counts_all_sixteen_sets(
     model: Path, sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ["eval", model, "--task", ",".join(task.name for task in SETS), "--data-dir", sets]
-    monkeypatch.setattr(scoring, "generate", Says(*(texts(task.kind) for task in SETS)))
+    monkeypatch.setattr(ask, "generate_texts", Says(*(texts(task.kind) for task in SETS)))
     shown = cli(*run).stdout
     for task in SETS:
         cells = next(line.split() for line in shown.splitlines() if line.split()[:1] == [task.name])
         assert cells[1] == "33.3%", cells
         assert "1/3" in cells
     assert "wrong" not in shown
-    monkeypatch.setattr(scoring, "generate", Says(*(texts(task.kind) for task in SETS)))
+    monkeypatch.setattr(ask, "generate_texts", Says(*(texts(task.kind) for task in SETS)))
     found = json.loads(cli(*run, "--json").stdout)
     assert found["reading"] == "strict 2"
     for task, score in zip(SETS, found["scores"], strict=True):
@@ -226,7 +224,7 @@ def test_a_set_with_nothing_right_says_so_under_the_table(
     said = Says(
         ["no idea"] * 3, ["solution2", "solution1", "no idea"], ["Option A", "A?", "All"], ["5", "2", "5"]
     )
-    monkeypatch.setattr(scoring, "generate", said)
+    monkeypatch.setattr(ask, "generate_texts", said)
     text = cli("eval", model, "--task", "boolq,piqa,AQuA,SVAMP", "--data-dir", sets).stdout
     shown = [line.strip() for line in text.splitlines() if line.strip()]
     assert shown[-3].startswith(
@@ -239,7 +237,7 @@ def test_a_set_with_nothing_right_says_so_under_the_table(
 
 def test_the_papers_protocol_is_one_flag(model: Path, sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Says(["All in all, the answer is (B)."] * 3, texts("true/false"))
-    monkeypatch.setattr(scoring, "generate", said)
+    monkeypatch.setattr(ask, "generate_texts", said)
     run = ["eval", model, "--task", "AQuA,boolq", "--data-dir", sets, "--protocol", "paper"]
     found = json.loads(cli(*run, "--num-beams", 4, "--json").stdout)
     assert [(one["decoding"].kind, one["decoding"].beams) for one in said.options] == [("beam", 4)] * 2
@@ -248,7 +246,7 @@ def test_the_papers_protocol_is_one_flag(model: Path, sets: Path, monkeypatch: p
     aqua = found["scores"][0]
     assert (aqua["correct"], aqua["paper_correct"], aqua["strict_correct"]) == (0, 0, 1)
     monkeypatch.setattr(
-        scoring, "generate", Says(["All in all, the answer is (B)."] * 3, texts("true/false"))
+        ask, "generate_texts", Says(["All in all, the answer is (B)."] * 3, texts("true/false"))
     )
     shown = cli(*run).stdout
     assert "strict reading" in shown

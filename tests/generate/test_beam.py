@@ -88,7 +88,7 @@ def test_waiting_prompts_enter_as_others_are_done(tmp_path: Path, monkeypatch: p
     steps: list[list[int]] = []
 
     def watched(logits: mx.array, searches: Any, stop: Any) -> Any:
-        steps.append([search.position for search in searches])
+        steps.append([search.index for search in searches])
         return candidates(logits, searches, stop)
 
     candidates = beam._candidates

@@ -15,7 +15,7 @@ from tiny import random_llama
 from mlx_adapters import device
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.generate.beam import beam_search
-from mlx_adapters.generate.decode import Decoding, _sampler, generate, generate_ids
+from mlx_adapters.generate.decode import Decoding, generate_ids, generate_texts
 from mlx_adapters.generate.prefill import rows_that_fit, shared_prefix, splits
 
 SETS = Path(__file__).parents[3] / "shared" / "data" / "test"
@@ -65,7 +65,7 @@ def reference(model: nn.Module, prompt: list[int], *, stop: frozenset[int], max_
 
 
 class Tokenizer:
-    """What `generate` needs of mlx-lm's wrapper."""
+    """What `generate_texts` needs of mlx-lm's wrapper."""
 
     def __init__(self, *stop: int) -> None:
         self.eos_token_ids = set(stop)
@@ -159,7 +159,7 @@ def test_rows_are_streamed_before_the_last_prompt_is_done() -> None:
     model = Counting(tiny())
     assert splits(model)  # is tried once
     calls = 0
-    stream = generate(model, Tokenizer(), ragged(8), max_tokens=4, batch_size=2)
+    stream = generate_texts(model, Tokenizer(), ragged(8), max_tokens=4, batch_size=2)
     next(stream)
     first = calls
     assert len(list(stream)) == 7
@@ -168,7 +168,7 @@ def test_rows_are_streamed_before_the_last_prompt_is_done() -> None:
 
 def test_text_is_decoded_per_index_and_longest_prompt_goes_first() -> None:
     model, prompts = tiny(), ragged(6)
-    rows = list(generate(model, Tokenizer(), prompts, max_tokens=5, batch_size=1))
+    rows = list(generate_texts(model, Tokenizer(), prompts, max_tokens=5, batch_size=1))
     assert rows[0][0] == 2
     for index, text in rows:
         assert text == " ".join(map(str, reference(model, prompts[index], stop=frozenset(), max_tokens=5)))
@@ -220,7 +220,9 @@ def test_samples_depend_on_seed_and_number_not_on_the_batch() -> None:
     model, prompts = tiny(), ragged(8)
     hot = Decoding(kind="sample", temperature=2.0, top_p=1.0, top_k=40)
 
-    def sampled(rows: list[list[int]], batch_size: int, **options: Any) -> dict[int, list[int]]:
+    def sampled(
+        rows: list[list[int]] | dict[int, list[int]], batch_size: int, **options: Any
+    ) -> dict[int, list[int]]:
         options = {"decoding": hot} | options
         return dict(
             generate_ids(model, rows, stop=frozenset(), max_tokens=6, batch_size=batch_size, **options)
@@ -229,7 +231,7 @@ def test_samples_depend_on_seed_and_number_not_on_the_batch() -> None:
     first = sampled(prompts, 4)
     assert sampled(prompts, 1) == first
     assert sampled(prompts, 8, decoding=replace(hot, seed=1)) != first
-    assert sampled([prompts[5], prompts[2]], 4, keys=[5, 2]) == {0: first[5], 1: first[2]}
+    assert sampled({5: prompts[5], 2: prompts[2]}, 4) == {5: first[5], 2: first[2]}
     assert sampled([prompts[5]] * 8, 4) != dict.fromkeys(range(8), first[5])
     cold = Decoding(kind="sample", temperature=1e-3, top_p=1.0)
     greedy = dict(generate_ids(model, prompts, stop=frozenset(), max_tokens=6, batch_size=4))
@@ -245,7 +247,7 @@ def test_samples_are_drawn_as_transformers_warps() -> None:
     for warp in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(12), TopPLogitsWarper(0.75)):
         scores = warp(torch.zeros(1, 1, dtype=torch.long), scores)
     share = torch.softmax(scores, dim=-1)[0].numpy()
-    sampler = _sampler(Decoding(kind="sample", temperature=0.8, top_k=12, top_p=0.75), 0)
+    sampler = Decoding(kind="sample", temperature=0.8, top_k=12, top_p=0.75).sampler(0)
     drawn = [int(sampler(logits).item()) for _ in range(2000)]
     counted = np.bincount(drawn, minlength=50) / 2000
     assert 2 <= (share > 0).sum() <= 11
@@ -334,13 +336,13 @@ def test_two_hundred_real_prompts_are_answered_the_same_one_by_one(method: str, 
 
 
 def test_no_prompts_no_rows() -> None:
-    assert list(generate(tiny(), Tokenizer(), [], max_tokens=3, batch_size=4)) == []
+    assert list(generate_texts(tiny(), Tokenizer(), [], max_tokens=3, batch_size=4)) == []
 
 
 def test_bad_requests_are_named() -> None:
     with pytest.raises(DataError, match="prompt 1 has no tokens"):
-        list(generate(tiny(), Tokenizer(), [[1], []], max_tokens=3, batch_size=2))
+        list(generate_texts(tiny(), Tokenizer(), [[1], []], max_tokens=3, batch_size=2))
     with pytest.raises(ConfigError, match="max_tokens is 0"):
-        list(generate(tiny(), Tokenizer(), [[1]], max_tokens=0, batch_size=2))
+        list(generate_texts(tiny(), Tokenizer(), [[1]], max_tokens=0, batch_size=2))
     with pytest.raises(ConfigError, match="batch_size is 0"):
-        list(generate(tiny(), Tokenizer(), [[1]], max_tokens=2, batch_size=0))
+        list(generate_texts(tiny(), Tokenizer(), [[1]], max_tokens=2, batch_size=0))

@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
-from mlx_adapters.cli.chat import _Chat
+from mlx_adapters.generate.conversation import Conversation
 from mlx_adapters.generate.sampling import penalties, sampler
-from mlx_adapters.generate.stream import Text
+from mlx_adapters.generate.stream import Detokenizer
 from mlx_adapters.models import load as models
 from mlx_adapters.serve.engine import Engine
-from mlx_adapters.serve.requests import Ask
+from mlx_adapters.serve.requests import CompletionRequest
 
 PROMPT = "tom has 3"
 
 
 def pieces(tokenizer: Any, prompt: list[int], answer: list[int]) -> list[str]:
-    text = Text(tokenizer, prompt)
+    text = Detokenizer(tokenizer, prompt)
     return [*(text.add(token) for token in answer), text.rest()]
 
 
@@ -100,23 +100,22 @@ def test_generate_chat_and_serve_write_what_transformers_writes(folder: Path) ->
     done = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(done.stdout)["text"] == expected
     assert CliRunner().invoke(app, command).stdout == expected + "\n"
-    chat = _Chat(loaded, {}, "plain", 24, 0.0, 1.0)
+    chat = Conversation(loaded, template="plain", max_tokens=24)
     chat.turns = [{"role": "user", "content": PROMPT}]
-    shown: list[str] = []
-    assert chat.answer(shown.append) == "".join(shown) == expected
+    assert "".join(chat.answer()) == expected
     assert asked(loaded, prompt=PROMPT, max_tokens=24) == expected
 
 
 def asked(loaded: Any, **fields: Any) -> str:
     """The engine's answer to one request."""
     engine = Engine(loaded, {}, name="base")
-    job, text = engine.submit(Ask(model="base", **fields)), ""
+    job, text = engine.submit(CompletionRequest(model="base", **fields)), ""
     engine._take()
     while True:
-        if job.pieces.empty():
-            engine._turn(engine._jobs.popleft())
+        if job.deltas.empty():
+            engine._turn(engine._streams.popleft())
             continue
-        piece = job.pieces.get()
+        piece = job.deltas.get()
         assert not isinstance(piece, Exception), piece
         text += piece.text
         if piece.reason:

@@ -117,7 +117,7 @@ def test_generate_chat_and_serve_ask_the_same(
     from typer.testing import CliRunner
 
     from mlx_adapters.cli.app import app
-    from mlx_adapters.cli.chat import _Chat
+    from mlx_adapters.generate import conversation, text
     from mlx_adapters.models import load as models
     from mlx_adapters.serve import engine as serving
     from mlx_adapters.serve.requests import parse
@@ -128,26 +128,26 @@ def test_generate_chat_and_serve_ask_the_same(
     asked: list[list[int]] = []
 
     def stream(*_: Any, prompt: list[int], **__: Any) -> Any:
-        from mlx_adapters.generate.stream import Piece
+        from mlx_adapters.generate.stream import Delta
 
         asked.append(prompt)
-        yield Piece("", 1, "stop")
+        yield Delta("", 1, "stop")
 
-    monkeypatch.setattr("mlx_adapters.generate.stream.stream", stream)
-    monkeypatch.setattr(serving, "stream", stream)
+    for module in (text, conversation, serving):
+        monkeypatch.setattr(module, "stream_tokens", stream)
     done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", ASKED[0]["content"]])
     assert done.exit_code == 0, done.output
     loaded = models.load(folder)
-    chat = _Chat(loaded, {}, None, 4, 0.0, 1.0)
+    chat = conversation.Conversation(loaded, max_tokens=4)
     chat.turns = list(ASKED)
-    chat.answer(lambda _: None)
+    list(chat.answer())
     engine = serving.Engine(loaded, {}, name="base")
     body = b'{"model": "base", "messages": [{"role": "user", "content": "tom has 3 apples"}]}'
     ask = parse(body, chat=True, max_tokens=9)
     job = engine.submit(ask)
     engine._take()
-    engine._turn(engine._jobs.popleft())
-    assert job.pieces.get().reason == "stop"
+    engine._turn(engine._streams.popleft())
+    assert job.deltas.get().reason == "stop"
     assert name is None or asked[0] == theirs(folder, ASKED)
     assert asked == [asked[0]] * 3
     tokenizer = loaded.tokenizer

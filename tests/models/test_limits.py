@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.cli.app import app
-from mlx_adapters.cli.chat import _Chat
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.generate.conversation import Conversation
 from mlx_adapters.generate.decode import Decoding, generate_ids
 from mlx_adapters.generate.likelihood import loglikelihoods
 from mlx_adapters.models import limits
 from mlx_adapters.models import load as model
 from mlx_adapters.serve.engine import Engine
-from mlx_adapters.serve.requests import Ask, RequestError
+from mlx_adapters.serve.requests import CompletionRequest, RequestError
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
@@ -78,13 +78,13 @@ def test_generate_and_chat_name_the_token(folder: Path) -> None:
     assert done.exit_code == 2
     assert re.search(SAID, done.stderr), done.stderr
     loaded = model.load(folder)
-    chat = _Chat(loaded, {}, "plain", 2, 0.0, 1.0)
+    chat = Conversation(loaded, template="plain", max_tokens=2)
     for content in ("tom has 3", "tom <|user|>"):  # the second turn goes on from the first one's cache
         chat.turns.append({"role": "user", "content": content})
         if "<" not in content:
-            chat.answer(lambda piece: None)
+            list(chat.answer())
     with pytest.raises(CheckpointError, match=SAID):
-        chat.answer(lambda piece: None)
+        list(chat.answer())
 
 
 @pytest.mark.parametrize("method", ["base", "prompt"])
@@ -95,11 +95,14 @@ def test_a_client_of_the_server_gets_a_400(method: str, folder: Path) -> None:
         config = methods.make("prompt", {"num_virtual_tokens": 3})
         adapter.attach(loaded, config)
     engine = Engine(loaded, {}, name="base")
-    asked = [engine.submit(Ask(model="base", prompt=text, max_tokens=2)) for text in ("tom <|user|>", "tom")]
+    asked = [
+        engine.submit(CompletionRequest(model="base", prompt=text, max_tokens=2))
+        for text in ("tom <|user|>", "tom")
+    ]
     got: list[Any] = []
 
     def read() -> None:
-        got.extend(job.pieces.get(timeout=60) for job in asked)
+        got.extend(job.deltas.get(timeout=60) for job in asked)
         engine.stop()
 
     reader = threading.Thread(target=read)

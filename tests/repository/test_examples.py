@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from tiny import make_tiny
 
-from mlx_adapters.models import demo
+from mlx_adapters.models import embedded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -69,9 +69,9 @@ def test_the_notebook_runs_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_notebook_runs_as_it_is(run: Run) -> None:
     """With the quickstart's file of the model, in place of the hub's."""
-    source = repr(str(demo.demo_model()))
+    source = repr(str(embedded.embedded_model()))
     program = notebook()
-    assert program.count(f'SOURCE = BASE = "{demo.HUB_ID}"') == 1
+    assert program.count(f'SOURCE = BASE = "{embedded.HUB_ID}"') == 1
     said = run(program.replace("SOURCE = BASE =", f"SOURCE = {source}\nBASE ="))
     counts = [int(line.split()[0]) for line in said.splitlines() if "of 100 correct" in line]
     assert len(counts) == 2

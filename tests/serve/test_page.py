@@ -21,7 +21,7 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.models.load import load
 from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.page import answer, build, side_by_side
-from mlx_adapters.serve.requests import Ask
+from mlx_adapters.serve.requests import CompletionRequest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 Expected = dict[tuple[str, str], str]
@@ -48,8 +48,10 @@ def engine(base: Path) -> Iterator[Engine]:
     thread.join(timeout=30)
 
 
-def ask(model: str, text: str, **fields: Any) -> Ask:
-    return Ask(model=model, messages=({"role": "user", "content": text},), max_tokens=HOLD, **fields)
+def ask(model: str, text: str, **fields: Any) -> CompletionRequest:
+    return CompletionRequest(
+        model=model, messages=({"role": "user", "content": text},), max_tokens=HOLD, **fields
+    )
 
 
 def test_answers_grow_to_what_generate_prints(engine: Engine, base: Path, expected: Expected) -> None:
@@ -67,22 +69,23 @@ def test_side_by_side_is_one_by_one(engine: Engine, base: Path, expected: Expect
 
 def test_an_error_is_a_line_of_the_page(engine: Engine) -> None:
     assert list(answer(engine, ask("nobody", "a")))[-1].startswith("error: no model 'nobody'")
-    long = Ask(model="base", messages=({"role": "user", "content": "a"},), max_tokens=10**9)
+    long = CompletionRequest(model="base", messages=({"role": "user", "content": "a"},), max_tokens=10**9)
     assert "the model reads at most" in list(answer(engine, long))[-1]
 
 
 def test_leaving_early_ends_the_request(engine: Engine) -> None:
     stream = answer(
-        engine, Ask(model="base", messages=({"role": "user", "content": "tom"},), max_tokens=90_000)
+        engine,
+        CompletionRequest(model="base", messages=({"role": "user", "content": "tom"},), max_tokens=90_000),
     )
     assert next(stream) is not None
     stream.close()  # type: ignore[attr-defined]
     assert list(answer(engine, ask("base", PROMPTS[2])))  # the engine is free again
     for _ in range(100):
-        if not engine._jobs:
+        if not engine._streams:
             break
         list(answer(engine, ask("base", PROMPTS[2])))
-    assert not engine._jobs
+    assert not engine._streams
 
 
 def test_the_page_has_every_adapter(engine: Engine) -> None:

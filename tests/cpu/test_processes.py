@@ -152,15 +152,15 @@ def test_what_only_another_process_meets_is_told_too(
     """The second one may be short of memory where the first is not."""
     code = """
 import os, sys
-from mlx_adapters import children
-from mlx_adapters.cli import processes
-start = children.start
+from mlx_adapters.cpu import processes
+start = processes.start
 def other(module, arguments, **options):
     rank = options["env"]["MLX_RANK"]
     module = "this" if rank == "0" else "mlx_adapters.nothing"
     return start(module, arguments, **options)
-children.start = other
-sys.exit(processes.supervise([], 2))
+processes.start = other
+warn = lambda text: print(text, file=sys.stderr)
+sys.exit(processes.run_ring("this", [], 2, warn=warn))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -1,0 +1,139 @@
+"""A conversation with a model and its adapters: what `chat` holds."""
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.call import start_cache, virtual_ids
+from mlx_adapters.adapter.multi import activate, active
+from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.generate.prefill import Cache
+from mlx_adapters.generate.sampling import fresh_seed, sampler
+from mlx_adapters.generate.stream import stream_tokens
+from mlx_adapters.generate.text import Prompt, encode, render
+from mlx_adapters.models.load import LanguageModel
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """The turns of a conversation, and the cache of what the model has read of them.
+
+        chat = Conversation(loaded, load_adapters(loaded, {"desk": "desk-adapter"}))
+        for piece in chat.ask("How do I change my password?"):
+            print(piece, end="")
+
+    Args:
+        loaded: the model.
+        adapters: those that `load_adapters` has loaded, by name; the first one answers.
+        template: the prompt template, by default as in `generate`.
+        max_tokens: the longest answer.
+        temperature: 0 takes the most likely token.
+        top_p: draw from the fewest tokens that together have this probability.
+        seed: makes draws repeatable; None: new draws each time.
+        chat_template_kwargs: variables of the chat template.
+    """
+
+    def __init__(
+        self,
+        loaded: LanguageModel,
+        adapters: Mapping[str, AdapterMeta] | None = None,
+        *,
+        template: str | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        loaded.model.eval()
+        self.loaded, self.adapters = loaded, adapters or {}
+        self.template, self.max_tokens, self.kwargs = template, max_tokens, chat_template_kwargs
+        self.sampler = sampler(fresh_seed() if seed is None else seed, temperature=temperature, top_p=top_p)
+        self.turns: list[dict[str, str]] = []
+        self.forget()
+        if self.adapters:
+            self.use(next(iter(self.adapters)))
+
+    def forget(self) -> None:
+        """Drop the cache, for example because another adapter has filled it."""
+        self.cache: Cache | None = None
+        self.read: list[int] = []
+        self._prefix = 0  # places of the cache that were filled at the start: prefix tuning's
+
+    @property
+    def name(self) -> str:
+        """Who answers: the adapter, or `base`."""
+        return (active(self.loaded.model) or ("base",))[0]
+
+    def use(self, name: str | None) -> None:
+        """Let the adapter with that name answer from now on; None: the base model."""
+        if self.adapters:
+            activate(self.loaded.model, name)
+        elif name is not None:
+            raise ConfigError(f"no adapter {name!r}: start with --adapter FOLDER")
+        self.forget()
+
+    def ask(self, text: str) -> Generator[str]:
+        """Add the user's turn, yield the answer piece by piece, and add it too.
+
+        An answer that is left early, by Ctrl-C or by closing the generator, is kept as far as it got; an
+        error takes the turn back.
+        """
+        self.turns.append({"role": "user", "content": text})
+        written = ""
+        try:
+            for piece in self.answer():
+                written += piece
+                yield piece
+        except AdaptersError:
+            self.turns.pop()
+            raise
+        except BaseException:
+            self.turns.append({"role": "assistant", "content": written})
+            raise
+        self.turns.append({"role": "assistant", "content": written})
+
+    def answer(self) -> Iterator[str]:
+        """Yield an answer to the last turn; the turns stay as they are."""
+        prompt = self.prompt()
+        unread = self._continue(prompt)
+        self.read = prompt.ids
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, "sampler": self.sampler}
+        try:
+            for delta in stream_tokens(
+                model, tokenizer, unread, prompt=prompt.ids, cache=self.cache, **options
+            ):
+                yield delta.text
+        except BaseException:
+            self.forget()  # how far the cache got is not known
+            raise
+
+    def prompt(self) -> Prompt:
+        """The conversation so far as token ids."""
+        text, _ = render(
+            self.loaded,
+            self.turns,
+            adapter=self.adapters.get(self.name),
+            template=self.template,
+            chat_template_kwargs=self.kwargs,
+        )
+        return encode(self.loaded, text, self.max_tokens)
+
+    def _continue(self, prompt: Prompt) -> list[int]:
+        """The tokens that the cache does not have yet; it is cut back to what it shares with the prompt."""
+        model, ids = self.loaded.model, prompt.ids
+        same = 0
+        while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
+            same += 1
+        if self.cache is not None and same and can_trim_prompt_cache(self.cache):
+            before = self._prefix + len(virtual_ids(model))
+            trim_prompt_cache(self.cache, self.cache[0].offset - before - same)
+            if self.cache[0].offset == before + same:
+                return ids[same:]
+        self.cache = start_cache(model) or make_prompt_cache(model)
+        self._prefix = int(self.cache[0].offset) if hasattr(self.cache[0], "offset") else 0
+        return prompt.row

@@ -1,0 +1,202 @@
+"""Ask a model one question: `generate` returns the answer, `stream` yields it as it is written.
+
+The prompt of a question is made here alone, for the command line, the chat and the server: `render` writes it
+with the one rule for the template, and `Prompt` holds what the model reads.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.call import before_text, start_cache, with_virtual
+from mlx_adapters.data.templates import chosen_template, conversation
+from mlx_adapters.data.tokens import prompt_ids
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.generate.sampling import fresh_seed, sampler
+from mlx_adapters.generate.stream import Delta, stream_tokens
+from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.models.limits import check_length
+from mlx_adapters.models.load import LanguageModel
+
+__all__ = ["Answer", "Message", "Prompt", "encode", "generate", "render", "stream"]
+
+Message = Mapping[str, str]
+"""A turn of a conversation: `role` (system, user or assistant) and `content`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as token ids: those of its text, and the row with virtual tokens that the model reads."""
+
+    ids: list[int]
+    row: list[int]
+
+
+def render(
+    loaded: LanguageModel,
+    messages: Sequence[Message],
+    *,
+    adapter: AdapterMeta | None = None,
+    template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[str, str]:
+    """(text of the prompt, template) of a conversation, up to where the answer begins.
+
+    The template is the one asked for, else the adapter's, else that of an adapter fused into the model, else
+    `chat` where the tokenizer has a chat template, else `plain`.
+    """
+    names = (template, adapter.template if adapter else None, loaded.template)
+    name = chosen_template(*names, tokenizer=loaded.tokenizer)
+    text = conversation(messages, template=name, tokenizer=loaded.tokenizer, kwargs=chat_template_kwargs)
+    return text, name
+
+
+def encode(loaded: LanguageModel, text: str, max_tokens: int) -> Prompt:
+    """The prompt's tokens. Raises UnsupportedError where it and the answer are longer than the model's
+    positions."""
+    ids = prompt_ids(text, loaded.tokenizer)
+    row = with_virtual(loaded.model, ids, loaded.tokenizer)
+    check_length(loaded.model, len(ids) + before_text(loaded.model), max_tokens)
+    return Prompt(ids, row)
+
+
+class Answer:
+    """An answer as it is written: iterate once, over pieces of its text.
+
+    Attributes:
+        template: the template of the prompt.
+        prompt_tokens: tokens of the prompt's text.
+        text: what has been written so far.
+        tokens: tokens written so far, the stop token included.
+        finish_reason: `stop` or `length` at the end, None before.
+    """
+
+    def __init__(self, deltas: Iterator[Delta], *, template: str, prompt_tokens: int) -> None:
+        self.template, self.prompt_tokens = template, prompt_tokens
+        self.text, self.tokens = "", 0
+        self.finish_reason: str | None = None
+        self._deltas = deltas
+
+    def __iter__(self) -> Iterator[str]:
+        for delta in self._deltas:
+            self.text += delta.text
+            self.tokens, self.finish_reason = delta.tokens, delta.reason
+            yield delta.text
+
+
+def stream(
+    model: LanguageModel | str | Path,
+    prompt: str | Sequence[Message],
+    *,
+    adapter: str | Path | None = None,
+    system: str | None = None,
+    template: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Answer a prompt piece by piece; the arguments are those of `generate`.
+
+        for piece in stream(model, "How do I change my password?", adapter="desk"):
+            print(piece, end="", flush=True)
+
+    What is wrong with the arguments is raised at once. The adapter answers until the last piece is read.
+
+    Returns: an iterable of text that also knows the template and the number of tokens.
+    """
+    loaded = opened(model)
+    meta = meta_of(loaded, adapter)
+    turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    text, name = render(
+        loaded, turns, adapter=meta, template=template, chat_template_kwargs=chat_template_kwargs
+    )
+    count = len(prompt_ids(text, loaded.tokenizer))
+    if count == 0:
+        raise ConfigError("--prompt is empty: give the instruction to answer")
+    draw = sampler(
+        fresh_seed() if seed is None else seed,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+    )
+
+    def deltas() -> Iterator[Delta]:
+        with using(loaded, adapter):
+            training = loaded.model.training
+            loaded.model.eval()  # adapter dropout would make the answer random
+            asked = encode(loaded, text, max_tokens)
+            cache = start_cache(loaded.model)
+            options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": draw, "cache": cache}
+            try:
+                yield from stream_tokens(
+                    loaded.model, loaded.tokenizer, asked.row, prompt=asked.ids, **options
+                )
+            finally:
+                loaded.model.train(training)
+
+    return Answer(deltas(), template=name, prompt_tokens=count)
+
+
+def generate(
+    model: LanguageModel | str | Path,
+    prompt: str | Sequence[Message],
+    *,
+    adapter: str | Path | None = None,
+    system: str | None = None,
+    template: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Answer a prompt.
+
+    Args:
+        model: a loaded model, a model folder or a hub id.
+        prompt: the instruction, or a conversation that ends with the user's turn.
+        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        system: a system message in front of the prompt.
+        template: the prompt template; by default the adapter's, else `chat` where the tokenizer has a chat
+            template, else `plain`.
+        max_tokens: the longest answer.
+        temperature: 0 takes the most likely token; higher values draw more evenly.
+        top_p: draw from the fewest tokens that together have this probability.
+        top_k: draw from that many of the likeliest tokens; 0: from all.
+        min_p: draw from tokens with at least this share of the likeliest one's probability.
+        seed: makes draws repeatable; None: new draws each time.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+
+    Returns: the text of the answer.
+
+    Raises:
+        ConfigError: an empty prompt, or an unknown template.
+        AdapterError: an adapter that does not fit the model.
+        UnsupportedError: a prompt and answer that are longer than the model's positions.
+    """
+    answer = stream(
+        model,
+        prompt,
+        adapter=adapter,
+        system=system,
+        template=template,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    return "".join(answer)
