@@ -205,7 +205,7 @@ def quickstart(folder: Path, model: Path) -> None:
     (folder / "quickstart" / "model").symlink_to(model)
     output = folder / "quickstart" / "adapter"
     rows = [{"instruction": "How do I change my password?", "output": "Open Settings."}] * 8
-    ma.train(model, rows, ma.LoRA(), output=output, steps=1)
+    ma.train(ma.load(model), rows, ma.LoRA(), output=output, steps=1)
     lines = [json.dumps(row) for row in rows]
     (folder / "desk.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
