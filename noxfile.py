@@ -22,13 +22,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The tests that need no torch, under a minute: for while you write."""
+    """The fast tests, under a minute, without torch."""
     session.run("python", "-m", "pytest", "-m", "unit", *session.posargs)
 
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """The tests that ask torch, transformers, PEFT, lm-eval or AdapterHub."""
+    """The tests that compare with torch, transformers, PEFT, lm-eval or AdapterHub."""
     session.run("python", "-m", "pytest", "-m", "parity", *session.posargs)
 
 

@@ -10,13 +10,11 @@ __all__ = ["FIELDS", "among", "methods", "tasks", "templates"]
 
 Complete = Callable[[str], list[str]]
 
-DECODINGS = ("greedy", "beam", "sample", "likelihood")
 DTYPES = ("float32", "float16", "bfloat16")
 FORMATS = ("peft", "adapterhub", "llm-adapters", "mlx-lm")
 LOGGERS = ("tensorboard", "wandb", "trackio")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-SCORED = ("label", "text")
 TARGETS = ("transformers", "mlx")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("linear", "cat", "svd", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))

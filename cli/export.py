@@ -23,7 +23,9 @@ def command(
     format: Annotated[str, opt("peft, adapterhub, llm-adapters or mlx-lm", values=FORMATS)] = "peft",
     base: Base = None,
     verify: Annotated[bool, opt("open it with peft and transformers and compare")] = False,
-    model: Annotated[Path | None, opt("MLX model folder for --verify; default: as trained")] = None,
+    model: Annotated[
+        Path | None, opt("MLX model folder for --verify [default: the one it was trained on]")
+    ] = None,
 ) -> None:
     """Write the adapter for another library, by default PEFT.
 
@@ -33,16 +35,8 @@ def command(
     from mlx_adapters.convert import exchange, peft
 
     meta = adapters.read_meta(adapter)
-    if format != "peft":
-        if verify:
-            raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
-        written = exchange.export(adapter, dst, format=format, base=base)
-        none = {"tensors": None, "base": base, "verify": None}
-        report(
-            {"path": dst, "format": format, "bytes": written} | none,
-            lambda: typer.echo(f"{dst}: {format}, {size(written)}"),
-        )
-        return
+    if verify and format != "peft":
+        raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
     if verify and not meta.method.IN_PEFT:
         raise ConfigError(
             f"--verify opens the folder with PEFT, which has no {meta.method.NAME}: leave it out"
@@ -52,13 +46,16 @@ def command(
         raise ConfigError(
             f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
         )
-    done = peft.export(adapter, dst, base=base)
+    done = exchange.export(adapter, dst, format=format, base=base)
     verdict = None
     if verify:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
+        if done.tensors is None:
+            typer.echo(f"{done.path}: {format}, {size(done.bytes)}")
+            return
         typer.echo(f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}")
         if not meta.method.IN_PEFT:
             others = "".join(
@@ -72,6 +69,6 @@ def command(
             typer.echo(str(verdict))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"format": format, "verify": checked}, words)
+    report(asdict(done) | {"verify": checked}, words)
     if verdict and not verdict.passed:
         raise typer.Exit(1)

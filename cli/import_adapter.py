@@ -18,7 +18,7 @@ def command(
     dst: NewFolder,
     model: Annotated[str | None, opt("model folder or hub id it is for [default: the one it names]")] = None,
 ) -> None:
-    """Write another library's adapter as ours.
+    """Convert another library's adapter to an adapter folder of this package.
 
     The files tell the format: PEFT's, AdapterHub's, mlx-lm's or LLM-Adapters'.
     """

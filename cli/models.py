@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import table, track
+from mlx_adapters.cli.screen import table
 
 __all__ = ["command"]
 
@@ -19,33 +19,22 @@ def command(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="every model file of mlx-lm and ours")] = False,
 ) -> None:
-    """Show which methods work on which architectures. Each is tried, on a tiny random model."""
-    from mlx_adapters.models import samples, sites
+    """Show which methods work on which architectures.
 
-    chosen = names or (sorted({*samples.architectures(), *sites.TABLE}) if everything else list(sites.TABLE))
-    for name in chosen:
-        samples.known(name)
-    tried = track("models", map(_try, chosen), len(chosen), lambda result: str(result["architecture"]))
-    results = list(tried)
+    Each was tried, on a tiny random model.
+    """
+    from mlx_adapters import methods
+    from mlx_adapters.models.architectures.table import with_layers
+    from mlx_adapters.models.supported import architectures, supported
+
+    chosen = names or (architectures() if everything else with_layers())
+    results = [supported(name, methods.names()) for name in chosen]
 
     def words() -> None:
         _support(results)
         _targets(results)
 
     report(results, words)
-
-
-def _try(name: str) -> dict[str, Any]:
-    from mlx_adapters import methods
-    from mlx_adapters.errors import UnsupportedError
-    from mlx_adapters.models import sites, support
-
-    about = {"architecture": name, "in_table": name in sites.TABLE}
-    try:
-        works = support.support(name)
-    except UnsupportedError as error:
-        return {**about, "methods": dict.fromkeys(methods.names(), str(error)), "targets": None}
-    return {**about, "methods": works, "targets": support.targets(name)}
 
 
 def _support(results: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ Next:
 
 @reporting(*_MODEL, "trainable", "base", "adapted", "gain", "seconds", "verify")
 def command(
-    dir: Annotated[Path, opt("new folder for everything it writes")] = Path("quickstart"),
+    dir: Annotated[Path, opt("new folder for everything that is written")] = Path("quickstart"),
     model: Annotated[str | None, opt("hub id or folder instead of the embedded model")] = None,
     steps: Annotated[int, opt("training steps of 8 rows", min=1)] = 55,
     seed: Annotated[int, opt("seed of data, initialisation and order")] = 0,

@@ -35,15 +35,15 @@ def command(
         typer.Option(help="see `mlx-adapters methods` [default: lora]", autocompletion=complete.methods),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="go on from this adapter, of ours or PEFT's")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="continue from this adapter, ours or PEFT's")] = None,
     targets: Annotated[str | None, typer.Option(help="short for --set targets=...")] = None,
     layers: Annotated[str | None, typer.Option(help="short for --set layers=...")] = None,
     dropout: Annotated[float | None, typer.Option(help="short for --set dropout=...")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win")] = None,
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="leave out rows that stand in this test file")
+        list[Path] | None, typer.Option(help="leave out rows whose question is in this test file")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
+    resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint in --output")] = False,
     processes: Annotated[
         int, typer.Option(min=1, help="processes of this machine that share every batch: faster on a CPU")
     ] = 1,

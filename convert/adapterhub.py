@@ -10,7 +10,6 @@ A series adapter on the MLP's last linear layer is their bottleneck after the ML
 
 import json
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import DoubleSeqBN, ParBN, ScaledParBN, SeqBN, Series, bottleneck
 from mlx_adapters.methods.bottleneck import BlockBottleneck, LinearBottleneck
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import AdapterHub
+from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
+from mlx_adapters.models.discover import architecture_of
 from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["METHODS", "detect", "export", "import_adapter", "reduction_factor"]
@@ -53,83 +55,6 @@ _FIXED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Interface:
-    """Where AdapterHub finds things in a transformers model; names below the base model."""
-
-    embeddings: str = "embed_tokens"
-    layers: str = "layers"
-    attention: str = "self_attn"
-    fused: str | None = None
-    out: str = "o_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    pre_attention: str = "input_layernorm"
-    pre_mlp: str | None = "post_attention_layernorm"
-
-    def fields(self) -> dict[str, Any]:
-        """The file's content."""
-        own = {f"attn_{n}_proj": None if self.fused else f"{n}_proj" for n in ("q", "k", "v")}
-        if self.fused:
-            own = {"attn_qkv_proj": self.fused}
-        return {
-            # the library's LoRA would wrap fused projections too, and changes what Phi-3's computes
-            "adapter_methods": ["bottleneck"],
-            "model_embeddings": self.embeddings,
-            "model_layers": self.layers,
-            "layer_self_attn": self.attention,
-            "layer_cross_attn": None,
-            **own,
-            "attn_o_proj": self.out,
-            "layer_intermediate_proj": self.up,
-            "layer_output_proj": self.down,
-            "layer_pre_self_attn": self.pre_attention,
-            "layer_pre_ffn": self.pre_mlp,
-        }
-
-
-_BLOOM = _Interface(
-    embeddings="word_embeddings",
-    layers="h",
-    attention="self_attention",
-    fused="query_key_value",
-    out="dense",
-    up="mlp.dense_h_to_4h",
-    down="mlp.dense_4h_to_h",
-)
-# None: the library knows the model by itself.
-_MODELS: dict[str, _Interface | None] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _Interface()),
-    "glm": _Interface(up="mlp.gate_up_proj"),
-    "phi3": _Interface(fused="qkv_proj", up="mlp.gate_up_proj"),
-    "phi": _Interface(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None),
-    "gpt_neo": _Interface(
-        embeddings="wte",
-        layers="h",
-        attention="attn.attention",
-        out="out_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        pre_attention="ln_1",
-        pre_mlp="ln_2",
-    ),
-    "gemma2": _Interface(pre_mlp="pre_feedforward_layernorm"),
-    "gpt2": None,
-    "gptj": None,
-    "bloom": _BLOOM,
-    "gpt_neox": replace(_BLOOM, embeddings="embed_in", layers="layers", attention="attention"),
-    "opt": _Interface(
-        embeddings="decoder.embed_tokens",
-        layers="decoder.layers",
-        out="out_proj",
-        up="fc1",
-        down="fc2",
-        pre_attention="self_attn_layer_norm",
-        pre_mlp="final_layer_norm",
-    ),
-}
-
-
 def detect(folder: Path) -> bool:
     """Whether `folder` is AdapterHub's."""
     return any((folder / name).exists() for name in (_WEIGHTS, _BIN))
@@ -138,8 +63,10 @@ def detect(folder: Path) -> bool:
 def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     """Write our folder as AdapterHub's. AdapterError for what the library computes differently."""
     parts = take_apart(source)
-    kind = parts.model_type
-    need(kind in _MODELS, source, f"the export to AdapterHub covers {', '.join(_MODELS)}, not {kind}")
+    kind, interface = parts.model_type, architecture(parts.model_type).adapterhub
+    covered = ", ".join(name for name, row in ARCHITECTURES.items() if row.adapterhub)
+    need(interface is not None, source, f"the export to AdapterHub covers {covered}, not {kind}")
+    assert interface is not None
     form = _form(parts, source)
     tensors, width, layers = _their_tensors(parts)
     size = next(iter(parts.arrays.values()))["down"].shape[0]
@@ -160,9 +87,30 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         (folder / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         mx.save_safetensors(str(folder / _WEIGHTS), tensors, metadata={"format": "pt"})
         write_bin(folder / _BIN, tensors)
-        if (interface := _MODELS[kind]) is not None:
-            told = {"interface": interface.fields(), "model_type": kind, "version": _VERSION}
-            (folder / _INTERFACE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        if not interface.known:
+            about = {"interface": _interface(interface), "model_type": kind, "version": _VERSION}
+            (folder / _INTERFACE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _interface(names: AdapterHub) -> dict[str, Any]:
+    """The content of adapter_interface.json."""
+    own = {f"attn_{n}_proj": None if names.fused else f"{n}_proj" for n in ("q", "k", "v")}
+    if names.fused:
+        own = {"attn_qkv_proj": names.fused}
+    return {
+        # the library's LoRA would wrap fused projections too, and changes what Phi-3's computes
+        "adapter_methods": ["bottleneck"],
+        "model_embeddings": names.embeddings,
+        "model_layers": names.layers,
+        "layer_self_attn": names.attention,
+        "layer_cross_attn": None,
+        **own,
+        "attn_o_proj": names.out,
+        "layer_intermediate_proj": names.up,
+        "layer_output_proj": names.down,
+        "layer_pre_self_attn": names.pre_attention,
+        "layer_pre_ffn": names.pre_mlp,
+    }
 
 
 def reduction_factor(width: int, size: int) -> float:
@@ -176,7 +124,7 @@ def _form(parts: Parts, source: Path) -> dict[str, Any]:
     need(method in METHODS, source, f"AdapterHub has no counterpart of {method} that computes the same")
     assert isinstance(config, BlockBottleneck | LinearBottleneck)
     if isinstance(config, Series):
-        row = sites.TABLE[parts.model_type]
+        row = architecture(parts.model_type)
         last = all(sites.matches(path, row.mlp_out) for path in parts.arrays)
         need(
             last and config.side in ("auto", "post"),
@@ -201,14 +149,14 @@ def _form(parts: Parts, source: Path) -> dict[str, Any]:
 
 def _their_tensors(parts: Parts) -> tuple[dict[str, mx.array], int, set[int]]:
     """(tensors under their names, width of the model, numbers of the blocks)."""
-    row, named = sites.TABLE[parts.model_type], dict[str, mx.array]()
+    row, named = architecture(parts.model_type), dict[str, mx.array]()
     width, layers = 0, set[int]()
     suffixes = bottleneck.BlockLayer.TENSORS
     for path, own in parts.arrays.items():
         index = sites.layer_index(path)
         assert index is not None
         layers.add(index)
-        root = sites.to_hf(path, parts.model_type).partition(f".{index}.")[0]
+        root = row.to_hf(path).partition(f".{index}.")[0]
         place = "output" if sites.matches(path, row.mlp_out) else "attention"
         width = own["up"].shape[0]
         biases = {"down_bias": mx.zeros(own["down"].shape[0]), "up_bias": mx.zeros(width)}
@@ -221,16 +169,16 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
     """Write AdapterHub's folder as ours. AdapterError names what our forms do not compute."""
     form = _read_form(source)
     model_type = loaded.config["model_type"]
-    row, ours = sites.sites(model_type, loaded.model), bottleneck.BlockLayer.TENSORS
+    row, ours = architecture_of(loaded.model, model_type), bottleneck.BlockLayer.TENSORS
     attributes = {suffix: name for name, suffix in ours.items()}
     ends = {"attention": row.attn_out, "output": row.mlp_out}
     present = [path for path, _ in loaded.model.named_modules()]
     arrays: dict[str, dict[str, mx.array]] = {}
     for key, array in _read_tensors(source).items():
         found = _KEY.match(key)
-        need(found is not None and found[5] in attributes, source, f"{key} is no tensor of a bottleneck")
+        need(found is not None and found[5] in attributes, source, f"{key} is not a tensor of a bottleneck")
         assert found is not None
-        root = sites.from_hf(f"{found[1]}.{found[2]}.", model_type)
+        root = row.from_hf(f"{found[1]}.{found[2]}.")
         end = ends[found[3]]
         path = next((p for p in present if p.startswith(root) and sites.matches(p, end)), None)
         need(path is not None, source, f"{key}: {loaded.path} has no such block, this adapter is another's")
@@ -280,7 +228,7 @@ def _read_form(source: Path) -> dict[str, Any]:
     form = adapter.read_fields(source).get("config")
     if not isinstance(form, dict) or "output_adapter" not in form:
         raise AdapterError(
-            f"{source / _CONFIG}: 'config' describes no bottleneck; only those of AdapterHub are read"
+            f"{source / _CONFIG}: 'config' does not describe a bottleneck; only those of AdapterHub are read"
         )
     for name, value in _FIXED.items():
         need(form.get(name, value) == value, source / _CONFIG, f"{name}={form.get(name)!r} is not supported")

@@ -17,11 +17,11 @@ __all__ = ["bound", "logits", "max_diff", "quiet_transformers", "require", "requ
 
 def require(*packages: str, why: str = "--verify compares with PyTorch") -> None:
     """Raise UnsupportedError where one of torch, transformers and `packages` is not installed."""
-    wanted = ("torch", "transformers", *packages)
-    if absent := [name for name in wanted if find_spec(name) is None]:
+    needed = ("torch", "transformers", *packages)
+    if absent := [name for name in needed if find_spec(name) is None]:
         raise UnsupportedError(
             f"{why}, and {', '.join(absent)} is not installed. "
-            f"Install it: pip install {' '.join(('torch==2.13.0', *wanted[1:]))}"
+            f"Install it: pip install {' '.join(('torch==2.13.0', *needed[1:]))}"
         )
 
 

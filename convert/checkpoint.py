@@ -16,13 +16,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, one_line
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import load as models
 from mlx_adapters.models import stop_tokens as ends
-from mlx_adapters.models.build import build
+from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.units import duration, size
 
@@ -101,11 +101,24 @@ def convert(
     dtype: str | None = None,
     hub_id: str | None = None,
 ) -> Converted:
-    """Convert `src` to the new folder `dst`, which remembers the hub id of `src`, or else `hub_id`.
+    """Convert a checkpoint to an MLX model folder.
 
-    Without `bits`, `recipe` or another `mode` than affine nothing is quantized, and without `dtype` the
-    source's precision is kept. The folder appears only when it is whole. Raises ConfigError (options),
-    CheckpointError (the source), UnsupportedError (an architecture or a format) and OutputError (`dst`).
+    Args:
+        src: hub id, folder or .gguf file.
+        dst: the new folder, which appears when it is whole.
+        revision: branch, tag or commit of a hub id.
+        bits: bits per weight; without it, a recipe, or another mode than affine nothing is quantized.
+        group_size: weights that share a scale; the mode's default without it.
+        mode: one of `MODES`.
+        recipe: one of `RECIPES`, which give each layer its bits.
+        dtype: type of what is not quantized; by default the source's.
+        hub_id: the id that the folder remembers where `src` is not one.
+
+    Raises:
+        ConfigError: options that do not go together.
+        CheckpointError: the source cannot be used.
+        UnsupportedError: an architecture or a format that is not read.
+        OutputError: `dst` is not empty or cannot be written.
     """
     start, dst = time.perf_counter(), Path(dst)
     quantize = check_options(bits, group_size, mode, recipe, dtype)
@@ -247,7 +260,7 @@ def _download_bin(src: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(src, revision=revision, allow_patterns=list(_BIN)))
     except Exception as error:
-        raise CheckpointError(f"{src}: the hub did not give its weights ({_first_line(error)})") from None
+        raise CheckpointError(f"{src}: the hub did not give its weights ({one_line(error)})") from None
 
 
 def refuse_links(folder: Path) -> None:
@@ -314,12 +327,8 @@ def _broken(name: str, tensor: str, what: str) -> str:
 
 
 def _cast(model: Any, dtype: mx.Dtype) -> None:
-    wanted = getattr(model, "cast_predicate", lambda _: True)
-    cast = {
-        path: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and wanted(path) else array
-        for path, array in tree_flatten(model.parameters())
-    }
-    model.load_weights(list(cast.items()), strict=True)
+    """Turn the weights into `dtype`, but for those that mlx-lm's model file keeps in their precision."""
+    cast(model, dtype, getattr(model, "cast_predicate", lambda path: True))
 
 
 def _quantize(
@@ -362,8 +371,8 @@ def _written_config(model: Any, config: dict[str, Any]) -> dict[str, Any]:
         if mx.issubdtype(array.dtype, mx.floating) and not path.endswith((".scales", ".biases")):
             kind = str(array.dtype).removeprefix("mlx.core.")
             floats[kind] = floats.get(kind, 0) + array.size
-    most = max(floats, key=lambda kind: floats[kind]) if floats else "float32"
-    return model_config.to_transformers(config | {"dtype": most})
+    largest = max(floats, key=lambda kind: floats[kind]) if floats else "float32"
+    return model_config.to_transformers(config | {"dtype": largest})
 
 
 def _measure(model: Any) -> tuple[int, float]:
@@ -380,8 +389,3 @@ def _save(folder: Path, model: Any, config: dict[str, Any], source: _Source) -> 
     write_ends(folder, source.name)
     source.weights.clear()  # or every array would stay in memory once it is evaluated
     save_model(folder, model, donate_model=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else type(error).__name__

@@ -4,8 +4,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -18,9 +19,20 @@ from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["FORMATS", "base_of", "detect", "export", "formats", "import_adapter"]
+__all__ = ["FORMATS", "Exported", "base_of", "detect", "export", "formats", "import_adapter"]
 
-_OTHERS: dict[str, Any] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
+
+class _Format(Protocol):
+    """A module that reads and writes another library's adapter folders."""
+
+    @property
+    def METHODS(self) -> tuple[str, ...]: ...
+    def detect(self, folder: Path) -> bool: ...
+    def export(self, source: Path, dst: Path, *, base: str | None = None) -> None: ...
+    def import_adapter(self, source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta: ...
+
+
+_OTHERS: dict[str, _Format] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
 FORMATS = ("peft", *_OTHERS)
 _BIN = "adapter_model.bin"
 
@@ -31,19 +43,44 @@ def formats(method: str) -> list[str]:
     return peft_too + [name for name, module in _OTHERS.items() if method in module.METHODS]
 
 
-def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> int:
-    """Write our adapter folder `source` in another format; returns the bytes written.
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote to `path`. `tensors` is None where the format is not PEFT's; `base` is the model
+    that the folder names, None for one that was neither given nor is PEFT's to name."""
 
-    Raises ConfigError for an unknown format or one that does not have the method, AdapterError for what the
-    format cannot hold.
+    path: Path
+    format: str
+    tensors: int | None
+    bytes: int
+    base: str | None
+
+
+def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> Exported:
+    """Write an adapter folder in another format.
+
+    Args:
+        source: an adapter folder of this package.
+        dst: the new folder; it may not hold anything.
+        format: one of `FORMATS`.
+        base: hub id (or path) that the other library loads the base from; by default the one that the adapter
+            remembers.
+
+    Returns:
+        What was written: the path, the number of tensors (PEFT only), bytes, and the base.
+
+    Raises:
+        ConfigError: the format is unknown, or does not have the method.
+        AdapterError: the folder is not an adapter, or the format cannot hold it.
+        OutputError: `dst` is not empty or cannot be written.
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
     adapter.refuse_links(source)
     if format == "peft":
-        return peft.export(source, dst, base=base).bytes
+        done = peft.export(source, dst, base=base)
+        return Exported(path=dst, format=format, tensors=done.tensors, bytes=done.bytes, base=done.base)
     _OTHERS[format].export(source, dst, base=base)
-    return folder_bytes(dst)
+    return Exported(path=dst, format=format, tensors=None, bytes=folder_bytes(dst), base=base)
 
 
 def detect(folder: Path) -> str:
@@ -56,7 +93,7 @@ def detect(folder: Path) -> str:
     if (folder / _BIN).exists() and (folder / adapter.CONFIG).exists():
         return "peft"  # of before 2023's safetensors
     raise AdapterError(
-        f"{folder}: is no adapter folder. Looked for adapter_model.safetensors (PEFT), "
+        f"{folder}: is not an adapter folder. Looked for adapter_model.safetensors (PEFT), "
         "adapter_model.bin (old PEFT, LLM-Adapters), adapters.safetensors (mlx-lm), adapter.safetensors or "
         "pytorch_adapter.bin (AdapterHub)"
     )
@@ -70,16 +107,26 @@ def base_of(folder: Path) -> str | None:
 
 
 def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
-    """Write an adapter folder of any known format as ours, checked against the model it is for.
+    """Write an adapter folder of any known format as one of this package.
 
-    `dst` appears when it is whole. Raises OutputError when it is not empty.
+    Args:
+        source: the folder; its format is detected from its files.
+        dst: the new folder, which appears when it is whole.
+        loaded: the bare model that the adapter is for: every name and shape is checked against it. It carries
+            the adapter afterwards.
+
+    Returns:
+        The adapter's meta data.
+
+    Raises:
+        AdapterError: the folder is damaged, of another model, or holds what is not supported.
+        OutputError: `dst` is not empty or cannot be written.
     """
     with reading(source, AdapterError), writing(dst) as folder:
         found = detect(source)
         adapter.refuse_links(source)
         if found in _OTHERS:
-            imported: AdapterMeta = _OTHERS[found].import_adapter(source, folder, loaded=loaded)
-            return imported
+            return _OTHERS[found].import_adapter(source, folder, loaded=loaded)
         with _with_safetensors(source) as readable:
             meta = adapter.load(loaded, readable)
             adapter.save(loaded.model, folder, meta=meta)
@@ -99,5 +146,5 @@ def _with_safetensors(source: Path) -> Iterator[Path]:
         try:
             yield copy
         except AdapterError as error:
-            said = str(error).replace(str(copy / adapter.WEIGHTS), str(source / _BIN))
-            raise AdapterError(said.replace(str(copy), str(source))) from None
+            text = str(error).replace(str(copy / adapter.WEIGHTS), str(source / _BIN))
+            raise AdapterError(text.replace(str(copy), str(source))) from None

@@ -98,47 +98,29 @@ def fuse(
     loaded = models.load(source, dtype="float32")
     refuse_links(loaded.path)
     adapter.refuse_links(folder)
-    unchecked = to == "transformers" and loaded.config["model_type"] not in CHECKED
-    if unchecked or verify:
-        kind = loaded.config["model_type"]
-        require(
-            why=f"a {kind} checkpoint must be checked with transformers" if unchecked else "--verify asks it"
-        )
-    loaded.model.eval()
+    model_type = loaded.config["model_type"]
+    unchecked = to == "transformers" and model_type not in CHECKED
+    if unchecked:
+        require(why=f"a {model_type} checkpoint must be checked with transformers")
+    elif verify:
+        require(why="--verify asks it")
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
-    plain = logits(loaded.model, prompts)
-    meta = adapter.load(loaded, folder)
-    loaded.model.eval()
-    apart = logits(loaded.model, prompts)
+    meta, plain, apart = _load_adapter(loaded, folder, prompts)
     layers = _merge(loaded.model, meta.method.NAME)
     card, loaded = _handed_on(loaded, meta)
     kept = dtype or ("float32" if loaded.config.get("quantization") else _precision(loaded.path))
-    torch_diff = None
     with writing.writing(dst) as place:
         (place / "README.md").write_text(card, encoding="utf-8")
-        if to == "mlx":
-            write_mlx(
-                loaded, place, dst=dst, dtype=kept, quantize=(bits, group_size, mode) if quantize else None
-            )
-            del loaded
-            refuse_not_finite(place, str(dst), kept)
-            fused = logits(_opened(place), prompts)
-        else:
-            writing.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[kept].size)
-            write_transformers(loaded.model, loaded.config, place, dtype=kept)
-            refuse_not_finite(place, str(dst), kept)
-            copy_tokenizer(loaded.path, place)
-            write_ends(place, loaded.path)
-            sums, model_type = dict(_sums(loaded.model, kept)), loaded.config["model_type"]
-            del loaded
-            again = _opened(place)
+        sums = _write(loaded, place, dst, kept, to, (bits, group_size, mode) if quantize else None)
+        del loaded
+        again = _opened(place)
+        if sums is not None:
             _must_read_back(again, sums, kept, model_type)
-            fused = logits(again, prompts)
-            del again
-            if unchecked or verify:
-                torch_diff = _torch_diff(place, prompts, fused, model_type)
-                if unchecked and torch_diff > bound(fused):
-                    raise UnsupportedError(_unknown_names(model_type, f"logits differ by {torch_diff:.2g}"))
+        fused = logits(again, prompts)
+        del again
+        torch_diff = _torch_diff(place, prompts, fused, model_type) if unchecked or verify else None
+        if unchecked and torch_diff is not None and torch_diff > bound(fused):
+            raise UnsupportedError(_unknown_names(model_type, f"logits differ by {torch_diff:.2g}"))
     difference = np.concatenate([(a - b).ravel() for a, b in zip(fused, apart, strict=True)])
     return Fused(
         path=dst,
@@ -167,6 +149,39 @@ def _check_request(
             "--verify opens the result with transformers: leave it out, or give --to transformers"
         )
     return quantize
+
+
+def _load_adapter(
+    loaded: models.LanguageModel, folder: Path, prompts: list[list[int]]
+) -> tuple[adapter.AdapterMeta, list[np.ndarray], list[np.ndarray]]:
+    """Load the adapter onto the model; returns its meta data and the logits without it and with it."""
+    loaded.model.eval()
+    plain = logits(loaded.model, prompts)
+    meta = adapter.load(loaded, folder)
+    loaded.model.eval()
+    return meta, plain, logits(loaded.model, prompts)
+
+
+def _write(
+    loaded: models.LanguageModel,
+    place: Path,
+    dst: Path,
+    dtype: str,
+    to: str,
+    quantization: tuple[int | None, int | None, str] | None,
+) -> dict[str, tuple[Any, ...]] | None:
+    """Write the model and its tokenizer to `place`, on the disk of `dst`; returns what `_must_read_back`
+    compares, None for an MLX folder."""
+    if to == "mlx":
+        write_mlx(loaded, place, dst=dst, dtype=dtype, quantize=quantization)
+        refuse_not_finite(place, str(dst), dtype)
+        return None
+    writing.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[dtype].size)
+    write_transformers(loaded.model, loaded.config, place, dtype=dtype)
+    refuse_not_finite(place, str(dst), dtype)
+    copy_tokenizer(loaded.path, place)
+    write_ends(place, loaded.path)
+    return dict(_sums(loaded.model, dtype))
 
 
 def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple[str, models.LanguageModel]:
@@ -237,7 +252,7 @@ def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray],
 
     with quiet_transformers(), torch.no_grad():
         try:
-            network, said = AutoModelForCausalLM.from_pretrained(
+            network, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -247,7 +262,7 @@ def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray],
         except Exception as error:  # whatever transformers raises for a model it does not know
             reason = " ".join(str(error).split())[:200]
             raise UnsupportedError(_unknown_names(model_type, f"transformers says: {reason}")) from None
-        strange = [f"{what.split('_')[0]} {name}" for what in _KEYS for name in said[what]]
+        strange = [f"{what.split('_')[0]} {name}" for what in _KEYS for name in loading[what]]
         if strange:
             raise UnsupportedError(_unknown_names(model_type, f"transformers finds {strange[0]}"))
         theirs = [network.eval()(torch.tensor([ids])).logits[0].numpy() for ids in prompts]

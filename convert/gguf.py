@@ -138,7 +138,7 @@ class _Config:
         return config
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number of this architecture; CheckpointError when it is missing or is none."""
+        """A whole number of this architecture; CheckpointError when it is missing or is not one."""
         value = self.fields.get(f"{self.arch}.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.wrong(name, "count", value)
@@ -151,11 +151,11 @@ class _Config:
             raise self.wrong(name, "positive number", value)
         return float(str(np.float32(value)))
 
-    def wrong(self, name: str, wanted: str, value: Any) -> CheckpointError:
+    def wrong(self, name: str, expected: str, value: Any) -> CheckpointError:
         """The error for a metadata field that is not what it should be."""
         found = "missing" if value is None else repr(value)[:60]
         return CheckpointError(
-            f"{self.path}: metadata '{self.arch}.{name}' should be a {wanted}, it is {found}; "
+            f"{self.path}: metadata '{self.arch}.{name}' should be a {expected}, it is {found}; "
             "download the file again"
         )
 
@@ -254,9 +254,9 @@ def _plain(container: Container, tensor: Tensor) -> mx.array:
 def _quantization(bits: dict[str, int]) -> dict[str, Any] | None:
     if not bits:
         return None
-    most = Counter(bits.values()).most_common(1)[0][0]
-    section: dict[str, Any] = {"group_size": MLX_GROUP, "bits": most, "mode": "affine"}
-    others = {name: count for name, count in bits.items() if count != most}
+    usual = Counter(bits.values()).most_common(1)[0][0]
+    section: dict[str, Any] = {"group_size": MLX_GROUP, "bits": usual, "mode": "affine"}
+    others = {name: count for name, count in bits.items() if count != usual}
     return section | {
         name: {"group_size": MLX_GROUP, "bits": count, "mode": "affine"} for name, count in others.items()
     }

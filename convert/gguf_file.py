@@ -87,7 +87,7 @@ class _Cursor:
         try:
             return str(self.take(self.count(1, f"length of {what}"), what), "utf-8")
         except UnicodeDecodeError:
-            raise self.damaged(f"{what} is no UTF-8") from None
+            raise self.damaged(f"{what} is not UTF-8") from None
 
     def value(self, kind: int, what: str, depth: int = 0) -> Any:
         if kind in _SCALARS:
@@ -108,7 +108,7 @@ class _Cursor:
 
 
 def read_container(path: Path) -> Container:
-    """Read the header of a GGUF file; CheckpointError when it is none, truncated or inconsistent."""
+    """Read the header of a GGUF file; CheckpointError when it is not one, truncated or inconsistent."""
     try:
         if path.stat().st_size < 24:
             raise CheckpointError(f"{path}: is not a GGUF file (it has {path.stat().st_size} bytes)")

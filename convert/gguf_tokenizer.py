@@ -82,7 +82,7 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], source: Path) -> Any:
         left, space, right = line.partition(" ")
         if not (left and space and right):
             raise CheckpointError(
-                f"{source}: metadata 'tokenizer.ggml.merges' has {line!r:.60}, which is no pair"
+                f"{source}: metadata 'tokenizer.ggml.merges' has {line!r:.60}, which is not a pair"
             )
         merges.append((left, right))
     try:
@@ -101,8 +101,8 @@ def _list(
     values = fields.get(f"tokenizer.ggml.{name}")
     sound = isinstance(values, list) and values and all(type(value) is kind for value in values)
     if not isinstance(values, list) or not sound or length not in (None, len(values)):
-        wanted = "a list" if length is None else f"a list of {length}, one a token"
-        raise CheckpointError(f"{source}: metadata 'tokenizer.ggml.{name}' is missing or not {wanted}")
+        expected = "a list" if length is None else f"a list of {length}, one a token"
+        raise CheckpointError(f"{source}: metadata 'tokenizer.ggml.{name}' is missing or not {expected}")
     return values
 
 

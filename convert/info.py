@@ -11,7 +11,7 @@ from mlx_adapters import adapter
 from mlx_adapters.data.overlap import questions
 from mlx_adapters.errors import CheckpointError
 from mlx_adapters.files import weights
-from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import read_config
 from mlx_adapters.models.origin import remembered
 from mlx_adapters.units import size
@@ -35,7 +35,7 @@ def info(folder: str | Path) -> dict[str, Any]:
 def _model(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     quantization = config.get("quantization") or {}
-    row = sites.TABLE.get(config["model_type"])
+    row = architecture(config["model_type"])
     plain = {name: value for name, value in quantization.items() if not isinstance(value, dict | bool)}
     mixed = sum(isinstance(value, dict) for value in quantization.values())
     return {
@@ -48,7 +48,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "vocabulary": config.get("vocab_size"),
         "quantization": (plain | ({"modules_of_their_own": mixed} if mixed else {})) or None,
         **_weights(weights.weight_files(folder)),
-        "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row else None,
+        "targets": {"attn": list(row.attn), "mlp": list(row.mlp)} if row.attn else None,
     }
 
 

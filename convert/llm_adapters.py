@@ -24,7 +24,7 @@ from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import LoRA, Series
 from mlx_adapters.methods.peft_fields import check_fields
-from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
@@ -32,8 +32,7 @@ __all__ = ["METHODS", "detect", "export", "import_adapter"]
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.bin"
 METHODS = ("lora", "series", "parallel")
 _UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora")
-# The architectures the fork knows, and the layers on which it knows a series adapter's side.
-_MODELS = ("llama", "bloom", "chatglm", "gptj", "gpt_neo", "opt")
+# The layers on which the fork knows a series adapter's side.
 _SIDES = (
     "gate_proj",
     "up_proj",
@@ -66,17 +65,15 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         source,
         f"LLM-Adapters has LoRA and series and parallel adapters, not {method.NAME}",
     )
-    need(
-        parts.model_type in _MODELS,
-        source,
-        f"LLM-Adapters knows {', '.join(_MODELS)}, not {parts.model_type}",
-    )
+    known = ", ".join(name for name, row in ARCHITECTURES.items() if row.llm_adapters)
+    row = architecture(parts.model_type)
+    need(row.llm_adapters, source, f"LLM-Adapters knows {known}, not {parts.model_type}")
     fields = adapter.read_fields(source)
     if isinstance(method, LoRA):
         plain = all(own.keys() == {"lora_a", "lora_b"} for own in parts.arrays.values())
         need(plain, source, "LLM-Adapters has LoRA on linear layers only")
         # it reads no patterns and no use_rslora: one rank, and alpha / rank as the one scale
-        sizes = {method.at(sites.to_hf(path, parts.model_type)) for path in parts.arrays}
+        sizes = {method.at(row.to_hf(path)) for path in parts.arrays}
         ranks, scales = (sorted(set(values)) for values in zip(*sizes, strict=True))
         need(len(ranks) == 1, source, f"LLM-Adapters has one rank, this adapter has {ranks}")
         need(len(scales) == 1, source, f"LLM-Adapters has one scale, this adapter has {scales}")

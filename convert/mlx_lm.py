@@ -22,7 +22,7 @@ from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.dora import DoRA
 from mlx_adapters.methods.experts import PARTS, by_matrix
 from mlx_adapters.methods.lora import LoRA, LowRank
-from mlx_adapters.models.config import OWN
+from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.sites import to_hf
 
@@ -48,7 +48,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     method = parts.meta.method
     need(isinstance(method, LowRank), source, f"mlx-lm has LoRA and DoRA, not {method.NAME}")
     assert isinstance(method, LowRank)
-    need(parts.model_type not in OWN, source, f"mlx-lm has no {parts.model_type} models")
+    need(not architecture(parts.model_type).own, source, f"mlx-lm has no {parts.model_type} models")
     layers = {path: (own, scale) for path, own, scale in _layers(parts, method)}
     strange = sorted({name for own, _ in layers.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
@@ -97,7 +97,9 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
     fields = adapter.read_fields(source)
     kind = fields.get("fine_tune_type", "lora")
     need(
-        kind in ("lora", "dora"), source / _CONFIG, f"fine_tune_type {kind!r} is no adapter: only lora, dora"
+        kind in ("lora", "dora"),
+        source / _CONFIG,
+        f"fine_tune_type {kind!r} is not an adapter: only lora, dora",
     )
     settings = fields.get("lora_parameters") or {}
     if absent := [name for name in ("rank", "scale") if not isinstance(settings.get(name), (int, float))]:
@@ -106,7 +108,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
     arrays: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(source, _WEIGHTS).items():
         path, _, leaf = name.rpartition(".")
-        need(leaf in ours, source / _WEIGHTS, f"{name} is no tensor of a {kind} adapter")
+        need(leaf in ours, source / _WEIGHTS, f"{name} is not a tensor of a {kind} adapter")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
     rank, scale = int(settings["rank"]), float(settings["scale"])
     method = (DoRA if kind == "dora" else LoRA)(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters import adapter
 from mlx_adapters.convert import exchange, peft
 from mlx_adapters.convert.card import LOCAL
-from mlx_adapters.errors import ConfigError, DataError, OutputError
+from mlx_adapters.errors import ConfigError, DataError, OutputError, first_line
 from mlx_adapters.evaluate.hub import HUB
 from mlx_adapters.evaluate.records import read_report
 from mlx_adapters.evaluate.score import Score, summarise
@@ -43,7 +43,7 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise ConfigError(f"{repo}: is no hub id ({str(error).splitlines()[0]}). Give OWNER/NAME") from None
+        raise ConfigError(f"{repo}: is no hub id ({first_line(error)}). Give OWNER/NAME") from None
     if repo.count("/") != 1:
         raise ConfigError(f"{repo}: is no hub id. Give OWNER/NAME")
 
@@ -132,7 +132,7 @@ def _reason(error: Exception) -> str:
     """The first line of an error, without the token should it stand there."""
     from huggingface_hub import get_token
 
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     token = get_token()
     return line.replace(token, "[token]") if token else line
 

@@ -18,21 +18,13 @@ from mlx.utils import tree_flatten
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
 
 __all__ = ["CHECKED", "dequantized_weights", "write_transformers"]
 
-# The architectures whose checkpoints the tests compare: with the one transformers wrote, tensor by tensor, or
-# opened by transformers, with every name found and the same logits.
-CHECKED = frozenset(
-    (
-        *("bloom", "cohere", "cohere2", "deepseek_v2", "dots1", "ernie4_5", "gemma", "gemma2", "gemma3_text"),
-        *("glm", "glm4", "glm4_moe", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "helium", "llama"),
-        *("hunyuan_v1_dense", "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "opt", "phi", "phi3"),
-        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
-    )
-)
+CHECKED = frozenset(name for name, row in ARCHITECTURES.items() if row.checked)
+"""The architectures whose checkpoints the tests compare with transformers'."""
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
@@ -68,41 +60,34 @@ def write_transformers(
 
 
 _EXPERTS = re.compile(r"^(.*)\.(?:switch_mlp|experts)\.(gate|up|down)_proj\.weight$")
-# model_type -> the checkpoint's name of an expert's matrix
-_EXPERT_NAMES = {
-    "mixtral": {"gate": "w1", "down": "w2", "up": "w3"},
-    **{
-        name: {part: f"{part}_proj" for part in ("gate", "down", "up")}
-        for name in ("deepseek_v2", "dots1", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe")
-    },
-}
 
 
 def _hf_names(path: str, array: mx.array, model_type: str) -> Iterator[tuple[str, mx.array]]:
     """(name, array) as the checkpoint has them: renamed, transposed, or one for each expert."""
+    row = architecture(model_type)
     if array.ndim == 3 and (found := _EXPERTS.match(path)):
-        if model_type not in _EXPERT_NAMES:
+        if row.experts is None:
             raise UnsupportedError(
                 f"{path}: how a {model_type} checkpoint names its experts is not known here, so transformers "
                 "cannot be given one. Fuse --to mlx, or hand on the adapter: mlx-adapters export"
             )
         for number in range(array.shape[0]):
-            yield f"{found[1]}.experts.{number}.{_EXPERT_NAMES[model_type][found[2]]}.weight", array[number]
+            yield f"{found[1]}.experts.{number}.{getattr(row.experts, found[2])}.weight", array[number]
         return
-    if model_type == "gpt2" and _CONV1D.search(path):
+    if row.conv1d and _CONV1D.search(path):
         array = mx.contiguous(array.T)
-    yield sites.to_hf(path, model_type), array
+    yield row.to_hf(path), array
 
 
 def _save(named: dict[str, mx.array], dst: Path, limit: int) -> None:
     shards: list[dict[str, mx.array]] = [{}]
-    held = 0
+    filled = 0
     for name, array in named.items():
-        if held + array.nbytes > limit and shards[-1]:
+        if filled + array.nbytes > limit and shards[-1]:
             shards.append({})
-            held = 0
+            filled = 0
         shards[-1][name] = array
-        held += array.nbytes
+        filled += array.nbytes
     if len(shards) == 1:
         mx.save_safetensors(str(dst / "model.safetensors"), named, metadata={"format": "pt"})
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
-from mlx_adapters.files.documents import from_json
+from mlx_adapters.files.documents import read_object
 
 __all__ = ["add_ends", "add_tokens", "byte_level_bpe", "ensure_tokenizer", "sentencepiece_bpe"]
 
@@ -193,9 +193,6 @@ def _settings(src: Path) -> dict[str, Any]:
         file = src / name
         if not file.exists():
             continue
-        try:
-            found = from_json(file.read_text(encoding="utf-8"))
-            settings |= {key: value for key, value in found.items() if value not in (None, "")}
-        except (ValueError, OSError, AttributeError) as error:
-            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+        found = read_object(file, CheckpointError)
+        settings |= {key: value for key, value in found.items() if value not in (None, "")}
     return settings

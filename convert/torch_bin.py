@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.errors import CheckpointError, UnsupportedError, first_line
 
 __all__ = ["read_bin"]
 
@@ -138,7 +138,7 @@ class _Reader:
     def read(self) -> dict[str, mx.array]:
         roots = [name[: -len("data.pkl")] for name in self.entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise CheckpointError(f"{self.path}: holds no data.pkl, so it is no PyTorch checkpoint")
+            raise CheckpointError(f"{self.path}: holds no data.pkl, so it is not a PyTorch checkpoint")
         self.root = roots[0]
         if f"{self.root}byteorder" in self.entries and self.bytes("byteorder") != b"little":
             raise UnsupportedError(f"{self.path}: was written big-endian, which is not read")
@@ -148,7 +148,7 @@ class _Reader:
         except (CheckpointError, OSError, zipfile.BadZipFile):
             raise
         except Exception as error:  # a broken pickle raises almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise CheckpointError(
                 f"{self.path}: refused, {reason[:160]}. Ask for a safetensors file instead"
             ) from None
@@ -162,7 +162,7 @@ class _Reader:
         for name, tensor in state.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
                 raise CheckpointError(
-                    f"{self.path}: entry {str(name)[:60]!r} is no tensor; a plain state dict is needed"
+                    f"{self.path}: entry {str(name)[:60]!r} is not a tensor; a plain state dict is needed"
                 )
             if tensor.place not in made:
                 made[tensor.place] = self.array(tensor)
@@ -227,5 +227,5 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
 
 def _parameter(tensor: Any, *_: Any) -> _Tensor:
     if not isinstance(tensor, _Tensor):
-        raise pickle.UnpicklingError("it makes a parameter of something that is no tensor")
+        raise pickle.UnpicklingError("it makes a parameter of something that is not a tensor")
     return tensor

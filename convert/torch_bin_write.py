@@ -21,10 +21,10 @@ _STORAGES = {mx.float32: ("FloatStorage", "<f4"), mx.float16: ("HalfStorage", "<
 def write_bin(file: Path, tensors: dict[str, mx.array]) -> None:
     """Write named tensors; float16 stays, everything else becomes float32."""
     with writing_to(file), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        kept = {n: a if a.dtype in _STORAGES else a.astype(mx.float32) for n, a in tensors.items()}
-        archive.writestr(_entry("data.pkl"), _pickle(kept))
+        writable = {n: a if a.dtype in _STORAGES else a.astype(mx.float32) for n, a in tensors.items()}
+        archive.writestr(_entry("data.pkl"), _pickle(writable))
         archive.writestr(_entry("byteorder"), "little")
-        for number, array in enumerate(kept.values()):
+        for number, array in enumerate(writable.values()):
             data = np.array(array).astype(_STORAGES[array.dtype][1]).tobytes()
             archive.writestr(_entry(f"data/{number}"), data)
         archive.writestr(_entry("version"), "3\n")

@@ -22,7 +22,7 @@ from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.files import weights
 from mlx_adapters.models import load as models
 
-__all__ = ["Verdict", "verify_model"]
+__all__ = ["ModelVerdict", "verify_model"]
 
 _PROMPTS = (
     "Tom has 3 apples and buys 4 more. How many apples does he have?",
@@ -32,7 +32,7 @@ _PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ModelVerdict:
     """How a converted model compares with transformers.
 
     `max_diff` is max|logit difference| and must not exceed `bound`, 1e-5 + 1e-5 * max|logit|. A lossless
@@ -61,7 +61,7 @@ class Verdict:
         )
 
 
-def verify_model(src: Path | str, dst: Path) -> Verdict:
+def verify_model(src: Path | str, dst: Path) -> ModelVerdict:
     """Compare the converted folder `dst` with `src` (folder, hub id or .gguf file) opened by transformers.
 
     UnsupportedError without torch and transformers.
@@ -80,7 +80,7 @@ def verify_model(src: Path | str, dst: Path) -> Verdict:
     if not lossless:
         with tempfile.TemporaryDirectory(prefix="mlx-adapters-verify-") as temporary:
             theirs = _logits(write_transformers(loaded.model, loaded.config, Path(temporary)), prompts)
-    return Verdict(
+    return ModelVerdict(
         max_diff=max_diff(ours, theirs),
         bound=bound(theirs),
         argmax_agreement=agreement,

@@ -130,21 +130,18 @@ def fuse(model: PathLike, adapter: PathLike, output: PathLike, **options: Any) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class Exported(exchange.Exported):
     """An adapter written for another library.
 
     Attributes:
         path: The folder.
         format: `peft`, `adapterhub`, `llm-adapters` or `mlx-lm`.
+        tensors: How many tensors PEFT reads; None for the other formats.
         bytes: The size of its files.
         base: The hub id that it names as its base model; None where the format names none.
         verdict: The comparison in PyTorch that `verify` asked for.
     """
 
-    path: Path
-    format: str
-    bytes: int
-    base: str | None
     verdict: Verdict | None = None
 
 
@@ -177,16 +174,13 @@ def export(
         OutputError: An `output` that is not empty.
     """
     source, folder = Path(adapter), Path(output)
-    if format != "peft":
-        if verify:
-            raise ConfigError("verify opens the folder with PEFT: leave it out, or export to peft")
-        written = exchange.export(source, folder, format=format, base=base)
-        return Exported(path=folder, format=format, bytes=written, base=base)
-    done = peft.export(source, folder, base=base)
+    if verify and format != "peft":
+        raise ConfigError("verify opens the folder with PEFT: leave it out, or export to peft")
+    done = exchange.export(source, folder, format=format, base=base)
     verdict = None
     if verify:
         verdict = peft.verify(folder, Path(model or adapters.read_meta(source).base.get("path", "")))
-    return Exported(path=folder, format=format, bytes=done.bytes, base=done.base, verdict=verdict)
+    return Exported(**vars(done), verdict=verdict)
 
 
 def import_adapter(

@@ -38,7 +38,7 @@ def compute_dtype() -> "mx.Dtype | None":
 
 
 def rounding(dtype: "mx.Dtype") -> float:
-    """How far logits may be apart, of the largest, when the same is computed in another order."""
+    """Relative tolerance for logits of `dtype` that are computed in a different order of operations."""
     import mlx.core as mx
 
     return 1e-4 if dtype == mx.float32 else 3e-2
@@ -95,7 +95,7 @@ def total_memory() -> int:
 
 
 def free_memory(*, shared: bool = False) -> int:
-    """Bytes that can be used without swapping, on Metal by the GPU; with `shared`, this process's part."""
+    """Bytes that can be used without swapping, on Metal by the GPU; with `shared`, this process's share."""
     import psutil
 
     free = min(int(psutil.virtual_memory().available), _container_memory())
@@ -114,5 +114,5 @@ def _container_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
         used = int((group / "memory.current").read_text())
         facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return max(0, limit - used + int(facts["inactive_file"]))  # files' pages that are given up on demand
-    except (OSError, ValueError, KeyError):  # "max" is no number
+    except (OSError, ValueError, KeyError):  # "max" is not a number
         return sys.maxsize

@@ -27,6 +27,8 @@ __all__ = [
     "TrainingError",
     "UnsupportedError",
     "counted",
+    "first_line",
+    "one_line",
     "reading",
     "unknown",
     "writing_to",
@@ -78,12 +80,22 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none: some clients explain at length."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one line of at most 400 characters, or its type where it has none."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 @contextmanager
 def reading(place: Path, kind: type[AdaptersError]) -> Iterator[None]:
-    """Turn what a value that does not belong there raises inside the block into an error that names `place`.
+    """Re-raise a TypeError, ValueError and the like from the block as `kind`, prefixed with `place`.
 
-    For files whose fields are many and not ours: a list where a number should be shows as a TypeError deep
-    inside. Errors of ours pass, with `place` put in front where they do not name it.
+    For files with many fields that others wrote: a list where a number should be shows as a TypeError deep
+    inside. This package's own errors pass, prefixed with `place` where they do not name it.
     """
     try:
         yield
@@ -99,7 +111,7 @@ def reading(place: Path, kind: type[AdaptersError]) -> Iterator[None]:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises inside the block into an OutputError that names `place`.
+    """Re-raise what a full or read-only disk causes in the block as an OutputError that names `place`.
 
     MLX reports a failed write as a RuntimeError without a file name, so only writes belong in the block.
     """

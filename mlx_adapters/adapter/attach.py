@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlx_adapters.adapter.folder import build, place
 from mlx_adapters.adapter.meta import AdapterMeta
-from mlx_adapters.adapter.tree import adapter_set, attached, install, must_be_bare
+from mlx_adapters.adapter.tree import adapter_set, attached, install, must_be_bare, remove
 from mlx_adapters.errors import AdapterError, UnsupportedError
 from mlx_adapters.methods.base import AdapterLayer, Method
 from mlx_adapters.models.load import LanguageModel, describe
@@ -29,7 +29,8 @@ def attach(
     `detach` it.
 
     Args:
-        model: What `load` returned, or the bare model of `mlx_lm.load`.
+        model: What `load` returned, or the bare model of `mlx_lm.load`. A bare model has no tokenizer: a
+            prompt that starts from a text needs its `init_ids` then.
         method: The method with its options, as `LoRA(rank=16)`.
         paths: The modules to adapt, by their paths in the model; by default the method's options choose.
         model_type: The architecture's name, for a bare model that does not know it.
@@ -67,6 +68,9 @@ def _described(model: nn.Module, model_type: str | None) -> dict[str, Any]:
 def detach(model: LanguageModel | nn.Module) -> None:
     """Take the adapter off a model. Its own modules stand where they stood; they stay frozen.
 
+    Args:
+        model: What `load` returned, or a bare model.
+
     Raises:
         AdapterError: The model carries no adapter, or holds its adapters by name.
     """
@@ -76,9 +80,7 @@ def detach(model: LanguageModel | nn.Module) -> None:
     record = attached(network)
     if record is None:
         raise AdapterError("the model carries no adapter: there is nothing to detach")
-    for slot in record.slots.values():
-        slot.put(slot.original)
-    del network.attached_adapter
+    remove(network, record)
 
 
 def load(model: LanguageModel, folder: str | Path) -> AdapterMeta:

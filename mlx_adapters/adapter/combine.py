@@ -128,8 +128,8 @@ def _check(
     if not folders:
         raise ConfigError("combine: no adapter is given")
     if len(weights) != len(folders):
-        given = f"{counted(len(weights), 'weight')} for {counted(len(folders), 'adapter')}"
-        raise ConfigError(f"combine: {given}: give one each")
+        found = f"{counted(len(weights), 'weight')} for {counted(len(folders), 'adapter')}"
+        raise ConfigError(f"combine: {found}: give one each")
     if bad := [weight for weight in weights if not math.isfinite(weight)]:
         raise ConfigError(f"combine: weight {bad[0]} is not a finite number")
     if rank is not None and not method.endswith("svd"):
@@ -330,6 +330,6 @@ def _write(
 
 
 def _common(metas: list[AdapterMeta], get: Callable[[AdapterMeta], str]) -> str:
-    """What all of them say, or nothing."""
-    said = {get(meta) for meta in metas}
-    return said.pop() if len(said) == 1 else ""
+    """The value that all of them share, or an empty text."""
+    values = {get(meta) for meta in metas}
+    return values.pop() if len(values) == 1 else ""

@@ -12,6 +12,7 @@ from mlx_adapters.methods.experts import EXPERT_NAMES, is_stack
 from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 
 __all__ = ["Model", "check_tensors"]
 
@@ -91,7 +92,7 @@ def _check_places(paths: set[str], model: Model) -> None:
 def _check_norms(grouped: dict[str, Arrays], model: Model) -> None:
     """AdapterError for norms that PyTorch trained, where mlx-lm keeps their weights otherwise."""
     norms = [path for path in grouped if "norm" in path.rpartition(".")[2]]
-    if norms and model.kind in sites.SHIFTED_NORMS:
+    if norms and architecture(model.kind).shifted_norms:
         raise AdapterError(
             f"it holds a trained {norms[0]}, which mlx-lm keeps one larger in a {model.kind} model: not read"
         )
@@ -100,7 +101,7 @@ def _check_norms(grouped: dict[str, Arrays], model: Model) -> None:
 def _check_copies(copies: dict[str, Arrays], model: Model) -> None:
     """AdapterError for what a file holds of the base and this base has otherwise: PyTorch would take it."""
     modules = dict(model.network.named_modules())
-    turned = sites.linears(model.network) if sites.sites(model.kind, model.network).conv1d else {}
+    turned = sites.linears(model.network) if architecture(model.kind).conv1d else {}
     for path, copy in copies.items():
         base = modules[path if path in modules else sites.embedding(model.network)]  # a tied head is that
         for name, theirs in copy.items():

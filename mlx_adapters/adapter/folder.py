@@ -39,6 +39,7 @@ from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, short_names
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["build", "load_weights", "named_tensors", "peft_config", "place", "save", "tensors", "write"]
@@ -123,7 +124,7 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
     method, model_type = meta.method, meta.base["model_type"]
     fields = method.to_peft()
     if "fan_in_fan_out" in fields:
-        fields["fan_in_fan_out"] = sites.sites(model_type, model).conv1d
+        fields["fan_in_fan_out"] = architecture(model_type).conv1d
     return {
         "peft_type": method.PEFT_TYPE,
         "task_type": "CAUSAL_LM",

@@ -1,6 +1,6 @@
 """Several adapters on one base: loaded by name, switched at run time, stacked, or one per row of a batch.
 
-    load_adapters(loaded, {"math": folder, "chat": other})    nothing is active yet: the base answers
+    load_adapters(loaded, {"math": folder, "chat": other})   nothing is active yet: the base answers
     activate(loaded.model, "math")
     activate(loaded.model, ["math", "chat"])                 a stack
     activate(loaded.model, None)                             the base again
@@ -41,7 +41,7 @@ __all__ = ["activate", "active", "load_adapters", "names", "rows", "unload"]
 
 
 def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> dict[str, AdapterMeta]:
-    """Load adapter folders under the names given, beside those already there; which is active stays.
+    """Load adapter folders by name, beside those already loaded; the active one stays active.
 
     All of them or, when one raises AdapterError, none.
     """
@@ -94,7 +94,7 @@ def activate(model: nn.Module, which: str | Sequence[str] | None, *, train: bool
     Nothing trains afterwards, or with `train` that one adapter does. Raises AdapterError for a name that is
     not loaded, UnsupportedError for adapters that do not stack.
     """
-    adapters = _require(model)
+    adapters = _adapters_of(model)
     if adapters.mixing:
         raise AdapterError("adapters cannot be switched inside `with rows(...)`")
     choice = _choice(adapters, which)
@@ -121,7 +121,7 @@ def rows(model: nn.Module, which: Sequence[str | Sequence[str] | None]) -> Itera
     tokens and the cache of a whole batch, those on whole blocks share its cache: UnsupportedError where rows
     differ and one of them has such.
     """
-    adapters = _require(model)
+    adapters = _adapters_of(model)
     if adapters.mixing:
         raise AdapterError("`with rows(...)` cannot be nested")
     choices = [_choice(adapters, row) for row in which]
@@ -151,7 +151,7 @@ def rows(model: nn.Module, which: Sequence[str | Sequence[str] | None]) -> Itera
 
 def unload(model: nn.Module, name: str) -> None:
     """Forget an adapter and free its arrays. Raises AdapterError while it is active."""
-    adapters = _require(model)
+    adapters = _adapters_of(model)
     _choice(adapters, name)
     if adapters.mixing or name in adapters.active:
         raise AdapterError(f"adapter {name!r} is active: activate another one or None before unloading it")
@@ -194,7 +194,7 @@ class _Split:
         self.back = mx.array(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _require(model: nn.Module) -> AdapterSet:
+def _adapters_of(model: nn.Module) -> AdapterSet:
     adapters = adapter_set(model)
     if adapters is None:
         raise AdapterError("the model holds no adapters by name: load them with multi.load_adapters")

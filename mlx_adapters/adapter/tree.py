@@ -1,5 +1,6 @@
 """An adapter's modules in the tree of a model: put in their places, found there, and taken out again."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter.meta import AdapterMeta
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.methods.base import AdapterLayer, dims
+from mlx_adapters.methods.base import AdapterLayer, Placed, dims
 
 __all__ = [
     "AdapterSet",
@@ -21,6 +22,7 @@ __all__ = [
     "install",
     "layers",
     "must_be_bare",
+    "remove",
     "slots_of",
 ]
 
@@ -46,11 +48,14 @@ class Slot:
 
 @dataclass
 class Attached:
-    """What a model knows of the adapter that was attached to it. A plain object: no parameter of the
-    model."""
+    """What a model knows of the adapter attached to it. A plain object: no parameter of the model.
+
+    `originals` are the base's modules by path, None where nothing stood. No parent: one may be the model, and
+    a cycle would keep its memory until the garbage collector runs.
+    """
 
     meta: AdapterMeta
-    slots: dict[str, Slot]
+    originals: dict[str, nn.Module | None]
 
 
 @dataclass
@@ -63,7 +68,7 @@ class AdapterSet:
     """
 
     metas: dict[str, AdapterMeta] = field(default_factory=dict)
-    placed: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    placed: dict[str, Placed] = field(default_factory=dict)
     trainable: dict[str, list[tuple[nn.Module, list[str]]]] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
     active: Choice = ()
@@ -91,7 +96,7 @@ def must_be_bare(model: nn.Module) -> None:
         raise AdapterError("the model holds adapters by name: add one with multi.load_adapters")
 
 
-def slots_of(model: nn.Module, paths: set[str]) -> dict[str, Slot]:
+def slots_of(model: nn.Module, paths: Collection[str]) -> dict[str, Slot]:
     """The places of `paths`. One where nothing stands (a prefix's) is a new attribute of the model."""
     present = {path for path, _ in model.named_modules()}
     return {path: _slot(model, path) if path in present else Slot(model, path, None) for path in paths}
@@ -105,12 +110,19 @@ def _slot(model: nn.Module, path: str) -> Slot:
     return Slot(parent, last, parent[last])
 
 
-def install(model: nn.Module, placed: dict[str, nn.Module], meta: AdapterMeta) -> None:
-    """Put an adapter's modules into a bare model, which then knows how to save and to detach it."""
-    slots = slots_of(model, set(placed))
+def install(model: nn.Module, placed: Placed, meta: AdapterMeta) -> None:
+    """Put an adapter's modules into a bare model, which then knows how to save and to remove it."""
+    slots = slots_of(model, placed.keys())
     for path, module in placed.items():
         slots[path].put(module)
-    model.attached_adapter = Attached(meta, slots)
+    model.attached_adapter = Attached(meta, {path: slot.original for path, slot in slots.items()})
+
+
+def remove(model: nn.Module, record: Attached) -> None:
+    """Put the base's modules back where they stood."""
+    for path, slot in slots_of(model, record.originals.keys()).items():
+        slot.put(record.originals[path])
+    del model.attached_adapter
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:

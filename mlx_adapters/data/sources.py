@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data import wordproblems
-from mlx_adapters.errors import DataError
+from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
 __all__ = [
@@ -286,5 +286,5 @@ def _from_hub(source: str, split: str) -> list[Any]:
 
         return list(load_dataset(source, split=split))
     except Exception as error:  # datasets raises many unrelated types for "could not get it"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{source}: not a file here, and the hub did not give it ({reason})") from None

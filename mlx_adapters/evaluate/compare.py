@@ -69,6 +69,9 @@ def compare(a: "Report", b: "Report") -> list[Comparison]:
         a: the file of a report, what `evaluate` returned, or its records.
         b: another evaluation of the same items.
 
+    Returns:
+        One comparison per test set, each with its unseen part where only a part was seen, and the pooled one.
+
     Raises:
         DataError: a file that is not a report, or evaluations of different items.
     """

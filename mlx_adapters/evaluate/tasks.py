@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data.sources import read_rows
-from mlx_adapters.errors import ConfigError, DataError, unknown
+from mlx_adapters.errors import ConfigError, DataError, first_line, unknown
 from mlx_adapters.evaluate.choices import KINDS, WORDS, Kind, as_label
 from mlx_adapters.evaluate.hub import HUB, pairs
 from mlx_adapters.files.documents import from_json
@@ -184,7 +184,7 @@ def _from_hub(task: Task) -> list[Item]:
     try:
         rows = load_dataset(hub.id, hub.config, split=hub.split)
     except Exception as error:  # the hub client raises many unrelated types for "could not download"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"{task.name}: the hub did not give {hub.id} ({reason}); "
             f"use --data-dir with {task.name}/test.json"

@@ -5,9 +5,12 @@ and a few YAML aliases stand for gigabytes once they are written out.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
-__all__ = ["from_json", "from_yaml"]
+from mlx_adapters.errors import AdaptersError
+
+__all__ = ["from_json", "from_yaml", "read_object"]
 
 _DEEP = 64  # levels; a configuration has four
 
@@ -24,9 +27,23 @@ def from_json(text: str | bytes) -> Any:
     return value
 
 
+def read_object(file: Path, kind: type[AdaptersError]) -> dict[str, Any]:
+    """The object in a JSON file. Raises `kind` where it cannot be read or holds something else, and
+    FileNotFoundError where there is no such file."""
+    try:
+        value = from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise kind(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise kind(f"{file}: is not a JSON object")
+    return value
+
+
 def from_yaml(text: str) -> Any:
-    """The value of a YAML text, plain types only; ValueError for what is none, has aliases, gives a key twice
-    (PyYAML takes the last) or is too deep."""
+    """The value of a YAML text, plain types only. Raises ValueError for what is not YAML, has aliases, gives
+    a key twice (PyYAML takes the last) or is too deep."""
     import yaml
 
     depth = 0

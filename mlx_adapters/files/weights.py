@@ -95,7 +95,7 @@ def header(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError:
-        raise CheckpointError(f"{file}: is not a safetensors file (its header is no JSON)") from None
+        raise CheckpointError(f"{file}: is not a safetensors file (its header is not JSON)") from None
     tensors = {name: entry for name, entry in fields.items() if name != "__metadata__"}
     for name, entry in tensors.items():
         _check_entry(file, name, entry)
@@ -148,10 +148,10 @@ def _weight_map(folder: Path, index: Path) -> dict[str, str]:
 def _indexed(folder: Path, index: Path) -> list[Path]:
     mapping = _weight_map(folder, index)
     shards = _shards(folder, mapping)
-    held = {shard.name: header(shard) for shard in shards}
-    lost = [name for name, shard in mapping.items() if name not in held[shard]]
+    headers = {shard.name: header(shard) for shard in shards}
+    lost = [name for name, shard in mapping.items() if name not in headers[shard]]
     if lost:
-        raise CheckpointError(f"{index}: says '{lost[0]}' is in {mapping[lost[0]]}, which does not hold it")
+        raise CheckpointError(f"{index}: says '{lost[0]}' is in {mapping[lost[0]]}, which does not have it")
     return shards
 
 

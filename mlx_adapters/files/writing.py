@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, OutputError, writing_to
+from mlx_adapters.units import size
 
 __all__ = [
     "folder_bytes",
@@ -84,7 +85,7 @@ def require_space(dst: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{dst}: needs about {_size(needed)}, and {_size(free)} are free on its disk. "
+            f"{dst}: needs about {size(needed)}, and {size(free)} are free on its disk. "
             "Free some space or choose another place"
         )
 
@@ -142,7 +143,3 @@ def _output_error(dst: Path, error: Exception) -> OutputError:
     if isinstance(error, OSError) and error.errno not in _FULL:
         return OutputError(f"{dst}: cannot be written ({error.strerror or error}). Choose another place")
     return OutputError(f"{dst}: no space left on its disk. Free some space or choose another place")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

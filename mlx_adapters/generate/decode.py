@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import all_with_virtual, before_text, start_cache
@@ -63,7 +64,7 @@ GREEDY = Decoding()
 
 def generate_texts(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: TokenizerWrapper,
     prompts: Prompts,
     *,
     max_tokens: int = 256,

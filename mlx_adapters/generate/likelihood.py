@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters.adapter.call import all_with_virtual, before_text, call_model
 from mlx_adapters.cpu import threads
@@ -39,7 +40,7 @@ Scores = list[tuple[float, bool]]  # of each choice: its log p, and whether gree
 _TOKENS = 1024  # of choices at a time: their logits over a vocabulary of 49k take 200 MB
 
 
-def choice_ids(context: str, choice: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def choice_ids(context: str, choice: str, tokenizer: TokenizerWrapper) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the choice, cut as lm-evaluation-harness cuts them.
 
     Both are encoded as one text, so that a token may not span them unnoticed; white space at the end of the

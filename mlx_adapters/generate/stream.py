@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters.generate.sampling import LogitsProcessor, Sampler
 
@@ -34,7 +35,7 @@ class Detokenizer:
     start of a text.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # what transformers cleans up (" ." to ".") is settled at the next space
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
@@ -76,7 +77,7 @@ class Detokenizer:
 
 def stream_tokens(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: TokenizerWrapper,
     unread: Sequence[int],
     *,
     prompt: Sequence[int],

@@ -101,14 +101,33 @@ def stream(
     seed: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Answer a prompt piece by piece; the arguments are those of `generate`.
+    """Answer a prompt piece by piece.
 
         for piece in stream(model, "How do I change my password?", adapter="desk"):
             print(piece, end="", flush=True)
 
-    What is wrong with the arguments is raised at once. The adapter answers until the last piece is read.
+    Mistakes in the arguments are raised at once. The adapter stays active until the last piece is read.
 
-    Returns: an iterable of text that also knows the template and the number of tokens.
+    Args:
+        model: a loaded model, a model folder or a hub id.
+        prompt: the instruction, or a conversation that ends with the user's turn.
+        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        system: a system message in front of the prompt.
+        template: the prompt template; by default the adapter's, else `chat` where the tokenizer has a chat
+            template, else `plain`.
+        max_tokens: the longest answer.
+        temperature: 0 takes the most likely token; higher values draw more evenly.
+        top_p: draw from the fewest tokens that together have this probability.
+        top_k: draw from that many of the likeliest tokens; 0: from all.
+        min_p: draw from tokens with at least this share of the likeliest one's probability.
+        seed: makes draws repeatable; None: new draws each time.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+
+    Returns:
+        An iterable of text that also knows the template and the number of tokens.
+
+    Raises:
+        ConfigError, AdapterError, UnsupportedError: as `generate` raises them.
     """
     loaded = opened(model)
     meta = meta_of(loaded, adapter)
@@ -120,7 +139,7 @@ def stream(
     )
     count = len(prompt_ids(text, loaded.tokenizer))
     if count == 0:
-        raise ConfigError("--prompt is empty: give the instruction to answer")
+        raise ConfigError("the prompt is empty: give the instruction to answer")
     draw = sampler(
         fresh_seed() if seed is None else seed,
         temperature=temperature,

@@ -44,8 +44,10 @@ def using(loaded: LanguageModel, adapter: str | Path | None) -> Iterator[None]:
         multi.load_adapters(loaded, {name: adapter})
     try:
         multi.activate(model, name)
+        model._splits = None  # `prefill.splits` tries again: another adapter, another model
         yield
     finally:
+        model._splits = None
         multi.activate(model, before)
         if temporary:
             multi.unload(model, name)

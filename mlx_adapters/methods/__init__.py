@@ -11,7 +11,7 @@ Nothing outside the file knows the method. `register` adds one from outside the 
 import importlib
 import pkgutil
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_adapters.errors import AdapterError, ConfigError, unknown
 from mlx_adapters.fields import parse_fields
@@ -34,27 +34,6 @@ if TYPE_CHECKING:  # the names alone are asked for at every Tab in a shell, and 
     from mlx_adapters.methods.seq_bn import SeqBN
     from mlx_adapters.methods.series import Series
     from mlx_adapters.methods.vera import VeRA
-
-_CLASSES = {
-    "DoRA": "dora",
-    "DoubleSeqBN": "double_seq_bn",
-    "Fusion": "fusion",
-    "IA3": "ia3",
-    "LNTuning": "ln_tuning",
-    "LoRA": "lora",
-    "LoReFT": "loreft",
-    "Method": "base",
-    "PTuning": "ptuning",
-    "ParBN": "par_bn",
-    "Parallel": "parallel",
-    "Prefix": "prefix",
-    "Prompt": "prompt",
-    "ScaledParBN": "scaled_par_bn",
-    "SeqBN": "seq_bn",
-    "Series": "series",
-    "VeRA": "vera",
-}
-"""The public classes and their files, which are imported when a class is first asked for."""
 
 __all__ = [
     "DoRA",
@@ -81,6 +60,7 @@ __all__ = [
     "register",
 ]
 
+M = TypeVar("M", bound="type[Method]")
 _OUTSIDE: dict[str, "type[Method]"] = {}
 _SHARED = {
     *("activations", "base", "bottleneck", "dropout", "experts", "modules", "patterns", "peft_fields"),
@@ -90,9 +70,11 @@ _SHARED = {
 
 
 def __getattr__(name: str) -> "type[Method]":
-    if name not in _CLASSES:
+    """A public class, whose file is imported when it is first asked for: SeqBN stands in seq_bn.py."""
+    files = {file.replace("_", ""): file for file in _inside()} | {"method": "base"}
+    if name not in __all__ or name.lower() not in files:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: type[Method] = getattr(importlib.import_module(f"{__name__}.{_CLASSES[name]}"), name)
+    found: type[Method] = getattr(importlib.import_module(f"{__name__}.{files[name.lower()]}"), name)
     return found
 
 
@@ -106,7 +88,7 @@ def names() -> list[str]:
     return sorted(_inside() | _OUTSIDE.keys())
 
 
-def register(method: "type[Method]") -> "type[Method]":
+def register(method: M) -> M:
     """Make a method defined outside the package known under its NAME; returns it, to be used as a decorator.
 
     Raises ConfigError where the name is taken.

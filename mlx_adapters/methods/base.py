@@ -17,8 +17,10 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import parse_fields
-from mlx_adapters.methods.peft_fields import Known
+from mlx_adapters.methods.peft_fields import Fields, Known
 from mlx_adapters.models import sites as table
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 from mlx_adapters.models.sites import Site
 
 if TYPE_CHECKING:
@@ -29,9 +31,11 @@ __all__ = [
     "LINEARS",
     "TARGETS_HELP",
     "AdapterLayer",
+    "Layers",
     "Member",
     "Method",
     "OnEmbedding",
+    "Placed",
     "Site",
     "dims",
     "layer_range",
@@ -44,6 +48,8 @@ __all__ = [
 ]
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
+Placed = dict[str, nn.Module]
+"""The modules of an adapter, by their paths in the model."""
 TARGETS_HELP = "default, attn, mlp, attn+mlp, all-linear, names a,b or re:PATTERN"
 LAYERS_HELP = "all, last:N or A-B (from 0, ends included)"
 
@@ -80,12 +86,12 @@ class Method(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        explained = cleandoc(cls.__doc__ or "")
+        explanation = cleandoc(cls.__doc__ or "")
         dataclass(frozen=True, kw_only=True)(cls)
-        options = "".join(
-            f"\n    {one.name}: {one.metadata['help']}. Default: {one.default!r}." for one in fields(cls)
-        )
-        cls.__doc__ = f"{explained}\n\nArgs:{options}"
+        options = [
+            f"{one.name}: {one.metadata.get('help')}. Default: {one.default!r}." for one in fields(cls)
+        ]
+        cls.__doc__ = "\n    ".join([f"{explanation}\n\nArgs:", *options])
 
     @classmethod
     def explanation(cls) -> str:
@@ -105,9 +111,7 @@ class Method(ABC):
         """The layer that takes the place of `base`, which stands at `site`."""
         raise NotImplementedError(f"{type(self).__name__} defines neither select and wrap, nor place")
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """What goes where, by path: adapter layers, and whatever else the method needs in the module tree.
 
         `paths` are the layers that a saved adapter names; without them the options choose. The model stays as
@@ -121,21 +125,21 @@ class Method(ABC):
         """Folders of the trained adapters that this one is made of: none, but for fusion."""
         return []
 
-    def place_members(self, model: nn.Module, members: list["Member"]) -> dict[str, nn.Module]:
+    def place_members(self, model: nn.Module, members: list["Member"]) -> Placed:
         """`place` for a method with `members`."""
         raise NotImplementedError(f"{type(self).__name__} is not made of other adapters")
 
     @abstractmethod
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """The fields of `adapter_config.json`, besides those that every adapter has."""
 
     @classmethod
     @abstractmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         """The method that an `adapter_config.json` describes; AdapterError names what is not supported."""
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: Fields) -> Self:
         """The method with options from a file; AdapterError for one of another type or out of range."""
         try:
             return parse_fields(cls, fields, where=cls.NAME)
@@ -143,13 +147,11 @@ class Method(ABC):
             raise AdapterError(str(error)) from None
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a configuration is this method's, where several share a PEFT_TYPE."""
         return True
 
-    def peft_extra(
-        self, layers: dict[str, "AdapterLayer"], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: "Layers", model: nn.Module, model_type: str) -> Fields:
         """Fields of `adapter_config.json` that depend on the model."""
         return {}
 
@@ -169,7 +171,7 @@ class Method(ABC):
         """The method of the saved folder, where it is not the trained one."""
         return self
 
-    def save_extra(self, folder: Path, layers: dict[str, "AdapterLayer"]) -> None:
+    def save_extra(self, folder: Path, layers: "Layers") -> None:
         """Write what else the adapter's folder needs."""
         return
 
@@ -192,7 +194,7 @@ class Member:
 
     folder: Path
     method: Method
-    placed: dict[str, nn.Module]
+    placed: Placed
     save: Callable[[Path], None]
 
 
@@ -246,6 +248,10 @@ class AdapterLayer(nn.Module):
         return None
 
 
+Layers = dict[str, AdapterLayer]
+"""Adapter layers by the path of the module that they wrap."""
+
+
 class OnEmbedding(AdapterLayer):
     """A layer that stands where the token embedding stood: what a tied output head uses passes through."""
 
@@ -294,7 +300,7 @@ def linear_like(base: nn.Module, weight: mx.array, bias: mx.array | None = None)
 
 def site_of(path: str, model: nn.Module, model_type: str) -> Site:
     """Where `path` is in the architecture."""
-    row = table.sites(model_type, model)
+    row = architecture_of(model, model_type)
     roles = {"attn": row.attn, "mlp": row.mlp}
     role = next((r for r, names in roles.items() if any(table.matches(path, n) for n in names)), "")
     return Site(path=path, model_type=model_type, role=role, side=table.side(path, row))
@@ -312,7 +318,7 @@ def short_names(paths: set[str], model: nn.Module, model_type: str) -> dict[str,
     return {path: table.to_hf(path, model_type) for path in paths}
 
 
-def peft_targets(fields: dict[str, Any], otherwise: str = "default") -> str:
+def peft_targets(fields: Fields, otherwise: str = "default") -> str:
     """The `target_modules` of a PEFT configuration as our `targets`; a pattern is not taken, since a file's
     tensors say which layers there are."""
     chosen = fields.get("target_modules")
@@ -324,12 +330,12 @@ def resolve_targets(
 ) -> list[str]:
     """Paths of the linear layers that `targets` and `layers` choose, in the order of the model.
 
-    `targets`: `default` (the row of the table of sites named by the argument `default`), `attn`, `mlp`,
+    `targets`: `default` (those of the architecture that the argument `default` names), `attn`, `mlp`,
     `attn+mlp`, `all-linear`, names joined by commas, or `re:PATTERN` (matched against the whole path).
     `layers`: `all`, `last:N`, or a range `A-B` counted from 0, ends included. Raises ConfigError if any part
     matches nothing: a silent no-op would train nothing.
     """
-    linears, row = table.linears(model), table.sites(model_type, model)
+    linears, row = table.linears(model), architecture_of(model, model_type)
     if targets == "default" and not getattr(row, default):
         stacked = any(type(module).__name__.endswith("SwitchLinear") for module in model.modules())
         why = ": its experts are stacked in SwitchLinear layers" if stacked else ""
@@ -348,7 +354,7 @@ def resolve_targets(
 
 
 def _by_targets(
-    linears: dict[str, nn.Module], row: table.Sites, targets: str, default: str, model_type: str
+    linears: dict[str, nn.Module], row: Architecture, targets: str, default: str, model_type: str
 ) -> list[str]:
     if targets == "all-linear":
         return list(linears)
@@ -377,7 +383,7 @@ def _by_targets(
 
 
 def layer_range(layers: str, present: set[int]) -> set[int]:
-    """The numbers of blocks that `layers` chooses of those present; ConfigError where it is no choice."""
+    """The numbers of blocks that `layers` chooses of those present; ConfigError where it chooses none."""
     if layers == "all":
         return present
     if found := re.fullmatch(r"last:(\d+)", layers):

@@ -23,12 +23,16 @@ from mlx_adapters.methods.base import (
     TARGETS_HELP,
     AdapterLayer,
     Method,
+    Placed,
     dims,
     peft_targets,
     resolve_targets,
 )
 from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 __all__ = [
     "ACTIVATION_HELP",
@@ -69,7 +73,7 @@ def _check(config: "LinearBottleneck | BlockBottleneck") -> None:
         raise ConfigError("; ".join(f"{config.NAME}: {problem}" for problem in problems))
 
 
-def _settings(config: "LinearBottleneck | BlockBottleneck") -> dict[str, Any]:
+def _settings(config: "LinearBottleneck | BlockBottleneck") -> Fields:
     """What the layers take from the options besides their size."""
     return {
         "non_linearity": config.non_linearity,
@@ -166,7 +170,7 @@ class LinearBottleneck(Method):
         """The layer of that kind that takes the place of `base`."""
         return Layer(base, kind=kind, size=self.bottleneck_size, **_settings(self))
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """LLM-Adapters' fields that series and parallel adapters share."""
         named = {theirs: getattr(self, ours) for ours, theirs in _NAMES.items()}
         if named["scaling"] != "learned":
@@ -174,7 +178,7 @@ class LinearBottleneck(Method):
         return {**named, "bias": "none", "modules_to_save": None}
 
     @classmethod
-    def options_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def options_in(cls, fields: Fields) -> Fields:
         """The options that LLM-Adapters' fields give. Raises AdapterError for what is missing or not
         supported."""
         for name in ("bias", "modules_to_save"):
@@ -186,7 +190,7 @@ class LinearBottleneck(Method):
         return values | {"targets": peft_targets(fields)}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls.from_fields(cls.options_in(fields))
 
 
@@ -307,14 +311,12 @@ class BlockBottleneck(Method):
         """The bottleneck of a model of `width`."""
         return self.bottleneck_size or max(1, int(width // self.reduction_factor))
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """BlockLayers behind the sublayers, and the recorders that they read h from.
 
         Raises UnsupportedError where the architecture has no place to read h.
         """
-        row = sites.sites(model_type, model)
+        row = architecture_of(model, model_type)
         outs = (row.attn_out, row.mlp_out, *row.other_outs) if self.KIND == "double" else (row.mlp_out,)
         if not row.mlp_out:
             raise UnsupportedError(
@@ -342,16 +344,16 @@ class BlockBottleneck(Method):
         return placed | recorders
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether the folder holds this form."""
         return fields.get("adapter") == cls.NAME
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """What our folder says of the form."""
         return {"adapter": self.NAME, **asdict(self)}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls.from_fields({name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
@@ -369,7 +371,7 @@ def _sum(slots: list[_Slot]) -> Callable[[], mx.array] | None:
 
 
 def _sources(
-    path: str, row: sites.Sites, modules: dict[str, Any], model_type: str, method: str, kind: str
+    path: str, row: Architecture, modules: dict[str, Any], model_type: str, method: str, kind: str
 ) -> list[tuple[str, bool]]:
     """Where h is read for the MLP behind `path`: (path, whether its output rather than its input)."""
     if getattr(getattr(modules[""], "args", None), "do_layer_norm_before", True) is False:
@@ -384,14 +386,15 @@ def _sources(
         inside = (p for p in modules if p.startswith(block + "."))
         return next((p for p in inside if name and sites.matches(p, name)), None)
 
+    residual = row.adapterhub.residual if row.adapterhub else None
     if kind == "double":
         return []
     if norm := find(row.pre_mlp):
         return [(norm, False)]
-    if model_type == "gptj" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
+    if residual == "with attention" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
         # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
         return [(norm, False), (out, True)]
-    if model_type == "phi" and kind == "seq":
+    if residual == "none" and kind == "seq":
         return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
         f"{method}: a {model_type} model has no norm before its MLP that is known to read the residual "

@@ -1,7 +1,7 @@
 """DoRA's layer and its options."""
 
 import math
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_adapters.methods.base import (
 )
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.lora import SHARED_FIELDS, LowRank
+from mlx_adapters.methods.peft_fields import Fields
 
 
 class Layer(AdapterLayer):
@@ -105,13 +106,13 @@ class DoRA(LowRank):
         return Layer(base, rank=self.rank, scale=self.scale, dropout=self.dropout)
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a LoRA configuration of PEFT is DoRA."""
         return bool(fields.get("use_dora"))
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {**super().to_peft(), "use_dora": True}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls(**cls.read_peft(fields))

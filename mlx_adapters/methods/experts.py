@@ -20,6 +20,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.methods.base import AdapterLayer, layer_range, plain_weight
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 
 __all__ = [
     "EXPERT_NAMES",
@@ -51,9 +52,9 @@ def is_block(module: nn.Module) -> bool:
 
 def expert_paths(model: nn.Module, model_type: str, layers: str) -> list[str]:
     """Where the experts of the chosen layers are adapted; ConfigError where there are none."""
-    wanted = is_block if model_type in sites.EXPERTS else is_stack
+    adapted = is_block if architecture(model_type).experts else is_stack
     keep = layer_range(layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
-    found = [path for path, module in model.named_modules() if wanted(module)]
+    found = [path for path, module in model.named_modules() if adapted(module)]
     paths = [path for path in found if sites.layer_index(path) in keep]
     if not paths:
         raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {layers!r}")

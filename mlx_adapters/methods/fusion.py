@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import LINEARS, AdapterLayer, Member, Method, dims
+from mlx_adapters.methods.base import LINEARS, AdapterLayer, Layers, Member, Method, Placed, dims
+from mlx_adapters.methods.peft_fields import Fields
 
 _MEMBERS = "members"
 
@@ -155,12 +156,12 @@ class Fusion(Method):
         parts = self.adapters.split("\n" if "\n" in self.adapters else ",")
         return [Path(part.strip()) for part in parts if part.strip()]
 
-    def place_members(self, model: nn.Module, members: list[Member]) -> dict[str, nn.Module]:
+    def place_members(self, model: nn.Module, members: list[Member]) -> Placed:
         """A fusion layer wherever a member adapts a linear layer, and what else the members need."""
         modules = dict(model.named_modules())
         for member in members:
             _freeze(member, modules)
-        placed: dict[str, nn.Module] = {}
+        placed: Placed = {}
         for path in dict.fromkeys(path for member in members for path in member.placed):
             here = [member.placed[path] for member in members if path in member.placed]
             layers = [layer for layer in here if isinstance(layer, AdapterLayer)]
@@ -178,7 +179,7 @@ class Fusion(Method):
             placed[path] = here[-1]
         return placed
 
-    def save_extra(self, folder: Path, layers: dict[str, AdapterLayer]) -> None:
+    def save_extra(self, folder: Path, layers: Layers) -> None:
         """Write the members' folders below the adapter's."""
         fused = next(layer for layer in layers.values() if isinstance(layer, Layer))
         for number, member in enumerate(fused.frozen.members):
@@ -202,12 +203,12 @@ class Fusion(Method):
     def trial(cls, trained: Callable[[], list[Path]]) -> Self:
         return cls(adapters=",".join(map(str, trained())))
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """PEFT has no fusion; the names are ours."""
         return {"adapters": self.adapters, "width": self.width, "value": self.value}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         missing = [name for name in ("adapters", "width", "value") if name not in fields]
         if missing:
             raise AdapterError(f"{', '.join(missing)} missing: not a fusion's configuration")

@@ -1,7 +1,7 @@
 """IA3's layer and its options."""
 
 import re
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx_adapters.methods.base import (
     LAYERS_HELP,
     TARGETS_HELP,
     AdapterLayer,
+    Layers,
     Method,
     Site,
     dims,
@@ -21,7 +22,7 @@ from mlx_adapters.methods.base import (
     resolve_targets,
     short_names,
 )
-from mlx_adapters.methods.peft_fields import COMMON
+from mlx_adapters.methods.peft_fields import COMMON, Fields
 from mlx_adapters.models import sites
 
 
@@ -98,12 +99,10 @@ class IA3(Method):
         names = [name.strip() for name in self.feedforward.split(",") if name.strip()]
         return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {"fan_in_fan_out": False, "modules_to_save": None}
 
-    def peft_extra(
-        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """The layers whose input is scaled, named as the targets are: whole paths where a last part of them
         would name layers of both kinds."""
         scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
@@ -116,7 +115,7 @@ class IA3(Method):
         }
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         scaled = fields.get("feedforward_modules")
         if isinstance(scaled, str):
             feedforward = f"re:{scaled}"

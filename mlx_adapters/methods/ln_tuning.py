@@ -1,15 +1,15 @@
 """LN tuning's layer and its options."""
 
 import copy
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, Method, peft_targets
-from mlx_adapters.methods.peft_fields import COMMON
+from mlx_adapters.methods.base import AdapterLayer, Method, Placed, peft_targets
+from mlx_adapters.methods.peft_fields import COMMON, Fields
 from mlx_adapters.models import sites
 
 
@@ -61,9 +61,7 @@ class LNTuning(Method):
 
     targets: str = field("all", "all norms of the blocks and the last one, or names a,b")
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """A copy in the place of each chosen norm."""
         modules = dict(model.named_modules())
         norms = [p for p, m in modules.items() if "weight" in m and "norm" in type(m).__name__.lower()]
@@ -77,9 +75,9 @@ class LNTuning(Method):
             raise ConfigError(f"ln_tuning: targets {self.targets!r} match no norm. Known: {', '.join(known)}")
         return {path: Layer(modules[path]) for path in paths}
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {"modules_to_save": None}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls(targets=peft_targets(fields, otherwise="all"))

@@ -13,7 +13,9 @@ from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
     LAYERS_HELP,
     AdapterLayer,
+    Layers,
     Method,
+    Placed,
     dims,
     linear_like,
     peft_targets,
@@ -33,7 +35,7 @@ from mlx_adapters.methods.experts import (
 )
 from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, ModulesToSave, NormToSave, module_to_save
 from mlx_adapters.methods.patterns import as_text, fits, matching, parse
-from mlx_adapters.methods.peft_fields import COMMON, Known
+from mlx_adapters.methods.peft_fields import COMMON, Fields, Known
 from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
 
@@ -136,9 +138,9 @@ class LowRank(Method):
         """(rank, scale) of the layer at a Hugging Face path."""
         return self.rank, self.scale
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """Only what every PEFT since 0.4 knows, more only where needed."""
-        fields: dict[str, Any] = {
+        fields: Fields = {
             "r": self.rank,
             "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
             "lora_dropout": self.dropout,
@@ -151,7 +153,7 @@ class LowRank(Method):
         return fields
 
     @staticmethod
-    def read_peft(fields: dict[str, Any]) -> dict[str, Any]:
+    def read_peft(fields: Fields) -> Fields:
         """Our options of PEFT's fields that LoRA and DoRA share."""
         missing = [name for name in ("r", "lora_alpha") if name not in fields]
         if missing:
@@ -216,16 +218,14 @@ class LoRA(LowRank):
         alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
         return rank, self._scale(alpha, rank)
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """A layer on each chosen linear layer and on the embedding, and the modules to be trained whole."""
         modules = dict(model.named_modules())
         whole = _whole(modules, self, model_type)
         if paths is None:
             paths = [*_targets(model, model_type, self), *whole]
             _all_matched(self, [name for path in paths for name in _names(path, modules[path], model_type)])
-        placed: dict[str, nn.Module] = {}
+        placed: Placed = {}
         for path in paths:
             base, sizes = modules[path], [self.at(name) for name in _names(path, modules[path], model_type)]
             if path in whole:
@@ -271,11 +271,11 @@ class LoRA(LowRank):
         )
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a LoRA configuration of PEFT is plain LoRA."""
         return not fields.get("use_dora")
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         fields = super().to_peft()
         if self.rank_pattern:
             fields["rank_pattern"] = {k: int(v) for k, v in parse(self.rank_pattern, "rank_pattern").items()}
@@ -285,9 +285,7 @@ class LoRA(LowRank):
             fields["modules_to_save"] = [name.strip() for name in self.modules_to_save.split(",")]
         return fields
 
-    def peft_extra(
-        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """What of a mixture of experts PEFT must be told as parameters: the stacked experts, and linear
         layers whose names it would take for theirs. It has no dropout on parameters and refuses a field."""
         if not any(is_block(module) or is_stack(module) for module in model.modules()):
@@ -305,7 +303,7 @@ class LoRA(LowRank):
         return {"target_modules": sorted(set(names)), "target_parameters": parameters, "lora_dropout": 0.0}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         own: dict[str, Any] = {
             name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
         }

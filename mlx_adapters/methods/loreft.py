@@ -10,9 +10,12 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, dims, layer_range
+from mlx_adapters.methods.base import LAYERS_HELP, AdapterLayer, Method, Placed, dims, layer_range
 from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.discover import architecture_of
 
 
 def orthonormal(m: mx.array) -> mx.array:
@@ -28,7 +31,7 @@ def orthonormal(m: mx.array) -> mx.array:
 
 class Layer(AdapterLayer):
     """A decoder block and the edit of what it returns, [.., width]. Other attributes are the block's own:
-    model files ask their blocks whether they attend within a window, say."""
+    model files ask their blocks, for example, whether they attend within a window."""
 
     TENSORS: ClassVar[dict[str, str]] = {
         "rotate": "rotate_layer.weight",
@@ -103,9 +106,7 @@ class LoReFT(Method):
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """An edit behind each chosen block."""
         modules = dict(model.named_modules())
         blocks = dict(_blocks(model, modules))
@@ -115,9 +116,9 @@ class LoReFT(Method):
             keep = layer_range(self.layers, set(range(len(blocks))))
             paths = [path for number, path in enumerate(blocks) if number in keep]
         if strange := [path for path in paths if path not in blocks]:
-            raise AdapterError(f"loreft: {strange[0]} is no block of this {model_type} model")
-        row = sites.sites(model_type, model)
-        placed: dict[str, nn.Module] = {}
+            raise AdapterError(f"loreft: {strange[0]} is not a block of this {model_type} model")
+        row = architecture_of(model, model_type)
+        placed: Placed = {}
         for path in paths:
             width = _width(path, row, modules)
             if width is None:
@@ -130,12 +131,12 @@ class LoReFT(Method):
             placed[path] = Layer(blocks[path], width=width, rank=self.rank, dropout=self.dropout)
         return placed
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """What our folder says of the method: no PEFT release has it."""
         return asdict(self)
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls.from_fields({name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
@@ -148,7 +149,7 @@ def _blocks(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[tuple[s
             yield paths[id(block)], block
 
 
-def _width(path: str, row: sites.Sites, modules: dict[str, nn.Module]) -> int | None:
+def _width(path: str, row: Architecture, modules: dict[str, nn.Module]) -> int | None:
     """The size of the block's hidden state: the output of a linear layer that leads back to it."""
     outs = [name for name in (row.attn_out, row.mlp_out, *row.other_outs) if name]
     inside = (p for p in modules if p.startswith(path + "."))

@@ -1,11 +1,10 @@
 """Bottleneck adapters beside linear layers."""
 
-from typing import Any
-
 import mlx.nn as nn
 
 from mlx_adapters.methods.base import Site, resolve_targets
 from mlx_adapters.methods.bottleneck import Layer, LinearBottleneck
+from mlx_adapters.methods.peft_fields import Fields
 
 
 class Parallel(LinearBottleneck):
@@ -32,9 +31,9 @@ class Parallel(LinearBottleneck):
         return self.layer(base, "parallel")
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a BOTTLENECK configuration is a parallel adapter."""
         return bool(fields.get("use_parallel_adapter"))
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {**super().to_peft(), "use_parallel_adapter": True, "use_adapterp": False}

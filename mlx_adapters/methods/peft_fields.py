@@ -10,8 +10,10 @@ from typing import Any
 
 from mlx_adapters.errors import AdapterError
 
-__all__ = ["COMMON", "Known", "check_fields", "is_target"]
+__all__ = ["COMMON", "Fields", "Known", "check_fields", "is_target"]
 
+Fields = dict[str, Any]
+"""An `adapter_config.json`, read or to be written."""
 Known = Mapping[str, tuple[Any, ...] | None]
 """Fields -> the values that are read right, or change nothing; None for all values."""
 
@@ -33,7 +35,7 @@ COMMON: Known = {
 _OTHER_MODELS = re.compile(r"For(Sequence|Token|Image|Audio)Classification|ForQuestionAnswering")
 
 
-def check_fields(fields: dict[str, Any], known: Known) -> None:
+def check_fields(fields: Fields, known: Known) -> None:
     """AdapterError for a field that would make the adapter another function than is read here."""
     task = fields.get("task_type")
     made_for = str((fields.get("auto_mapping") or {}).get("base_model_class"))
@@ -67,7 +69,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def is_target(fields: dict[str, Any], path: str) -> bool:
+def is_target(fields: Fields, path: str) -> bool:
     """Whether PEFT adapts the module at a Hugging Face path, by the configuration's own rule; AdapterError
     where it holds a pattern that is none."""
     try:
@@ -78,7 +80,7 @@ def is_target(fields: dict[str, Any], path: str) -> bool:
         ) from None
 
 
-def _is_target(fields: dict[str, Any], path: str) -> bool:
+def _is_target(fields: Fields, path: str) -> bool:
     chosen = fields.get("target_modules")
     if not chosen or _named(fields.get("exclude_modules"), path):
         return False

@@ -14,13 +14,13 @@ def largest(weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.arr
     takes minutes for a large matrix, and MLX has none on the GPU. Happens once, before training.
     """
     w = np.array(weight.astype(mx.float32))
-    wanted = min(rank, *w.shape)
-    width = min(2 * wanted + 8, *w.shape)
+    kept = min(rank, *w.shape)
+    width = min(2 * kept + 8, *w.shape)
     basis = np.random.default_rng(0).standard_normal((w.shape[1], width)).astype(np.float32)
     for _ in range(6):
         basis = np.linalg.qr(w.T @ np.linalg.qr(w @ basis)[0])[0]
     u, sizes, v = np.linalg.svd(w @ basis, full_matrices=False)
-    root = np.sqrt(sizes[:wanted] / scale)
-    a, b = root[:, None] * (v @ basis.T)[:wanted], u[:, :wanted] * root
-    pad = rank - wanted
+    root = np.sqrt(sizes[:kept] / scale)
+    a, b = root[:, None] * (v @ basis.T)[:kept], u[:, :kept] * root
+    pad = rank - kept
     return mx.array(np.pad(a, ((0, pad), (0, 0)))), mx.array(np.pad(b, ((0, 0), (0, pad))))

@@ -9,7 +9,8 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
-from mlx_adapters.methods.base import AdapterLayer, Method
+from mlx_adapters.methods.base import Layers, Method, Placed
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import limits
 
 INITS = ("activations", "random")
@@ -80,8 +81,8 @@ class Prefix(Method):
         attention(q, [K_P, K], [V_P, V])    in each layer; K_P is not rotated, the text stands at position n
 
     In MLX a prefix is a cache that starts full, so models need not know of it. With `projection` the keys and
-    values are the output of an embedding and a two-layer tanh MLP. Only they are saved, as in PEFT: what goes
-    on training from a loaded adapter is the keys and values; a run that resumes goes on with the MLP.
+    values are the output of an embedding and a two-layer tanh MLP. Only they are saved, as in PEFT:
+    training a loaded adapter further trains the keys and values; a resumed run continues with the MLP.
     """
 
     NAME = "prefix"
@@ -110,9 +111,7 @@ class Prefix(Method):
         if self.init not in INITS:
             raise ConfigError("prefix: " + unknown("init", self.init, INITS))
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """A new attribute of the model, which changes nothing but the cache it starts with."""
         vocabulary = 2 if self.projection or self.init == "random" else None
         count = self.num_virtual_tokens
@@ -124,12 +123,10 @@ class Prefix(Method):
         table = mx.random.normal((count, keys.layers * 2 * token)) if self.init == "random" else states
         return {"prefix": Layer(table, None, keys=keys)}
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {"num_virtual_tokens": self.num_virtual_tokens, "prefix_projection": self.projection}
 
-    def peft_extra(
-        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """The sizes that PEFT wants to know; its attention heads are those of the keys."""
         layer = next(iter(layers.values()))
         keys: Keys = layer.keys
@@ -143,7 +140,7 @@ class Prefix(Method):
         }
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         """The saved keys and values are projected already."""
         return cls(
             num_virtual_tokens=prompt.virtual_tokens(fields),

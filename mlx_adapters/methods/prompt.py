@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
-from mlx_adapters.methods.base import AdapterLayer, Method, OnEmbedding, dims
-from mlx_adapters.methods.peft_fields import COMMON, Known
+from mlx_adapters.methods.base import AdapterLayer, Layers, Method, OnEmbedding, Placed, dims
+from mlx_adapters.methods.peft_fields import COMMON, Fields, Known
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -100,7 +101,7 @@ def embed(base: nn.Module, table: mx.array, ids: mx.array) -> mx.array:
 
 def divisor(model: nn.Module, model_type: str, base: nn.Module) -> float:
     """What the model multiplies all embeddings with, where PyTorch multiplies only those of words."""
-    return math.sqrt(dims(base)[0]) if sites.sites(model_type, model).scaled_embedding else 1.0
+    return math.sqrt(dims(base)[0]) if architecture(model_type).scaled_embedding else 1.0
 
 
 class Prompt(Method):
@@ -148,26 +149,22 @@ class Prompt(Method):
             return self
         return replace(self, init_ids=",".join(map(str, tokenizer.encode(self.init_text))))
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """The layer in the place of the token embedding."""
         path = sites.embedding(model, alone=True)
         base = dict(model.named_modules())[path]
         by = divisor(model, model_type, base)
         return {path: SoftPrompt(base, self.num_virtual_tokens, table=_start(base, self, by), divisor=by)}
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {"num_virtual_tokens": self.num_virtual_tokens, "prompt_tuning_init": "RANDOM"}
 
-    def peft_extra(
-        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """The sizes that PEFT wants to know."""
         return {"token_dim": table_width(layers), **shape_fields(model)}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         """The start is of no use any more."""
         return cls(num_virtual_tokens=virtual_tokens(fields), init="random")
 
@@ -189,12 +186,12 @@ def _start(base: nn.Module, config: Prompt, by: float) -> mx.array:
     return base(ids).astype(mx.float32) * by
 
 
-def table_width(layers: dict[str, AdapterLayer]) -> int:
+def table_width(layers: Layers) -> int:
     """The size of one virtual token of the saved table."""
     return next(iter(layers.values())).tensors()["table"].shape[1]
 
 
-def shape_fields(model: nn.Module) -> dict[str, Any]:
+def shape_fields(model: nn.Module) -> Fields:
     """Layers and heads, as all of PEFT's prompt methods store them."""
     arguments = getattr(model, "args", None)
     heads = next(
@@ -212,7 +209,7 @@ def shape_fields(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def virtual_tokens(fields: dict[str, Any]) -> int:
+def virtual_tokens(fields: Fields) -> int:
     """`num_virtual_tokens` of a PEFT configuration; ConfigError where it is missing."""
     if not fields.get("task_type"):
         raise ConfigError(

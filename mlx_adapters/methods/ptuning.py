@@ -1,6 +1,6 @@
 """P-tuning's layer, its encoders and its options."""
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +8,9 @@ import mlx.nn as nn
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods import prompt
-from mlx_adapters.methods.base import AdapterLayer, Method, dims
+from mlx_adapters.methods.base import Layers, Method, Placed, dims
 from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import sites
 
 ENCODERS = ("MLP", "LSTM")
@@ -69,8 +70,8 @@ class PTuning(Method):
         h = [P_1 .. P_n, E(text)],    P = encoder(S),    S [n, width] learned
 
     The encoder is an MLP of three linear layers with ReLU between them, or a bidirectional LSTM with an MLP
-    of two behind it. Only P is saved, as in PEFT: a loaded adapter is a table, and what goes on training from
-    it is the table. A run that resumes from its checkpoint goes on with the encoder.
+    of two behind it. Only P is saved, as in PEFT: training a loaded adapter further trains P itself. A
+    run that resumes from its checkpoint continues with the encoder.
     """
 
     NAME = "ptuning"
@@ -103,9 +104,7 @@ class PTuning(Method):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"ptuning: dropout={self.dropout} must be at least 0 and below 1")
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """The layer in the place of the token embedding."""
         path = sites.embedding(model, alone=True)
         base = dict(model.named_modules())[path]
@@ -119,7 +118,7 @@ class PTuning(Method):
         by = prompt.divisor(model, model_type, base)
         return {path: Layer(base, encoder, self.num_virtual_tokens, width, divisor=by)}
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "encoder_reparameterization_type": self.encoder,
@@ -128,9 +127,7 @@ class PTuning(Method):
             "encoder_dropout": self.dropout,
         }
 
-    def peft_extra(
-        self, layers: dict[str, AdapterLayer], model: nn.Module, model_type: str
-    ) -> dict[str, Any]:
+    def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """The sizes that PEFT wants to know; a loaded table has no encoder, whose width is made up."""
         width = prompt.table_width(layers)
         loaded = "table" in next(iter(layers.values()))
@@ -138,7 +135,7 @@ class PTuning(Method):
         return {"token_dim": width, **prompt.shape_fields(model), **hidden}
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         return cls(
             num_virtual_tokens=prompt.virtual_tokens(fields),
             encoder=fields.get("encoder_reparameterization_type") or "MLP",

@@ -1,13 +1,12 @@
 """Bottleneck adapters one after the other with linear layers."""
 
-from typing import Any
-
 import mlx.nn as nn
 
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import Site, resolve_targets
 from mlx_adapters.methods.bottleneck import Layer, LinearBottleneck
+from mlx_adapters.methods.peft_fields import Fields
 
 SIDES, VARIANTS = ("auto", "pre", "post"), ("H", "P")
 
@@ -47,11 +46,11 @@ class Series(LinearBottleneck):
         return self.layer(base, site.side if self.side == "auto" else self.side)
 
     @classmethod
-    def claims(cls, fields: dict[str, Any]) -> bool:
+    def claims(cls, fields: Fields) -> bool:
         """Whether a BOTTLENECK configuration is a series adapter."""
         return not fields.get("use_parallel_adapter")
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         """LLM-Adapters' fields, and the side where it cannot express it."""
         return {
             **super().to_peft(),
@@ -61,6 +60,6 @@ class Series(LinearBottleneck):
         }
 
     @classmethod
-    def options_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def options_in(cls, fields: Fields) -> Fields:
         variant = "P" if fields.get("use_adapterp") else "H"
         return super().options_in(fields) | {"variant": variant, "side": fields.get("side", "auto")}

@@ -1,7 +1,7 @@
 """VeRA's layer and its options."""
 
 import math
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ from mlx_adapters.methods.base import (
     TARGETS_HELP,
     AdapterLayer,
     Method,
+    Placed,
     dims,
     linear_like,
     peft_targets,
@@ -20,7 +21,7 @@ from mlx_adapters.methods.base import (
     resolve_targets,
 )
 from mlx_adapters.methods.dropout import Dropout
-from mlx_adapters.methods.peft_fields import COMMON
+from mlx_adapters.methods.peft_fields import COMMON, Fields
 
 
 class Layer(AdapterLayer):
@@ -95,9 +96,7 @@ class VeRA(Method):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"vera: dropout={self.dropout} must be at least 0 and below 1")
 
-    def place(
-        self, model: nn.Module, model_type: str, paths: list[str] | None = None
-    ) -> dict[str, nn.Module]:
+    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
         """A layer on each chosen linear layer, all with the same matrices, as large as the largest needs."""
         if paths is None:
             paths = resolve_targets(model, model_type, targets=self.targets, layers=self.layers)
@@ -111,7 +110,7 @@ class VeRA(Method):
             for path in paths
         }
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> Fields:
         return {
             "r": self.rank,
             "vera_dropout": self.dropout,
@@ -124,7 +123,7 @@ class VeRA(Method):
         }
 
     @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> Self:
+    def from_peft(cls, fields: Fields) -> Self:
         if fields.get("save_projection") is False:
             raise AdapterError(
                 "save_projection=false: the random matrices are not in the file, and only PyTorch can make "

@@ -18,7 +18,7 @@ from mlx_lm.models.base import (
     scaled_dot_product_attention,
 )
 
-from mlx_adapters.models.positions import held
+from mlx_adapters.models.positions import cached_keys
 
 __all__ = ["Model", "ModelArgs"]
 
@@ -129,7 +129,7 @@ class Backbone(nn.Module):
         cache = cache or [None] * len(self.h)
         # once for all blocks: an array of its own in each would be kept for the backward pass
         mask = create_attention_mask(x, cache[0])
-        mask = alibi(self.heads, x.shape[1], held(cache[0]) + x.shape[1], mask, x.dtype)
+        mask = alibi(self.heads, x.shape[1], cached_keys(cache[0]) + x.shape[1], mask, x.dtype)
         for block, past in zip(self.h, cache, strict=True):
             x = block(x, mask, past)
         return self.ln_f(x)

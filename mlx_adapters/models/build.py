@@ -4,16 +4,17 @@ mlx-lm's own `load_model` reads every model*.safetensors in the folder; which fi
 `mlx_adapters.files.weights`' to say, so the tensors are given here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError
+from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
 
-__all__ = ["build"]
+__all__ = ["build", "cast"]
 
 
 def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn.Module:
@@ -33,11 +34,20 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     except AdaptersError:
         raise
     except Exception as error:  # a shape or a name mlx-lm stumbles over
-        raise CheckpointError(f"{name}: the weights do not fit config.json ({_first_line(error)})") from None
+        raise CheckpointError(f"{name}: the weights do not fit config.json ({one_line(error)})") from None
     _compare_names(name, dict(tree_flatten(model.parameters())), weights)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda path: True) -> None:
+    """Turn the floating-point parameters of `model` into `dtype`, those whose path is `wanted`."""
+    parameters = [
+        (path, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and wanted(path) else array)
+        for path, array in tree_flatten(model.parameters())
+    ]
+    model.load_weights(parameters, strict=True)
 
 
 def _quantize(model: nn.Module, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
@@ -60,26 +70,21 @@ def _quantize(model: nn.Module, quantization: dict[str, Any], weights: dict[str,
     )
 
 
-def _compare_names(name: str, wanted: dict[str, mx.array], given: dict[str, mx.array]) -> None:
+def _compare_names(name: str, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
     shapes = [
-        f"{path} {tuple(given[path].shape)} instead of {tuple(array.shape)}"
-        for path, array in wanted.items()
-        if path in given and given[path].shape != array.shape
+        f"{path} {tuple(found[path].shape)} instead of {tuple(array.shape)}"
+        for path, array in expected.items()
+        if path in found and found[path].shape != array.shape
     ]
-    found = {
-        "missing": [path for path in wanted if path not in given],
-        "unknown": [path for path in given if path not in wanted],
+    differences = {
+        "missing": [path for path in expected if path not in found],
+        "unknown": [path for path in found if path not in expected],
         "wrong shape": shapes,
     }
-    said = [f"{len(paths)} {what}: {_some(paths)}" for what, paths in found.items() if paths]
-    if said:
-        raise CheckpointError(f"{name}: the weights do not fit config.json ({'; '.join(said)})")
+    listed = [f"{len(paths)} {what}: {_some(paths)}" for what, paths in differences.items() if paths]
+    if listed:
+        raise CheckpointError(f"{name}: the weights do not fit config.json ({'; '.join(listed)})")
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else type(error).__name__

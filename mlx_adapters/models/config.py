@@ -2,8 +2,8 @@
 
 Transformers 5 writes `rope_parameters`; transformers 4 and mlx-lm read `rope_theta` and `rope_scaling`, and
 fall back to a default without a word. `normalise` writes both styles, fills in the defaults where mlx-lm's
-differ from transformers', and refuses what mlx-lm would silently compute otherwise. What can be put right in
-the modules themselves is put right by `mlx_adapters.models.fixes`.
+differ from transformers', and refuses what mlx-lm would silently compute otherwise. What differs by
+architecture is in its row; what can be corrected in the modules, `mlx_adapters.models.corrections` corrects.
 """
 
 import contextlib
@@ -14,61 +14,12 @@ import math
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
-from mlx_adapters.models import fixes
+from mlx_adapters.models.architectures.row import Architecture, Config
+from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.corrections import corrected, ignored
 
-__all__ = ["OWN", "classes", "normalise", "to_transformers"]
+__all__ = ["classes", "normalise", "to_transformers"]
 
-Config = dict[str, Any]
-
-_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
-# Transformers' defaults for fields that old configs leave out and mlx-lm fills in differently.
-_DEFAULTS: dict[str, Config] = {
-    **{name: {"tie_word_embeddings": False} for name in _UNTIED},
-    "mixtral": {"tie_word_embeddings": False, "rope_theta": 1e6},
-    "phi": {"partial_rotary_factor": 0.5},
-    "glm": {"partial_rotary_factor": 0.5, "tie_word_embeddings": False},
-    "stablelm": {"partial_rotary_factor": 0.25},
-    "gpt_neox": {"partial_rotary_factor": 0.25},
-    "gemma2": {
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "query_pre_attn_scalar": 256,
-    },
-}
-
-# Where transformers takes 10000 for a config without a theta; elsewhere an absent theta stays absent.
-_THETA_10000 = (*_UNTIED, "gemma", "gemma2", "gpt_neox", "granite", "phi", "stablelm", "starcoder2")
-
-# Architectures whose classes are ours: mlx-lm has none.
-OWN = ("bloom", "chatglm", "gpt_neo", "opt")
-# Older names of fields, as some checkpoints still have them.
-_RENAMED: dict[str, dict[str, str]] = {
-    "bloom": {"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
-    "gpt_neo": {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
-    "chatglm": {"num_hidden_layers": "num_layers"},
-    **{name: {"num_local_experts": "num_experts"} for name in ("qwen2_moe", "qwen3_moe", "olmoe")},
-}
-
-# Fields that mlx-lm 0.32 fixes to one value: any other value is another function. None stands for "absent".
-_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {"add_cross_attention": (None, False), "tie_word_embeddings": (None, True)},
-    "gptj": {"tie_word_embeddings": (None, False)},
-    "gpt_neox": {"tie_word_embeddings": (None, False)},
-    "gpt_bigcode": {"scale_attn_weights": (None, True), "tie_word_embeddings": (None, True)},
-    "phi": {"qk_layernorm": (None, False), "tie_word_embeddings": (None, False)},
-    "gemma": {"tie_word_embeddings": (None, True), "use_bidirectional_attention": (None, False)},
-    "gemma2": {"tie_word_embeddings": (None, True), "use_bidirectional_attention": (None, False)},
-    "cohere": {"tie_word_embeddings": (None, True)},
-    "stablelm": {"tie_word_embeddings": (None, False)},
-    "olmo": {"clip_qkv": (None,)},
-    "qwen2_moe": {"norm_topk_prob": (None, False)},
-    "chatglm": {
-        "position_encoding_2d": (None, False),
-        "original_rope": (None, True),
-        "pre_seq_len": (None,),
-        "quantization_bit": (None, 0),
-    },
-}
 _LAYERS = 1000  # eight times the deepest published model
 _NATIVE: dict[str, Config] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
@@ -97,23 +48,19 @@ def normalise(config: Config) -> Config:
         if isinstance(config["text_config"].get("model_type"), str):
             config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
         return config
-    for old, name in _RENAMED.get(config["model_type"], {}).items():
+    row = architecture(config["model_type"])
+    for old, name in row.renamed.items():
         if config.get(name) is None and config.get(old) is not None:
             config[name] = config[old]
-    if config["model_type"] == "chatglm":
-        config.setdefault("vocab_size", config.get("padded_vocab_size"))
     _bound(config)
     fields = _accepted(config)
-    for name, value in _DEFAULTS.get(config["model_type"], {}).items():
-        if name not in ("rope_theta", "partial_rotary_factor"):
-            config.setdefault(name, value)
+    for name, value in row.defaults.items():
+        config.setdefault(name, value)
     heads = config.get("num_attention_heads")
     if heads and "num_key_value_heads" in fields and config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
-    if config["model_type"] == "gpt2":
-        config.setdefault("n_ctx", config.get("n_positions"))
     config = _both_rope_styles(config, fields)
-    _refuse(config, fields)
+    _refuse(config, fields, row)
     _require(config, fields)
     return config
 
@@ -127,21 +74,21 @@ def to_transformers(config: Config) -> Config:
 
 def classes(config: Config) -> tuple[Any, Any]:
     """mlx-lm's (Model, ModelArgs) for `config`, corrected where mlx-lm ignores a field: for `load_model`."""
-    return fixes.corrected(*_plain_classes(config), config)
+    return corrected(*_plain_classes(config), config, architecture(config["model_type"]))
 
 
 def _plain_classes(config: Config) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
-    if config["model_type"] in OWN:
+    if architecture(config["model_type"]).own:
         module = importlib.import_module(f"mlx_adapters.models.{config['model_type']}")
         return module.Model, module.ModelArgs
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             return _get_classes(config)
     except SystemExit:  # what mlx-lm's olmo does without a package of its own
-        reason = " ".join(said.getvalue().split()) or "it says no reason"
+        reason = " ".join(output.getvalue().split()) or "it gives no reason"
         raise UnsupportedError(
             f"config.json: field 'model_type' is {config['model_type']!r}, whose file in mlx-lm refuses to "
             f"load ({reason})"
@@ -154,7 +101,7 @@ def _plain_classes(config: Config) -> tuple[Any, Any]:
 
 
 def _bound(config: Config) -> None:
-    """No layer is built for a lie: each costs memory before a single weight is compared."""
+    """Cap the number of layers: modules are allocated before any weight is compared."""
     for name, value in config.items():
         if "layer" in name and isinstance(value, int) and value > _LAYERS:
             raise CheckpointError(
@@ -181,8 +128,8 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     rotary = {"rope_theta", "rotary_emb_base", "partial_rotary_factor"}
     stated = isinstance(modern, dict) or "rope_theta" in config
     if fields is not None and not fields.keys() & rotary and not stated:
-        return config  # learned or fixed positions: gpt2, gptj
-    defaults = _DEFAULTS.get(config["model_type"], {})
+        return config  # learned or fixed positions
+    row = architecture(config["model_type"])
     modern = modern if isinstance(modern, dict) else {}
     old = config.get("rope_scaling") or {}
     if not isinstance(old, dict):
@@ -192,15 +139,14 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     theta = _agreed(
         "rope_theta", modern.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base")
     )
-    if theta is None:
-        theta = defaults.get("rope_theta", 10000.0 if config["model_type"] in _THETA_10000 else None)
+    theta = theta if theta is not None else row.theta
     part = _agreed(
         "partial_rotary_factor",
         modern.get("partial_rotary_factor"),
         config.get("partial_rotary_factor"),
         config.get("rotary_pct"),
     )
-    part = part if part is not None else defaults.get("partial_rotary_factor")
+    part = part if part is not None else row.rotary_part
     scaling = _scaling({**old, **modern}, config)
     written: Config = {"rope_scaling": scaling, "rope_parameters": scaling or {"rope_type": "default"}}
     if theta is not None:
@@ -217,8 +163,8 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
             "full_attention": written["rope_parameters"],
             "sliding_attention": local,
         }
-    if config["model_type"] == "gpt_neox":
-        written |= {"rotary_emb_base": theta, "rotary_pct": part}
+    if row.rotary_names:
+        written |= zip(row.rotary_names, (theta, part), strict=True)
     return config | written
 
 
@@ -228,8 +174,8 @@ def _scaling(values: Config, config: Config) -> Config | None:
     kind = "longrope" if kind == "su" else kind
     if kind == "default":
         return None
-    kept = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    scaling = kept | {"rope_type": kind, "type": kind}
+    others = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    scaling = others | {"rope_type": kind, "type": kind}
     if kind not in _SCALED:
         raise UnsupportedError(
             f"config.json: field 'rope_scaling' is of type {kind!r}, which mlx-lm computes differently from "
@@ -249,13 +195,13 @@ def _check_yarn(scaling: Config, config: Config) -> None:
     # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
     if not scaling.get("original_max_position_embeddings"):
         scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
-    factor, given = scaling.get("factor") or 1.0, scaling.get("attention_factor")
+    factor, stated = scaling.get("factor") or 1.0, scaling.get("attention_factor")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    if given is not None and not math.isclose(given, usual, rel_tol=1e-6):
+    if stated is not None and not math.isclose(stated, usual, rel_tol=1e-6):
         raise UnsupportedError(
-            f"config.json: rope_scaling's attention_factor is {given}; mlx-lm always uses {usual:.6g}"
+            f"config.json: rope_scaling's attention_factor is {stated}; mlx-lm always uses {usual:.6g}"
         )
-    if scaling.get("truncate") is False and config["model_type"] != "gpt_oss":
+    if scaling.get("truncate") is False and architecture(config["model_type"]).yarn_truncates:
         raise UnsupportedError("config.json: rope_scaling's truncate is false; mlx-lm always truncates")
 
 
@@ -278,68 +224,40 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
 
 
 def _agreed(name: str, *values: Any) -> Any:
-    given = [value for value in values if value is not None]
-    if any(not isinstance(value, (int, float)) for value in given):
-        raise CheckpointError(f"config.json: field {name!r} is {given!r}, and should be a number")
-    if len(set(given)) > 1:
+    stated = [value for value in values if value is not None]
+    if any(not isinstance(value, (int, float)) for value in stated):
+        raise CheckpointError(f"config.json: field {name!r} is {stated!r}, and should be a number")
+    if len(set(stated)) > 1:
         raise CheckpointError(
-            f"config.json: field {name!r} is given as {' and as '.join(map(str, dict.fromkeys(given)))}; "
+            f"config.json: field {name!r} is given as {' and as '.join(map(str, dict.fromkeys(stated)))}; "
             "make rope_parameters and the older fields agree"
         )
-    return given[0] if given else None
+    return stated[0] if stated else None
 
 
 # Refusals --------------------------------------------------------------------------------------------------
 
 
-def _refuse(config: Config, fields: dict[str, bool]) -> None:
+def _refuse(config: Config, fields: dict[str, bool], row: Architecture) -> None:
     kind = config["model_type"]
-    whose = "our" if kind in OWN else "mlx-lm's"
-    for name, allowed in _FIXED.get(kind, {}).items():
+    whose = "our" if row.own else "mlx-lm's"
+    for name, allowed in row.fixed.items():
         if config.get(name) not in allowed:
-            raise UnsupportedError(_ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}"))
+            raise ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}")
     if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
-        raise UnsupportedError(
-            _ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
-        )
-    if (
-        not fields.keys() & {"rope_theta", "rotary_emb_base", "rope_parameters"}
-        and config.get("rope_theta", 10000) != 10000
-    ):
-        raise UnsupportedError(
-            _ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
-        )
+        raise ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
+    reads_theta = fields.keys() & {"rope_theta", "rotary_emb_base", "rope_parameters"}
+    if not reads_theta and config.get("rope_theta", 10000) != 10000:
+        raise ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
+    part = config.get("partial_rotary_factor")
     reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}
-    if (
-        not reads_part
-        and kind not in fixes.OWN_PARTIAL
-        and config.get("partial_rotary_factor") not in (None, 1, 1.0)
-    ):
-        raise UnsupportedError(
-            _ignored(
-                "partial_rotary_factor", config["partial_rotary_factor"], f"mlx-lm's {kind} always uses 1"
-            )
-        )
-    heads, width, given = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
-    if heads and width and given and "head_dim" not in fields and given != width // heads:
-        raise UnsupportedError(_ignored("head_dim", given, f"mlx-lm's {kind} always uses {width // heads}"))
-    # the two long-context releases read one field differently, and only their names tell them apart
-    if kind == "chatglm" and config.get("rope_ratio", 1) != 1 and "chatglm2" in _name(config):
-        raise UnsupportedError(
-            _ignored(
-                "rope_ratio", config["rope_ratio"], "ChatGLM2 divides positions by it, and ChatGLM3 does not"
-            )
-        )
-    if kind == "gemma2" and not all(
-        config.get(n) for n in ("attn_logit_softcapping", "final_logit_softcapping")
-    ):
-        raise UnsupportedError(
-            _ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
-        )
-
-
-def _name(config: Config) -> str:
-    return str(config.get("_name_or_path") or "").lower()
+    if not (reads_part or row.rotates_part) and part not in (None, 1, 1.0):
+        raise ignored("partial_rotary_factor", part, f"mlx-lm's {kind} always uses 1")
+    heads, width, head_dim = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
+    if heads and width and head_dim and "head_dim" not in fields and head_dim != width // heads:
+        raise ignored("head_dim", head_dim, f"mlx-lm's {kind} always uses {width // heads}")
+    if row.refuse:
+        row.refuse(config)
 
 
 def _refuse_foreign_quantization(config: Config) -> None:
@@ -363,9 +281,3 @@ def _require(config: Config, fields: dict[str, bool]) -> None:
             f"config.json: field {absent[0]!r} is missing; a {config['model_type']} model cannot be built "
             "without it"
         )
-
-
-def _ignored(name: str, value: Any, why: str) -> str:
-    return (
-        f"config.json: field {name!r} is {value!r}, but {why}: the results would be silently wrong; refused"
-    )

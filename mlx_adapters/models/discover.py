@@ -1,4 +1,4 @@
-"""The sites of an architecture without a row in the table, from the paths of its linear layers alone.
+"""The layers of an architecture whose row does not name them, from the paths of its linear layers alone.
 
 A layer's role follows from the names of the modules that hold it, in mlx-lm's model files. What mixes tokens
 is `attn` (attention, linear attention, state-space and convolution blocks), what does not is `mlp`. Layers
@@ -8,9 +8,16 @@ model's own low-rank factors) have no role: they are no default target, but can 
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
-__all__ = ["discover"]
+import mlx.nn as nn
+
+from mlx_adapters.models.architectures.row import Architecture
+from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.sites import layer_index, linears
+
+__all__ = ["architecture_of", "discover"]
 
 _NO_ROLE = {
     *("gate", "router", "classifier", "coefficient", "wg", "shared_expert_gate"),  # of experts
@@ -58,9 +65,32 @@ _NORMS: dict[frozenset[str], tuple[str, str]] = {
 }
 
 
+def architecture_of(model: nn.Module, model_type: str) -> Architecture:
+    """The row of `model_type`, with the layers of `model` where the table does not name them.
+
+    `model` is the bare network: an adapter on it changes the paths that are looked for.
+    """
+    row = architecture(model_type)
+    if row.attn:
+        return row
+    norms, stacked = [], []
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("SwitchLinear"):
+            stacked.append(path)
+        # hyper-connections mix several residual streams: nothing reads the one there would be
+        elif (
+            re.search(r"norm|connection", kind, re.IGNORECASE)
+            and layer_index(path) is not None
+            and path.rpartition(".")[0][-1].isdigit()
+        ):
+            norms.append(path)
+    return replace(row, **discover(list(linears(model)), norms, stacked))
+
+
 def discover(paths: list[str], norms: list[str], stacked: list[str]) -> dict[str, Any]:
-    """The fields of `Sites` that follow from the paths of the linear layers in the blocks, of the norms that
-    blocks hold themselves, and of layers that hold stacked experts."""
+    """The fields of `Architecture` that follow from the paths of the linear layers in the blocks, of the
+    norms that blocks hold themselves, and of layers that hold stacked experts."""
     roles = {path: _role(path) for path in paths}
     attn, mlp, unknown = ([path for path in paths if roles[path] == r] for r in ("attn", "mlp", "unknown"))
     attn = attn if attn or mlp else unknown
@@ -90,10 +120,10 @@ def discover(paths: list[str], norms: list[str], stacked: list[str]) -> dict[str
 
 def _before(norms: list[str]) -> dict[str, str | None]:
     """The norms that read the residual stream, where all blocks have the same ones."""
-    held: dict[str, set[str]] = {}
+    of_block: dict[str, set[str]] = {}
     for path in norms:
-        held.setdefault(_block(path), set()).add(_name(path))
-    kinds = {frozenset(names) for names in held.values()}
+        of_block.setdefault(_block(path), set()).add(_name(path))
+    kinds = {frozenset(names) for names in of_block.values()}
     before = _NORMS.get(kinds.pop()) if len(kinds) == 1 else None
     pre_attn, pre_mlp = before or (None, None)
     return {"pre_attn": pre_attn, "pre_mlp": pre_mlp}
@@ -142,13 +172,13 @@ def _name(path: str) -> str:
 
 def _names(chosen: list[str], paths: list[str]) -> tuple[str, ...]:
     """Last parts of the chosen paths that name these and no others."""
-    wanted = set(chosen)
+    allowed = set(chosen)
     names: dict[str, None] = {}
     for path in chosen:
         parts = path.split(".")
         for count in range(1, len(parts) + 1):
             name = ".".join(parts[-count:])
-            if all(other in wanted for other in paths if other == name or other.endswith("." + name)):
+            if all(other in allowed for other in paths if other == name or other.endswith("." + name)):
                 names[name] = None
                 break
     return tuple(names)

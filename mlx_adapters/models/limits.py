@@ -1,4 +1,4 @@
-"""What a model can read: which token ids, and how many of them.
+"""The token ids that a model has, and how many tokens it takes.
 
 MLX checks no index: an id or a position past a table is read from whatever memory lies behind it. So every
 text is checked on its way to a model, by the two functions here.
@@ -22,7 +22,7 @@ _LENGTHS = (
 
 
 def made_for(config: dict[str, Any]) -> int | None:
-    """How many tokens a text may have as the configuration says, if it does.
+    """The longest text in tokens that the configuration states; None where it states none.
 
     Past it a model with rotary positions gets worse; one with a table of them cannot go on (`positions`).
     """

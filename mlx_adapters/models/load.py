@@ -7,16 +7,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters import device
 from mlx_adapters.cpu import blas, layers, threads
-from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError, reading
-from mlx_adapters.files.documents import from_json
+from mlx_adapters.errors import (
+    AdaptersError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+    first_line,
+    one_line,
+    reading,
+)
+from mlx_adapters.files.documents import read_object
 from mlx_adapters.files.weights import read_weights, weight_files
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models.build import build
+from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.models.stop_tokens import stop_tokens
 
@@ -72,7 +79,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types for "could not download"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(f"{text}: no such folder, and the hub did not give it ({reason})") from None
 
 
@@ -80,12 +87,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The normalised `config.json` of a model folder; CheckpointError if missing or broken."""
     file = folder / "config.json"
     try:
-        raw = from_json(file.read_text(encoding="utf-8"))
+        raw = read_object(file, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    if not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{file}: field 'model_type' is missing, so the architecture is unknown")
     with reading(file, CheckpointError):
         config = model_config.normalise(raw)
@@ -105,13 +110,19 @@ def load(
     answering: bool = False,
     lazy: bool = False,
 ) -> LanguageModel:
-    """Load weights and tokenizer.
+    """Load a model and its tokenizer.
 
-    On CPU floating-point weights become float32 (other types are many times slower there), on Metal they
-    keep the checkpoint's type; `dtype` (float32, float16, bfloat16) overrides both. Quantized weights stay
-    quantized, unless the model is for `answering` on a CPU with room for the written-out weights: each token
-    would write them out again. With `lazy` a weight is read from disk when it is first used.
-    Raises CheckpointError or UnsupportedError.
+    Args:
+        source: a model folder or a hub id.
+        dtype: type of the floating-point weights: float32, float16 or bfloat16. By default float32 on a CPU,
+            where other types are many times slower, and the checkpoint's type on Metal.
+        revision: branch, tag or commit of a hub id.
+        answering: on a CPU with enough free memory, dequantize the weights once instead of once per token.
+        lazy: read each weight from disk when it is first used.
+
+    Raises:
+        CheckpointError: the folder, its weights or its tokenizer cannot be used.
+        UnsupportedError: understood, but not computed here.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -125,7 +136,8 @@ def load(
     try:
         model = build(config, weights, str(folder))
         del weights  # a tensor that was read would stay in memory
-        _cast(model, _wanted(dtype))
+        if precision := _precision(dtype):
+            cast(model, precision)
         if answering and _room_for_dense(model):
             model = dequantize_model(model)
         if not lazy:
@@ -135,7 +147,7 @@ def load(
     except AdaptersError:
         raise
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike
-        raise CheckpointError(f"{folder}: the weights do not fit ({_first_line(error)})") from None
+        raise CheckpointError(f"{folder}: the weights do not fit ({one_line(error)})") from None
     layers.speed_up(model)
     tokenizer = read_tokenizer(folder, config)
     return LanguageModel(model=model, tokenizer=tokenizer, config=config, path=folder)
@@ -151,7 +163,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedError(_needs_code(folder)) from None
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from None
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from None
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, *stop_tokens(folder, config, tokenizer)}
     return tokenizer
 
@@ -202,20 +214,12 @@ def _room_for_dense(model: nn.Module) -> bool:
     return device.on_cpu() and 0 < dense < device.free_memory() / 2
 
 
-def _wanted(dtype: str | None) -> mx.Dtype | None:
+def _precision(dtype: str | None) -> mx.Dtype | None:
     if dtype is None:
         return device.compute_dtype()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype | None) -> None:
-    if dtype is None:
-        return
-    model.update(
-        tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())
-    )
 
 
 def fingerprint(folder: Path) -> str:
@@ -230,8 +234,3 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(_ENDS))
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] if lines else type(error).__name__

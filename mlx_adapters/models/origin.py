@@ -4,7 +4,7 @@
     revision   the branch, tag or commit of it, if one was asked for
     template   the prompt template it answers by: that of the adapter that was fused into it
 
-A config's own `_name_or_path` is no such memory: it says where somebody once loaded the weights from.
+A config's own `_name_or_path` does not count: it says where somebody once loaded the weights from.
 """
 
 import re
@@ -18,20 +18,20 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is an OWNER/NAME that everybody can load, as far as that can be told here."""
+    """Whether `name` has the form OWNER/NAME and is not a folder here; the hub is not asked."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def remembered(config: dict[str, Any]) -> dict[str, str]:
-    """What the config of a model says of its origin, by the names above; absent ones are left out."""
+    """The origin that a model's config records, by the names above; absent ones are left out."""
     section = config.get(_SECTION)
     if not isinstance(section, dict):
         return {}
     return {name: section[name] for name in _NAMES if isinstance(section.get(name), str) and section[name]}
 
 
-def remember(config: dict[str, Any], **said: str | None) -> dict[str, Any]:
-    """A copy of `config` that remembers this, and nothing else."""
-    section = {name: value for name, value in said.items() if value}
+def remember(config: dict[str, Any], **facts: str | None) -> dict[str, Any]:
+    """A copy of `config` whose record of its origin holds these facts alone."""
+    section = {name: value for name, value in facts.items() if value}
     without = {name: value for name, value in config.items() if name != _SECTION}
     return without | ({_SECTION: section} if section else {})

@@ -6,10 +6,10 @@ import mlx.core as mx
 
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["held", "positions"]
+__all__ = ["cached_keys", "positions"]
 
 
-def held(cache: Any) -> int:
+def cached_keys(cache: Any) -> int:
     """How many keys of each row are in the cache, padding included; never asks the device."""
     if cache is None:
         return 0
@@ -26,7 +26,7 @@ def positions(inputs: mx.array, cache: Any, limit: int) -> mx.array:
     read whatever lies behind it.
     """
     time = inputs.shape[1]
-    last = held(cache) + time
+    last = cached_keys(cache) + time
     if last > limit:
         raise UnsupportedError(
             f"the text is {last} tokens long, and this model has positions for {limit}: shorten it, or ask "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdaptersError, CheckpointError
-from mlx_adapters.files.documents import from_json
+from mlx_adapters.files.documents import read_object
 from mlx_adapters.models.chat_template import chat_prompt
 
 __all__ = ["stop_tokens", "store", "turn_end"]
@@ -26,7 +26,7 @@ def stop_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> list
     counts if the tokenizer marks it as special, because a configuration class's default is often left in it.
     """
     file = folder / _GENERATION
-    stated = _ids(_read(file).get("eos_token_id"), file) if file.is_file() else []
+    stated = _ids(read_object(file, CheckpointError).get("eos_token_id"), file) if file.is_file() else []
     text = config.get("text_config")
     named = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     marked = {index for index, token in _added(tokenizer).items() if token.special}
@@ -41,8 +41,8 @@ def turn_end(tokenizer: Any) -> int | None:
     added = _added(tokenizer)
     if not tokenizer.has_chat_template or not added:
         return None
-    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
-    for turns in ([asked, said], [asked, said, asked]):
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
+    for turns in ([question, answer], [question, answer, question]):
         try:
             text = chat_prompt(turns, tokenizer, answer=False)
         except AdaptersError:  # a template need not render such a conversation
@@ -60,7 +60,7 @@ def store(folder: Path, ends: list[int]) -> None:
     where there is one, since it would count before."""
     value = ends if len(ends) > 1 else ends[0] if ends else None
     for file in (folder / "config.json", folder / _GENERATION):
-        fields = _read(file) if file.is_file() else {}
+        fields = read_object(file, CheckpointError) if file.is_file() else {}
         if fields and fields.get("eos_token_id") != value:
             text = json.dumps(fields | {"eos_token_id": value}, indent=2)
             file.write_text(text + "\n", encoding="utf-8")
@@ -72,16 +72,6 @@ def _added(tokenizer: Any) -> dict[int, Any]:
         return dict(tokenizer.added_tokens_decoder)
     except NotImplementedError:  # transformers' backend for mistral-common
         return {}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        fields = from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: is {type(fields).__name__}, not a JSON object")
-    return fields
 
 
 def _ids(value: Any, file: Path) -> list[int]:

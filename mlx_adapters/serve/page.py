@@ -6,6 +6,7 @@ shared or sent: Gradio's tunnel and its statistics are off.
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.errors import ConfigError, UnsupportedError
@@ -65,6 +66,53 @@ def side_by_side(engine: Engine, requests: list[CompletionRequest]) -> Iterator[
             stream.close()  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class _Questions:
+    """What the page's controls do, and the settings that every question is asked with."""
+
+    engine: Engine
+    top_p: float
+    seed: int | None
+    template_kwargs: dict[str, Any]
+
+    def requests(
+        self, models: list[str], messages: Turns, limit: float, heat: float
+    ) -> list[CompletionRequest]:
+        conversation = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
+        return [
+            CompletionRequest(
+                model=model,
+                messages=conversation,
+                max_tokens=int(limit),
+                temperature=float(heat),
+                top_p=self.top_p,
+                seed=self.seed,
+                template_kwargs=self.template_kwargs,
+            )
+            for model in models
+        ]
+
+    def chat(
+        self, text: str, turns: Turns, model: str, limit: float, heat: float
+    ) -> Iterator[tuple[str, Turns]]:
+        if not text.strip():
+            yield "", turns
+            return
+        turns = [*turns, {"role": "user", "content": text}]
+        yield "", turns
+        (request,) = self.requests([model], turns, limit, heat)
+        for found in answer(self.engine, request):
+            yield "", [*turns, {"role": "assistant", "content": found}]
+
+    def compare(self, text: str, limit: float, heat: float) -> Iterator[list[str]]:
+        models = self.engine.models
+        if not text.strip():
+            yield [""] * len(models)
+            return
+        question = [{"role": "user", "content": text}]
+        yield from side_by_side(self.engine, self.requests(models, question, limit, heat))
+
+
 def build(
     engine: Engine,
     *,
@@ -78,40 +126,7 @@ def build(
     """The page as Gradio's Blocks; the arguments are what its controls start with, and what every question
     is asked with."""
     gr = _gradio()
-
-    def requests(models: list[str], messages: Turns, limit: float, heat: float) -> list[CompletionRequest]:
-        conversation = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
-        return [
-            CompletionRequest(
-                model=model,
-                messages=conversation,
-                max_tokens=int(limit),
-                temperature=float(heat),
-                top_p=top_p,
-                seed=seed,
-                template_kwargs=template_kwargs or {},
-            )
-            for model in models
-        ]
-
-    def chat(text: str, turns: Turns, model: str, limit: float, heat: float) -> Iterator[tuple[str, Turns]]:
-        if not text.strip():
-            yield "", turns
-            return
-        turns = [*turns, {"role": "user", "content": text}]
-        yield "", turns
-        (request,) = requests([model], turns, limit, heat)
-        for found in answer(engine, request):
-            yield "", [*turns, {"role": "assistant", "content": found}]
-
-    def compare(text: str, limit: float, heat: float) -> Iterator[list[str]]:
-        if not text.strip():
-            yield [""] * len(engine.models)
-            return
-        yield from side_by_side(
-            engine, requests(engine.models, [{"role": "user", "content": text}], limit, heat)
-        )
-
+    questions = _Questions(engine, top_p, seed, template_kwargs or {})
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nBase and adapters on this machine. Nothing leaves it.")
         with gr.Row():
@@ -131,7 +146,7 @@ def build(
                 )
                 stop = gr.Button("Stop", scale=1, min_width=80)
                 gr.ClearButton([talk], value="New", scale=1, min_width=80)
-            running = message.submit(chat, [message, talk, model, limit, heat], [message, talk])
+            running = message.submit(questions.chat, [message, talk, model, limit, heat], [message, talk])
             stop.click(None, cancels=[running])
         with gr.Tab("Compare"):
             asked = gr.Textbox(label="One question to all", lines=2, elem_id="ask")
@@ -141,7 +156,7 @@ def build(
                     gr.Textbox(label=name, lines=8, interactive=False, elem_id=f"answer-{number}")
                     for number, name in enumerate(engine.models)
                 ]
-            gr.on([go.click, asked.submit], compare, [asked, limit, heat], boxes)
+            gr.on([go.click, asked.submit], questions.compare, [asked, limit, heat], boxes)
     return page
 
 

@@ -19,6 +19,7 @@ Each entry of `grid` stands for the product of its placements, sizes, rates and 
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -90,7 +91,6 @@ class Cell:
 class Study:
     """A whole file. `config` is a model's config.json, for counting parameters without the model."""
 
-    file: Path
     model: str
     config: dict[str, Any] | None
     settings: Settings
@@ -106,13 +106,19 @@ class Study:
 
 
 def read(
-    file: Path, *, model: str | None = None, max_steps: int | None = None, limit: int | None = None
+    source: str | Path | Mapping[str, Any],
+    *,
+    model: str | None = None,
+    max_steps: int | None = None,
+    limit: int | None = None,
 ) -> Study:
-    """Read and check a study; `model` and `limit` win over the file, `max_steps` cuts every run short.
+    """Read and check a study, a YAML file or what it would hold; `model` and `limit` win over it, `max_steps`
+    cuts every run short.
 
     Raises ConfigError with one line that names the file, the key and what is allowed.
     """
-    content = _mapping(_load(file), str(file))
+    file = Path("study") if isinstance(source, Mapping) else Path(source)
+    content = _mapping(dict(source) if isinstance(source, Mapping) else _load(file), str(file))
     own = {f.name for f in dataclasses.fields(Settings)}
     _known(content, {"model", "config", "train", "seeds", "grid", *own}, str(file))
     chosen = model or content.get("model")
@@ -136,7 +142,6 @@ def read(
             cells[cell.id] = _budgeted(cell, max_steps)
     config = content.get("config")
     return Study(
-        file=file,
         model=chosen,
         config=_mapping(config, f"{file}: key 'config'") if config is not None else None,
         settings=replace(settings, limit=limit or settings.limit, name=settings.name or file.stem),

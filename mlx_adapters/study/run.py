@@ -1,6 +1,6 @@
 """A whole study: the cells that are left, in this process or side by side, and the report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ __all__ = ["alone", "budgets", "ended", "fitting", "left", "planned", "study"]
 
 
 def study(
-    source: Study | str | Path,
+    source: Study | str | Path | Mapping[str, Any],
     output: str | Path,
     *,
     model: str | None = None,
@@ -40,7 +40,7 @@ def study(
     Cells that an earlier run has finished are not run again. A cell that fails is a result too.
 
     Args:
-        source: the study's YAML file, or what `study.grid.read` made of it.
+        source: the study's YAML file, what such a file would hold, or what `study.grid.read` made of it.
         output: the folder for the cells, the tables and `report.html`.
         model: another model than the file's.
         max_steps: at most that many training steps per cell.
@@ -53,7 +53,7 @@ def study(
         OutputError: a folder that was made with other settings, or cannot be written.
     """
     if not isinstance(source, Study):
-        source = read(Path(source), model=model, max_steps=max_steps, limit=limit)
+        source = read(source, model=model, max_steps=max_steps, limit=limit)
     folder = Path(output)
     with alone(folder):
         for cell in left(source, folder):

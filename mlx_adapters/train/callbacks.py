@@ -42,9 +42,9 @@ class _OnStep(Callback):
         self.on_step = function  # type: ignore[method-assign, assignment]
 
 
-def callbacks_of(given: Sequence[Callback | Callable[[Step], bool | None]]) -> list[Callback]:
+def callbacks_of(callbacks: Sequence[Callback | Callable[[Step], bool | None]]) -> list[Callback]:
     """Callbacks as objects. A function is called with every step."""
-    return [each if isinstance(each, Callback) else _OnStep(each) for each in given]
+    return [each if isinstance(each, Callback) else _OnStep(each) for each in callbacks]
 
 
 def continues(callbacks: Sequence[Callback], step: Step, checkpoint: Path | None) -> bool:

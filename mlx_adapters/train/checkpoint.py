@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: adapter, optimizer, position.
+"""What a run needs to continue as if it had never stopped: adapter, optimizer, position.
 
     checkpoints/step-000100/
         state.safetensors   adapter.* and optimizer.* arrays
@@ -85,7 +85,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def setting(folder: Path, name: str) -> Any:
-    """What the newest checkpoint that can be read says of a setting of its run; None if nothing."""
+    """A setting of the run, from the newest checkpoint that can be read; None where there is none."""
     for checkpoint in reversed(_all(folder)):
         try:
             return from_json((checkpoint / _FACTS).read_text())["settings"].get(name)
@@ -134,7 +134,7 @@ def load_adapter(folder: Path, model: nn.Module, *, step: int) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """What trains in `model` in a few letters: the same for the same bits."""
+    """A hash of what trains in `model`: the same for the same bits."""
     found = hashlib.blake2b(digest_size=16)
     for name, array in tree_flatten(model.trainable_parameters()):
         found.update(name.encode())

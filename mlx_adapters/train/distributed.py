@@ -1,6 +1,7 @@
-"""Data parallel training: what the processes that `mlx.launch` started tell each other.
+"""Data-parallel training: what the processes that `mlx.launch` started exchange.
 
-Each process computes its rows of a batch; sums of losses and gradients go round once a step, in one message.
+Each process computes its rows of a batch. Losses and gradients are summed over all of them, in one message
+per step.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ __all__ = ["Processes", "processes"]
 
 
 class Processes:
-    """This process among those of the run: number `rank` of `size`; alone where nothing was launched."""
+    """This process, number `rank` of the `size` that share the run; alone where nothing was launched."""
 
     def __init__(self, group: Any = None) -> None:
         self.group = group

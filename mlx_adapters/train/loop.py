@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,20 @@ from mlx_adapters.train.loss import Head, loss_sum, split_head
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
 from mlx_adapters.train.packing import packing
-from mlx_adapters.train.progress import INTERRUPTED, RECENT, Progress, Step, StepOutcome
+from mlx_adapters.train.progress import INTERRUPTED, RECENT, Progress, Step
 from mlx_adapters.train.recompute import Recompute
 from mlx_adapters.train.shared_prefix import can_share, share_prefix
 from mlx_adapters.train.step import (
     GradientFn,
     StepGradientFn,
+    UpdateFn,
     accumulate,
     make_update,
     train_step,
     value_and_grad,
 )
 
-__all__ = ["CHECKPOINTS", "Run", "gradient_fn", "validate"]
+__all__ = ["CHECKPOINTS", "Run", "validate"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -74,28 +74,6 @@ def validate(
         count += batch.supervised
     model.train(was_training)
     return total / max(1, count)
-
-
-def gradient_fn(
-    model: nn.Module,
-    *,
-    head: Head | None,
-    pack: Callable[[GradientFn], GradientFn] | None = None,
-    recompute: Callable[[GradientFn], GradientFn] | None = None,
-    compiled: bool = False,
-    share: bool = False,
-) -> StepGradientFn:
-    """The gradient of a step: the plain one, wrapped in what makes it cheaper."""
-    gradient = value_and_grad(model, head)
-    if pack:
-        gradient = pack(gradient)
-    if recompute:
-        gradient = recompute(gradient)
-    if compiled:
-        compilation.prepare(model)
-        gradient = compilation.Compiled(gradient)
-    step_gradient = accumulate(gradient)
-    return share_prefix(step_gradient, model, head, compiled=compiled) if share else step_gradient
 
 
 class Run:
@@ -134,17 +112,20 @@ class Run:
         self.total = total_steps(examples, config, self.processes.size)
         self.warmup = warmup_steps(config, self.total)
         model.eval()
-        self.pack = packing(model) if config.packing else None
+        self._wrappers: list[Callable[[GradientFn], GradientFn]] = []
+        if config.packing:
+            self._wrappers.append(packing(model))
         if config.neftune:
             add_noise(model, config.neftune)
-        self.recompute = Recompute(model) if config.gradient_checkpointing else None
+        if config.gradient_checkpointing:
+            self._wrappers.append(Recompute(model))
         trained, kinds = model.trainable_parameters(), kinds_of(model)
         self.optimizer = make_optimizer(config, self.total, trained, rates, kinds)
         self.step = 0
         self.progress = Progress()
         self._rate = learning_rate(config, self.total)
         self._start = checkpoint.digest(model)
-        self._stop = self._stopping = False
+        self.stopping = False
         self.checkpoint: Path | None = None  # that of the last step, where one was written
 
     @property
@@ -180,7 +161,7 @@ class Run:
 
     def stop(self) -> None:
         """End after the current step, in every process."""
-        self._stop = True
+        self.stopping = True
 
     def can_resume(self) -> bool:
         """Whether there is something to resume from, for the first process: all of them must ask."""
@@ -209,7 +190,11 @@ class Run:
         self.processes.agree(repr(self.settings), "settings or data")
         self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
-        take = self._prepared()
+        self.model.eval()  # with dropout on, the probe would find no head that agrees
+        share = not self.config.neftune and not self.config.packing and can_share(self.model)
+        gradient = self.gradient_fn(split_head(self.model), share=share)
+        update = make_update(self.optimizer, self.config.clip, compiled=self.compiles)
+        self.model.train()
         device.prepare_memory()
         try:
             for epoch, step_batches in self.step_batches():
@@ -217,7 +202,7 @@ class Run:
                     break
                 self.progress.threads = threads.keep_up(self.progress.threads)
                 self.checkpoint = None
-                step = self._step(epoch, step_batches, take)
+                step = self._step(epoch, step_batches, gradient, update)
                 record(step)
                 last = self.step == self.total or self._out_of_patience
                 if last or self.step % self.config.save_every == 0:
@@ -226,35 +211,36 @@ class Run:
         finally:
             self.model.eval()
 
-    def _prepared(self) -> Callable[..., StepOutcome]:
-        """`train_step` for this model, optimizer and settings."""
-        model, config = self.model, self.config
-        model.eval()  # with dropout on, the probe would find no head that agrees
-        share = not config.neftune and not config.packing and can_share(model)
-        gradient = gradient_fn(
-            model,
-            head=split_head(model),
-            pack=self.pack,
-            recompute=self.recompute,
-            compiled=self.compiles,
-            share=share,
-        )
-        update = make_update(self.optimizer, config.clip)
+    def gradient_fn(self, head: Head | None, *, share: bool) -> StepGradientFn:
+        """The gradient of a step: the plain one, wrapped in what makes it cheaper."""
+        gradient = value_and_grad(self.model, head)
+        for wrap in self._wrappers:
+            gradient = wrap(gradient)
         if self.compiles:
-            update = mx.compile(update)
-        model.train()
-        return partial(train_step, model, self.optimizer, gradient, update, processes=self.processes)
+            compilation.prepare(self.model)
+            gradient = compilation.Compiled(gradient)
+        step_gradient = accumulate(gradient)
+        if not share:
+            return step_gradient
+        return share_prefix(step_gradient, self.model, head, compiled=self.compiles)
 
-    def _step(self, epoch: float, batches: list[Batch], take: Callable[..., StepOutcome]) -> Step:
+    def _step(self, epoch: float, batches: list[Batch], gradient: StepGradientFn, update: UpdateFn) -> Step:
         started = time.perf_counter()
         # The noise of dropout follows from (seed, step): resuming repeats it, validation cannot shift it.
         mx.random.seed(self.config.seed * 1_000_003 + self.step + self.processes.rank * 15_485_863)
         rate = self._rate(mx.array(self.step))
         mx.async_eval(rate)
         with compilation.compiling():
-            done = take(batches, max_loss=self.progress.max_loss(self.config), stop=self._stop)
-        if self.processes.size > 1:  # a signal reaches them at different steps: all have to have heard of it
-            self._stopping = done.stopped
+            done = train_step(
+                self.model,
+                self.optimizer,
+                gradient,
+                update,
+                batches,
+                max_loss=self.progress.max_loss(self.config),
+                processes=self.processes,
+                stop=self.stopping,
+            )
         self.progress.judge(self.step + 1, done, self.config)
         self.step += 1
         seconds = time.perf_counter() - started
@@ -266,8 +252,10 @@ class Run:
         reason = None
         if not last and self._out_of_patience:
             reason = f"no better validation than step {self.progress.best_step}'s"
-        elif not last and (self._stopping or (self._stop and self.processes.size == 1)):
-            reason = INTERRUPTED
+        elif not last and (done.stopped if self.processes.size > 1 else self.stopping):
+            reason = (
+                INTERRUPTED  # a signal reaches processes at different steps: all have to have heard of it
+            )
         return Step(
             step=self.step,
             total=self.total,
@@ -296,11 +284,6 @@ class Run:
         if self.progress.measured(self.step, loss):
             self._save(best=True)
         return loss
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stop
 
     @property
     def _out_of_patience(self) -> bool:

@@ -1,4 +1,4 @@
-"""Optimizers of mlx.optimizers by name, their schedule, and the groups of arrays with rates of their own."""
+"""Optimizers of mlx.optimizers by name, their schedules, and learning-rate multipliers by group."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "adamw": (optim.AdamW, {"bias_correction": True}),  # MLX's default is off; torch and the paper have it
     "adam": (optim.Adam, {"bias_correction": True}),
     "lion": (optim.Lion, {}),
-    # the given rate counts, as in transformers' trainer, not one relative to the size of the weights
+    # the learning rate counts as it is, as in transformers' trainer, not relative to the size of the weights
     "adafactor": (optim.Adafactor, {"relative_step": False, "scale_parameter": False}),
     "muon": (optim.Muon, {}),
     "sgd": (optim.SGD, {}),
@@ -55,26 +55,26 @@ def make_optimizer(
 ) -> optim.Optimizer:
     """The optimizer of a run of `total` steps over the tree `parameters`, with its state.
 
-    `rates` are the method's own factors on the rate by an array's last name; those of `config.rates` come
-    before them. `kinds` are those of the modules that hold the arrays, by path: weight decay leaves norms out
-    by what they are, as transformers' trainer does, for gpt2 calls one ln_1. Arrays of the same factor and
-    the same share in the weight decay form a group. Raises ConfigError for an unknown argument, or a pattern
-    that no array has.
+    `rates` are the method's own learning-rate multipliers by an array's last name; those of `config.rates`
+    come before them. `kinds` are those of the modules that hold the arrays, by path: weight decay leaves
+    norms out by what they are, as transformers' trainer does, for gpt2 calls one ln_1. Arrays with the same
+    multiplier and the same weight decay form a group. Raises ConfigError for an unknown argument, or a
+    pattern that no array has.
     """
     paths = [path for path, _ in tree_flatten(parameters)]
-    wanted = _factors(config.rates)
+    multipliers = _multipliers(config.rates)
     excluded = _patterns(config.no_decay)
-    for pattern in wanted:
+    for pattern in multipliers:
         if not any(_matches(path, pattern) for path in paths):
             raise ConfigError(f"rates: no trained array matches {pattern!r}. There are {_last_names(paths)}")
 
     def group(path: str, array: mx.array) -> tuple[float, bool, bool]:
         """(factor on the rate, whether it decays, whether it is a matrix)."""
         own = (rates or {}).get(path.rpartition(".")[2], 1.0)
-        factor = next((by for pattern, by in wanted.items() if _matches(path, pattern)), own)
+        factor = next((by for pattern, by in multipliers.items() if _matches(path, pattern)), own)
         kind = (kinds or {}).get(path, "")
-        kept = any(_matches(path, pattern) or fnmatchcase(kind, pattern) for pattern in excluded)
-        decays = config.weight_decay > 0 and not kept
+        spared = any(_matches(path, pattern) or fnmatchcase(kind, pattern) for pattern in excluded)
+        decays = config.weight_decay > 0 and not spared
         return factor, decays, config.optimizer != "muon" or array.ndim > 1
 
     groups = list(dict.fromkeys(group(path, array) for path, array in tree_flatten(parameters)))
@@ -98,14 +98,14 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
 def _build(config: TrainConfig, total: int, factor: float, decays: bool, matrix: bool) -> optim.Optimizer:
     # Muon orthogonalises matrices; its authors give vectors to AdamW
     name = config.optimizer if matrix else "adamw"
-    kind, given = OPTIMIZERS[name]
+    kind, defaults = OPTIMIZERS[name]
     decay = config.weight_decay if decays else 0.0
     if "weight_decay" in inspect.signature(kind).parameters:
-        given = given | {"weight_decay": decay}
+        defaults = defaults | {"weight_decay": decay}
     elif config.weight_decay:
         raise ConfigError(f"weight_decay={config.weight_decay}: {name} has none. Use adamw")
     arguments = _arguments(config.optimizer_args, kind) if name == config.optimizer else {}
-    return kind(learning_rate=learning_rate(config, total, factor), **(given | arguments))
+    return kind(learning_rate=learning_rate(config, total, factor), **(defaults | arguments))
 
 
 def _arguments(text: str | None, kind: type) -> dict[str, Any]:
@@ -132,16 +132,16 @@ def _value(text: str) -> Any:
     return int(text) if text.isdigit() else float(text)
 
 
-def _factors(text: str | None) -> dict[str, float]:
-    factors = {}
+def _multipliers(text: str | None) -> dict[str, float]:
+    found = {}
     for pattern, value in _pairs(text, "rates"):
         try:
-            factors[pattern] = float(value)
+            found[pattern] = float(value)
         except ValueError:
-            factors[pattern] = math.nan
-        if not (math.isfinite(factors[pattern]) and factors[pattern] >= 0):
+            found[pattern] = math.nan
+        if not (math.isfinite(found[pattern]) and found[pattern] >= 0):
             raise ConfigError(f"rates: {pattern}={value} must be a finite number, 0 or more")
-    return factors
+    return found
 
 
 def _pairs(text: str | None, where: str) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ block-diagonal one. Positions restart in the modules that know them: rotary laye
 position, tables of learned positions look up its own row, and ALiBi needs neither, being of distances.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,11 @@ from mlx_adapters.adapter.call import call_model, start_cache, virtual_ids
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models import sites
 from mlx_adapters.train.caches import ExampleCache
 from mlx_adapters.train.step import GradientFn, LossAndGradients, Parameters, Prefix
 
 __all__ = ["packing"]
-
-_ROTARY = re.compile(r"rope$|rotary", re.IGNORECASE)
-_LEARNED = re.compile(r"(?:wpe|embed_positions|position_embeddings)$")
 
 
 class _Rows:
@@ -50,9 +47,9 @@ def packing(model: nn.Module) -> Callable[[GradientFn], GradientFn]:
         raise UnsupportedError("packing: this method's virtual tokens stand before a row. Leave it off")
     rows = _Rows()
     for path, module in model.named_modules():
-        if _ROTARY.search(type(module).__name__) and not list(module.children().values()):
+        if sites.is_rotary(module) and not list(module.children().values()):
             module.__class__ = _rotary(type(module), rows)
-        elif _LEARNED.search(path) and isinstance(module, nn.Embedding):
+        elif sites.is_position(path) and isinstance(module, nn.Embedding):
             module.__class__ = _learned(type(module), rows)
     _try(model, rows)
 

@@ -107,13 +107,13 @@ def _recomputing(base: type, active: _Switch) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not active.on:
             return base.__call__(self, *args, **kwargs)
-        # a cache, say: what a block leaves there, other blocks may read
+        # such as a cache: what a block leaves there, other blocks may read
         objects = [leaf for _, leaf in tree_flatten((args, kwargs)) if hasattr(leaf, "__dict__")]
 
-        def block(parameters: Any, given: Any, states: list[Any], key: mx.array) -> tuple[Any, list[Any]]:
+        def block(parameters: Any, inputs: Any, states: list[Any], key: mx.array) -> tuple[Any, list[Any]]:
             self.update(parameters)
             _set(objects, states)
-            args, kwargs = given
+            args, kwargs = inputs
             with drawing_from(mx.stop_gradient(key)):
                 return base.__call__(self, *args, **kwargs), _states(objects)
 
@@ -156,8 +156,8 @@ def _filled(form: Any, arrays: Sequence[mx.array]) -> Any:
 def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of trees, computed again once the gradient of the arrays in its result is there."""
 
-    def call(*given: Any) -> Any:
-        taken, made = _form(given), None
+    def call(*trees: Any) -> Any:
+        taken, made = _form(trees), None
 
         def flat(*arrays: mx.array) -> list[mx.array]:
             nonlocal made
@@ -172,7 +172,7 @@ def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
             waiting = mx.depends(list(primals), list(cotangents))
             return mx.vjp(flat, waiting, list(cotangents))[1]
 
-        results: Any = again(*_arrays(given))
+        results: Any = again(*_arrays(trees))
         return _filled(made, results)
 
     return call

@@ -8,7 +8,7 @@
 
 What makes a step cheaper wraps a gradient function and returns one: `packing` keeps the examples of a row
 apart, `recompute` keeps fewer activations, `compile` traces the function, `shared_prefix` computes once what
-all rows begin with. `loop.gradient_fn` puts them together.
+all rows begin with. `Run.gradient_fn` puts them together.
 """
 
 import math
@@ -27,7 +27,7 @@ from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.loss import Head, loss_sum
 from mlx_adapters.train.progress import StepOutcome
 
-__all__ = ["GradientFn", "StepGradientFn", "accumulate", "loss_fn", "make_update"]
+__all__ = ["GradientFn", "StepGradientFn", "UpdateFn", "accumulate", "loss_fn", "make_update"]
 __all__ += ["train_step", "value_and_grad"]
 
 Parameters = dict[str, Any]  # a tree of arrays
@@ -38,6 +38,7 @@ LossAndGradients = tuple[mx.array, tuple[Parameters, KeysValues]]
 GradientFn = Callable[[Parameters, Prefix, Batch], LossAndGradients]
 StepGradientFn = Callable[[Parameters, Prefix, Sequence[Batch]], LossAndGradients]
 Updated = tuple[Parameters, Parameters, mx.array, mx.array, mx.array]
+UpdateFn = Callable[..., Updated]
 
 
 def loss_fn(
@@ -91,7 +92,7 @@ def accumulate(gradient: GradientFn) -> StepGradientFn:
     return accumulated
 
 
-def make_update(optimizer: optim.Optimizer, clip: float) -> Callable[..., Updated]:
+def make_update(optimizer: optim.Optimizer, clip: float, *, compiled: bool = False) -> UpdateFn:
     """The update as a function (weights, optimizer state, summed gradients, summed loss, number of labels,
     max_loss) -> (weights, optimizer state, mean loss, norm of the mean gradient, whether the step was good).
 
@@ -115,17 +116,17 @@ def make_update(optimizer: optim.Optimizer, clip: float) -> Callable[..., Update
             return array if counts or path not in old else mx.where(good, array, old[path])
 
         new_state = tree_unflatten([(path, chosen(path, array)) for path, array in new])
-        kept = tree_map(lambda new, old: mx.where(good, new, old), new_weights, weights)
-        return kept, new_state, mean, norm, good
+        weights = tree_map(lambda new, old: mx.where(good, new, old), new_weights, weights)
+        return weights, new_state, mean, norm, good
 
-    return update
+    return mx.compile(update) if compiled else update
 
 
 def train_step(
     model: nn.Module,
     optimizer: optim.Optimizer,
     gradient: StepGradientFn,
-    update: Callable[..., Updated],
+    update: UpdateFn,
     batches: Sequence[Batch],
     *,
     max_loss: float = math.inf,

@@ -13,17 +13,17 @@ def summary(trainer: Trainer) -> list[str]:
     """What will be trained, on which rows, and what about them a user would not expect."""
     names = sorted({path.rpartition(".")[2] for path in trainer.paths})
     ratio = trainer.trainable / trainer.parameters
-    said = [
+    sentences = [
         f"{trainer.meta.method.NAME} on {counted(len(trainer.paths), 'layer')} ({', '.join(names)})",
         f"trainable {trainer.trainable:,} of {trainer.parameters:,} parameters ({ratio:.3%})",
         _rows(trainer),
     ]
     if trainer.encoded.endless:
-        said.append("the tokenizer has no end token: answers will not learn where to end")
+        sentences.append("the tokenizer has no end token: answers will not learn where to end")
     long = made_for(trainer.model.config)
     if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
-        said.append(f"{over} rows are longer than the {long} tokens that the model was made for")
-    return said + _length(trainer.run)
+        sentences.append(f"{over} rows are longer than the {long} tokens that the model was made for")
+    return sentences + _length(trainer.run)
 
 
 def _rows(trainer: Trainer) -> str:
@@ -43,15 +43,15 @@ def _rows(trainer: Trainer) -> str:
 
 def _length(run: Run) -> list[str]:
     """What a user who chose no number of steps, or too many of warm-up, would not expect."""
-    config, said = run.config, []
+    config, sentences = run.config, []
     if config.steps is None and config.epochs is None:
         passes = epochs(run.examples, config, run.processes.size)
         if passes > EPOCHS:
-            said.append(
+            sentences.append(
                 f"few rows: {passes} epochs instead of {EPOCHS} make {run.total} steps. --epochs chooses"
             )
     if run.warmup == run.total:
-        said.append(
+        sentences.append(
             f"all {run.total} steps are warm-up, so the rate stays below {config.lr:g}. Lower --warmup"
         )
-    return said
+    return sentences

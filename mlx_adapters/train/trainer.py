@@ -279,11 +279,10 @@ class Trainer:
 
     def _record(self, rows: Rows, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""
+        passes = None if self.config.steps else epochs(self.run.examples, self.config, self.processes.size)
         return {
             **asdict(self.config),
-            "epochs": None
-            if self.config.steps
-            else epochs(self.run.examples, self.config, self.processes.size),
+            "epochs": passes,
             "warmup": self.run.warmup,
             "template": template,
             "data": rows.origin,

@@ -1,6 +1,8 @@
 """An adapter on the bare model of mlx-lm: put on, trained by one's own loop, saved, taken off."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,18 @@ def test_detached_the_model_has_its_own_modules_again(case: str, folders: dict[s
     assert not tree_flatten(network.trainable_parameters())
     assert mx.array_equal(network(IDS), expected)
     adapter.attach(loaded, LoRA(rank=2))  # and it takes another one
+
+
+def test_a_model_with_an_adapter_is_freed_at_once(folders: dict[str, Path]) -> None:
+    loaded = model.load(folders["llama"])
+    adapter.attach(loaded, Prefix(num_virtual_tokens=2))
+    gone = weakref.ref(loaded.model)
+    gc.disable()
+    try:
+        del loaded
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_loaded_adapter_comes_off_too(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from adapted import IDS, attached, bound, logits
 from cases import METHODS, Method, pairs
 from in_transformers import in_torch
 from mlx.utils import tree_flatten
+from samples import sample, sample_config
 from tiny import make_tiny, make_tokenizer
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.to_transformers import CHECKED, write_transformers
 from mlx_adapters.errors import ConfigError, OutputError, UnsupportedError
 from mlx_adapters.models import load as model
-from mlx_adapters.models.samples import sample, sample_config
 
 
 def saved(folder: Path, case: str, dst: Path) -> np.ndarray:

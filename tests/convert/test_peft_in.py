@@ -263,8 +263,9 @@ def test_an_adapter_of_a_tied_head_is_named(tmp_path: Path) -> None:
 
 def test_norms_that_mlx_keeps_otherwise_are_not_read(tmp_path: Path) -> None:
     """qwen3_next's are stored from zero; mlx-lm adds one when it reads a checkpoint."""
+    import samples
+
     from mlx_adapters.models import config as model_config
-    from mlx_adapters.models import samples
 
     about = samples.sample_config("qwen3_next")
     kind, args = model_config.classes(about)  # built, not run: that would compile kernels for a minute

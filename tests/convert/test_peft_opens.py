@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 from safetensors.torch import load_file
 
@@ -16,7 +17,6 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert import peft as export
 from mlx_adapters.errors import AdapterError, AdaptersError
-from mlx_adapters.models import samples
 
 peft = pytest.importorskip("peft")
 CASES = {

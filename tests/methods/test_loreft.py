@@ -12,13 +12,13 @@ from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx import nn
 from transformers import AutoModelForCausalLM
+from trials import trial
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.convert import exchange
 from mlx_adapters.errors import AdaptersError, ConfigError, UnsupportedError
 from mlx_adapters.methods.loreft import orthonormal
 from mlx_adapters.models import load as model
-from mlx_adapters.models.support import trial
 from mlx_adapters.train.recompute import Recompute
 
 STEPS, ROWS, LENGTH, RATE = 20, 4, 12, 1e-2

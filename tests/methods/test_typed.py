@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trials
 
 import mlx_adapters
 from mlx_adapters import methods
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.methods.base import AdapterLayer, Method
-from mlx_adapters.models import support
 
 SOURCE = Path(mlx_adapters.__file__).parent
 CLASSES = [name for name in methods.__all__ if name[0].isupper() and name != "Method"]
@@ -48,7 +48,7 @@ def test_a_method_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", methods.names())
 def test_what_it_stands_on_is_what_it_is_found_on(name: str) -> None:
-    assert support.stands_on(name) == methods.find(name).STANDS_ON
+    assert trials.stands_on(name) == methods.find(name).STANDS_ON
 
 
 @pytest.mark.parametrize("name", methods.names())

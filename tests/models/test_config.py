@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from samples import sample_config
 from tiny import ARCHS, make_tiny
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models.samples import sample_config
 
 torch = pytest.importorskip("torch")
 

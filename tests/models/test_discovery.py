@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import samples
+import trials
 from mlx.utils import tree_flatten, tree_unflatten
 from typer.testing import CliRunner
 
@@ -17,8 +19,9 @@ from mlx_adapters.adapter import call as virtual
 from mlx_adapters.cli.app import app
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.generate import prefill
-from mlx_adapters.models import fixes, limits, samples, sites, support
-from mlx_adapters.models.discover import discover
+from mlx_adapters.models import corrections, limits, sites
+from mlx_adapters.models.architectures.table import with_layers
+from mlx_adapters.models.discover import architecture_of, discover
 
 METHODS = ("lora", "series", "parallel")
 
@@ -67,19 +70,19 @@ def test_an_unknown_architecture_is_named() -> None:
 
 
 def test_the_table_has_a_sample_of_each_row() -> None:
-    assert {samples.file_of(name) for name in sites.TABLE} <= set(ARCHITECTURES)
+    assert {samples.file_of(name) for name in with_layers()} <= set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_text_is_read_alike_at_once_token_by_token_and_in_a_batch(name: str) -> None:
     """With windows, shared keys and states: state-space layers read padding, gemma3n needs a cache."""
-    assert support.fault(name) is None
+    assert trials.fault(name) is None
 
 
 @pytest.mark.parametrize(
     ("name", "module", "fix", "without", "said"),
     [
-        ("phi3small", fixes, "_causal", lambda base: base, "otherwise at once than token by token"),
+        ("phi3small", corrections, "_causal", lambda base: base, "otherwise at once than token by token"),
         ("gemma3n", virtual, "needs_cache", lambda *_: False, "otherwise at once than token by token"),
         ("mamba", prefill, "_reads_rows_apart", lambda model: True, "a padded batch gives other answers"),
     ],
@@ -89,7 +92,7 @@ def test_what_mlx_lm_computes_wrong_is_told_for_every_method(
 ) -> None:
     """As it would be without our corrections, or with an mlx-lm that has another such fault."""
     monkeypatch.setattr(module, fix, without)
-    reasons = support.support(name)
+    reasons = trials.support(name)
     assert set(reasons) == set(methods.names())
     assert all(reason and said in reason for reason in reasons.values())
 
@@ -99,14 +102,14 @@ def test_what_mlx_lm_computes_wrong_is_told_for_every_method(
 def test_a_method_works_or_says_why_not(method: str, name: str) -> None:
     """Placed with default targets, it takes a step of training from the loss that an answer has, on a padded
     batch, and every array moves; the base is changed only by training."""
-    reason = support.trial(name, method)
+    reason = trials.trial(name, method)
     if words := REFUSED[method].get(name):
         assert reason is not None
         assert words in reason
         return
     assert reason is None
     base = logits(samples.sample(name))
-    fresh = support.attached(name, method)
+    fresh = trials.attached(name, method)
     fresh.eval()
     np.testing.assert_allclose(logits(fresh), base, atol=bound(base))
 
@@ -128,7 +131,7 @@ def test_roles_reach_every_block_and_no_router(name: str) -> None:
     """Default targets are in every block that mixes tokens, and each name of a row means something."""
     network = samples.sample(name)
     assert limits.vocabulary(network) == samples.sample_config(name)["vocab_size"]
-    row, linears = sites.sites(name, network), list(sites.linears(network))
+    row, linears = architecture_of(network, name), list(sites.linears(network))
     if name in _PACKED:
         assert not row.lora
         return
@@ -177,9 +180,9 @@ _READ = "iquestloopcoder"
 NORMED = [
     name
     for name in ARCHITECTURES
-    if name not in sites.TABLE
+    if name not in with_layers()
     and name != _READ
-    and sites.sites(name, samples.sample(name)).pre_mlp is not None
+    and architecture_of(samples.sample(name), name).pre_mlp is not None
 ]
 
 
@@ -191,7 +194,7 @@ def test_most_architectures_have_a_known_norm_before_the_mlp() -> None:
 def test_the_norm_before_the_mlp_reads_the_residual_stream(name: str) -> None:
     """An MLP that sees zeros returns zero (without biases): the block's result is then what the norm read."""
     network = samples.sample(name)
-    pre_mlp = sites.sites(name, network).pre_mlp
+    pre_mlp = architecture_of(network, name).pre_mlp
     assert pre_mlp is not None
     network.update(
         tree_unflatten(
@@ -257,15 +260,12 @@ def test_models_as_json_has_a_cell_for_each_method() -> None:
     assert found[0]["targets"]["lora"] == ["c_attn"]
 
 
-def test_models_shows_the_table_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without trying it all again: what would be tried, is."""
-    monkeypatch.setattr(support, "support", lambda name: dict.fromkeys(methods.names()))
-    monkeypatch.setattr(support, "targets", lambda name: {"lora": [name]})
+def test_models_shows_the_table_by_default() -> None:
     found = json.loads(cli("models", "--json"))
     seed = {"llama", "bloom", "gptj", "opt", "gpt_neo", "gpt2", "gpt_neox", "chatglm"}
-    assert seed <= {each["architecture"] for each in found} == set(sites.TABLE)
+    assert seed <= {each["architecture"] for each in found} == set(with_layers())
     everything = json.loads(cli("models", "--all", "--json"))
-    assert {each["architecture"] for each in everything} == {*sites.TABLE, *samples.architectures()}
+    assert {each["architecture"] for each in everything} == {*with_layers(), *samples.architectures()}
 
 
 def test_methods_lists_each_with_its_paper() -> None:
@@ -298,7 +298,7 @@ def test_training_on_what_has_no_gradient_is_one_line() -> None:
     from mlx_adapters.train.loop import Run
 
     (name,) = _UNDIFFERENTIABLE
-    network = support.attached(name, "lora")
+    network = trials.attached(name, "lora")
     run = Run(network, [Example([1, 2, 3, 4, 5], 1)], config=TrainConfig(steps=1, batch_size=1))
     with pytest.raises(UnsupportedError, match=f"mlx-lm's {name} model cannot be differentiated"):
         next(iter(run))

@@ -22,6 +22,7 @@ from mlx_adapters.evaluate.score import wilson
 from mlx_adapters.files.lock import locked
 from mlx_adapters.study import cells, grid
 from mlx_adapters.study.report import average, none_right
+from mlx_adapters.study.run import study
 
 COMMAND = [sys.executable, "-m", "mlx_adapters.cli.app"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -313,3 +314,13 @@ def test_sets_with_nothing_right_are_named_under_the_table(done: tuple[Path, Pat
     for line in none_right(list(results(folder).values())):
         assert line in cli("study", done[0], "--output", folder).stdout
         assert line in (folder / "results.md").read_text()
+
+
+def test_a_study_from_python_yields_its_cells(model: Path, tmp_path: Path) -> None:
+    settings = json.loads(study_file(tmp_path, model, grid=[{"method": "ia3"}]).read_text())
+    out = tmp_path / "out"
+    assert [(cell["id"], cell["status"]) for cell in study(settings, str(out))] == [
+        ("base", "done"), ("ia3", "done"),
+    ]  # fmt: skip
+    assert set(results(out)) == {"base", "ia3"}
+    assert list(study(tmp_path / "study.yaml", out)) == [], "nothing is done twice"

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.methods.dropout import Dropout
-from mlx_adapters.train.loop import Run, gradient_fn
+from mlx_adapters.train.loop import Run
 
 Found = tuple[float, dict[str, np.ndarray]]  # a loss, and gradients by path
 
@@ -27,7 +27,7 @@ def summed(run: Run, given: list[Batch], together: bool = False, share: bool = F
         if isinstance(module, Dropout):
             module.p = 0.0
     run.model.train()  # only then are blocks recomputed
-    gradient = gradient_fn(run.model, head=None, pack=run.pack, recompute=run.recompute, share=share)
+    gradient = run.gradient_fn(None, share=share)
     total, sums = 0.0, {}
     for window in [given] if together else [[batch] for batch in given]:
         loss, (grads, _) = gradient(run.model.trainable_parameters(), ([], []), window)

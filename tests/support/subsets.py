@@ -1,6 +1,6 @@
-"""Which tests are `-m unit` (fast, without torch) and which are `-m parity` (they ask another program).
+"""Which tests are `-m unit` (fast, no torch) and which are `-m parity` (compared with another program).
 
-Both are read from the source, not from what is imported: a run of `-m unit` imports its own modules only.
+Both are read from the source, so that a run of `-m unit` imports no module but its own: others import torch.
 """
 
 import ast
@@ -9,7 +9,8 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
-# Modules whose tests take well under a second each (measured), but for those that make or ask a torch model.
+# Modules whose tests take a second of CPU time or less; those of their tests that need torch are left out.
+# Together they took 45 s of CPU time when this list was made, on one core of a busy machine.
 FAST = (
     "adapter/test_combine.py",
     "cli/test_complete.py",
@@ -34,7 +35,7 @@ FAST = (
     "train/test_shared_prefix.py",
     "train/test_train.py",
 )
-# The programs that we compare with, the modules of ours that ask them, and the environments that have others.
+# The programs that we compare with, our modules that call them, and the variables that name other Pythons.
 REFERENCES = ("torch", "transformers", "peft", "lm_eval")
 REFERENCES += tuple(f"mlx_adapters.convert.{name}" for name in ("against_torch", "load_adapter", "verify"))
 ENVIRONMENTS = ("MLX_ADAPTERS_HUB_PYTHON", "MLX_ADAPTERS_T451_PYTHON")
@@ -42,7 +43,7 @@ _INSIDE = "an import inside a function"
 
 
 def is_parity(file: Path, test: str) -> bool:
-    """Whether a test ("f" or "Class.f") asks another program; `tiny`, which saves models by one, does not."""
+    """Whether a test ("f" or "Class.f") calls another program for more than `tiny.make_tiny`."""
     return test in reaching(file, makers=False)
 
 
@@ -52,13 +53,16 @@ def is_fast(file: Path) -> bool:
 
 
 def is_unit(file: Path, test: str) -> bool:
-    """Whether a test of a fast module needs no torch, not even to make its model."""
+    """Whether the module is fast and the test needs no torch, not even for `tiny.make_tiny`."""
     return is_fast(file) and test not in reaching(file, makers=True)
 
 
 @cache
 def reaching(file: Path, *, makers: bool) -> frozenset[str]:
-    """The functions of a module ("f", "Class", "Class.f") and other names that lead to one of REFERENCES."""
+    """The names of a module ("f", "Class", "Class.f", a constant) whose code leads to one of REFERENCES.
+
+    With `makers`, a tiny model that transformers saves leads there too.
+    """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = {_INSIDE} | {name for node in tree.body for name in _imported(node, makers)}
     if makers and file.name.startswith("test_"):

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import trials
 from cases import METHODS
 from mlx.utils import tree_flatten
 from small_run import llama_with
@@ -16,7 +17,6 @@ from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.dropout import Dropout
-from mlx_adapters.models import support
 from mlx_adapters.train.loss import split_head
 from mlx_adapters.train.recompute import Recompute
 from mlx_adapters.train.step import value_and_grad
@@ -56,8 +56,8 @@ def test_same_loss_and_gradients(case: str) -> None:
 @pytest.mark.parametrize("name", ["afm7", "gemma3n", "gemma4_text", "hunyuan", "kimi_k3"])
 def test_what_blocks_hand_on_beside_their_result_keeps_its_gradient(name: str) -> None:
     """Keys and values as arguments and results, in a cache, or in an object of the model's own."""
-    model = support.attached(name, "lora")
-    support._change(model)
+    model = trials.attached(name, "lora")
+    trials._change(model)
     model.train()
     loss, plain = gradients(model)
     again, recomputed = gradients(model, Recompute(model))

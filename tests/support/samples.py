@@ -1,4 +1,4 @@
-"""A tiny model of every architecture, with random weights: what the tables of support are measured on.
+"""A tiny model of every architecture, with random weights: what the table of support is measured on.
 
 A configuration is `_COMMON`, what the architecture's own row in `_OWN` says otherwise, and for wrappers
 around a text model (`_WRAPPED`) that model's configuration in `text_config`. Fields that a model does not
@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+import mlx_adapters.models
 from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
 from mlx_adapters.models import config
 
@@ -235,7 +236,7 @@ def architectures() -> list[str]:
     """Every architecture that has a model file, in mlx-lm or here."""
     import mlx_lm.models
 
-    folders = (*mlx_lm.models.__path__, str(Path(__file__).parent))
+    folders = (*mlx_lm.models.__path__, *mlx_adapters.models.__path__)
     files = [file for folder in folders for file in Path(folder).glob("*.py")]
     # reading the text runs nobody's code: importing one of the files ends the process
     texts = {file.stem: file.read_text(encoding="utf-8") for file in files}

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from samples import IDS, architectures, file_of, sample, sample_config
 
 from mlx_adapters import adapter, device, methods
 from mlx_adapters.adapter.call import apart, call_model, start_cache
@@ -23,8 +24,7 @@ from mlx_adapters.generate.decode import generate_ids
 from mlx_adapters.generate.likelihood import loglikelihoods
 from mlx_adapters.methods.base import LINEARS
 from mlx_adapters.methods.lora import LoRA
-from mlx_adapters.models import sites
-from mlx_adapters.models.samples import IDS, architectures, file_of, sample, sample_config
+from mlx_adapters.models.discover import architecture_of
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
@@ -99,7 +99,7 @@ def stands_on(method: str) -> str:
 
 def targets(model_type: str) -> dict[str, list[str]]:
     """The default targets of the methods on linear layers, as last parts of paths."""
-    row = sites.sites(model_type, sample(model_type))
+    row = architecture_of(sample(model_type), model_type)
     return {kind: list(getattr(row, kind)) for kind in ("lora", "series", "parallel", "ia3")}
 
 

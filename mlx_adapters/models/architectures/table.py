@@ -1,0 +1,364 @@
+"""The rows.
+
+Those with layers come first: they are compared with PyTorch method by method. The others hold what is known
+of an architecture whose layers are discovered; a model file of mlx-lm without anything particular has no row.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from mlx_adapters.models import corrections
+from mlx_adapters.models.architectures.row import (
+    Activation,
+    AdapterHub,
+    Architecture,
+    Experts,
+    PeftGaps,
+)
+
+__all__ = ["ARCHITECTURES", "architecture", "with_layers"]
+
+_SILU = Activation(field="hidden_act", default="silu", computed="silu")
+_GELU_NEW = Activation(field="activation_function", default="gelu_new", computed="tanh")
+_UNTIED = {"tie_word_embeddings": False}
+_ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
+_ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
+_EXPERTS = Experts("mlp.switch_mlp")
+_MIXTURE = PeftGaps(routed=True, stacked=True)
+
+_LLAMA = Architecture(
+    attn=("q_proj", "k_proj", "v_proj", "o_proj"),
+    mlp=("gate_proj", "up_proj", "down_proj"),
+    lora=("q_proj", "v_proj"),
+    parallel=("q_proj", "k_proj", "v_proj"),
+    ia3=("k_proj", "v_proj", "down_proj"),
+    attn_out="o_proj",
+    mlp_out="down_proj",
+    pre_attn="input_layernorm",
+    pre_mlp="post_attention_layernorm",
+    checked=True,
+)
+_LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, theta=10000.0, activation=_SILU, adapterhub=AdapterHub())
+
+_GEMMA = replace(_LLAMA, scaled_embedding=True)
+_GEMMA_FIXED: dict[str, tuple[Any, ...]] = {**_ALWAYS_TIED, "use_bidirectional_attention": (None, False)}
+
+_BLOOM = Architecture(
+    attn=("query_key_value", "self_attention.dense"),
+    mlp=("dense_h_to_4h", "dense_4h_to_h"),
+    lora=("query_key_value",),
+    parallel=("query_key_value",),
+    ia3=("query_key_value", "dense_4h_to_h"),
+    attn_out="self_attention.dense",
+    mlp_out="dense_4h_to_h",
+    pre_attn="input_layernorm",
+    pre_mlp="post_attention_layernorm",
+    rename=(("model.", "transformer."),),
+)
+_BLOOM_HUB = AdapterHub(
+    embeddings="word_embeddings",
+    layers="h",
+    attention="self_attention",
+    fused="query_key_value",
+    out="dense",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": replace(_LLAMA_2, llm_adapters=True),
+    "mistral": replace(_LLAMA_2, window="unmixed"),
+    "qwen2": replace(_LLAMA_2, window="upper"),
+    "qwen3": replace(_LLAMA_2, window="upper"),
+    "smollm3": replace(_LLAMA, activation=_SILU),
+    "granite": replace(_LLAMA, activation=_SILU, theta=10000.0),
+    "gemma": replace(
+        _GEMMA,
+        theta=10000.0,
+        fixed=_GEMMA_FIXED,
+        activation=Activation(
+            field="hidden_act",
+            default="gelu_pytorch_tanh",
+            computed="gelu",
+            misnamed={"gelu": "gelu_pytorch_tanh"},  # a known mistake in the first Gemma configurations
+        ),
+        adapterhub=AdapterHub(),
+    ),
+    "gemma2": replace(
+        _GEMMA,
+        pre_mlp="pre_feedforward_layernorm",
+        theta=10000.0,
+        defaults={
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 256,
+        },
+        fixed=_GEMMA_FIXED,
+        refuse=corrections.refuse_uncapped,
+        activation=Activation(field="hidden_activation", default="gelu_pytorch_tanh", computed="tanh"),
+        window="alternating",
+        corrections=(corrections.mask_by_row,),
+        adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
+    ),
+    "gemma3_text": replace(
+        _GEMMA, pre_mlp="pre_feedforward_layernorm", corrections=(corrections.scale_embeddings_exactly,)
+    ),
+    "olmo2": replace(  # its norms come after the sublayers
+        _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED, theta=10000.0, activation=_SILU
+    ),
+    "phi3": replace(
+        _LLAMA_2,
+        attn=("qkv_proj", "o_proj"),
+        mlp=("gate_up_proj", "down_proj"),
+        lora=("qkv_proj",),
+        parallel=("qkv_proj",),
+        ia3=("qkv_proj", "down_proj"),
+        window="all",
+        adapterhub=AdapterHub(fused="qkv_proj", up="mlp.gate_up_proj"),
+    ),
+    "glm": replace(
+        _LLAMA,
+        mlp=("gate_up_proj", "down_proj"),
+        defaults=_UNTIED,
+        rotary_part=0.5,
+        rotates_part=True,
+        corrections=(corrections.rotate_part,),
+        adapterhub=AdapterHub(up="mlp.gate_up_proj"),
+    ),
+    "phi": Architecture(
+        attn=("q_proj", "k_proj", "v_proj", "dense"),
+        mlp=("fc1", "fc2"),
+        lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "v_proj", "fc2"),
+        attn_out="dense",
+        mlp_out="fc2",
+        pre_attn="input_layernorm",  # one norm serves both sublayers
+        checked=True,
+        theta=10000.0,
+        rotary_part=0.5,
+        fixed={"qk_layernorm": (None, False), **_ALWAYS_UNTIED},
+        activation=Activation(field="hidden_act", default="gelu_new", computed="tanh"),
+        ungated=("fc1", "fc2"),
+        adapterhub=AdapterHub(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None, residual="none"),
+    ),
+    "gpt2": Architecture(
+        attn=("attn.c_attn", "attn.c_proj"),
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        lora=("c_attn",),
+        parallel=("c_attn",),
+        ia3=("c_attn", "mlp.c_proj"),
+        attn_out="attn.c_proj",
+        mlp_out="mlp.c_proj",
+        pre_attn="ln_1",
+        pre_mlp="ln_2",
+        rename=(("model.", "transformer."),),
+        conv1d=True,
+        rename_weights=corrections.gpt2_names,
+        checked=True,
+        renamed={"n_positions": "n_ctx"},
+        fixed={"add_cross_attention": (None, False), **_ALWAYS_TIED},
+        activation=_GELU_NEW,
+        ungated=("c_fc", "c_proj"),
+        widths=("n_inner", "n_embd"),
+        corrections=(corrections.scale_attention,),
+        adapterhub=AdapterHub(known=True),
+    ),
+    "gptj": Architecture(
+        attn=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp=("fc_in", "fc_out"),
+        lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "v_proj", "fc_out"),
+        attn_out="out_proj",
+        mlp_out="fc_out",
+        pre_attn="ln_1",  # one norm serves both sublayers
+        rename=(("model.", "transformer."),),
+        checked=True,
+        fixed=_ALWAYS_UNTIED,
+        activation=_GELU_NEW,
+        ungated=("fc_in", "fc_out"),
+        widths=("n_inner", "n_embd"),
+        adapterhub=AdapterHub(known=True, residual="with attention"),
+        llm_adapters=True,
+    ),
+    "gpt_neox": replace(
+        _BLOOM,
+        attn=("query_key_value", "attention.dense"),
+        attn_out="attention.dense",
+        rename=(
+            ("model.h.", "gpt_neox.layers."),
+            ("model.embed_out", "embed_out"),
+            ("model.", "gpt_neox."),
+        ),
+        checked=True,
+        theta=10000.0,
+        rotary_part=0.25,
+        rotary_names=("rotary_emb_base", "rotary_pct"),
+        fixed=_ALWAYS_UNTIED,
+        activation=Activation(field="hidden_act", default="gelu", computed="tanh"),
+        ungated=("dense_h_to_4h", "dense_4h_to_h"),
+        widths=("intermediate_size", "hidden_size"),
+        corrections=(corrections.drop_attention_biases,),
+        adapterhub=replace(_BLOOM_HUB, embeddings="embed_in", layers="layers", attention="attention"),
+    ),
+    "bloom": replace(
+        _BLOOM,
+        checked=True,
+        own=True,
+        renamed={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+        adapterhub=_BLOOM_HUB,
+        llm_adapters=True,
+    ),
+    "chatglm": replace(
+        _BLOOM,
+        own=True,
+        renamed={"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"},
+        fixed={
+            "position_encoding_2d": (None, False),
+            "original_rope": (None, True),
+            "pre_seq_len": (None,),
+            "quantization_bit": (None, 0),
+        },
+        refuse=corrections.refuse_chatglm2_ratio,
+        llm_adapters=True,
+    ),
+    "opt": Architecture(
+        attn=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp=("fc1", "fc2"),
+        lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "k_proj", "fc2"),
+        attn_out="out_proj",
+        mlp_out="fc2",
+        pre_attn="self_attn_layer_norm",
+        pre_mlp="final_layer_norm",
+        checked=True,
+        own=True,
+        adapterhub=AdapterHub(
+            embeddings="decoder.embed_tokens",
+            layers="decoder.layers",
+            out="out_proj",
+            up="fc1",
+            down="fc2",
+            pre_attention="self_attn_layer_norm",
+            pre_mlp="final_layer_norm",
+        ),
+        llm_adapters=True,
+    ),
+    "gpt_neo": Architecture(
+        attn=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        lora=("q_proj", "v_proj"),
+        parallel=("q_proj", "k_proj", "v_proj"),
+        ia3=("q_proj", "v_proj", "c_proj"),
+        attn_out="out_proj",
+        mlp_out="mlp.c_proj",
+        pre_attn="ln_1",
+        pre_mlp="ln_2",
+        rename=(("model.", "transformer."),),
+        checked=True,
+        own=True,
+        renamed={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+        adapterhub=AdapterHub(
+            embeddings="wte",
+            layers="h",
+            attention="attn.attention",
+            out="out_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            pre_attention="ln_1",
+            pre_mlp="ln_2",
+        ),
+        llm_adapters=True,
+    ),
+    # Mixtures whose experts have names in the checkpoint that are known
+    "deepseek_v2": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
+    "dots1": Architecture(experts=Experts("mlp.experts"), checked=True, peft=_MIXTURE),
+    "glm4_moe": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
+    "mixtral": Architecture(
+        experts=Experts("block_sparse_moe.switch_mlp", gate="w1", up="w3", down="w2"),
+        checked=True,
+        defaults=_UNTIED,
+        theta=1e6,
+        activation=_SILU,
+        window="all",
+        peft=_MIXTURE,
+    ),
+    "olmoe": Architecture(
+        experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
+    ),
+    "qwen2_moe": Architecture(
+        experts=_EXPERTS,
+        checked=True,
+        renamed={"num_local_experts": "num_experts"},
+        fixed={"norm_topk_prob": (None, False)},
+        peft=PeftGaps(routed=True),
+    ),
+    "qwen3_moe": Architecture(
+        experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
+    ),
+    # Fields of the configuration that mlx-lm reads otherwise
+    "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED, activation=_SILU),
+    "gpt_bigcode": Architecture(
+        fixed={"scale_attn_weights": (None, True), **_ALWAYS_TIED},
+        activation=Activation(field="activation_function", default="gelu_pytorch_tanh", computed="gelu"),
+        ungated=("c_fc", "c_proj"),
+    ),
+    "gpt_oss": Architecture(yarn_truncates=False, peft=PeftGaps(absent=r"mlp\.router")),
+    "olmo": Architecture(fixed={"clip_qkv": (None,)}),
+    "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
+    "plamo3": Architecture(corrections=(corrections.shorten_window,)),
+    "stablelm": Architecture(
+        checked=True, theta=10000.0, rotary_part=0.25, fixed=_ALWAYS_UNTIED, activation=_SILU
+    ),
+    "starcoder2": Architecture(
+        checked=True,
+        theta=10000.0,
+        activation=Activation(field="hidden_act", default="gelu_pytorch_tanh", computed="gelu"),
+        ungated=("c_fc", "c_proj"),
+        window="all",
+    ),
+    # Written for transformers, and nothing particular
+    **dict.fromkeys(
+        ("cohere2", "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "nemotron", "seed_oss"),
+        Architecture(checked=True),
+    ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "step3p5"), Architecture(shifted_norms=True)),
+    # Layers that PEFT does not open
+    **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
+    "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
+    "ernie4_5_moe": Architecture(peft=_MIXTURE),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid"), Architecture(peft=PeftGaps(absent=r"router\.layer"))),
+    "jamba": Architecture(peft=PeftGaps(absent=r"feed_forward\.router")),
+    "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
+    "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
+    "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
+    "mellum": Architecture(peft=PeftGaps(routed=True)),
+    "minimax": Architecture(peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
+    "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
+    "qwen3_next": Architecture(shifted_norms=True, peft=_MIXTURE),
+    **dict.fromkeys(
+        (
+            *("afmoe", "deepseek_v3", "deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa"),
+            "longcat_flash",
+        ),
+        Architecture(peft=PeftGaps(stacked=True)),
+    ),
+    **dict.fromkeys(
+        ("falcon_h1", "falcon_mamba", "mamba", "mamba2"), Architecture(peft=PeftGaps(state_space=True))
+    ),
+}
+
+_UNKNOWN = Architecture()
+
+
+def architecture(model_type: str) -> Architecture:
+    """What is known of `model_type` without its model; for the layers ask `discover.architecture_of`."""
+    return ARCHITECTURES.get(model_type, _UNKNOWN)
+
+
+def with_layers() -> list[str]:
+    """The architectures whose rows name their layers."""
+    return [name for name, row in ARCHITECTURES.items() if row.attn]

@@ -1,0 +1,330 @@
+"""Corrections to mlx-lm's models where a config field changes the function and mlx-lm does not read it.
+
+Each correction edits the modules right after mlx-lm has built them and before the weights are loaded: the
+parameters keep their names. The row of an architecture names those that it needs. A field that cannot be
+corrected raises UnsupportedError.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Container
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models.architectures.row import Activation, Architecture, Config
+
+__all__ = [
+    "activation",
+    "corrected",
+    "drop_attention_biases",
+    "gpt2_names",
+    "ignored",
+    "mask_blocks_causally",
+    "mask_by_row",
+    "refuse_chatglm2_ratio",
+    "refuse_uncapped",
+    "replace_call",
+    "rotate_part",
+    "scale_attention",
+    "scale_embeddings_exactly",
+    "shorten_window",
+]
+
+Function = Callable[[mx.array], mx.array]
+
+_ACTIVATIONS: dict[str, tuple[str, Function]] = {
+    "silu": ("silu", nn.silu),
+    "swish": ("silu", nn.silu),
+    "gelu": ("gelu", nn.gelu),
+    "gelu_python": ("gelu", nn.gelu),
+    "gelu_new": ("tanh", nn.gelu_approx),
+    "gelu_fast": ("tanh", nn.gelu_approx),
+    "gelu_pytorch_tanh": ("tanh", nn.gelu_approx),
+    "relu": ("relu", nn.relu),
+    "relu2": ("relu2", nn.relu2),
+}
+
+# Fields that say whether a block's layers have biases, and where in the tree these layers are.
+_BIASES = {"attention_bias": "attn|attention", "mlp_bias": "mlp|feed_forward|ffn"}
+
+
+def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple[Any, Any]:
+    """`model` and `args` (mlx-lm's classes), subclassed to honour what `config` says."""
+    windowed = _windowed_layers(config, row.window)
+
+    class Args(args):
+        @classmethod
+        def from_dict(cls, params: Config) -> Any:
+            # with every layer windowed mlx-lm's own mixture finds no full layer; ours below needs none
+            if row.window == "unmixed" and windowed and all(windowed):
+                params = params | {"layer_types": None}
+            return args.from_dict(params)
+
+    class Model(model):
+        def __init__(self, values: Any) -> None:
+            nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen then
+            super().__init__(values)
+            _refuse_lost_biases(self, config, inspect.signature(args).parameters)
+            _correct(self, config, row, windowed)
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if row.rename_weights:
+                weights = row.rename_weights(weights)
+            return super().sanitize(weights) if hasattr(super(), "sanitize") else weights
+
+    Model.__name__ = Model.__qualname__ = model.__name__
+    Model.__module__ = model.__module__
+    return Model, Args
+
+
+def replace_call(base: type, call: Callable[..., Any]) -> type:
+    """A subclass of `base` under its name that computes `call(self, ...)`: set as a module's `__class__`, it
+    changes that module alone."""
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> None:
+    """UnsupportedError for biases that the config has and the model, which does not read the field, has not.
+
+    Some model files do not read it because they always have them.
+    """
+    for field, place in _BIASES.items():
+        if not config.get(field) or field in fields:
+            continue
+        layers = [m for path, m in model.named_modules() if re.search(place, path) and "weight" in m]
+        if not any("bias" in layer and layer.weight.ndim > 1 for layer in layers):
+            raise ignored(field, config[field], f"mlx-lm's {config['model_type']} has no such biases")
+
+
+def _correct(model: Any, config: Config, row: Architecture, windowed: list[bool]) -> None:
+    for index, layer in enumerate(model.layers):
+        if row.ungated and row.widths:
+            _resize(layer.mlp, config, row.ungated, *row.widths)
+        if row.activation:
+            _activate(layer, config, row.activation, row.ungated)
+        if index < len(windowed) and windowed[index]:
+            layer.__class__ = _windowed(type(layer), config["sliding_window"])
+    for correction in row.corrections:
+        correction(model, config)
+
+
+# Activations and widths of the MLP -------------------------------------------------------------------------
+
+
+def _activate(layer: Any, config: Config, stated: Activation, ungated: tuple[str, str] | None) -> None:
+    name = config.get(stated.field) or stated.default
+    name = stated.misnamed.get(name, name)
+    computed, function = _activation(stated.field, name)
+    if computed == stated.computed:
+        return
+    mlp = getattr(layer, "mlp", None)
+    if ungated:
+        mlp.__class__ = _ungated(type(mlp), *ungated, function)
+    elif mlp is not None and all(part in mlp for part in ("gate_proj", "up_proj", "down_proj")):
+        mlp.__class__ = _gated(type(mlp), function)
+    else:
+        raise UnsupportedError(
+            f"config.json: field {stated.field!r} is {name!r}, but mlx-lm's {config['model_type']} uses "
+            f"{stated.computed}"
+        )
+
+
+def activation(config_field: str, name: str) -> Function:
+    """The function of an activation's name in a config; UnsupportedError names the field."""
+    return _activation(config_field, name)[1]
+
+
+def _activation(config_field: str, name: str) -> tuple[str, Function]:
+    if name not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"config.json: field {config_field!r} is {name!r}, which is not implemented in MLX here"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _gated(base: type, function: Function) -> type:
+    def call(self: Any, x: mx.array) -> mx.array:
+        return self.down_proj(function(self.gate_proj(x)) * self.up_proj(x))
+
+    return replace_call(base, call)
+
+
+def _ungated(base: type, up: str, down: str, function: Function) -> type:
+    def call(self: Any, x: mx.array) -> mx.array:
+        return self[down](function(self[up](x)))
+
+    return replace_call(base, call)
+
+
+def _resize(mlp: Any, config: Config, names: tuple[str, str], inner: str, width: str) -> None:
+    inner_width, model_width = config.get(inner), config[width]
+    if inner_width and inner_width != 4 * model_width:
+        setattr(mlp, names[0], nn.Linear(model_width, inner_width))
+        setattr(mlp, names[1], nn.Linear(inner_width, model_width))
+
+
+# Attention -------------------------------------------------------------------------------------------------
+
+
+def scale_attention(model: Any, config: Config) -> None:
+    """GPT-2: the scores' scale as the configuration says, by the layer's number if it asks for that."""
+    for index, layer in enumerate(model.layers):
+        if config.get("scale_attn_weights") is False:
+            layer.attn.scale = 1.0
+        if config.get("scale_attn_by_inverse_layer_idx"):
+            layer.attn.scale /= index + 1
+
+
+def mask_by_row(model: Any, config: Config) -> None:
+    """Gemma 2: masks [rows, 1, time, keys]. The scores are [rows, kv heads, queries of each, time, keys]:
+    mlx-lm's attention would apply the mask of row n to kv head n of every row."""
+    for layer in model.layers:
+        if layer.self_attn.repeats > 1:
+            layer.self_attn.__class__ = _masked_by_row(type(layer.self_attn))
+
+
+def _masked_by_row(base: Any) -> type:
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if isinstance(mask, mx.array) and mask.ndim == 4:
+            mask = mask[:, :, None]
+        return base.__call__(self, x, mask, cache)
+
+    return replace_call(base, call)
+
+
+def mask_blocks_causally(model: Any, config: Config) -> None:
+    """Phi-3-small: the boolean mask that mlx-lm makes as a mask. mlx-lm's block-sparse layers add it to the
+    scores as 1 and 0, and see what comes later."""
+    for layer in model.layers:
+        layer.self_attn.__class__ = _causal(type(layer.self_attn))
+
+
+def _causal(base: Any) -> type:
+    def attend(self: Any, queries: Any, keys: Any, values: Any, scale: Any, mask: Any) -> mx.array:
+        if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+            mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
+            mask = mask if mask.ndim == 2 else mask[:, None]  # scores: [rows, kv heads, queries of each, ..]
+        result: mx.array = base._block_sparse_attention(self, queries, keys, values, scale, mask)
+        return result
+
+    return type(base.__name__, (base,), {"_block_sparse_attention": attend})
+
+
+def rotate_part(model: Any, config: Config) -> None:
+    """GLM: rotates the part of each head that the configuration says."""
+    for layer in model.layers:
+        dims = int(layer.self_attn.head_dim * config["partial_rotary_factor"])
+        layer.self_attn.rope = nn.RoPE(dims, traditional=True, base=config.get("rope_theta", 10000))
+
+
+def drop_attention_biases(model: Any, config: Config) -> None:
+    """GPT-NeoX: no biases in attention where the configuration says so; mlx-lm always has them."""
+    if config.get("attention_bias") is not False:
+        return
+    for layer in model.layers:
+        for name in ("query_key_value", "dense"):
+            rows, columns = layer.attention[name].weight.shape
+            setattr(layer.attention, name, nn.Linear(columns, rows, bias=False))
+
+
+def shorten_window(model: Any, config: Config) -> None:
+    """PLaMo 3: mlx-lm's mask reaches one token further back than its cache, and than PLaMo's own code."""
+    model.model.layers.window_size -= 1
+
+
+def scale_embeddings_exactly(model: Any, config: Config) -> None:
+    """Gemma 3: embeddings times sqrt(width) in the precision of the computation, as transformers has it.
+    mlx-lm rounds that root to bfloat16 always: for Gemma 3 270M 25.25 instead of 25.298."""
+    model.model.__class__ = _exactly_scaled(type(model.model))
+
+
+def _exactly_scaled(base: Any) -> type:
+    def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> mx.array:
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        root = self.args.hidden_size**0.5
+        rounded = mx.array(root, mx.bfloat16).astype(h.dtype)
+        return base.__call__(self, inputs, cache, h * (mx.array(root).astype(h.dtype) / rounded))
+
+    return replace_call(base, call)
+
+
+def _windowed_layers(config: Config, rule: str | None) -> list[bool]:
+    """Which layers see only the last `sliding_window` tokens in transformers and all of them in mlx-lm, by
+    the row's rule."""
+    window, count = config.get("sliding_window"), config.get("num_hidden_layers") or 0
+    if not window or rule is None:
+        return []
+    if window >= (config.get("max_position_embeddings") or float("inf")):
+        return []  # the window is never left
+    types = config.get("layer_types")
+    if rule == "upper" and not config.get("use_sliding_window"):
+        return []
+    if rule == "unmixed" and types and "full_attention" in types:
+        return []
+    if types:
+        return [layer == "sliding_attention" for layer in types]
+    if rule == "upper":
+        return [index >= config.get("max_window_layers", 28) for index in range(count)]
+    return [rule != "alternating" or index % 2 == 0 for index in range(count)]
+
+
+def _windowed(base: Any, window: int) -> type:
+    """A decoder block that masks what lies `window` or more tokens back."""
+    from mlx_lm.models.base import create_attention_mask
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        past = _length(cache)
+        if past is None or past + x.shape[1] > window:
+            mask = create_attention_mask(x, cache, window_size=window, return_array=True)
+        return base.__call__(self, x, mask, cache)
+
+    return replace_call(base, call)
+
+
+def _length(cache: Any) -> int | None:
+    """Tokens in the cache, if that is known without asking the device."""
+    if cache is None:
+        return 0
+    for name in ("_idx", "offset"):
+        value = getattr(cache, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+# What the configuration of one architecture says and its model file cannot ---------------------------------
+
+
+def refuse_uncapped(config: Config) -> None:
+    """Gemma 2: UnsupportedError where scores or logits are not capped."""
+    if not all(config.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
+        raise ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
+
+
+def refuse_chatglm2_ratio(config: Config) -> None:
+    """ChatGLM2's long-context release: UnsupportedError. It reads `rope_ratio` otherwise than that of
+    ChatGLM3, and only their names tell them apart."""
+    name = str(config.get("_name_or_path") or "").lower()
+    if config.get("rope_ratio", 1) != 1 and "chatglm2" in name:
+        why = "ChatGLM2 divides positions by it, and ChatGLM3 does not"
+        raise ignored("rope_ratio", config["rope_ratio"], why)
+
+
+def ignored(name: str, value: Any, why: str) -> UnsupportedError:
+    """The error for a field that the model file would silently ignore."""
+    return UnsupportedError(
+        f"config.json: field {name!r} is {value!r}, but {why}: the results would be silently wrong; refused"
+    )
+
+
+# The names of tensors --------------------------------------------------------------------------------------
+
+
+def gpt2_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """GPT-2: names without `transformer.` in front. mlx-lm knows only those of the first release."""
+    named = {name.removeprefix("transformer."): array for name, array in weights.items()}
+    tied = ("lm_head.weight",)
+    return {n: a for n, a in named.items() if n not in tied and not n.endswith(".attn.masked_bias")}

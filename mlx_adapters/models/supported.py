@@ -1,0 +1,50 @@
+"""Which methods work on which architectures: a table made by trying each on a tiny model of each.
+
+`python tests/support/support_table.py --write`, in the repository, makes the table; the tests try it again.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import UnsupportedError, unknown
+from mlx_adapters.files.documents import from_json
+from mlx_adapters.models.architectures.table import architecture
+
+__all__ = ["TABLE", "architectures", "supported"]
+
+TABLE = Path(__file__).with_name("supported.json")
+"""`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
+"targets": default targets by method, or null where no model runs}}; `files`: {model_type: the architecture
+whose model file mlx-lm reads it by}; `versions` of the packages the table was made with."""
+
+
+def architectures() -> list[str]:
+    """Every architecture of the table."""
+    return list(_table()["architectures"])
+
+
+def supported(model_type: str, methods: list[str]) -> dict[str, Any]:
+    """What works on `model_type`, as `mlx-adapters models --json` says it.
+
+    `methods` are the names to answer for: each has the reason why it does not work, None where it does.
+    Raises UnsupportedError, with the known ones, for another architecture.
+    """
+    table = _table()
+    entry = table["architectures"].get(table["files"].get(model_type, model_type))
+    if entry is None:
+        raise UnsupportedError(unknown("architecture", model_type, table["architectures"]))
+    refused = entry["refused"]
+    reasons = dict.fromkeys(methods, refused) if isinstance(refused, str) else refused
+    return {
+        "architecture": model_type,
+        "in_table": bool(architecture(model_type).attn),
+        "methods": {method: reasons.get(method) for method in methods},
+        "targets": entry["targets"],
+    }
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = from_json(TABLE.read_text(encoding="utf-8"))
+    return table
