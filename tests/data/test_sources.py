@@ -201,6 +201,17 @@ def test_what_is_written_is_read(
                 load_rows(source)
 
 
+def test_the_generated_rows_have_a_name_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = load_rows("wordproblems")
+    assert (rows.format, len(rows.rows)) == ("instruction", 2000)
+    assert load_rows("wordproblems").rows == rows.rows
+    (tmp_path / "wordproblems").write_text('{"text": "mine"}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_rows("wordproblems").format == "text"
+
+
 def test_hash_counts_letters_and_digits_only() -> None:
     assert item_hash("Tom has 3 apples.") == item_hash("  tom HAS 3\napples?!")
     assert item_hash("Tom has 3 apples.") != item_hash("Tom has 4 apples.")

@@ -27,6 +27,7 @@ from embedded import make_embedded
 from hub_server import Hub
 from tiny import make_tiny
 
+import mlx_adapters as ma
 from mlx_adapters.data import wordproblems
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.evaluate.choices import WORDS
@@ -107,6 +108,8 @@ class Reader:
         if not folder.exists():
             folder.mkdir()
             presume(folder, self.root / "model")
+            if page == "README.md":
+                quickstart(folder, self.root / "model")
         return folder
 
     def reach(self, block: Block) -> None:
@@ -196,6 +199,18 @@ def presume(folder: Path, model: Path) -> None:
         (folder / "dataset" / task.name / "test.json").write_text(json.dumps([row]), encoding="utf-8")
 
 
+def quickstart(folder: Path, model: Path) -> None:
+    """What the command of that name leaves behind, and the data that README's Python asks for."""
+    (folder / "quickstart").mkdir()
+    (folder / "quickstart" / "model").symlink_to(model)
+    output = folder / "quickstart" / "adapter"
+    rows = [{"instruction": "How do I change my password?", "output": "Open Settings."}] * 8
+    ma.train(ma.load(model), rows, ma.LoRA(), output=output, steps=1)
+    lines = [json.dumps(row) for row in rows]
+    (folder / "desk.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     root = tmp_path_factory.mktemp("docs")
@@ -258,7 +273,7 @@ def test_the_page_on_methods_shows_the_example() -> None:
     example = (ROOT / "examples" / "02_new_method.py").read_text(encoding="utf-8")
     shown = [block.code for block in BLOCKS["docs/tutorials/new-method.md"] if block.language == "python"]
     *pieces, use, check = shown
-    assert len(pieces) == 5
+    assert len(pieces) == 3
     assert "register" in use
     assert "merge" in check
     for piece in pieces:
@@ -267,6 +282,20 @@ def test_the_page_on_methods_shows_the_example() -> None:
     assert all(
         re.search(rf"^(class|def) {name}\b", "".join(pieces), re.MULTILINE) for name in definitions[:-1]
     )
+
+
+def test_the_page_on_validation_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+\.py)`", TEXTS["docs/validation.md"]))
+    assert len(named) > 20
+    assert named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_links_between_pages_and_pictures_lead_somewhere() -> None:
+    for page, text in TEXTS.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+            if not link.startswith("http"):
+                assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
 def test_blocks_are_found_and_marked() -> None:

@@ -110,7 +110,6 @@ def test_the_import_takes_a_third_of_a_second_and_leaves_mlx_alone() -> None:
 # Who imports what ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="8 imports: the notebook, example 03, a benchmark")
 def test_nothing_outside_the_command_line_imports_it() -> None:
     allowed = ("cli/", "docs/reference.py")
     found = [
@@ -123,7 +122,6 @@ def test_nothing_outside_the_command_line_imports_it() -> None:
     assert sorted(set(found)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="38 imports name a module of the library")
 def test_examples_and_pages_use_public_names_only() -> None:
     found = [
         (name, module)
