@@ -48,13 +48,14 @@ class Recompute:
                 f"{type(model).__name__} has no list of blocks: leave gradient checkpointing off"
             )
         self.blocks = len(blocks)
-        self._active = _Switch()
+        self._active: _Switch = getattr(blocks[0], "_recomputes", None) or _Switch()
         try:
             plain = _gradients(model)
         except ValueError:  # it has none at all, which the first step says
             plain = {}
         for block in blocks:
-            block.__class__ = _recomputing(type(block), self._active)
+            if not hasattr(type(block), "_recomputes"):  # an earlier run of the same model did it
+                block.__class__ = _recomputing(type(block), self._active)
         if plain:
             self._compare(model, plain)
 
@@ -82,7 +83,7 @@ class Recompute:
 
 
 class _Switch:
-    """Whether blocks compute themselves again; of a run, and of its model's blocks."""
+    """Whether the blocks of a model compute themselves again."""
 
     on = False
 
@@ -124,7 +125,7 @@ def _recomputing(base: type, active: _Switch) -> type:
         _set(objects, states)
         return result
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return type(base.__name__, (base,), {"__call__": call, "_recomputes": active})
 
 
 def _states(objects: list[Any]) -> list[dict[str, Any]]:
