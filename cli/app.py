@@ -19,12 +19,10 @@ from mlx_adapters.cli.screen import complain, deaf
 from mlx_adapters.cpu import processes
 from mlx_adapters.errors import AdaptersError
 
-__all__ = ["app", "main"]
-
 _LONGEST = 2000  # characters of an error
 # In the order of the help.
 _COMMANDS = """quickstart convert plan train eval harness compare study export push import fuse generate chat
-serve combine data info methods models doctor"""
+serve combine info methods models doctor"""
 # Commands that compute with MLX alone, also where torch is installed.
 _WITHOUT_TORCH = frozenset(
     ("train", "eval", "study", "generate", "chat", "serve", "plan", "info", "import", "combine", "models")
@@ -81,11 +79,9 @@ def _root(
 
 
 for _name in _COMMANDS.split():
-    if _name == "data":
-        app.add_typer(data.app, name="data")
-    else:
-        _module = import_module(f"mlx_adapters.cli.{'import_adapter' if _name == 'import' else _name}")
-        app.command(_name)(_module.command)
+    _module = import_module(f"mlx_adapters.cli.{'import_adapter' if _name == 'import' else _name}")
+    app.command(_name)(_module.command)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mlx_adapters.generate.conversation import Conversation
     from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["command"]
-
 _HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
 /compare        the next message answered by the base and by each adapter
 /reset          forget the conversation

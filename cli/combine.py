@@ -10,8 +10,6 @@ from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError, counted
 
-__all__ = ["command"]
-
 
 @reporting("path", "how", "weights", "layers", "rank")
 def command(

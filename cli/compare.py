@@ -9,8 +9,6 @@ import typer
 from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
 
-__all__ = ["command"]
-
 _KEYS = ("task", "part", "total", "seen", "a_correct", "b_correct", "only_a", "only_b", "difference", "low")
 
 

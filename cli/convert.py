@@ -10,8 +10,6 @@ from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 
-__all__ = ["command"]
-
 
 @reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "verify")
 def command(

@@ -10,8 +10,6 @@ from mlx_adapters.cli.options import App, DataDir, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
-__all__ = ["app"]
-
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
 
 

@@ -6,8 +6,6 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 from mlx_adapters.errors import counted
 
-__all__ = ["command"]
-
 
 @reporting("name", "value", "ok", "remedy", each=True)
 def command() -> None:

@@ -16,8 +16,6 @@ from mlx_adapters.evaluate.protocol import PROTOCOLS
 if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part
 
-__all__ = ["command", "follow"]
-
 _KEYS = ("model", "adapter", "adapter_sha256", "template", "decoding", "settings", "reading", "data", "tasks")
 _TASK = (
     "test sets, joined by commas: names (gsm8k, boolq, ...), groups (math, math-2023, commonsense, all), or "

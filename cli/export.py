@@ -13,8 +13,6 @@ from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.units import size
 
-__all__ = ["command"]
-
 
 @reporting("path", "format", "tensors", "bytes", "base", "verify")
 def command(

@@ -11,8 +11,6 @@ from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 
-__all__ = ["command"]
-
 _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "torch_diff", "bound", "passed")
 
 

@@ -8,8 +8,6 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import live, report, reporting
 
-__all__ = ["command"]
-
 
 @reporting("text", "template", "prompt_tokens", "tokens", "finish_reason")
 def command(

@@ -7,8 +7,6 @@ from mlx_adapters.cli.options import AdapterFolder, BatchSize, Model, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
 
-__all__ = ["command"]
-
 
 @reporting("model", "adapter", "results", "versions", "samples")
 def command(

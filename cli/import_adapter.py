@@ -9,8 +9,6 @@ from mlx_adapters.cli.options import NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.errors import ConfigError
 
-__all__ = ["command"]
-
 
 @reporting("path", "method", "format")
 def command(

@@ -8,9 +8,6 @@ import typer
 from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
 
-__all__ = ["command"]
-
-
 _FILES = ("files", "tensors", "stored_values")
 _OF_MODELS = ("architecture", "source", "layers", "hidden_size", "vocabulary", "quantization", "targets")
 _OF_ADAPTERS = ("method", "fields", "base", "template", "loss_on", "training", "seen", "checkpoints")

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, templates
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.files.documents import from_json, from_yaml
+from mlx_adapters.files import documents
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -116,14 +116,7 @@ def fields_as_options(
 
 def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
     """A run file as a flat mapping; ConfigError for anything else, and for unknown keys."""
-    if file is None:
-        return {}
-    try:
-        content = from_yaml(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: is not YAML ({error})") from None
+    content = {} if file is None else documents.read_yaml(file)
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must be a mapping of option names to values")
     if strange := sorted(set(map(str, content)) - known):
@@ -147,7 +140,7 @@ def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
 def json_object(text: str | None, where: str) -> dict[str, Any]:
     """The JSON object an option gives, empty when it is not given; ConfigError for anything else."""
     try:
-        value = from_json(text) if text is not None else {}
+        value = documents.from_json(text) if text is not None else {}
     except ValueError as error:
         raise ConfigError(f"{where} {text!r:.60}: is not JSON ({error})") from None
     if not isinstance(value, dict):

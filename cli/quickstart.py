@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part
     from mlx_adapters.evaluate.score import Score
 
-__all__ = ["command"]
-
 _MODEL = ("folder", "parameters", "bits_per_weight", "bytes")
 _NEXT = """
 Next:

@@ -16,8 +16,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["live", "report", "reporting"]
-
 _as_json = False
 
 

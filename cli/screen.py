@@ -10,8 +10,6 @@ from typing import Any
 
 import typer
 
-__all__ = ["Lines", "be_quiet", "complain", "deaf", "lines", "plain", "say", "table", "track"]
-
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
 

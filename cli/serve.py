@@ -9,8 +9,6 @@ from mlx_adapters.cli.screen import say
 from mlx_adapters.cli.signals import instead
 from mlx_adapters.errors import ConfigError
 
-__all__ = ["command"]
-
 
 def command(
     model: Model,

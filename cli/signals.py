@@ -16,8 +16,6 @@ from typing import Any
 
 from mlx_adapters.cli.screen import say
 
-__all__ = ["answered", "instead", "listen", "telling"]
-
 _MOMENT = 0.1  # seconds
 _words = "stopping ..."
 _answered = 0.0  # when a handler ran last

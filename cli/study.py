@@ -16,8 +16,6 @@ from mlx_adapters.units import duration, size
 if TYPE_CHECKING:
     from mlx_adapters.study.grid import Cell, Study
 
-__all__ = ["command"]
-
 _AGAIN = "Run the study again to go on"
 
 

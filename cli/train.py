@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import fields_as_options, merged, read_yaml, settings
+from mlx_adapters.cli.options import arg, fields_as_options, merged, opt, read_yaml, settings
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, lines, say
 from mlx_adapters.cli.signals import answered, telling
@@ -27,37 +27,28 @@ _KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds"
 @reporting("output", *_KEYS)
 @fields_as_options(TrainConfig)
 def command(
-    model: Annotated[str | None, typer.Argument(help="model folder or hub id")] = None,
-    data: Annotated[str | None, typer.Option(help=".json or .jsonl file, folder, or hub id")] = None,
-    output: Annotated[Path | None, typer.Option(help="new folder for the adapter")] = None,
+    model: Annotated[str | None, arg("model folder or hub id")] = None,
+    data: Annotated[str | None, opt(".json or .jsonl file, folder, or hub id")] = None,
+    output: Annotated[Path | None, opt("new folder for the adapter")] = None,
     method: Annotated[
-        str | None,
-        typer.Option(help="see `mlx-adapters methods` [default: lora]", autocompletion=complete.methods),
+        str | None, opt("see `mlx-adapters methods` [default: lora]", values=complete.methods)
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="continue from this adapter, ours or PEFT's")] = None,
-    targets: Annotated[str | None, typer.Option(help="short for --set targets=...")] = None,
-    layers: Annotated[str | None, typer.Option(help="short for --set layers=...")] = None,
-    dropout: Annotated[float | None, typer.Option(help="short for --set dropout=...")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win")] = None,
-    exclude: Annotated[
-        list[Path] | None, typer.Option(help="leave out rows whose question is in this test file")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint in --output")] = False,
+    set_: Annotated[list[str] | None, opt("a field of the method: rank=16", "--set")] = None,
+    adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's")] = None,
+    targets: Annotated[str | None, opt("short for --set targets=...")] = None,
+    layers: Annotated[str | None, opt("short for --set layers=...")] = None,
+    dropout: Annotated[float | None, opt("short for --set dropout=...")] = None,
+    config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
+    exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
+    resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
     processes: Annotated[
-        int, typer.Option(min=1, help="processes of this machine that share every batch: faster on a CPU")
+        int, opt("processes of this machine that share every batch: faster on a CPU", min=1)
     ] = 1,
     log: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="also to tensorboard, wandb or trackio", autocompletion=complete.among(complete.LOGGERS)
-        ),
+        list[str] | None, opt("also to tensorboard, wandb or trackio", values=complete.LOGGERS)
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="compute in float32, float16 or bfloat16", autocompletion=complete.among(complete.DTYPES)
-        ),
+        str | None, opt("compute in float32, float16 or bfloat16", values=complete.DTYPES)
     ] = None,
     **given: Any,
 ) -> None:

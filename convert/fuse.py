@@ -206,6 +206,7 @@ def _merge(model: Any, method: str) -> int:
                 f"{method} cannot be fused: at {path}, {error}. To hand it on: mlx-adapters export"
             ) from None
     model.update_modules(tree_unflatten(merged))
+    adapter.forget(model)
     return len(merged)
 
 

@@ -1,6 +1,5 @@
 """Check a converted model folder against transformers, in float32 on a few prompts."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,8 +17,9 @@ from mlx_adapters.convert.against_torch import (
     require_class,
 )
 from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.files import weights
+from mlx_adapters.files.documents import read_object
 from mlx_adapters.models import load as models
 
 __all__ = ["ModelVerdict", "verify_model"]
@@ -117,7 +117,7 @@ def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.n
 
 def _may_round(src: Path | str, dst: Path) -> bool:
     """Whether the conversion changed the numbers: quantized them, or changed their type."""
-    config = json.loads((dst / "config.json").read_text(encoding="utf-8"))
+    config = read_object(dst / "config.json", CheckpointError)
     if config.get("quantization"):
         return True
     if Path(src).suffix == ".gguf":

@@ -239,10 +239,11 @@ def measured(name: str, loss_on: str, folder: Path, given: Batches) -> tuple[flo
         file.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--worker", name, "--model", str(folder), "--batches", str(file)]
         if "2 proc" in name:  # as `train --processes 2` starts them
-            start = "import sys; from mlx_adapters.cpu.processes import run_ring as r; "
-            start += "r('mlx_adapters.cli.app', sys.argv[1:], 2, warn=print)"
-            command = [sys.executable, "-c", start, *command]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+            start = "import sys; from mlx_adapters.cpu.processes import run_ring; "
+            start += f"run_ring({Path(__file__).stem!r}, sys.argv[1:], 2, warn=print)"
+            command = [sys.executable, "-c", start, *command[2:]]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")

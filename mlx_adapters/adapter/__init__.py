@@ -4,9 +4,6 @@ from mlx_adapters.adapter.attach import attach, detach, load
 from mlx_adapters.adapter.folder import (
     build,
     load_weights,
-    named_tensors,
-    peft_config,
-    place,
     save,
     tensors,
     write,
@@ -22,7 +19,7 @@ from mlx_adapters.adapter.reading import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.adapter.tree import count, layers
+from mlx_adapters.adapter.tree import count, forget, layers
 
 __all__ = [
     "CONFIG",
@@ -35,12 +32,10 @@ __all__ = [
     "by_layer",
     "count",
     "detach",
+    "forget",
     "layers",
     "load",
     "load_weights",
-    "named_tensors",
-    "peft_config",
-    "place",
     "read_fields",
     "read_meta",
     "read_tensors",

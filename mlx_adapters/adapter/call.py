@@ -9,7 +9,7 @@ in it): they are found by trying, and always get one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,9 @@ import mlx.nn as nn
 from mlx_adapters.device import rounding
 from mlx_adapters.methods.base import AdapterLayer
 from mlx_adapters.models import limits
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 __all__ = [
     "all_with_virtual",
@@ -38,14 +41,16 @@ def virtual_ids(model: nn.Module) -> list[int]:
     return [token for layer in _layers(model) for token in layer.virtual_ids()]
 
 
-def with_virtual(model: nn.Module, row: Sequence[int], tokenizer: Any = None) -> list[int]:
+def with_virtual(
+    model: nn.Module, row: Sequence[int], tokenizer: "TokenizerWrapper | None" = None
+) -> list[int]:
     """A row of token ids as the model wants it. Raises CheckpointError for an id that the model does not
     have, which a `tokenizer` names."""
     return all_with_virtual(model, [row], tokenizer)[0]
 
 
 def all_with_virtual(
-    model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: Any = None
+    model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: "TokenizerWrapper | None" = None
 ) -> list[list[int]]:
     """`with_virtual` of many rows. The model's layers are walked once: that takes a millisecond."""
     front, rows = virtual_ids(model), list(rows)

@@ -78,19 +78,34 @@ class _Member:
 def combine(
     folders: Sequence[Path | str],
     weights: Sequence[float],
-    dst: Path,
+    dst: Path | str,
     *,
     method: str = "linear",
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
 ) -> Combined:
-    """Merge the LoRA adapters in `folders`, weighted, and write one adapter folder.
+    """Merge LoRA adapters of one base, weighted, and write one adapter folder.
 
     A layer that only some of them adapt is merged from those; a single adapter has nothing to be trimmed
-    against and is merged linearly, but for `svd`. `rank` is for `svd` and `*_svd`, `density` for
-    the methods that drop entries, `seed` for those that drop at random. Raises ConfigError for settings that
-    do not fit, AdapterError for adapters that cannot be merged, OutputError when `dst` holds something.
+    against and is merged linearly, but for `svd`.
+
+    Args:
+        folders: The adapter folders.
+        weights: A weight for each of them.
+        dst: The adapter folder to write; it must not hold anything.
+        method: One of COMBINATIONS; this module's docstring has their formulas.
+        rank: The rank of the result, for `svd` and `*_svd`; by default the largest of the adapters' ranks.
+        density: The share of entries that is kept, for the methods that drop some.
+        seed: The seed of the methods that drop at random.
+
+    Returns:
+        The folder, how many layers it adapts, and its rank.
+
+    Raises:
+        ConfigError: Settings that do not fit each other.
+        AdapterError: Adapters that cannot be merged.
+        OutputError: `dst` holds something, or cannot be written.
     """
     _check(folders, weights, method, rank, density)
     if len(folders) == 1 and method != "svd":

@@ -13,7 +13,6 @@ A folder without the last two (one that PEFT wrote) loads as well.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from operator import lt
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from mlx_adapters.adapter.reading import (
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
-from mlx_adapters.methods.base import AdapterLayer, Member, Method, short_names
+from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
@@ -67,38 +66,38 @@ def save(
         OutputError: The folder cannot be written.
     """
     folder, network = Path(folder), model.model if isinstance(model, LanguageModel) else model
-    meta = meta or _known(network)
+    by_name, single = _active(network), attached(network)
+    known = by_name[1] if by_name else single.meta if single else None
+    meta = meta or known
+    if meta is None:
+        raise AdapterError("the model carries no adapter: attach one first")
+    if by_name and by_name[1].method != meta.method:
+        name, other = by_name[0], by_name[1].method.NAME
+        raise AdapterError(f"{folder}: the active adapter is {name!r} ({other}), not what meta says")
     if base is not None:
         meta = replace(meta, base={**meta.base, "_name_or_path": base})
     arrays = tensors(network, meta.base["model_type"])
-    loaded = adapter_set(network)
-    if loaded is not None and (own := loaded.metas[loaded.active[0]]).method != meta.method:
-        raise AdapterError(
-            f"{folder}: the active adapter is {loaded.active[0]!r} ({own.method.NAME}), not what meta says"
-        )
     meta.method.save_extra(folder, layers(network))
     meta = replace(meta, method=meta.method.as_saved())
     write(folder, arrays, fields=peft_config(network, meta), meta=meta)
 
 
-def _known(model: nn.Module) -> AdapterMeta:
-    """What the model knows of its adapter."""
-    several, single = adapter_set(model), attached(model)
-    if several is not None and len(several.active) == 1:
-        return several.metas[several.active[0]]
-    if single is None:
-        raise AdapterError("the model carries no adapter: attach one first")
-    return single.meta
-
-
-def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
-    """The adapter's arrays under PEFT's names."""
+def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
+    """The active one of the adapters loaded by name; None where the model holds none by name."""
     loaded = adapter_set(model)
-    if loaded is not None and len(loaded.active) != 1:
+    if loaded is None:
+        return None
+    if len(loaded.active) != 1:
         raise AdapterError(
             f"{len(loaded.active) or 'none'} of the model's adapters {', '.join(loaded.metas)} are active: "
             "activate one of them by name first"
         )
+    return loaded.active[0], loaded.metas[loaded.active[0]]
+
+
+def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
+    """The adapter's arrays under PEFT's names."""
+    _active(model)
     return named_tensors(layers(model), model_type)
 
 
@@ -174,18 +173,14 @@ def _write(
         temporary.unlink(missing_ok=True)
 
 
-def build(
-    model: nn.Module, model_type: str, folder: Path, *, name: str
-) -> tuple[AdapterMeta, dict[str, nn.Module]]:
+def build(model: nn.Module, model_type: str, folder: Path, *, name: str) -> tuple[AdapterMeta, Placed]:
     """Build the layers of the adapter in `folder` and load their weights, by module path. Freezes `model`,
     installs nothing. `name` is what errors call the model."""
     with reading(folder, AdapterError):
         return _build(model, model_type, folder, name)
 
 
-def _build(
-    model: nn.Module, model_type: str, folder: Path, name: str
-) -> tuple[AdapterMeta, dict[str, nn.Module]]:
+def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[AdapterMeta, Placed]:
     meta = read_meta(folder)
     arrays = read_tensors(folder)
     trained_on = meta.base.get("model_type", model_type)
@@ -225,9 +220,7 @@ def _build(
     return meta, placed
 
 
-def place(
-    method: Method, model: nn.Module, model_type: str, paths: list[str] | None = None
-) -> dict[str, nn.Module]:
+def place(method: Method, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
     """What the method puts where; the adapters that it is made of are read first."""
     if not (folders := method.members()):
         return method.place(model, model_type, paths)
@@ -236,11 +229,12 @@ def place(
 
 def _member(model: nn.Module, model_type: str, folder: Path) -> Member:
     meta, placed = build(model, model_type, folder, name=f"this {model_type} model")
-    arrays = partial(named_tensors, placed, model_type)
     fields = read_fields(folder)
-    return Member(
-        folder, meta.method, placed, lambda target: write(target, arrays(), fields=fields, meta=meta)
-    )
+
+    def save(target: Path) -> None:
+        write(target, named_tensors(placed, model_type), fields=fields, meta=meta)
+
+    return Member(folder, meta.method, placed, save)
 
 
 def load_weights(

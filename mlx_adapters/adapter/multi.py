@@ -53,7 +53,7 @@ def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> d
         if not name or name in adapters.metas:
             raise AdapterError(f"adapter name {name!r} is {'taken' if name else 'empty'}: choose another")
     if not adapters.metas and adapter.layers(model):
-        raise AdapterError("the model carries an adapter already: load the base again first")
+        raise AdapterError("the model carries an adapter already: detach it first")
     before, trains = adapters.active, adapters.trains
     if adapters.metas:
         activate(model, None)  # an adapter is built on the bare base

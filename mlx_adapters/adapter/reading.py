@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_adapters.errors import AdapterError, counted
-from mlx_adapters.files.documents import from_json
+from mlx_adapters.files.documents import read_object
 from mlx_adapters.files.weights import header
 from mlx_adapters.files.writing import refuse_links_out
 from mlx_adapters.methods.base import AdapterLayer, Method
@@ -176,11 +176,6 @@ def _ending(suffix: str, named: bool) -> re.Pattern[str]:
 def read_json(file: Path, otherwise: str) -> dict[str, Any]:
     """The object in a JSON file of the folder; `otherwise` says what follows where there is no such file."""
     try:
-        value = from_json(file.read_text(encoding="utf-8"))
+        return read_object(file, AdapterError)
     except FileNotFoundError:
         raise AdapterError(f"{file.parent}: has no {file.name}, {otherwise}") from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{file}: is not a JSON object")
-    return value

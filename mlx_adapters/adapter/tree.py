@@ -19,6 +19,7 @@ __all__ = [
     "adapter_set",
     "attached",
     "count",
+    "forget",
     "install",
     "layers",
     "must_be_bare",
@@ -91,7 +92,7 @@ def adapter_set(model: nn.Module) -> AdapterSet | None:
 def must_be_bare(model: nn.Module) -> None:
     """Raise AdapterError for a model that carries an adapter."""
     if layers(model):
-        raise AdapterError("the model carries an adapter already: load the base again first")
+        raise AdapterError("the model carries an adapter already: detach it first")
     if adapter_set(model) is not None:
         raise AdapterError("the model holds adapters by name: add one with multi.load_adapters")
 
@@ -122,7 +123,12 @@ def remove(model: nn.Module, record: Attached) -> None:
     """Put the base's modules back where they stood."""
     for path, slot in slots_of(model, record.originals.keys()).items():
         slot.put(record.originals[path])
-    del model.attached_adapter
+    forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Forget the adapter of a model whose layers were merged, so that what they replaced can be freed."""
+    vars(model).pop("attached_adapter", None)
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -121,10 +121,12 @@ def none_right(score: Score) -> str | None:
     others = {"the strict reading": score.strict_correct, "the paper's rule": score.paper_correct}
     other = next((f"; {count} by {name}" for name, count in others.items() if count), "")
     if score.unanswered == score.total:
-        text = f"{score.task}: no answer could be read in any of its {score.total} responses{other}"
+        where = "its only response" if score.total == 1 else f"any of its {score.total} responses"
+        text = f"{score.task}: no answer could be read in {where}{other}"
     else:
         unread = f", {score.unanswered} because none could be read" if score.unanswered else ""
-        text = f"{score.task}: all of its {score.total} answers are wrong{unread}{other}"
+        wrong = "its only answer is" if score.total == 1 else f"all of its {score.total} answers are"
+        text = f"{score.task}: {wrong} wrong{unread}{other}"
     return f"{text}. Look at the responses before you believe it: --output keeps them"
 
 

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import AdaptersError
+from mlx_adapters.errors import AdaptersError, ConfigError
 
-__all__ = ["from_json", "from_yaml", "read_object"]
+__all__ = ["from_json", "from_yaml", "read_object", "read_yaml"]
 
 _DEEP = 64  # levels; a configuration has four
 
@@ -59,6 +59,16 @@ def from_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file that the user wrote; ConfigError where it cannot be read."""
+    try:
+        return from_yaml(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file}: is not YAML ({error})") from None
 
 
 def _check_keys(node: Any) -> None:

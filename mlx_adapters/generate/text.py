@@ -14,7 +14,7 @@ from mlx_adapters.adapter.call import before_text, start_cache, with_virtual
 from mlx_adapters.data.templates import chosen_template, conversation
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.generate.sampling import fresh_seed, sampler
+from mlx_adapters.generate.sampling import Sampler, fresh_seed, sampler
 from mlx_adapters.generate.stream import Delta, stream_tokens
 from mlx_adapters.generate.using import meta_of, opened, using
 from mlx_adapters.models.limits import check_length
@@ -148,21 +148,24 @@ def stream(
         min_p=min_p,
     )
 
-    def deltas() -> Iterator[Delta]:
-        with using(loaded, adapter):
-            training = loaded.model.training
-            loaded.model.eval()  # adapter dropout would make the answer random
-            asked = encode(loaded, text, max_tokens)
-            cache = start_cache(loaded.model)
-            options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": draw, "cache": cache}
-            try:
-                yield from stream_tokens(
-                    loaded.model, loaded.tokenizer, asked.row, prompt=asked.ids, **options
-                )
-            finally:
-                loaded.model.train(training)
+    deltas = _deltas(loaded, adapter, text, max_tokens, draw)
+    return Answer(deltas, template=name, prompt_tokens=count)
 
-    return Answer(deltas(), template=name, prompt_tokens=count)
+
+def _deltas(
+    loaded: LanguageModel, adapter: str | Path | None, text: str, max_tokens: int, draw: Sampler
+) -> Iterator[Delta]:
+    """The answer to `text`, whose adapter is active until the last piece is read."""
+    with using(loaded, adapter):
+        training = loaded.model.training
+        loaded.model.eval()  # adapter dropout would make the answer random
+        asked = encode(loaded, text, max_tokens)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": draw}
+        options["cache"] = start_cache(loaded.model)
+        try:
+            yield from stream_tokens(loaded.model, loaded.tokenizer, asked.row, prompt=asked.ids, **options)
+        finally:
+            loaded.model.train(training)
 
 
 def generate(

@@ -324,8 +324,8 @@ class BlockBottleneck(Method):
                 "are stacked, or it has none). Use lora, or parallel"
             )
         if paths is None:
-            names = [name for name in outs if name]
-            paths = resolve_targets(model, model_type, targets=",".join(names), layers=self.layers)
+            names = ",".join(filter(None, outs))
+            paths = resolve_targets(model, model_type, targets=names, layers=self.layers)
         modules, placed = dict(model.named_modules()), dict[str, nn.Module]()
         recorders: dict[str, _Recorder] = {}
         for path in paths:
@@ -386,16 +386,13 @@ def _sources(
         inside = (p for p in modules if p.startswith(block + "."))
         return next((p for p in inside if name and sites.matches(p, name)), None)
 
-    residual = row.adapterhub.residual if row.adapterhub else None
-    if kind == "double":
-        return []
+    if kind == "double" or (kind == "seq" and row.residual == "none"):
+        return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     if norm := find(row.pre_mlp):
         return [(norm, False)]
-    if residual == "with attention" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
+    if row.residual == "with attention" and (norm := find(row.pre_attn)) and (out := find(row.attn_out)):
         # AdapterHub applies GPT-J's attention first: its adapter sees the stream with attention added
         return [(norm, False), (out, True)]
-    if residual == "none" and kind == "seq":
-        return []  # AdapterHub finds no residual stream in Phi and gives the adapter s alone
     raise UnsupportedError(
         f"{method}: a {model_type} model has no norm before its MLP that is known to read the residual "
         "stream. Use double_seq_bn, series or parallel"

@@ -29,7 +29,7 @@ from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.evaluate.answers import RULES, Extraction
 from mlx_adapters.evaluate.protocol import DEFAULTS, PROTOCOLS, chosen
 from mlx_adapters.fields import field, parse_fields
-from mlx_adapters.files.documents import from_yaml
+from mlx_adapters.files.documents import read_yaml
 from mlx_adapters.train.config import TrainConfig
 
 __all__ = ["GENERATED", "Cell", "Study", "read"]
@@ -118,7 +118,7 @@ def read(
     Raises ConfigError with one line that names the file, the key and what is allowed.
     """
     file = Path("study") if isinstance(source, Mapping) else Path(source)
-    content = _mapping(dict(source) if isinstance(source, Mapping) else _load(file), str(file))
+    content = _mapping(dict(source) if isinstance(source, Mapping) else read_yaml(file), str(file))
     own = {f.name for f in dataclasses.fields(Settings)}
     _known(content, {"model", "config", "train", "seeds", "grid", *own}, str(file))
     chosen = model or content.get("model")
@@ -154,15 +154,6 @@ def _settled(protocol: str | None, options: dict[str, Any], where: str) -> dict[
         return chosen(protocol, options)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def _load(file: Path) -> Any:
-    try:
-        return from_yaml(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{file}: is not YAML ({error})") from None
 
 
 def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> list[Cell]:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from cases import METHODS
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_adapters import adapter, methods
@@ -70,6 +70,17 @@ def test_a_model_with_an_adapter_is_freed_at_once(folders: dict[str, Path]) -> N
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_what_merged_layers_replaced_is_freed(folders: dict[str, Path]) -> None:
+    network = model.load(folders["llama"]).model
+    adapter.attach(network, LoRA(rank=2))
+    merged = [(path, layer.merge()) for path, layer in adapter.layers(network).items()]
+    gone = [weakref.ref(layer.base) for layer in adapter.layers(network).values()]
+    network.update_modules(tree_unflatten(merged))
+    adapter.forget(network)
+    assert not any(reference() for reference in gone)
+    adapter.attach(network, LoRA(rank=2))
 
 
 def test_a_loaded_adapter_comes_off_too(folders: dict[str, Path], tmp_path: Path) -> None:

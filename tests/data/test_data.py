@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -199,11 +200,11 @@ def test_batches_hold_every_example_once(
     for batch in made:
         assert len(batch.ids) <= size
         assert (batch.ids.shape[1] - 1) % multiple == 0
-        assert batch.ids.dtype == np.int32
-        assert batch.mask.dtype == np.float32
-        assert batch.tokens == (batch.ids != 0).sum()
-        assert batch.targets == batch.mask.sum()
-        for ids, mask in zip(batch.ids, batch.mask, strict=True):
+        assert batch.ids.dtype == mx.int32
+        assert batch.label_mask.dtype == np.float32
+        assert batch.tokens == (batch.ids != 0).sum().item()
+        assert batch.supervised == batch.label_mask.sum() == batch.weights.sum().item()
+        for ids, mask in zip(np.array(batch.ids), batch.label_mask, strict=True):
             n, start = sizes[ids[0] - 100]
             held[int(ids[0])] += 1
             assert (ids[:n] == ids[0]).all()

@@ -40,7 +40,7 @@ def test_no_pad_token_is_trained() -> None:
     batch = make_batch(rows, pad_id=0)
     assert batch.supervised == 2 + 19
     assert int(batch.weights.sum()) == 21
-    assert batch.mask[0].tolist()[:4] == [0, 1, 1, 0]
+    assert batch.label_mask[0].tolist()[:4] == [0, 1, 1, 0]
     other = make_batch(rows, pad_id=9)
     network = tiny()
     head = split_head(network)

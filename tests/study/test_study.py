@@ -142,7 +142,7 @@ def test_two_at_once_find_the_same(done: tuple[Path, Path], tmp_path: Path) -> N
     command = [*COMMAND, "study", str(done[0]), "--output", str(tmp_path / "out"), "--jobs", "2"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "fit into the free memory" in ended.stderr
+    assert "the free memory is enough for" in ended.stderr
     whole, again = results(done[1]), results(tmp_path / "out")
     assert {n: r["scores"] for n, r in again.items()} == {n: r["scores"] for n, r in whole.items()}
 

@@ -26,8 +26,8 @@ def train_in_torch(
     """The steps that `run` would take, with torch's AdamW."""
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses = []
-    for _, window in run._windows():
-        ids, mask = together(window)
+    for _, batches in run.step_batches():
+        ids, mask = together(batches)
         scores = network(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
         scores = scores[:, -(ids.shape[1] - 1) :]
         each = torch.nn.functional.cross_entropy(scores.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -40,12 +40,14 @@ def train_in_torch(
     return losses
 
 
-def together(window: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def together(batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts of a batch as one, padded to the longest."""
-    time = max(part.ids.shape[1] for part in window)
+    time = max(part.ids.shape[1] for part in batches)
 
     def joined(arrays: list[np.ndarray]) -> torch.Tensor:
         wide = [np.pad(array, ((0, 0), (0, time - array.shape[1]))) for array in arrays]
         return torch.tensor(np.concatenate(wide))
 
-    return joined([part.ids for part in window]).long(), joined([part.mask for part in window])
+    return joined([np.array(part.ids) for part in batches]).long(), joined(
+        [np.array(part.label_mask) for part in batches]
+    )

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
-from samples import IDS, architectures, file_of, sample, sample_config
+from samples import IDS, architectures, file_of, sample
 
 from mlx_adapters import adapter, device, methods
 from mlx_adapters.adapter.call import apart, call_model, start_cache
@@ -80,7 +80,7 @@ def attached(model_type: str, method: str) -> nn.Module:
     network = sample(model_type)
     with tempfile.TemporaryDirectory() as folder:
         config = methods.find(method).trial(lambda: _trained(model_type, Path(folder)))
-        adapter.attach(network, config, model_type=sample_config(model_type)["model_type"])
+        adapter.attach(network, config)
     return network
 
 
@@ -108,7 +108,7 @@ def _trained(model_type: str, folder: Path) -> list[Path]:
     folders = {folder / f"rank-{rank}": rank for rank in (2, 3)}
     for member, rank in folders.items():
         network = sample(model_type)
-        adapter.attach(network, LoRA(rank=rank), model_type=sample_config(model_type)["model_type"])
+        adapter.attach(network, LoRA(rank=rank))
         _change(network)
         adapter.save(network, member)
     return list(folders)

@@ -174,6 +174,11 @@ class Architecture:
         """Default targets of the series adapter in its AdapterP form: the MLP's last linear layer."""
         return (self.mlp_out,)
 
+    @property
+    def residual(self) -> str | None:
+        """What AdapterHub gives an adapter on the MLP as residual stream (`AdapterHub.residual`)."""
+        return self.adapterhub.residual if self.adapterhub else None
+
     def to_hf(self, path: str) -> str:
         """A path of the MLX module tree as the Hugging Face checkpoint writes it."""
         if self.experts and path.endswith("." + self.experts.path):
