@@ -1,6 +1,7 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
 import sys
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,12 +54,10 @@ def command(
     **given: Any,
 ) -> None:
     """Train an adapter on a frozen base model."""
-    import dataclasses
-
     from mlx_adapters.cpu.processes import in_ring, run_ring
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
-    training = {field.name for field in dataclasses.fields(TrainConfig)}
+    training = {field.name for field in fields_of(TrainConfig)}
     file = read_yaml(config, {*named, *training, "set"})
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
     if missing := [name for name in ("model", "data", "output") if name not in chosen]:
@@ -74,16 +73,8 @@ def command(
         if not in_ring():
             app = "mlx_adapters.cli.app"
             raise typer.Exit(run_ring(app, sys.argv[1:], processes, warn=say, on_signal=answered))
-    _train(
-        chosen["model"],
-        chosen["data"],
-        Path(chosen["output"]),
-        (chosen["method"], fields),
-        dtype=dtype,
-        resume=resume,
-        exclude=exclude or [],
-        options={"start": adapter, "log": log or [], **vars(run_config)},
-    )
+    options = {"start": adapter, "resume": resume, "log": log or [], **vars(run_config)}
+    _train(chosen, fields, exclude or [], dtype, options)
 
 
 def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
@@ -130,14 +121,10 @@ def describe(trainer: "Trainer") -> None:
 
 
 def _train(
-    model: str,
-    data: str,
-    output: Path,
-    method: tuple[str, dict[str, Any]],
-    *,
-    dtype: str | None,
-    resume: bool,
+    chosen: dict[str, Any],
+    fields: dict[str, Any],
     exclude: list[Path],
+    dtype: str | None,
     options: dict[str, Any],
 ) -> None:
     from mlx_adapters import methods
@@ -147,20 +134,18 @@ def _train(
     from mlx_adapters.train.examples import excluded_hashes
     from mlx_adapters.train.trainer import Trainer, check_output
 
-    chosen = methods.make(*method)  # a typing error is told before the model loads
-    together = processes()
+    output, together = Path(chosen["output"]), processes()
+    method = methods.make(chosen["method"], fields)  # a typing error is told before the model loads
     if together.writes:
-        check_output(output, resume)
+        check_output(output, options["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = load_rows(data), excluded_hashes(exclude)
+    rows, hashes = load_rows(chosen["data"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
-    loaded = models.load(model, dtype=dtype)
-    trainer = Trainer(
-        loaded, rows, chosen, output=output, resume=resume, exclude=hashes, processes=together, **options
-    )
+    loaded = models.load(chosen["model"], dtype=dtype)
+    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **options)
     describe(trainer)
-    if resume:
+    if options["resume"]:
         say(f"resuming after step {trainer.run.step}")
     run(trainer)
     if not together.writes:
@@ -172,7 +157,7 @@ def _train(
         if result.loss is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result.loss:.4f} at step {result.step}"
         typer.echo(f"{output}: {done}. Next:")
-        typer.echo(f"    mlx-adapters eval {model} --adapter {output} --task SVAMP --data-dir DIR")
+        typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
         typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)
