@@ -96,7 +96,9 @@ def test_command_refuses_nonsense(option: str, value: str, folder: Path) -> None
     assert value in done.stderr
 
 
-def test_the_last_line_is_a_command_that_trains_what_fits(folder: Path, tmp_path: Path) -> None:
+def test_the_last_line_is_a_command_that_trains_what_fits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The largest batch without gradient checkpointing where that fits, else with it; the given settings."""
     ask = ["plan", str(folder), "--batch-sizes", "2,5", "--tokens", "32", "--method", "parallel"]
     ask += ["--set", "bottleneck_size=4", "--loss-on", "all"]
@@ -117,6 +119,7 @@ def test_the_last_line_is_a_command_that_trains_what_fits(folder: Path, tmp_path
     assert training["config"]["bottleneck_size"] == 4
     assert (training["training"]["batch_size"], training["training"]["cutoff"]) == (5, 32)
 
+    monkeypatch.setattr(plan, "overhead", lambda plans: 0)  # what this process took before differs by more
     plans = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", "64GB"]).stdout)
     needed = {(one["gradient_checkpointing"], one["batch_size"]): one["peak"] for one in plans["plans"]}
     assert needed[True, 5] < needed[False, 2]

@@ -12,7 +12,7 @@ import pytest
 from cases import METHODS
 from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter
+from mlx_adapters import adapter, methods
 from mlx_adapters.errors import ConfigError, DataError, OutputError, TrainingError
 from mlx_adapters.models import load as model
 from mlx_adapters.train.callbacks import Callback, StopTraining
@@ -64,7 +64,9 @@ def test_detaching_gives_the_base_back(case: str, folders: dict[str, Path], tmp_
     options: dict[str, Any] = OPTIONS | {"steps": 1, "neftune": 5.0, "gradient_checkpointing": True}
     if method.name in ("prompt", "ptuning", "prefix"):
         options["neftune"] = 0.0
-    trainer = Trainer(loaded, ROWS, (method.name, dict(method.fields)), output=tmp_path / "out", **options)
+    trainer = Trainer(
+        loaded, ROWS, methods.make(method.name, dict(method.fields)), output=tmp_path / "out", **options
+    )
     assert not np.array_equal(kinds, [type(module) for module in loaded.model.modules()])
     trainer.detach()
     assert [type(module) for module in loaded.model.modules()] == kinds
