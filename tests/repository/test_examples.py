@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -99,8 +101,10 @@ def on_screen(picture: Path, at: float) -> list[str]:
     return [lines[row] for row in sorted(lines)]
 
 
-def test_a_recording_shows_what_the_terminal_showed(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
+def test_a_recording_shows_what_the_terminal_showed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a path that fits into the line of the prompt
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    program = folder / "a.py"
     program.write_text(
         "import sys, time\nfrom rich.progress import track\n"
         "print('a <b>  & c'); time.sleep(0.5)\n"
