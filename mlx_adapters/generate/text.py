@@ -140,13 +140,8 @@ def stream(
     count = len(prompt_ids(text, loaded.tokenizer))
     if count == 0:
         raise ConfigError("the prompt is empty: give the instruction to answer")
-    draw = sampler(
-        fresh_seed() if seed is None else seed,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-    )
+    seed = fresh_seed() if seed is None else seed
+    draw = sampler(seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
     deltas = _deltas(loaded, adapter, text, max_tokens, draw)
     return Answer(deltas, template=name, prompt_tokens=count)
