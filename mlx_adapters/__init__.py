@@ -117,7 +117,8 @@ def __dir__() -> list[str]:
 
 class _FrontDoor(ModuleType):
     """Some functions have the name of a package (`train`, `convert`): importing a module of that package must
-    not put the package in the function's place, as it otherwise would."""
+    not put the package in the function's place, as it otherwise would. Modules are found as always:
+    `from mlx_adapters.convert import peft`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULES and isinstance(value, ModuleType)):

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter
 from mlx_adapters.cli.app import app
+from mlx_adapters.convert import against_torch, to_transformers
 from mlx_adapters.convert import fuse as fused
+from mlx_adapters.convert import fuse as fusing
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.to_transformers import CHECKED, write_transformers
@@ -92,12 +94,12 @@ def test_names_that_nobody_checked_are_not_written(arch: str, tmp_path: Path) ->
 def test_an_unchecked_architecture_is_checked_on_the_spot(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_adapters.convert.fuse.CHECKED", frozenset())
+    monkeypatch.setattr(fusing, "CHECKED", frozenset())
     saved(folders["qwen2"], "lora", tmp_path / "a")
     done = fuse(folders["qwen2"], tmp_path / "a", tmp_path / "fused")
     assert done.torch_diff is not None
     assert 0 < done.torch_diff <= done.bound
-    monkeypatch.setattr("mlx_adapters.convert.against_torch.find_spec", lambda name: None)
+    monkeypatch.setattr(against_torch, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"qwen2 checkpoint must be checked .* not installed"):
         fuse(folders["qwen2"], tmp_path / "a", tmp_path / "again")
 
@@ -106,7 +108,7 @@ def test_the_check_can_fail(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPT-J's names left as MLX has them: transformers finds none of them."""
-    monkeypatch.setattr("mlx_adapters.convert.to_transformers.sites.to_hf", lambda path, kind: path)
+    monkeypatch.setattr(to_transformers.sites, "to_hf", lambda path, kind: path)
     saved(folders["llama"], "lora", tmp_path / "l")
     saved(folders["gptj"], "lora", tmp_path / "a")
     with pytest.raises(UnsupportedError, match="transformers finds missing"):

@@ -132,7 +132,7 @@ def test_an_adapter_with_and_without_the_cache(
     loaded.model.eval()
     rows = prompts(7, seed=4)
     cached = by_us(loaded.model, rows, [2, 11], max_tokens=8, batch_size=3)
-    monkeypatch.setattr("mlx_adapters.generate.beam.splits", lambda model: False)
+    monkeypatch.setattr(beam, "splits", lambda model: False)
     assert by_us(loaded.model, rows, [2, 11], max_tokens=8) == cached
 
 

@@ -13,6 +13,7 @@ from tiny import make_tiny
 
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate.choices import parse
+from mlx_adapters.generate import likelihood
 from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
 from mlx_adapters.generate.prefill import shared_prefix
 from mlx_adapters.models.load import load
@@ -79,10 +80,10 @@ def test_a_prefix_that_all_prompts_share_changes_nothing(
         read.append(shared_prefix(*arguments))
         return read[-1]
 
-    monkeypatch.setattr("mlx_adapters.generate.likelihood.shared_prefix", spy)
+    monkeypatch.setattr(likelihood, "shared_prefix", spy)
     shared = by_us(loaded.model, given, batch_size=4)
     assert read[0].length >= 20
-    monkeypatch.setattr("mlx_adapters.generate.likelihood.shared_prefix", lambda model, rows: None)
+    monkeypatch.setattr(likelihood, "shared_prefix", lambda model, rows: None)
     assert close(by_us(loaded.model, given, batch_size=4), shared)
 
 
@@ -91,7 +92,7 @@ def test_few_tokens_go_together_where_choices_are_long(
 ) -> None:
     model, given = load(make_tiny("llama", tmp_path)).model, items(9)
     expected = by_us(model, given)
-    monkeypatch.setattr("mlx_adapters.generate.likelihood._TOKENS", 30)
+    monkeypatch.setattr(likelihood, "_TOKENS", 30)
     assert close(by_us(model, given), expected)
 
 
@@ -103,7 +104,7 @@ def test_an_adapter_with_and_without_the_cache(
     loaded = tiny_llama_with(method, tmp_path)
     cached = by_us(loaded.model, items(6), batch_size=4)
     assert not close(cached, base)
-    monkeypatch.setattr("mlx_adapters.generate.likelihood.splits", lambda model: False)
+    monkeypatch.setattr(likelihood, "splits", lambda model: False)
     assert close(by_us(loaded.model, items(6)), cached)
 
 
