@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter
 from mlx_adapters.cli.app import app
-from mlx_adapters.convert import against_torch, to_transformers
+from mlx_adapters.convert import against_torch
 from mlx_adapters.convert import fuse as fused
-from mlx_adapters.convert import fuse as fusing
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
 from mlx_adapters.convert.to_transformers import CHECKED, write_transformers
 from mlx_adapters.errors import ConfigError, OutputError, UnsupportedError
 from mlx_adapters.models import load as model
+from mlx_adapters.models.architectures.row import Architecture
 
 
 def saved(folder: Path, case: str, dst: Path) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_names_that_nobody_checked_are_not_written(arch: str, tmp_path: Path) ->
 def test_an_unchecked_architecture_is_checked_on_the_spot(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusing, "CHECKED", frozenset())
+    monkeypatch.setattr(fused, "CHECKED", frozenset())
     saved(folders["qwen2"], "lora", tmp_path / "a")
     done = fuse(folders["qwen2"], tmp_path / "a", tmp_path / "fused")
     assert done.torch_diff is not None
@@ -108,7 +108,7 @@ def test_the_check_can_fail(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPT-J's names left as MLX has them: transformers finds none of them."""
-    monkeypatch.setattr(to_transformers.sites, "to_hf", lambda path, kind: path)
+    monkeypatch.setattr(Architecture, "to_hf", lambda self, path: path)
     saved(folders["llama"], "lora", tmp_path / "l")
     saved(folders["gptj"], "lora", tmp_path / "a")
     with pytest.raises(UnsupportedError, match="transformers finds missing"):
