@@ -73,6 +73,13 @@ LAUNCHERS: dict[str, tuple[Callable[[Path, Path, int], list[str]], int, Callable
 }
 
 
+def _ours(process: psutil.Process) -> bool:
+    try:
+        return "python" in process.name()
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(params=LAUNCHERS)
 def launched(
     request: pytest.FixtureRequest, model: Path, tmp_path: Path
@@ -92,7 +99,11 @@ def launched(
             assert process.poll() is None, "it ended"
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield process, psutil.Process(process.pid).children(recursive=True)
+        # not the compiler that MLX may have started at this moment
+        yield (
+            process,
+            [child for child in psutil.Process(process.pid).children(recursive=True) if _ours(child)],
+        )
     finally:
         process.kill()
         process.wait()
