@@ -105,6 +105,8 @@ __all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "model":  # what `models.load` was called before 0.1.0
+        return import_module("mlx_adapters.models.load")
     if name not in _MODULES:
         raise AttributeError(f"module 'mlx_adapters' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"mlx_adapters.{_MODULES[name]}"), name)
