@@ -27,7 +27,7 @@ from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe, fingerprint
-from mlx_adapters.train import bare, checkpoint, metrics
+from mlx_adapters.train import checkpoint, classes, metrics
 from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -149,7 +149,7 @@ class Trainer:
         notes: what a user may want to know, as sentences.
 
     Raises:
-        ConfigError, DataError, OutputError, UnsupportedError: the model is bare then, as it was.
+        ConfigError, DataError, OutputError, UnsupportedError: the model is then as it was.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Trainer:
         self.callbacks = callbacks_of(callbacks)
         self._result: TrainResult | None = None
         self._lock, self._holds_lock = ExitStack(), False
-        self._restore = bare.remember(model.model)
+        self._restore_classes, self._attached = classes.remember(model.model), False
         if self.processes.writes:
             check_output(self.output, resume)
         try:
@@ -229,9 +229,10 @@ class Trainer:
 
     def detach(self) -> None:
         """Take the adapter off the model, which is bare again."""
-        if adapter.layers(self.model.model):
+        if self._attached:  # what the caller had put on the model is not this run's to take off
             adapter.detach(self.model)
-        self._restore()
+            self._attached = False
+        self._restore_classes()
 
     def _prepare(self, rows: Rows, method: Method | str, start: Path | None, resume: bool) -> None:
         """Encode the rows, attach the adapter, set up the loop."""
@@ -244,6 +245,7 @@ class Trainer:
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
+        self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
         self.run = Run(

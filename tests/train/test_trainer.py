@@ -13,7 +13,7 @@ from cases import METHODS
 from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.errors import ConfigError, DataError, OutputError, TrainingError
+from mlx_adapters.errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
 from mlx_adapters.models import load as model
 from mlx_adapters.train.callbacks import Callback, StopTraining
 from mlx_adapters.train.progress import Step
@@ -52,6 +52,14 @@ def test_train_saves_and_leaves_the_model_bare(folders: dict[str, Path], tmp_pat
     assert [row["loss"] for row in again.metrics] == [row["loss"] for row in result.metrics]
     adapter.load(loaded, result.adapter)
     assert not np.array_equal(logits(loaded), before)
+
+
+def test_an_adapter_that_was_there_before_stays(folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = model.load(folders["llama"])
+    placed = adapter.attach(loaded, methods.make("lora", {}))
+    with pytest.raises(AdapterError, match="carries an adapter already"):
+        Trainer(loaded, ROWS, output=tmp_path / "out", **OPTIONS)
+    assert adapter.layers(loaded.model) == placed
 
 
 @pytest.mark.parametrize(
