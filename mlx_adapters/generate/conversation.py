@@ -8,11 +8,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import start_cache, virtual_ids
 from mlx_adapters.adapter.multi import activate, active
+from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.generate.prefill import Cache
 from mlx_adapters.generate.sampling import fresh_seed, sampler
 from mlx_adapters.generate.stream import stream_tokens
-from mlx_adapters.generate.text import Prompt, encode, render
+from mlx_adapters.generate.text import Prompt, prompt_of, render
 from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["Conversation"]
@@ -121,7 +122,7 @@ class Conversation:
             template=self.template,
             chat_template_kwargs=self.kwargs,
         )
-        return encode(self.loaded, text, self.max_tokens)
+        return prompt_of(self.loaded, prompt_ids(text, self.loaded.tokenizer), self.max_tokens)
 
     def _continue(self, prompt: Prompt) -> list[int]:
         """The tokens that the cache does not have yet; it is cut back to what it shares with the prompt."""

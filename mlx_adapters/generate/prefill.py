@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_adapters import device
+from mlx_adapters.adapter import layers
 from mlx_adapters.adapter.call import close, start_cache
 
 __all__ = [
@@ -56,19 +58,22 @@ def longest_first(rows: Mapping[int, Sequence[int]]) -> list[int]:
 
 
 def splits(model: nn.Module) -> bool:
-    """Whether rows of different lengths can share a cache: tried once per model, against each row alone.
+    """Whether rows of different lengths can share a cache: tried against each row alone, once per model and
+    kind of adapter.
 
     Some state-space layers' caches have no batched form, others take padding into their state, and mlx-lm's
     code for a few models does not take a mask for each row (gpt_bigcode, and gemma2 as mlx-lm has it).
     """
-    known: bool | None = getattr(model, "_splits", None)
-    if known is None:
+    tried: Mapping[frozenset[type], bool] = getattr(model, "_splits", {})
+    kinds = frozenset(map(type, layers(model).values()))
+    if kinds not in tried:
         try:
             known = _reads_rows_apart(model)
         except (ValueError, TypeError, AttributeError, NotImplementedError):
             known = False
-        model._splits = known
-    return known
+        # a plain dict would count as a part of the model
+        tried = model._splits = MappingProxyType({**tried, kinds: known})
+    return tried[kinds]
 
 
 def _reads_rows_apart(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from mlx_adapters.generate.using import meta_of, opened, using
 from mlx_adapters.models.limits import check_length
 from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["Answer", "Message", "Prompt", "encode", "generate", "render", "stream"]
+__all__ = ["Answer", "Message", "Prompt", "generate", "prompt_of", "render", "stream"]
 
 Message = Mapping[str, str]
 """A turn of a conversation: `role` (system, user or assistant) and `content`."""
@@ -53,10 +53,9 @@ def render(
     return text, name
 
 
-def encode(loaded: LanguageModel, text: str, max_tokens: int) -> Prompt:
-    """The prompt's tokens. Raises UnsupportedError where it and the answer are longer than the model's
-    positions."""
-    ids = prompt_ids(text, loaded.tokenizer)
+def prompt_of(loaded: LanguageModel, ids: list[int], max_tokens: int) -> Prompt:
+    """The prompt of a text's tokens. Raises UnsupportedError where it and the answer are longer than the
+    model's positions."""
     row = with_virtual(loaded.model, ids, loaded.tokenizer)
     check_length(loaded.model, len(ids) + before_text(loaded.model), max_tokens)
     return Prompt(ids, row)
@@ -137,24 +136,24 @@ def stream(
     text, name = render(
         loaded, turns, adapter=meta, template=template, chat_template_kwargs=chat_template_kwargs
     )
-    count = len(prompt_ids(text, loaded.tokenizer))
-    if count == 0:
+    ids = prompt_ids(text, loaded.tokenizer)
+    if not ids:
         raise ConfigError("the prompt is empty: give the instruction to answer")
     seed = fresh_seed() if seed is None else seed
     draw = sampler(seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
-    deltas = _deltas(loaded, adapter, text, max_tokens, draw)
-    return Answer(deltas, template=name, prompt_tokens=count)
+    deltas = _deltas(loaded, adapter, ids, max_tokens, draw)
+    return Answer(deltas, template=name, prompt_tokens=len(ids))
 
 
 def _deltas(
-    loaded: LanguageModel, adapter: str | Path | None, text: str, max_tokens: int, draw: Sampler
+    loaded: LanguageModel, adapter: str | Path | None, ids: list[int], max_tokens: int, draw: Sampler
 ) -> Iterator[Delta]:
-    """The answer to `text`, whose adapter is active until the last piece is read."""
+    """The answer to the text of `ids`, whose adapter is active until the last piece is read."""
     with using(loaded, adapter):
         training = loaded.model.training
         loaded.model.eval()  # adapter dropout would make the answer random
-        asked = encode(loaded, text, max_tokens)
+        asked = prompt_of(loaded, ids, max_tokens)
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": draw}
         options["cache"] = start_cache(loaded.model)
         try:

@@ -28,8 +28,7 @@ def meta_of(model: LanguageModel | str | Path, adapter: str | Path | None) -> Ad
 
 @contextmanager
 def using(loaded: LanguageModel, adapter: str | Path | None) -> Iterator[None]:
-    """Inside, the model answers with `adapter`: the name of one that `load_adapters` has loaded, or a
-    folder.
+    """Inside, the model answers with `adapter`: a folder, or the name of one that `load_adapters` has loaded.
     None leaves the model as it is.
 
     A folder is loaded for the block alone, so the files that count are those that are there now. Afterwards
@@ -44,10 +43,8 @@ def using(loaded: LanguageModel, adapter: str | Path | None) -> Iterator[None]:
         multi.load_adapters(loaded, {name: adapter})
     try:
         multi.activate(model, name)
-        model._splits = None  # `prefill.splits` tries again: another adapter, another model
         yield
     finally:
-        model._splits = None
         multi.activate(model, before)
         if temporary:
             multi.unload(model, name)
