@@ -10,7 +10,7 @@ from mlx_adapters.cli.complete import FORMATS
 from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import ConfigError, counted
+from mlx_adapters.errors import counted
 from mlx_adapters.units import size
 
 
@@ -33,20 +33,10 @@ def command(
     from mlx_adapters.convert import exchange, peft
 
     meta = adapters.read_meta(adapter)
-    if verify and format != "peft":
-        raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
-    if verify and not meta.method.IN_PEFT:
-        raise ConfigError(
-            f"--verify opens the folder with PEFT, which has no {meta.method.NAME}: leave it out"
-        )
-    folder = model or Path(meta.base.get("path", ""))
-    if verify and not (folder / "config.json").exists():
-        raise ConfigError(
-            f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
-        )
+    folder = exchange.base_to_verify(meta, format, model) if verify else None
     done = exchange.export(adapter, dst, format=format, base=base)
     verdict = None
-    if verify:
+    if folder:
         say("Opening it with peft and transformers ...")
         verdict = peft.verify(dst, folder)
 

@@ -7,7 +7,6 @@ import typer
 
 from mlx_adapters.cli.options import NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.errors import ConfigError
 
 
 @reporting("path", "method", "format")
@@ -20,16 +19,13 @@ def command(
 
     The files tell the format: PEFT's, AdapterHub's, mlx-lm's or LLM-Adapters'.
     """
+    from mlx_adapters.api import import_adapter
     from mlx_adapters.convert import exchange
-    from mlx_adapters.models import load as models
     from mlx_adapters.train.trainer import check_output
 
     found = exchange.detect(src)
     check_output(dst, False)
-    model = model or exchange.base_of(src)
-    if model is None:
-        raise ConfigError(f"{src}: names no base model. Say which one it is for: --model MODEL")
-    meta = exchange.import_adapter(src, dst, loaded=models.load(model))
+    meta = import_adapter(src, dst, model=model)
     report(
         {"path": dst, "method": meta.method.NAME, "format": found},
         lambda: typer.echo(f"{dst}: {meta.method.NAME}, from a folder of {found}"),

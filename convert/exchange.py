@@ -19,7 +19,16 @@ from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["FORMATS", "Exported", "base_of", "detect", "export", "formats", "import_adapter"]
+__all__ = [
+    "FORMATS",
+    "Exported",
+    "base_of",
+    "base_to_verify",
+    "detect",
+    "export",
+    "formats",
+    "import_adapter",
+]
 
 
 class _Format(Protocol):
@@ -81,6 +90,23 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
         return Exported(path=dst, format=format, tensors=done.tensors, bytes=done.bytes, base=done.base)
     _OTHERS[format].export(source, dst, base=base)
     return Exported(path=dst, format=format, tensors=None, bytes=folder_bytes(dst), base=base)
+
+
+def base_to_verify(meta: AdapterMeta, format: str, model: Path | None) -> Path:
+    """The base model's folder for `peft.verify`: `model`, or the one that the adapter was trained on. Raises
+    ConfigError, before anything is written, where there is none or PEFT cannot open the result."""
+    if format != "peft":
+        raise ConfigError("--verify opens the folder with PEFT: leave it out, or export to peft")
+    if not meta.method.IN_PEFT:
+        raise ConfigError(
+            f"--verify opens the folder with PEFT, which has no {meta.method.NAME}: leave it out"
+        )
+    folder = model or Path(meta.base.get("path", ""))
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"--verify needs the model the adapter was trained on, not found at {folder}: give --model"
+        )
+    return folder
 
 
 def detect(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_adapters import adapter as adapters
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter import combine as combining
 from mlx_adapters.adapter.combine import Combined
 from mlx_adapters.convert import checkpoint, exchange, peft
 from mlx_adapters.convert import fuse as fusing
@@ -174,12 +175,12 @@ def export(
         OutputError: An `output` that is not empty.
     """
     source, folder = Path(adapter), Path(output)
-    if verify and format != "peft":
-        raise ConfigError("verify opens the folder with PEFT: leave it out, or export to peft")
-    done = exchange.export(source, folder, format=format, base=base)
-    verdict = None
+    trained_on = None
     if verify:
-        verdict = peft.verify(folder, Path(model or adapters.read_meta(source).base.get("path", "")))
+        given = Path(model) if model is not None else None
+        trained_on = exchange.base_to_verify(adapters.read_meta(source), format, given)
+    done = exchange.export(source, folder, format=format, base=base)
+    verdict = peft.verify(folder, trained_on) if trained_on else None
     return Exported(**vars(done), verdict=verdict)
 
 
@@ -203,7 +204,7 @@ def import_adapter(
     """
     base = model if model is not None else exchange.base_of(Path(source))
     if base is None:
-        raise ConfigError(f"{source}: names no base model. Say which one it is for with model")
+        raise ConfigError(f"{source}: names no base model. Say which one it is for: --model MODEL")
     loaded = base if isinstance(base, LanguageModel) else load(base)
     return exchange.import_adapter(Path(source), Path(output), loaded=loaded)
 
@@ -228,6 +229,4 @@ def combine(
         AdapterError: Adapters that cannot be merged.
         OutputError: An `output` that is not empty.
     """
-    from mlx_adapters.adapter import combine as combining
-
     return combining.combine(folders, weights, Path(output), **options)
