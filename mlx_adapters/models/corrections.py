@@ -14,10 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.architectures.row import Activation, Architecture, Config
+from mlx_adapters.models.activations import correct_activations
+from mlx_adapters.models.architectures.row import Architecture, Config
+from mlx_adapters.models.reference import reference
+from mlx_adapters.models.rope import correct_rotations
+from mlx_adapters.models.windows import correct_windows, pattern
 
 __all__ = [
-    "activation",
     "corrected",
     "drop_attention_biases",
     "gpt2_names",
@@ -33,42 +36,24 @@ __all__ = [
     "shorten_window",
 ]
 
-Function = Callable[[mx.array], mx.array]
-
-_ACTIVATIONS: dict[str, tuple[str, Function]] = {
-    "silu": ("silu", nn.silu),
-    "swish": ("silu", nn.silu),
-    "gelu": ("gelu", nn.gelu),
-    "gelu_python": ("gelu", nn.gelu),
-    "gelu_new": ("tanh", nn.gelu_approx),
-    "gelu_fast": ("tanh", nn.gelu_approx),
-    "gelu_pytorch_tanh": ("tanh", nn.gelu_approx),
-    "relu": ("relu", nn.relu),
-    "relu2": ("relu2", nn.relu2),
-}
-
 # Fields that say whether a block's layers have biases, and where in the tree these layers are.
 _BIASES = {"attention_bias": "attn|attention", "mlp_bias": "mlp|feed_forward|ffn"}
 
 
 def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple[Any, Any]:
     """`model` and `args` (mlx-lm's classes), subclassed to honour what `config` says."""
-    windowed = _windowed_layers(config, row.window)
 
     class Args(args):
         @classmethod
         def from_dict(cls, params: Config) -> Any:
-            # with every layer windowed mlx-lm's own mixture finds no full layer; ours below needs none
-            if row.window == "unmixed" and windowed and all(windowed):
-                params = params | {"layer_types": None}
-            return args.from_dict(params)
+            return args.from_dict(_as_built(params, inspect.signature(args).parameters))
 
     class Model(model):
         def __init__(self, values: Any) -> None:
             nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen then
             super().__init__(values)
             _refuse_lost_biases(self, config, inspect.signature(args).parameters)
-            _correct(self, config, row, windowed)
+            _correct(self, config, row)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if row.rename_weights:
@@ -99,64 +84,35 @@ def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> N
             raise ignored(field, config[field], f"mlx-lm's {config['model_type']} has no such biases")
 
 
-def _correct(model: Any, config: Config, row: Architecture, windowed: list[bool]) -> None:
-    for index, layer in enumerate(model.layers):
-        if row.ungated and row.widths:
+def _as_built(params: Config, fields: Container[str]) -> Config:
+    """The configuration from which mlx-lm's file builds the modules that are right, or can be corrected."""
+    types, about = params.get("layer_types"), reference(params["model_type"])
+    if not isinstance(types, list):
+        return params
+    if about.window is None and about.rotation == "formula" and "sliding_attention" in types:
+        return params | {"layer_types": None}  # transformers' llama has no windows, mlx-lm's has
+    if about.window and about.window.layers == "all":
+        return params | {"layer_types": None}  # transformers' mistral does not read them
+    if "layer_types" not in fields and "sliding_window_pattern" in fields:
+        return params | {"sliding_window_pattern": pattern(params)}
+    return params
+
+
+def _correct(model: Any, config: Config, row: Architecture) -> None:
+    text = config
+    if isinstance(inner := config.get("text_config"), dict) and isinstance(inner.get("model_type"), str):
+        text = inner
+    if row.ungated and row.widths:
+        for layer in model.layers:
             _resize(layer.mlp, config, row.ungated, *row.widths)
-        if row.activation:
-            _activate(layer, config, row.activation, row.ungated)
-        if index < len(windowed) and windowed[index]:
-            layer.__class__ = _windowed(type(layer), config["sliding_window"])
+    correct_activations(model, text)
+    correct_rotations(model, text)
+    correct_windows(model, text)
     for correction in row.corrections:
         correction(model, config)
 
 
-# Activations and widths of the MLP -------------------------------------------------------------------------
-
-
-def _activate(layer: Any, config: Config, stated: Activation, ungated: tuple[str, str] | None) -> None:
-    name = config.get(stated.field) or stated.default
-    name = stated.misnamed.get(name, name)
-    computed, function = _activation(stated.field, name)
-    if computed == stated.computed:
-        return
-    mlp = getattr(layer, "mlp", None)
-    if ungated:
-        mlp.__class__ = _ungated(type(mlp), *ungated, function)
-    elif mlp is not None and all(part in mlp for part in ("gate_proj", "up_proj", "down_proj")):
-        mlp.__class__ = _gated(type(mlp), function)
-    else:
-        raise UnsupportedError(
-            f"config.json: field {stated.field!r} is {name!r}, but mlx-lm's {config['model_type']} uses "
-            f"{stated.computed}"
-        )
-
-
-def activation(config_field: str, name: str) -> Function:
-    """The function of an activation's name in a config; UnsupportedError names the field."""
-    return _activation(config_field, name)[1]
-
-
-def _activation(config_field: str, name: str) -> tuple[str, Function]:
-    if name not in _ACTIVATIONS:
-        raise UnsupportedError(
-            f"config.json: field {config_field!r} is {name!r}, which is not implemented in MLX here"
-        )
-    return _ACTIVATIONS[name]
-
-
-def _gated(base: type, function: Function) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
-        return self.down_proj(function(self.gate_proj(x)) * self.up_proj(x))
-
-    return replace_call(base, call)
-
-
-def _ungated(base: type, up: str, down: str, function: Function) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
-        return self[down](function(self[up](x)))
-
-    return replace_call(base, call)
+# Widths of the MLP ------------------------------------------------------------------------------------------
 
 
 def _resize(mlp: Any, config: Config, names: tuple[str, str], inner: str, width: str) -> None:
@@ -249,50 +205,6 @@ def _exactly_scaled(base: Any) -> type:
         return base.__call__(self, inputs, cache, h * (mx.array(root).astype(h.dtype) / rounded))
 
     return replace_call(base, call)
-
-
-def _windowed_layers(config: Config, rule: str | None) -> list[bool]:
-    """Which layers see only the last `sliding_window` tokens in transformers and all of them in mlx-lm, by
-    the row's rule."""
-    window, count = config.get("sliding_window"), config.get("num_hidden_layers") or 0
-    if not window or rule is None:
-        return []
-    if window >= (config.get("max_position_embeddings") or float("inf")):
-        return []  # the window is never left
-    types = config.get("layer_types")
-    if rule == "upper" and not config.get("use_sliding_window"):
-        return []
-    if rule == "unmixed" and types and "full_attention" in types:
-        return []
-    if types:
-        return [layer == "sliding_attention" for layer in types]
-    if rule == "upper":
-        return [index >= config.get("max_window_layers", 28) for index in range(count)]
-    return [rule != "alternating" or index % 2 == 0 for index in range(count)]
-
-
-def _windowed(base: Any, window: int) -> type:
-    """A decoder block that masks what lies `window` or more tokens back."""
-    from mlx_lm.models.base import create_attention_mask
-
-    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        past = _length(cache)
-        if past is None or past + x.shape[1] > window:
-            mask = create_attention_mask(x, cache, window_size=window, return_array=True)
-        return base.__call__(self, x, mask, cache)
-
-    return replace_call(base, call)
-
-
-def _length(cache: Any) -> int | None:
-    """Tokens in the cache, if that is known without asking the device."""
-    if cache is None:
-        return 0
-    for name in ("_idx", "offset"):
-        value = getattr(cache, name, None)
-        if isinstance(value, int):
-            return value
-    return None
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 from mlx_adapters.models import corrections
 from mlx_adapters.models.architectures.row import (
-    Activation,
     AdapterHub,
     Architecture,
     Experts,
@@ -18,8 +17,6 @@ from mlx_adapters.models.architectures.row import (
 
 __all__ = ["ARCHITECTURES", "architecture", "with_layers"]
 
-_SILU = Activation(field="hidden_act", default="silu", computed="silu")
-_GELU_NEW = Activation(field="activation_function", default="gelu_new", computed="tanh")
 _UNTIED = {"tie_word_embeddings": False}
 _ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
 _ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
@@ -38,7 +35,7 @@ _LLAMA = Architecture(
     pre_mlp="post_attention_layernorm",
     checked=True,
 )
-_LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, theta=10000.0, activation=_SILU, adapterhub=AdapterHub())
+_LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, adapterhub=AdapterHub())
 
 _GEMMA = replace(_LLAMA, scaled_embedding=True)
 _GEMMA_FIXED: dict[str, tuple[Any, ...]] = {**_ALWAYS_TIED, "use_bidirectional_attention": (None, False)}
@@ -67,27 +64,19 @@ _BLOOM_HUB = AdapterHub(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA_2, llm_adapters=True),
-    "mistral": replace(_LLAMA_2, window="unmixed"),
-    "qwen2": replace(_LLAMA_2, window="upper"),
-    "qwen3": replace(_LLAMA_2, window="upper"),
-    "smollm3": replace(_LLAMA, activation=_SILU),
-    "granite": replace(_LLAMA, activation=_SILU, theta=10000.0),
+    "mistral": _LLAMA_2,
+    "qwen2": _LLAMA_2,
+    "qwen3": _LLAMA_2,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
     "gemma": replace(
         _GEMMA,
-        theta=10000.0,
         fixed=_GEMMA_FIXED,
-        activation=Activation(
-            field="hidden_act",
-            default="gelu_pytorch_tanh",
-            computed="gelu",
-            misnamed={"gelu": "gelu_pytorch_tanh"},  # a known mistake in the first Gemma configurations
-        ),
         adapterhub=AdapterHub(),
     ),
     "gemma2": replace(
         _GEMMA,
         pre_mlp="pre_feedforward_layernorm",
-        theta=10000.0,
         defaults={
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -95,8 +84,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed=_GEMMA_FIXED,
         refuse=corrections.refuse_uncapped,
-        activation=Activation(field="hidden_activation", default="gelu_pytorch_tanh", computed="tanh"),
-        window="alternating",
         corrections=(corrections.mask_by_row,),
         adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
     ),
@@ -104,7 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GEMMA, pre_mlp="pre_feedforward_layernorm", corrections=(corrections.scale_embeddings_exactly,)
     ),
     "olmo2": replace(  # its norms come after the sublayers
-        _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED, theta=10000.0, activation=_SILU
+        _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED
     ),
     "phi3": replace(
         _LLAMA_2,
@@ -113,7 +100,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         lora=("qkv_proj",),
         parallel=("qkv_proj",),
         ia3=("qkv_proj", "down_proj"),
-        window="all",
         adapterhub=AdapterHub(fused="qkv_proj", up="mlp.gate_up_proj"),
     ),
     "glm": replace(
@@ -135,11 +121,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_out="fc2",
         pre_attn="input_layernorm",  # one norm serves both sublayers
         checked=True,
-        theta=10000.0,
         rotary_part=0.5,
         fixed={"qk_layernorm": (None, False), **_ALWAYS_UNTIED},
-        activation=Activation(field="hidden_act", default="gelu_new", computed="tanh"),
-        ungated=("fc1", "fc2"),
         adapterhub=AdapterHub(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None, residual="none"),
     ),
     "gpt2": Architecture(
@@ -158,7 +141,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         checked=True,
         renamed={"n_positions": "n_ctx"},
         fixed={"add_cross_attention": (None, False), **_ALWAYS_TIED},
-        activation=_GELU_NEW,
         ungated=("c_fc", "c_proj"),
         widths=("n_inner", "n_embd"),
         corrections=(corrections.scale_attention,),
@@ -176,7 +158,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         rename=(("model.", "transformer."),),
         checked=True,
         fixed=_ALWAYS_UNTIED,
-        activation=_GELU_NEW,
         ungated=("fc_in", "fc_out"),
         widths=("n_inner", "n_embd"),
         adapterhub=AdapterHub(known=True, residual="with attention"),
@@ -192,11 +173,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("model.", "gpt_neox."),
         ),
         checked=True,
-        theta=10000.0,
         rotary_part=0.25,
         rotary_names=("rotary_emb_base", "rotary_pct"),
         fixed=_ALWAYS_UNTIED,
-        activation=Activation(field="hidden_act", default="gelu", computed="tanh"),
         ungated=("dense_h_to_4h", "dense_4h_to_h"),
         widths=("intermediate_size", "hidden_size"),
         corrections=(corrections.drop_attention_biases,),
@@ -280,9 +259,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=Experts("block_sparse_moe.switch_mlp", gate="w1", up="w3", down="w2"),
         checked=True,
         defaults=_UNTIED,
-        theta=1e6,
-        activation=_SILU,
-        window="all",
         peft=_MIXTURE,
     ),
     "olmoe": Architecture(
@@ -299,25 +275,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
     ),
     # Fields of the configuration that mlx-lm reads otherwise
-    "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED, activation=_SILU),
+    "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED),
     "gpt_bigcode": Architecture(
         fixed={"scale_attn_weights": (None, True), **_ALWAYS_TIED},
-        activation=Activation(field="activation_function", default="gelu_pytorch_tanh", computed="gelu"),
-        ungated=("c_fc", "c_proj"),
     ),
-    "gpt_oss": Architecture(yarn_truncates=False, peft=PeftGaps(absent=r"mlp\.router")),
+    "gpt_oss": Architecture(peft=PeftGaps(absent=r"mlp\.router")),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
     "plamo3": Architecture(corrections=(corrections.shorten_window,)),
-    "stablelm": Architecture(
-        checked=True, theta=10000.0, rotary_part=0.25, fixed=_ALWAYS_UNTIED, activation=_SILU
-    ),
+    "stablelm": Architecture(checked=True, rotary_part=0.25, fixed=_ALWAYS_UNTIED),
     "starcoder2": Architecture(
         checked=True,
-        theta=10000.0,
-        activation=Activation(field="hidden_act", default="gelu_pytorch_tanh", computed="gelu"),
-        ungated=("c_fc", "c_proj"),
-        window="all",
     ),
     # Written for transformers, and nothing particular
     **dict.fromkeys(
