@@ -13,6 +13,7 @@ import io
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.models import fields as measured_fields
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.corrections import corrected, ignored
@@ -47,6 +48,7 @@ def normalise(config: Config) -> Config:
     if isinstance(config.get("text_config"), dict):
         if isinstance(config["text_config"].get("model_type"), str):
             config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
+            measured_fields.check(config)
         return config
     row = architecture(config["model_type"])
     for old, name in row.renamed.items():
@@ -54,13 +56,16 @@ def normalise(config: Config) -> Config:
             config[name] = config[old]
     _bound(config)
     fields = _accepted(config)
-    for name, value in row.defaults.items():
+    for name, value in {**row.defaults, **measured_fields.defaults(config)}.items():
         config.setdefault(name, value)
     heads = config.get("num_attention_heads")
     if heads and "num_key_value_heads" in fields and config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
     config = _both_rope_styles(config, fields)
-    _refuse(config, fields, row)
+    if measured_fields.measured(config["model_type"]):
+        measured_fields.check(config)
+    else:
+        _refuse(config, fields, row)
     _require(config, fields)
     return config
 
