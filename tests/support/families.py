@@ -28,17 +28,17 @@ _FULL, _SLIDING, _LINEAR, _CONV, _MAMBA = (
     "mamba",
 )
 
-# Widths are multiples of 32, so that every matrix can be quantized in groups of 32.
+# Widths are multiples of 32, and of 64 where routers read: every matrix can be quantized in groups.
 _BASE: Fields = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-_HEADS: Fields = {"head_dim": 16}  # 4 heads of 16 on a width of 32
+_HEADS: Fields = {"head_dim": 32}  # 4 heads of 32 on a width of 64
 _EXPERTS: Fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _SHARED: Fields = {
     "n_routed_experts": 4,
@@ -48,7 +48,7 @@ _SHARED: Fields = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }
-_GPT: Fields = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_GPT: Fields = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _MLA: Fields = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -59,7 +59,7 @@ _MLA: Fields = {
 }
 _DELTA: Fields = {
     "num_hidden_layers": 4,
-    "layer_types": [_LINEAR, _FULL, _LINEAR, _LINEAR],
+    "layer_types": [_LINEAR, _LINEAR, _LINEAR, _FULL],
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
@@ -106,7 +106,7 @@ _GEMMA3: Fields = (
     | _HEADS
     | _windows(_SLIDING, _SLIDING, _FULL)
     | _by_layer(10000.0, 1e6, rope_type="linear", factor=8.0)
-    | {"query_pre_attn_scalar": 24}
+    | {"query_pre_attn_scalar": 40}
 )
 _GEMMA3N: Fields = (
     _BASE
@@ -114,7 +114,7 @@ _GEMMA3N: Fields = (
     | _windows(_SLIDING, _FULL, _SLIDING, _FULL)
     | _by_layer(10000.0, 1e6)
     | {
-        "intermediate_size": [64] * 4,
+        "intermediate_size": [96] * 4,
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": VOCAB,
         "hidden_size_per_layer_input": 32,
@@ -132,7 +132,7 @@ _GEMMA4: Fields = (
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": VOCAB,
         "hidden_size_per_layer_input": 32,
-        "per_layer_config": {str(index): {"head_dim": 32} for index in (1, 3)},
+        "per_layer_config": {str(index): {"head_dim": 64} for index in (1, 3)},
         "final_logit_softcapping": 30.0,
     }
 )
@@ -146,7 +146,7 @@ _GEMMA4_MOE: Fields = (
         "top_k_experts": 2,
         "moe_intermediate_size": 32,
         "attention_k_eq_v": True,
-        "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}},
+        "per_layer_config": {"1": {"head_dim": 64, "num_key_value_heads": 1}},
     }
 )
 _QWEN35: Fields = _BASE | _HEADS | _DELTA | _rope(1e7, partial_rotary_factor=0.25)
@@ -171,7 +171,7 @@ _QWEN_TOWER: Fields = {
     "intermediate_size": 32,
     "num_heads": 2,
     "patch_size": 8,
-    "out_hidden_size": 32,
+    "out_hidden_size": 64,
     "num_position_embeddings": 16,
 }
 
@@ -207,7 +207,7 @@ FAMILIES: dict[str, Fields] = {
     | _HEADS
     | _windows(_SLIDING, _FULL)
     | _rope(10000.0)
-    | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    | {"query_pre_attn_scalar": 40, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": _GEMMA3,
     "gemma3n_text": _GEMMA3N,
     "gemma4_text": _GEMMA4,
@@ -219,8 +219,8 @@ FAMILIES: dict[str, Fields] = {
     | _rope(
         10000.0,
         rope_type="longrope",
-        short_factor=[1.0, 1.1, 1.3, 1.5],
-        long_factor=[1.0, 1.5, 3.0, 6.0],
+        short_factor=[1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5],
+        long_factor=[1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
         original_max_position_embeddings=64,
     ),
     "phimoe": _BASE
@@ -240,7 +240,7 @@ FAMILIES: dict[str, Fields] = {
         "layer_types": [_CONV, _FULL, _CONV],
         "block_multiple_of": 32,
         "block_auto_adjust_ff_dim": True,
-        "intermediate_size": 96,
+        "intermediate_size": 144,
     },
     "lfm2_moe": _BASE
     | _EXPERTS
@@ -282,7 +282,7 @@ FAMILIES: dict[str, Fields] = {
         "shared_intermediate_size": 64,
         "position_embedding_type": None,
         "mamba_n_heads": 4,
-        "mamba_d_head": 16,
+        "mamba_d_head": 32,
         "mamba_d_state": 16,
         "mamba_n_groups": 1,
         "mamba_expand": 2,
@@ -353,10 +353,10 @@ FAMILIES: dict[str, Fields] = {
     },
     "mamba2": {
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_heads": 4,
-        "head_dim": 16,
+        "head_dim": 32,
         "state_size": 16,
         "n_groups": 2,
         "chunk_size": 8,
@@ -417,21 +417,21 @@ FAMILIES: dict[str, Fields] = {
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
     | _rope(5e6, partial_rotary_factor=0.5),
     "gpt_bigcode": _GPT,
-    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "gptj": _GPT | {"rotary_dim": 4},
     "opt": {
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_hidden_layers": 2,
-        "ffn_dim": 64,
+        "ffn_dim": 96,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
-        "word_embed_proj_dim": 32,
+        "word_embed_proj_dim": 64,
     },
     "gpt2": _GPT,
     "gpt_neo": {
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_layers": 2,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
@@ -439,7 +439,7 @@ FAMILIES: dict[str, Fields] = {
         "max_position_embeddings": 256,
     },
     "gpt_neox": {name: value for name, value in _BASE.items() if name != "num_key_value_heads"}
-    | {"intermediate_size": 128, "hidden_act": "gelu_fast"}
+    | {"intermediate_size": 256, "hidden_act": "gelu_fast"}
     | _rope(10000.0, partial_rotary_factor=0.25),
     # not named by the issue's list, but by what it says of saved configurations
     "olmo_hybrid": _BASE
@@ -535,11 +535,14 @@ def _randomise(model: Any) -> None:
             array.copy_(array + noise if starts else noise)
 
 
-def opened(folder: Path) -> Any:
-    """The model in `folder` in transformers, in the class that it was saved as, ready to compare with."""
+def opened(folder: Path, *, told: bool = False) -> Any:
+    """The model in `folder` in transformers, in the class that it was saved as, ready to compare with; with
+    `told` also what transformers says of missing and unexpected names."""
     import torch
     import transformers
 
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    kind = getattr(transformers, name)
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    network, said = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    return (network.eval(), said) if told else network.eval()
