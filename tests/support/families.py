@@ -324,8 +324,7 @@ FAMILIES: dict[str, Fields] = {
         attention_factor=1.2079441541679836,
     ),
     "olmoe": _BASE | _EXPERTS | _rope(10000.0) | {"intermediate_size": 32, "norm_topk_prob": False},
-    "cohere2": _BASE
-    | _HEADS
+    "cohere2": _BASE  # its model file wants heads of width / heads
     | _windows(_SLIDING, _SLIDING, _SLIDING, _FULL)
     | _rope(50000.0)
     | {"logit_scale": 0.25},
@@ -461,10 +460,12 @@ FAMILIES: dict[str, Fields] = {
 
 WRAPPERS: dict[str, Fields] = {
     "mistral3": {
+        "tie_word_embeddings": False,
         "text_config": _MISTRAL3_TEXT,
         "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 16},
     },
     "mistral3:ministral": {
+        "tie_word_embeddings": False,
         "text_config": _MINISTRAL3 | {"model_type": "ministral3"},
         "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 16},
     },
