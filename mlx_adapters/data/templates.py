@@ -32,6 +32,12 @@ _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
 
+def check(template: str | None) -> None:
+    """ConfigError for the name of a template that does not exist; None is none."""
+    if template is not None and template not in TEMPLATES:
+        raise ConfigError(unknown("template", template, TEMPLATES))
+
+
 def default_template(fmt: str) -> str:
     """The template for a data format when the user names none."""
     return {"instruction": "alpaca", "messages": "chat"}.get(fmt, "plain")

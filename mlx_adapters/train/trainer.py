@@ -278,6 +278,7 @@ class Trainer:
             seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
             training=self._record(rows, template),
         )
+        adapter.note(self.model.model, self.meta)
 
     def _record(self, rows: Rows, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""
