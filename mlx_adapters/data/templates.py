@@ -33,9 +33,12 @@ _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
 
-def default_template(fmt: str) -> str:
-    """The template for a data format when the user names none."""
-    return {"instruction": "alpaca", "messages": "chat"}.get(fmt, "plain")
+def default_template(form: str, tokenizer: Any) -> str:
+    """The template for rows of a form when the user names none: the model's own, where it has one, since that
+    is how it will be asked."""
+    if form == "messages" or (form != "text" and tokenizer.has_chat_template):
+        return "chat"
+    return "alpaca" if form == "instruction" else "plain"
 
 
 def chosen_template(*names: str | None, tokenizer: Any = None) -> str:

@@ -56,6 +56,9 @@ class TrainConfig:
     best: bool = field(False, "finish with the adapter of the best validation, not the last")
     save_every: int = field(50, "steps between two checkpoints")
     keep: int = field(2, "checkpoints kept")
+    columns: str | None = field(
+        None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
+    )
     limit: int | None = field(None, "use only the first N rows")
 
     def __post_init__(self) -> None:

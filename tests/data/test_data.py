@@ -112,7 +112,14 @@ def test_render_of_each_format() -> None:
     pair = render({"prompt": "p", "completion": "c"}, "completion", template="plain", tokenizer=None)
     assert pair == ("p", "c")
     assert render({"text": "t"}, "text", template="plain", tokenizer=None) == ("", "t")
-    assert {default_template(fmt) for fmt in ("instruction", "messages", "text")} <= set(TEMPLATES)
+
+
+def test_the_template_of_a_model_that_has_one_is_the_default(tokenizer: Any, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    forms = ("instruction", "completion", "messages", "text")
+    chosen = [[default_template(form, each) for form in forms] for each in (tokenizer, _wrapped(tmp_path))]
+    assert chosen == [["chat", "chat", "chat", "plain"], ["alpaca", "plain", "chat", "plain"]]
+    assert {*chosen[0], *chosen[1]} <= set(TEMPLATES)
 
 
 def test_template_that_cannot_be_used(tokenizer: Any, tmp_path: Path) -> None:
