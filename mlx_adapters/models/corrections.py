@@ -7,8 +7,8 @@ corrected raises UnsupportedError.
 
 import inspect
 import re
-from collections.abc import Callable, Container
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from mlx_adapters.models.activations import correct_activations
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
-from mlx_adapters.models.windows import correct_windows, pattern
+from mlx_adapters.models.windows import correct_windows, letters, pattern
 
 __all__ = [
     "corrected",
@@ -46,7 +46,13 @@ def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple
     class Args(args):
         @classmethod
         def from_dict(cls, params: Config) -> Any:
-            return args.from_dict(_as_built(params, inspect.signature(args).parameters))
+            params = _as_built(params, inspect.signature(args).parameters)
+            try:
+                return args.from_dict(params)
+            except ValueError:  # a scaling that the model file does not know, and `rope` does
+                if not params.get("rope_scaling") or not reference(params["model_type"]).rotation:
+                    raise
+                return args.from_dict(params | {"rope_scaling": None})
 
     class Model(model):
         def __init__(self, values: Any) -> None:
@@ -84,7 +90,7 @@ def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> N
             raise ignored(field, config[field], f"mlx-lm's {config['model_type']} has no such biases")
 
 
-def _as_built(params: Config, fields: Container[str]) -> Config:
+def _as_built(params: Config, fields: Mapping[str, inspect.Parameter]) -> Config:
     """The configuration from which mlx-lm's file builds the modules that are right, or can be corrected."""
     types, about = params.get("layer_types"), reference(params["model_type"])
     if not isinstance(types, list):
@@ -93,9 +99,11 @@ def _as_built(params: Config, fields: Container[str]) -> Config:
         return params | {"layer_types": None}  # transformers' llama has no windows, mlx-lm's has
     if about.window and about.window.layers == "all":
         return params | {"layer_types": None}  # transformers' mistral does not read them
-    if "layer_types" not in fields and "sliding_window_pattern" in fields:
-        return params | {"sliding_window_pattern": pattern(params)}
-    return params
+    if "layer_types" in fields or "sliding_window_pattern" not in fields:
+        return params
+    if str in get_args(fields["sliding_window_pattern"].annotation):
+        return params | {"sliding_window_pattern": letters(params)}
+    return params | {"sliding_window_pattern": pattern(params)}
 
 
 def _correct(model: Any, config: Config, row: Architecture) -> None:
@@ -105,11 +113,11 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     if row.ungated and row.widths:
         for layer in model.layers:
             _resize(layer.mlp, config, row.ungated, *row.widths)
+    for correction in row.corrections:
+        correction(model, config)
     correct_activations(model, text)
     correct_rotations(model, text)
     correct_windows(model, text)
-    for correction in row.corrections:
-        correction(model, config)
 
 
 # Widths of the MLP ------------------------------------------------------------------------------------------

@@ -122,9 +122,11 @@ def _found(rope: Any) -> tuple[int, bool, Rotation] | None:
         return rope.dims, rope.traditional, turned
     if isinstance(rope, rope_utils.SuScaledRoPE):
         return rope.dim, False, Rotation(wavelengths=_numbers(rope._freqs), factor=rope._scale)
-    if isinstance(rope, (rope_utils.YarnRoPE, rope_utils.Llama3RoPE, rope_utils.ProportionalRoPE)):
+    known = (rope_utils.YarnRoPE, rope_utils.Llama3RoPE, rope_utils.ProportionalRoPE)
+    if isinstance(rope, known) or type(rope).__name__ == "DynamicNTKAlphaRoPE":
         factor = getattr(rope, "mscale", 1.0)
-        return rope.dims, rope.traditional, Rotation(wavelengths=_numbers(rope._freqs), factor=factor)
+        turned = Rotation(wavelengths=_numbers(rope._freqs), factor=factor)
+        return rope.dims, getattr(rope, "traditional", False), turned
     return None
 
 
@@ -163,6 +165,8 @@ def _rotation(config: Config, stated: Config, theta: float, dims: int) -> Rotati
         return Rotation(wavelengths=_plain(theta, dims))
     if kind == "linear":
         return Rotation(wavelengths=tuple(w * _number(stated, "factor") for w in _plain(theta, dims)))
+    if kind == "dynamic" and stated.get("alpha"):  # Hunyuan's, which does not depend on the text
+        return Rotation(wavelengths=_plain(theta * _number(stated, "alpha") ** (dims / (dims - 2)), dims))
     if kind == "proportional":
         return _proportional(stated, theta, dims)
     length = _length(config, stated)
