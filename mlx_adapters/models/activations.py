@@ -75,26 +75,23 @@ def correct_activations(model: Any, config: Config) -> None:
     Raises UnsupportedError where the configuration asks for one that is not the architecture's usual, and a
     layer is found that cannot be given it.
     """
-    stated = reference(config["model_type"]).activation
-    if stated is None:
+    about = reference(config["model_type"])
+    if about.activation is None:
         return
-    field, usual = stated
+    field, usual = about.activation
     name = config.get(field) or usual
-    name = _MISNAMED.get((usual, name), name)
+    name = about.misnamed.get(name, name)
     if usual not in _FUNCTIONS and name == usual:
         return  # a function of the architecture's own
     wanted = activation(field, name)
     given = _give(model, wanted)
     unusual = usual not in _FUNCTIONS or _names(_values(wanted)) != _names(_values(_FUNCTIONS[usual]))
-    if unusual and (not given or _convolves(model)):
+    mixing = field != "mlp_hidden_act" and _convolves(model)  # there the same field is for both
+    if unusual and (not given or mixing):
         raise UnsupportedError(
             f"config.json: field {field!r} is {name!r}, but mlx-lm's {config['model_type']} always uses "
             f"{usual}"
         )
-
-
-_MISNAMED = {("gelu_pytorch_tanh", "gelu"): "gelu_pytorch_tanh"}
-"""(usual, stated): a known mistake in the first Gemma configurations, which transformers reads so too."""
 
 
 def _give(model: Any, wanted: Function) -> int:

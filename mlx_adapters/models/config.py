@@ -233,7 +233,8 @@ def _scaling(values: Config, config: Config) -> Config | None:
         return None
     others = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
     scaling = others | {"rope_type": kind, "type": kind}
-    if kind not in SCALED:
+    fixed = kind == "dynamic" and scaling.get("alpha")  # Hunyuan's, which does not depend on the text
+    if kind not in SCALED and not fixed:
         raise UnsupportedError(
             f"config.json: field 'rope_scaling' is of type {kind!r}, which is not computed here. Supported: "
             f"{', '.join(SCALED)}"

@@ -7,8 +7,8 @@ corrected raises UnsupportedError.
 
 import inspect
 import re
-from collections.abc import Callable, Container
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +18,13 @@ from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
-from mlx_adapters.models.windows import correct_windows, pattern
+from mlx_adapters.models.state_space import limit_time_steps
+from mlx_adapters.models.windows import correct_windows, letters, pattern
 
 __all__ = [
+    "clip_projections",
     "corrected",
+    "count_expert_layers",
     "drop_attention_biases",
     "gpt2_names",
     "ignored",
@@ -32,8 +35,10 @@ __all__ = [
     "replace_call",
     "rotate_part",
     "scale_attention",
+    "scale_by_one",
     "scale_embeddings_exactly",
     "shorten_window",
+    "widen_fourfold",
 ]
 
 # Fields that say whether a block's layers have biases, and where in the tree these layers are.
@@ -46,7 +51,13 @@ def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple
     class Args(args):
         @classmethod
         def from_dict(cls, params: Config) -> Any:
-            return args.from_dict(_as_built(params, inspect.signature(args).parameters))
+            params = _as_built(params, inspect.signature(args).parameters, row)
+            try:
+                return args.from_dict(params)
+            except ValueError:  # a scaling that the model file does not know, and `rope` does
+                if not params.get("rope_scaling") or not reference(params["model_type"]).rotation:
+                    raise
+                return args.from_dict(params | {"rope_scaling": None})
 
     class Model(model):
         def __init__(self, values: Any) -> None:
@@ -58,7 +69,10 @@ def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if row.rename_weights:
                 weights = row.rename_weights(weights)
-            return super().sanitize(weights) if hasattr(super(), "sanitize") else weights
+            if row.fold_weights:
+                weights = row.fold_weights(weights, config)
+            kept = _kept(weights, row)
+            return (super().sanitize(weights) if hasattr(super(), "sanitize") else weights) | kept
 
     Model.__name__ = Model.__qualname__ = model.__name__
     Model.__module__ = model.__module__
@@ -87,8 +101,10 @@ def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> N
             raise ignored(field, config[field], f"mlx-lm's {config['model_type']} has no such biases")
 
 
-def _as_built(params: Config, fields: Container[str]) -> Config:
+def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Architecture) -> Config:
     """The configuration from which mlx-lm's file builds the modules that are right, or can be corrected."""
+    if row.as_built:
+        params = row.as_built(params)
     types, about = params.get("layer_types"), reference(params["model_type"])
     if not isinstance(types, list):
         return params
@@ -96,9 +112,21 @@ def _as_built(params: Config, fields: Container[str]) -> Config:
         return params | {"layer_types": None}  # transformers' llama has no windows, mlx-lm's has
     if about.window and about.window.layers == "all":
         return params | {"layer_types": None}  # transformers' mistral does not read them
-    if "layer_types" not in fields and "sliding_window_pattern" in fields:
-        return params | {"sliding_window_pattern": pattern(params)}
-    return params
+    if "layer_types" in fields or "sliding_window_pattern" not in fields:
+        return params
+    if str in get_args(fields["sliding_window_pattern"].annotation):
+        return params | {"sliding_window_pattern": letters(params)}
+    return params | {"sliding_window_pattern": pattern(params)}
+
+
+def _kept(weights: dict[str, mx.array], row: Architecture) -> dict[str, mx.array]:
+    """The tensors that mlx-lm drops and a correction needs, flat, by their names here."""
+    found = {}
+    for name, array in weights.items():
+        for expression, kept in row.kept:
+            if match := re.fullmatch(expression, name):
+                found[match.expand(kept)] = array.reshape(-1)
+    return found
 
 
 def _correct(model: Any, config: Config, row: Architecture) -> None:
@@ -108,11 +136,12 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     if row.ungated and row.widths:
         for layer in model.layers:
             _resize(layer.mlp, config, row.ungated, *row.widths)
+    for correction in row.corrections:
+        correction(model, config)
     correct_activations(model, text)
     correct_rotations(model, text)
     correct_windows(model, text)
-    for correction in row.corrections:
-        correction(model, config)
+    limit_time_steps(model, text)
 
 
 # Widths of the MLP ------------------------------------------------------------------------------------------
@@ -208,6 +237,57 @@ def _exactly_scaled(base: Any) -> type:
         return base.__call__(self, inputs, cache, h * (mx.array(root).astype(h.dtype) / rounded))
 
     return replace_call(base, call)
+
+
+def clip_projections(model: Any, config: Config) -> None:
+    """OLMoE: queries, keys and values within +-`clip_qkv`, which mlx-lm does not read."""
+    if (limit := config.get("clip_qkv")) is None:
+        return
+    for layer in model.layers:
+        layer.self_attn.__class__ = _clipping(type(layer.self_attn), float(limit))
+
+
+def _clipping(base: Any, limit: float) -> type:
+    from mlx_lm.models.base import scaled_dot_product_attention
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        rows, time, _ = x.shape
+        projected = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
+        queries, keys, values = (
+            mx.clip(part, -limit, limit).reshape(rows, time, heads, -1).transpose(0, 2, 1, 3)
+            for part, heads in zip(projected, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True)
+        )
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        seen = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        result: mx.array = self.o_proj(seen.transpose(0, 2, 1, 3).reshape(rows, time, -1))
+        return result
+
+    return replace_call(base, call)
+
+
+# What a model file builds from a configuration -------------------------------------------------------------
+
+
+def count_expert_layers(config: Config) -> Config:
+    """Jamba: experts in every layer whose number leaves `expert_layer_offset`; mlx-lm adds the offset to the
+    number where it should take it off."""
+    period, offset = config["expert_layer_period"], config["expert_layer_offset"]
+    return config | {"expert_layer_offset": -offset % period}
+
+
+def scale_by_one(config: Config) -> Config:
+    """DeepSeek-V2: rotations without scaling, which mlx-lm's file always has."""
+    return (
+        config if config.get("rope_scaling") else config | {"rope_scaling": {"type": "yarn", "factor": 1.0}}
+    )
+
+
+def widen_fourfold(config: Config) -> Config:
+    """GPT-BigCode: the width of the MLP where the configuration has none."""
+    return config if config.get("n_inner") else config | {"n_inner": 4 * config["n_embd"]}
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------

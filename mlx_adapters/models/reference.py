@@ -3,7 +3,8 @@
 `python tests/support/reference_table.py --write`, in the repository, makes it; a test makes it again.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ class Reference:
 
     `rotation` says whether its rotary angles follow the common formulas, and then whether every type of layer
     has its own; `theta` is their base where the configuration has none; `mscales`, whether LongRoPE's factors
-    of attention are read. `activation` is the field that names the activation of the MLP, with its default.
+    of attention are read. `activation` is the field that names the activation of the MLP, with its default;
+    `misnamed`, names of activations that are read as others. `time_step` says what limits the time steps of
+    state-space layers: the field time_step_limit (`limit`), or time_step_min alone (`floor`).
     """
 
     rotation: str | None = None
     theta: float | None = None
     mscales: bool = False
     activation: tuple[str, str] | None = None
+    misnamed: Mapping[str, str] = field(default_factory=dict)
     window: Window | None = None
+    time_step: str | None = None
 
 
 _NONE = Reference()
@@ -61,7 +66,9 @@ def reference(model_type: str) -> Reference:
         theta=facts.get("theta"),
         mscales=facts.get("mscales", False),
         activation=tuple(activation) if activation else None,
+        misnamed=facts.get("misnamed", {}),
         window=Window(**window) if window else None,
+        time_step=facts.get("time_step"),
     )
 
 

@@ -9,12 +9,14 @@ text read in pieces is turned otherwise than at once.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models.architectures.row import Config
@@ -26,7 +28,7 @@ __all__ = ["SCALED", "correct_rotations", "original_length"]
 SCALED = ("linear", "llama3", "yarn", "longrope", "proportional", "mrope")
 """The kinds of scaling that are computed here, by their names in a configuration."""
 
-_ROUNDING = 1e-5  # relative: float32 powers differ by some 1e-6 between libraries
+_ROUNDING = 1e-5  # relative: float32 angles differ by some 1e-6 between libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +83,32 @@ class ScaledRoPE(nn.Module):
 def correct_rotations(model: Any, config: Config) -> None:
     """Give each rotary layer of `model` the rotation that transformers computes for `config`.
 
-    Raises UnsupportedError where a scaling cannot be computed, or where the model file turns by code of its
-    own that does not read it.
+    Raises UnsupportedError where a scaling is asked for that cannot be computed, or of a model whose rotary
+    layers are not found.
     """
     about = reference(config["model_type"])
     if about.rotation is None:
         return
-    types = layer_types(config)
+    types, turning = layer_types(config), 0
     for path, holder in model.named_modules():
         index = layer_index(path)
         kind = types[index] if index is not None and index < len(types) else None
         for name, rope in list(holder.children().items()):
-            found = _found(rope)
-            if found is None:
+            if not isinstance(rope, nn.Module) or not _ROTARY.search(type(rope).__name__):
                 continue
-            dims, traditional, turned = found
-            wanted = _wanted(config, kind, dims, by_type=about.rotation == "by layer type")
-            if wanted and not _alike(turned, wanted):
-                setattr(holder, name, ScaledRoPE(dims, traditional, wanted))
+            measured = _measured(rope)
+            if measured is None:
+                continue
+            turning += 1
+            wanted = _wanted(config, kind, measured.dims, by_type=about.rotation == "by layer type")
+            if wanted and not _alike(measured, wanted):
+                setattr(holder, name, ScaledRoPE(measured.dims, measured.traditional, wanted))
+    if config.get("rope_scaling") and not turning:
+        scaling = config["rope_scaling"]
+        raise UnsupportedError(
+            f"config.json: field 'rope_scaling' is {scaling!r}, and no rotary layer was found in mlx-lm's "
+            f"{config['model_type']}"
+        )
 
 
 def original_length(config: Config, scaling: Config) -> Any:
@@ -113,31 +123,48 @@ def original_length(config: Config, scaling: Config) -> Any:
 # What mlx-lm's layers do -----------------------------------------------------------------------------------
 
 
-def _found(rope: Any) -> tuple[int, bool, Rotation] | None:
-    """(dims, traditional, rotation) of a rotary layer that is known; None for other modules."""
-    from mlx_lm.models import rope_utils
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a rotary layer does at position 1: the `angles` of its pairs, after multiplying by `factor`.
+    `traditional` layers pair neighbours, others a number with the one half the width further on."""
 
-    if type(rope) is nn.RoPE:
-        turned = Rotation(wavelengths=tuple(w / rope.scale for w in _plain(rope.base, rope.dims)))
-        return rope.dims, rope.traditional, turned
-    if isinstance(rope, rope_utils.SuScaledRoPE):
-        return rope.dim, False, Rotation(wavelengths=_numbers(rope._freqs), factor=rope._scale)
-    if isinstance(rope, (rope_utils.YarnRoPE, rope_utils.Llama3RoPE, rope_utils.ProportionalRoPE)):
-        factor = getattr(rope, "mscale", 1.0)
-        return rope.dims, rope.traditional, Rotation(wavelengths=_numbers(rope._freqs), factor=factor)
+    dims: int
+    traditional: bool
+    angles: tuple[float, ...]
+    factor: float
+
+
+_ROTARY = re.compile(r"rope$|rotary", re.IGNORECASE)
+
+
+def _measured(rope: Any) -> Measured | None:
+    """What `rope` does, found out by turning unit vectors; None where it does something else."""
+    dims = getattr(rope, "dims", None) or getattr(rope, "dim", None)
+    dims = dims or 2 * getattr(rope, "_freqs", mx.zeros(0)).size
+    try:
+        units = mx.eye(dims)[None, :, None]  # a head for each
+        turned = np.array(rope(units, offset=1).astype(mx.float32))[0, :, 0]
+    except Exception:  # a module of another kind with such a name
+        return None
+    half = dims // 2
+    for traditional in (False, True):
+        first = np.arange(half) * 2 if traditional else np.arange(half)
+        second = first + (1 if traditional else half)
+        cosines, sines = turned[first, first], turned[first, second]
+        factors = np.hypot(cosines, sines)
+        if np.allclose(factors, factors[0], 1e-5) and np.allclose(turned[second, first], -sines, 1e-5):
+            angles = np.arctan2(sines, cosines)
+            return Measured(
+                dims=dims, traditional=traditional, angles=tuple(angles.tolist()), factor=float(factors[0])
+            )
     return None
 
 
-def _numbers(array: mx.array) -> tuple[float, ...]:
-    values: Any = array.tolist()
-    return tuple(values)
-
-
-def _alike(found: Rotation, wanted: Rotation) -> bool:
-    if wanted.long or len(found.wavelengths) != len(wanted.wavelengths):
+def _alike(found: Measured, wanted: Rotation) -> bool:
+    if wanted.long:
         return False
-    pairs = (*zip(found.wavelengths, wanted.wavelengths, strict=True), (found.factor, wanted.factor))
-    return all(a == b or math.isclose(a, b, rel_tol=_ROUNDING) for a, b in pairs)
+    angles = [1 / wavelength for wavelength in wanted.wavelengths]
+    return np.allclose((*found.angles, found.factor), (*angles, wanted.factor), _ROUNDING, 1e-9)
 
 
 # What transformers' formulas say ---------------------------------------------------------------------------
@@ -163,6 +190,8 @@ def _rotation(config: Config, stated: Config, theta: float, dims: int) -> Rotati
         return Rotation(wavelengths=_plain(theta, dims))
     if kind == "linear":
         return Rotation(wavelengths=tuple(w * _number(stated, "factor") for w in _plain(theta, dims)))
+    if kind == "dynamic" and stated.get("alpha"):  # Hunyuan's, which does not depend on the text
+        return Rotation(wavelengths=_plain(theta * _number(stated, "alpha") ** (dims / (dims - 2)), dims))
     if kind == "proportional":
         return _proportional(stated, theta, dims)
     length = _length(config, stated)

@@ -15,7 +15,7 @@ from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.architectures.row import Config
 from mlx_adapters.models.reference import Window, reference
 
-__all__ = ["correct_windows", "layer_index", "layer_types", "pattern"]
+__all__ = ["correct_windows", "layer_index", "layer_types", "letters", "pattern"]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)(?:\.|$)")
@@ -47,7 +47,11 @@ def _usual(about: Window, config: Config, count: int) -> list[str]:
         slides = [index < from_layer and index % 2 == 0 for index in range(count)]
     else:
         period = config.get("sliding_window_pattern")
-        kinds = "s" * (period - 1) + "f" if isinstance(period, int) and period > 0 else about.layers
+        kinds = about.layers
+        if isinstance(period, str) and period:
+            kinds = period.replace("L", "s")  # EXAONE 4 writes LLLG
+        elif isinstance(period, int) and period > 0:
+            kinds = "s" * (period - 1) + "f"
         slides = [kinds[index % len(kinds)] == "s" for index in range(count)]
     return [SLIDING if slide else FULL for slide in slides]
 
@@ -74,12 +78,24 @@ def pattern(config: Config) -> int | None:
         return None
     last = next((index for index, kind in enumerate(types) if kind == FULL), len(types))
     period = last + 1
-    if types != [FULL if (index + 1) % period == 0 else SLIDING for index in range(len(types))]:
+    if last == len(types) or types != [
+        FULL if (index + 1) % period == 0 else SLIDING for index in range(len(types))
+    ]:
         raise UnsupportedError(
             f"config.json: field 'layer_types' is no repetition of {last} sliding layers and a full one, and "
             f"mlx-lm's {config['model_type']} computes nothing else"
         )
     return period
+
+
+def letters(config: Config) -> str | None:
+    """L for each layer with a window and G for each without, as EXAONE 4's file states them; None where there
+    are no windows at all. One more letter stands for a layer that is not there: the file looks for both."""
+    size = config.get("sliding_window")
+    if not size:
+        return None
+    written = "".join("L" if kind == SLIDING else "G" for kind in layer_types(config))
+    return written + "".join({"L", "G"} - set(written))
 
 
 def correct_windows(model: Any, config: Config) -> None:

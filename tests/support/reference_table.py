@@ -21,6 +21,7 @@ from mlx_adapters.models.reference import TABLE
 _LAYERS = 24
 _ACTIVATION = re.compile(r"ACT2FN\[(?:self\.)?config\.(\w+)\]")
 _FIELDS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+_NAMES = ("gelu", "gelu_new", "silu", "relu")
 _ALL_LAYERS = re.compile(r"create_causal_mask if self\.config\.sliding_window is None")
 
 
@@ -44,10 +45,17 @@ def _facts(name: str) -> dict[str, Any]:
         facts["theta"] = cls.default_theta if isinstance(cls.default_theta, float) else None
     if "short_mscale" in text:
         facts["mscales"] = True
+    if "(config.time_step_min, float(" in text:
+        facts["time_step"] = "floor"
+    elif "config.time_step_limit" in text:
+        facts["time_step"] = "limit"
     named = set(_ACTIVATION.findall(text))
     field = next((f for f in _FIELDS if f in named and isinstance(getattr(usual, f, None), str)), None)
     if field:
         facts["activation"] = [field, getattr(usual, field)]
+        read = {name: getattr(cls(**{field: name}), field) for name in _NAMES}
+        if misnamed := {name: other for name, other in read.items() if name != other}:
+            facts["misnamed"] = misnamed
     named_so = hasattr(usual, "sliding_window") and "sliding_window" not in cls.attribute_map
     if not named_so or "create_sliding_window_causal_mask" not in text:
         return facts

@@ -100,6 +100,10 @@ class Architecture:
     """The checkpoint's linear layers are transposed, which PEFT must be told."""
     rename_weights: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Renames a checkpoint's tensors into what mlx-lm's model file expects."""
+    fold_weights: Callable[[dict[str, Any], Config], dict[str, Any]] | None = None
+    """Changes a checkpoint's tensors by what the configuration says and mlx-lm does not fold into them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """(regular expression, MLX name) of the checkpoint's tensors that mlx-lm drops and a correction needs."""
     checked: bool = False
     """The tests compare a checkpoint written for transformers: with the one that transformers wrote, tensor
     by tensor, or opened by transformers, with every name found and the same logits."""
@@ -140,6 +144,8 @@ class Architecture:
     rotates_part: bool = False
     """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
     heads, or by the model file, which reads it under another name."""
+    as_built: Callable[[Config], Config] | None = None
+    """The configuration from which mlx-lm's file builds the right modules."""
     corrections: tuple[Callable[[Any, Config], None], ...] = ()
     """Change a model right after it is built."""
 

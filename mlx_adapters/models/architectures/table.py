@@ -7,7 +7,7 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 from dataclasses import replace
 from typing import Any
 
-from mlx_adapters.models import corrections, saved_forms, saved_weights
+from mlx_adapters.models import corrections, routing, saved_forms, saved_weights, state_space
 from mlx_adapters.models.architectures.row import (
     AdapterHub,
     Architecture,
@@ -91,6 +91,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GEMMA,
         pre_mlp="pre_feedforward_layernorm",
         forms=(saved_forms.sliding_pattern,),
+        fixed={
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (None, False),
+        },
         corrections=(corrections.scale_embeddings_exactly,),
     ),
     "olmo2": replace(  # its norms come after the sublayers
@@ -255,7 +260,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         llm_adapters=True,
     ),
     # Mixtures whose experts have names in the checkpoint that are known
-    "deepseek_v2": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
+    "deepseek_v2": Architecture(
+        as_built=corrections.scale_by_one, experts=_EXPERTS, checked=True, peft=_MIXTURE
+    ),
     "dots1": Architecture(experts=Experts("mlp.experts"), checked=True, peft=_MIXTURE),
     "glm4_moe": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
     "mixtral": Architecture(
@@ -265,13 +272,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         peft=_MIXTURE,
     ),
     "olmoe": Architecture(
-        experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
+        experts=_EXPERTS,
+        checked=True,
+        renamed={"num_local_experts": "num_experts"},
+        corrections=(corrections.clip_projections,),
+        peft=_MIXTURE,
     ),
     "qwen2_moe": Architecture(
         experts=_EXPERTS,
         checked=True,
         renamed={"num_local_experts": "num_experts"},
-        fixed={"norm_topk_prob": (None, False)},
+        corrections=(routing.normalise_chosen,),
         peft=PeftGaps(routed=True),
     ),
     "qwen3_moe": Architecture(
@@ -281,7 +292,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED),
     "gpt_bigcode": Architecture(
         forms=(saved_forms.four_times_wide,),
-        fixed={"scale_attn_weights": (None, True), **_ALWAYS_TIED},
+        as_built=corrections.widen_fourfold,
+        fixed={"scale_attn_weights": (None, True), "multi_query": (None, True), **_ALWAYS_TIED},
     ),
     "gpt_oss": Architecture(peft=PeftGaps(absent=r"mlp\.router")),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
@@ -318,7 +330,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Layers that PEFT does not open
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
-    "ernie4_5_moe": Architecture(peft=_MIXTURE),
+    "ernie4_5_moe": Architecture(
+        kept=((r"(.*\.mlp)\.moe_statics\.e_score_correction_bias", r"\1.e_score_correction_bias"),),
+        corrections=(routing.choose_with_bias,),
+        peft=_MIXTURE,
+    ),
     "granitemoe": Architecture(peft=PeftGaps(absent=r"router\.layer")),
     "granitemoehybrid": Architecture(
         forms=(
@@ -327,13 +343,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         peft=PeftGaps(absent=r"router\.layer"),
     ),
-    "jamba": Architecture(peft=PeftGaps(absent=r"feed_forward\.router")),
+    "jamba": Architecture(
+        as_built=corrections.count_expert_layers,
+        corrections=(routing.weigh_all_experts,),
+        peft=PeftGaps(absent=r"feed_forward\.router"),
+    ),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
     "minimax": Architecture(peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
-    "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
+    "nemotron_h": Architecture(
+        fixed={"mamba_hidden_act": (None, "silu")}, peft=PeftGaps(absent=".*", state_space=True)
+    ),
     "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
     "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
@@ -344,8 +366,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(peft=PeftGaps(stacked=True)),
     ),
-    "mamba2": Architecture(forms=(saved_forms.expanded_width,), peft=PeftGaps(state_space=True)),
-    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba"), Architecture(peft=PeftGaps(state_space=True))),
+    "falcon_h1": Architecture(
+        fold_weights=state_space.fold_multipliers,
+        corrections=(state_space.group_gated_norms,),
+        peft=PeftGaps(state_space=True),
+    ),
+    "mamba2": Architecture(
+        forms=(saved_forms.expanded_width,),
+        corrections=(state_space.group_gated_norms,),
+        peft=PeftGaps(state_space=True),
+    ),
+    **dict.fromkeys(("falcon_mamba", "mamba"), Architecture(peft=PeftGaps(state_space=True))),
 }
 
 _UNKNOWN = Architecture()
