@@ -4,6 +4,7 @@ from mlx_adapters.adapter.attach import attach, detach, load
 from mlx_adapters.adapter.folder import (
     build,
     load_weights,
+    own_tensors,
     save,
     tensors,
     write,
@@ -36,6 +37,7 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
+    "own_tensors",
     "read_fields",
     "read_meta",
     "read_tensors",

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_adapters.models.origin import recorded, with_record
 
-__all__ = ["Names", "Part", "fill", "from_config", "into_config", "measure", "template"]
+__all__ = ["Names", "Part", "as_record", "fill", "from_config", "from_record", "into_config", "measure", "numbers_of", "template"]
 
 Weights = dict[str, mx.array]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Names:
-    """The parts of each MLX tensor, by template; one that is not listed has the checkpoint's name and values.
+    """The parts of each MLX tensor, by template: the index of the base.
 
     An empty tuple of parts is a tensor whose origin is not one that `Part` describes.
     """
@@ -64,15 +64,19 @@ class Names:
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """Where the MLX tensor `name` comes from."""
-        if (found := self.tensors.get(template(name))) is None:
-            return (Part(source=name),)
         numbers = _NUMBER.findall(name)
+        found = self.tensors.get(template(name), ())
         return tuple(replace(part, source=fill(part.source, numbers)) for part in found)
 
 
 def template(name: str) -> str:
     """`name` with `#` for each number in it."""
     return _NUMBER.sub("#", name)
+
+
+def numbers_of(name: str) -> list[str]:
+    """The numbers in `name`."""
+    return _NUMBER.findall(name)
 
 
 def fill(text: str, numbers: Iterable[str]) -> str:
@@ -94,12 +98,16 @@ def from_config(config: dict[str, Any]) -> Names | None:
 
 
 def as_record(names: Names) -> dict[str, Any]:
-    """`names` for a JSON file: what differs from the defaults of `Part`."""
+    """`names` for a JSON file: `same` lists the tensors of the checkpoint's name and values, `made` has what
+    differs from the defaults of `Part` for the others."""
     usual = asdict(Part(source=""))
-    return {
+    same = [name for name, parts in names.tensors.items() if parts == (Part(source=name),)]
+    made = {
         name: [{k: v for k, v in asdict(part).items() if v != usual[k]} for part in parts]
         for name, parts in names.tensors.items()
+        if name not in set(same)
     }
+    return {"same": same, "made": made}
 
 
 def from_record(record: dict[str, Any]) -> Names:
@@ -109,7 +117,8 @@ def from_record(record: dict[str, Any]) -> Names:
     def part(fields: dict[str, Any]) -> Part:
         return Part(**{k: tuple(v) if k in tuples else v for k, v in fields.items()})
 
-    return Names({name: tuple(map(part, parts)) for name, parts in record.items()})
+    same = {name: (Part(source=name),) for name in record.get("same", ())}
+    return Names(same | {name: tuple(map(part, parts)) for name, parts in record.get("made", {}).items()})
 
 
 # Measuring -------------------------------------------------------------------------------------------------
@@ -323,8 +332,7 @@ def _compact(found: dict[str, tuple[Part, ...]], made: Weights, given: Weights) 
         names = [fill(part.source, _NUMBER.findall(name)) for part in parts for name in members]
         if any("*" not in name and name not in given for name in names):
             parts = ()
-        if parts != (Part(source=kind),):
-            tensors[kind] = parts
+        tensors[kind] = parts
     return Names(tensors)
 
 
