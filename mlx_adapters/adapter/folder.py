@@ -33,11 +33,12 @@ from mlx_adapters.adapter.reading import (
     read_fields,
     read_tensors,
 )
-from mlx_adapters.adapter.translate import Written, inward, outward, sized, with_fields
+from mlx_adapters.adapter.translate import Written, inward, outward, scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
+from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
@@ -88,6 +89,12 @@ def save(
         tree = tree_of(network, meta.base["model_type"])
         linear = [path.removesuffix(".base") for path in sites.linears(network)]
         told = with_fields(fields, written, tree, linear)
+        known = meta.method.PEFT_FIELDS or {}
+        if told.get("rank_pattern") and "rank_pattern" not in known:
+            raise AdapterError(
+                f"{meta.method.NAME} on parts of one layer of PyTorch ({next(iter(told['rank_pattern']))}) would "
+                "need a rank of its own there: adapt that with lora"
+            )
         meta, fields = replace(meta, names=_names(written, tree, told)), told
     write(folder, _named(written, layers(network)), fields=fields, meta=meta)
 
@@ -256,6 +263,8 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     fields = read_fields(folder)
     if moved and not meta.names and isinstance(meta.method, LoRA):
         meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
+    if moved and not meta.names and isinstance(meta.method, IA3):
+        meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
     with reading(folder / WEIGHTS, AdapterError):

@@ -15,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.methods.patterns import as_text, fits
-from mlx_adapters.models.sites import from_hf, to_hf
+from mlx_adapters.models.sites import from_hf, matches, to_hf
 from mlx_adapters.models.torch_tree import Spot, TorchTree
 
-__all__ = ["Group", "Sizes", "Written", "inward", "outward", "sized", "with_fields"]
+__all__ = ["Group", "Sizes", "Written", "inward", "outward", "scaled_inputs", "sized", "with_fields"]
 
 Group = dict[str, mx.array]
 """The tensors of one layer by the end of their names."""
@@ -74,6 +75,7 @@ def outward(groups: dict[str, Group], tree: TorchTree, at: Callable[[str], tuple
     made: dict[str, Group] = {}
     sizes: Sizes = {}
     for module, pieces in spots.items():
+        pieces.sort(key=lambda piece: [part.rows or () for part in piece[0].parts])
         made[module], size = _joined(module, pieces, tree, at)
         if size is not None:
             sizes[module] = size
@@ -280,6 +282,20 @@ def sized(
     # PEFT's own patterns stay for stacked experts
     ranks, alphas = (own | (old if stacks else {}) for own, old in zip(made, given, strict=True))
     return replace(method, rank_pattern=as_text(ranks), alpha_pattern=as_text(alphas))
+
+
+def scaled_inputs(method: IA3, moved: dict[str, str], model_type: str) -> IA3:
+    """(IA)3 of a file of PEFT's with the layers here whose input is scaled."""
+    if method.feedforward == "default":
+        return method
+    pattern, names = method.feedforward.removeprefix("re:"), method.feedforward.split(",")
+    regular = method.feedforward.startswith("re:")
+    chosen = [
+        to_hf(path, model_type)
+        for path, module in moved.items()
+        if (re.fullmatch(pattern, module) if regular else any(matches(module, name) for name in names))
+    ]
+    return replace(method, feedforward=",".join(chosen))
 
 
 def _low_rank(key: str) -> str | None:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models import names
+from mlx_adapters.models import names, torch_names
 
 __all__ = ["build", "cast"]
 
@@ -44,6 +44,12 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     model.tensor_names = names.from_config(config) or names.measure(
         given, weights, fresh, packed=bool(config.get("quantization"))
     )
+    if model.tensor_names is None or model.tensor_names.same:
+        # a folder in MLX's format: where its tensors came from is known of the family, or not at all
+        shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
+        known = torch_names.known_names(config["model_type"], shapes)
+        if known is not None and not known.same:
+            model.tensor_names = known
     return model
 
 

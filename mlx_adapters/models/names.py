@@ -62,6 +62,11 @@ class Names:
 
     tensors: dict[str, tuple[Part, ...]]
 
+    @property
+    def same(self) -> bool:
+        """Whether every tensor has the checkpoint's name and values."""
+        return all(parts == (Part(source=name),) for name, parts in self.tensors.items())
+
     def parts(self, name: str) -> tuple[Part, ...]:
         """Where the MLX tensor `name` comes from."""
         numbers = _NUMBER.findall(name)

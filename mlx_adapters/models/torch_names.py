@@ -7,17 +7,21 @@ repository, asks transformers for them; a test asks again.
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.files.documents import from_json
+from mlx_adapters.models.names import Names, Part, from_record, template
 
-__all__ = ["TABLE", "torch_class", "torch_name"]
+__all__ = ["TABLE", "known_names", "torch_class", "torch_name"]
 
 TABLE = Path(__file__).with_name("torch_names.json")
 """`names`: {model_type: its `class`, the `prefix` of the base model in it, the names `beside` it, and
-`rules`, each a pattern and what takes its place, or a scope, a pattern and what takes its place below it}."""
+`tensors`, where mlx-lm's come from in a tiny checkpoint of the family (`names.as_record`), and `rules`, each
+a pattern and what takes its place, or a scope, a pattern and what takes its place below it}."""
 _BACK = re.compile(r"\\(.)")
 
 
@@ -39,6 +43,39 @@ def torch_name(name: str, model_type: str) -> str:
     if not prefix or name.startswith(f"{prefix}.") or name.partition(".")[0] in entry["beside"]:
         return name
     return f"{prefix}.{name}"
+
+
+def known_names(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> Names | None:
+    """Where the tensors of a model come from by its family, for a folder in MLX's format that does not say.
+
+    `shapes` are the model's own. What depends on more than its sizes stays without an origin.
+    """
+    entry = _table().get(model_type)
+    if entry is None or "tensors" not in entry:
+        return None
+    first: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        first.setdefault(template(name), shape)
+    found = from_record(entry["tensors"])
+    return Names(
+        {
+            name: tuple(_resized(part, first[name], parts) for part in parts)
+            if all(part.scale == 1 for part in parts)
+            else ()
+            for name, parts in found.tensors.items()
+            if name in first
+        }
+    )
+
+
+def _resized(part: Part, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Part:
+    if part.stacked:
+        return replace(part, stacked=shape[0])
+    if part.rows is None:
+        return part
+    ratio = shape[0] / sum(one.count for one in parts)
+    start, stop, step = part.rows
+    return replace(part, rows=(round(start * ratio), round(stop * ratio), step))
 
 
 def _renamed(name: str, pattern: str, target: str, prefix: str, scope: str | None) -> str:

@@ -114,7 +114,7 @@ class TorchTree:
         for path, modules in self._forward.items():
             for module, parts in modules:
                 found.setdefault(module, []).append((path, parts))
-        return found
+        return {module: sorted(spots, key=lambda spot: spot[1][0].rows or ()) for module, spots in found.items()}
 
     @cached_property
     def _modules(self) -> dict[str, str]:

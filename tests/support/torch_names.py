@@ -7,12 +7,14 @@ python tests/support/torch_names.py             prints it
 import argparse
 import json
 import re
+import tempfile
 from copy import deepcopy
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, WRAPPERS, model_type_of
+from families import FAMILIES, WRAPPERS, make_family, model_type_of
 
 from mlx_adapters.models.torch_names import TABLE
 
@@ -43,7 +45,22 @@ def entry(name: str) -> tuple[str, dict[str, Any]]:
         "prefix": model.base_model_prefix,
         "beside": sorted(tops - {model.base_model_prefix}),
         "rules": rules,
-    }
+    } | _tensors(name)
+
+
+def _tensors(name: str) -> dict[str, Any]:
+    """Where mlx-lm's tensors come from in a checkpoint of the family, as it is measured when it is loaded."""
+    from mlx_adapters.errors import AdaptersError
+    from mlx_adapters.models import load, names
+
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            loaded = load.load(make_family(name, Path(place)), lazy=True)
+        except AdaptersError as error:
+            print(f"{name}: {error}")
+            return {}
+    found = loaded.model.tensor_names
+    return {"tensors": names.as_record(found)} if found else {}
 
 
 def written() -> dict[str, Any]:
