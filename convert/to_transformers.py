@@ -22,6 +22,7 @@ from mlx_adapters.models import config as model_config
 from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
 from mlx_adapters.models.names import Names, Part, into_config
+from mlx_adapters.models.saved_forms import encoded
 
 __all__ = ["CHECKED", "checkpoint_tensors", "dequantized_weights", "write_transformers"]
 
@@ -99,7 +100,7 @@ def write_transformers(
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     fields = into_config(fields, None)  # the names are the checkpoint's own again
     fields = model_config.to_transformers(fields) | {"dtype": dtype, "torch_dtype": dtype}
-    (dst / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (dst / "config.json").write_text(json.dumps(encoded(fields), indent=2) + "\n", encoding="utf-8")
     return dst
 
 

@@ -20,7 +20,7 @@ from mlx_adapters.adapter.reading import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.adapter.tree import count, forget, layers
+from mlx_adapters.adapter.tree import count, forget, layers, note
 
 __all__ = [
     "CONFIG",
@@ -37,7 +37,11 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
+<<<<<<< HEAD
     "own_tensors",
+=======
+    "note",
+>>>>>>> w-families
     "read_fields",
     "read_meta",
     "read_tensors",
