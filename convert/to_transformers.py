@@ -48,7 +48,8 @@ def checkpoint_tensors(names: Names, weights: dict[str, mx.array]) -> dict[str, 
             if part.stacked:
                 made |= {part.source.replace("*", str(n)): array[n] for n in range(part.stacked)}
                 continue
-            rows = array[start : start + part.count] if part.rows else array
+            here = (slice(None),) * part.along + (slice(start, start + part.count),)
+            rows = array[here] if part.rows else array
             start += part.count
             pieces.setdefault(part.source, []).append((part, _before(part, rows)))
     for source, found in pieces.items():
@@ -56,7 +57,10 @@ def checkpoint_tensors(names: Names, weights: dict[str, mx.array]) -> dict[str, 
             made[source] = found[0][1]
             continue
         order = np.concatenate([np.arange(*part.rows) for part, _ in found if part.rows])
-        made[source] = mx.concatenate([rows for _, rows in found])[mx.array(np.argsort(order))]
+        first = found[0][0]
+        axis = first.axes[first.along] if first.axes else first.along
+        whole = mx.concatenate([rows for _, rows in found], axis=axis)
+        made[source] = mx.take(whole, mx.array(np.argsort(order)), axis=axis)
     return made
 
 

@@ -37,11 +37,8 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
-<<<<<<< HEAD
-    "own_tensors",
-=======
     "note",
->>>>>>> w-families
+    "own_tensors",
     "read_fields",
     "read_meta",
     "read_tensors",

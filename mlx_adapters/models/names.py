@@ -31,7 +31,8 @@ class Part:
     """Rows of an MLX tensor that come from one tensor of the checkpoint.
 
     `rows` of the source, (start, stop, step), become the next rows of the MLX tensor, times `scale`, plus
-    `shift`. `axes` holds for each axis of the MLX tensor that of the source. With `stacked` there is one
+    `shift`; `along` is another axis of the MLX tensor that is cut instead of the first. `axes` holds for each
+    axis of the MLX tensor that of the source. With `stacked` there is one
     source for each index of the first axis, and `*` in the name of `source` stands for it.
     """
 
@@ -40,6 +41,7 @@ class Part:
     scale: float = 1.0
     shift: float = 0.0
     axes: tuple[int, ...] | None = None
+    along: int = 0
     stacked: int = 0
 
     @property
@@ -281,20 +283,24 @@ def _axes(lines: list[_Line], source: tuple[int, ...], shape: tuple[int, ...]) -
         if axis is None and not fits:
             return None
         filled.append(left.pop(left.index(fits[0])) if axis is None else axis)
-    whole = all(
-        (lines[n].places[axis] == np.arange(shape[n])).all() for n, axis in enumerate(filled) if n > 0
-    )
-    return tuple(filled) if whole and sorted(filled) == list(range(len(source))) else None
+    return tuple(filled) if sorted(filled) == list(range(len(source))) else None
 
 
 def _pieces(
     lines: list[_Line], names: list[str], axes: tuple[int, ...], source: tuple[int, ...]
 ) -> tuple[Part, ...]:
-    line = lines[0]
-    rows = line.places[axes[0]]
-    flat = [one for one in lines[1:] if (one.scale != one.scale[0]).any() or (one.shift != one.shift[0]).any()]
-    if flat:
-        return ()  # it differs by column
+    cut = [
+        n
+        for n, one in enumerate(lines)
+        if not np.array_equal(one.places[axes[n]], np.arange(source[axes[n]]))
+        or any((values != values[0]).any() for values in (one.scale, one.shift, one.tensor))
+    ]
+    if len(cut) > 1 or (cut and cut[0] > 0 and len(set(names)) > 1):
+        return ()
+    along = cut[0] if cut else 0
+    line = lines[along]
+    rows = line.places[axes[along]]
+    names = names if along == 0 else names[:1] * len(rows)
     turned = None if axes == tuple(range(len(axes))) else axes
     parts: list[Part] = []
     start = 0
@@ -309,7 +315,7 @@ def _pieces(
         if same:
             continue
         first, by = int(rows[start]), step or 1
-        whole = (first, by, end - start) == (0, 1, source[axes[0]])
+        whole = (first, by, end - start) == (0, 1, source[axes[along]])
         parts.append(
             Part(
                 source=names[start],
@@ -317,6 +323,7 @@ def _pieces(
                 scale=float(line.scale[start]),
                 shift=float(line.shift[start]),
                 axes=turned,
+                along=along,
             )
         )
         start = end

@@ -73,7 +73,7 @@ def _resized(part: Part, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Par
         return replace(part, stacked=shape[0])
     if part.rows is None:
         return part
-    ratio = shape[0] / sum(one.count for one in parts)
+    ratio = shape[part.along] / sum(one.count for one in parts)
     start, stop, step = part.rows
     return replace(part, rows=(round(start * ratio), round(stop * ratio), step))
 
