@@ -88,7 +88,10 @@ def _layers(parts: Parts, method: LowRank) -> Iterator[tuple[str, dict[str, mx.a
             yield path, own, method.at(name)[1]
             continue
         (rank, into), (_, out) = (method.at(f"{name}.{part}") for part in PARTS)
-        for matrix, arrays in by_matrix(own, own["gate_up_a"].shape[0] // rank).items():
+        row = architecture(parts.model_type)
+        in_turns = row.experts is not None and row.experts.interleaved
+        matrices = by_matrix(own, own["gate_up_a"].shape[0] // rank, interleaved=in_turns)
+        for matrix, arrays in matrices.items():
             yield f"{path}.{matrix}", arrays, out if matrix == "down_proj" else into
 
 

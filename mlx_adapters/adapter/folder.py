@@ -37,6 +37,7 @@ from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
+from mlx_adapters.methods.experts import in_model
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
@@ -190,6 +191,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         )
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
+    grouped = in_model(grouped, model, model_type)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,

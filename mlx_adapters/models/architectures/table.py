@@ -7,7 +7,7 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 from dataclasses import replace
 from typing import Any
 
-from mlx_adapters.models import corrections
+from mlx_adapters.models import corrections, interleaved
 from mlx_adapters.models.architectures.row import (
     Activation,
     AdapterHub,
@@ -24,6 +24,18 @@ _UNTIED = {"tie_word_embeddings": False}
 _ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
 _ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
 _EXPERTS = Experts("mlp.switch_mlp")
+_GRANITE_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp",
+    there="block_sparse_moe.experts",
+    router=("router.layer", "router"),
+)
+_MIXTRAL_EXPERTS = Experts(  # checkpoints still say block_sparse_moe, transformers' modules no longer
+    "block_sparse_moe.switch_mlp",
+    gate="w1",
+    up="w3",
+    down="w2",
+    router=("block_sparse_moe.gate", "mlp.gate"),
+)
 _MIXTURE = PeftGaps(routed=True, stacked=True)
 
 _LLAMA = Architecture(
@@ -277,7 +289,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dots1": Architecture(experts=Experts("mlp.experts"), checked=True, peft=_MIXTURE),
     "glm4_moe": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
     "mixtral": Architecture(
-        experts=Experts("block_sparse_moe.switch_mlp", gate="w1", up="w3", down="w2"),
+        experts=_MIXTRAL_EXPERTS,
         checked=True,
         defaults=_UNTIED,
         theta=1e6,
@@ -305,7 +317,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation=Activation(field="activation_function", default="gelu_pytorch_tanh", computed="gelu"),
         ungated=("c_fc", "c_proj"),
     ),
-    "gpt_oss": Architecture(yarn_truncates=False, peft=PeftGaps(absent=r"mlp\.router")),
+    "gpt_oss": Architecture(
+        experts=Experts("mlp.experts", interleaved=True),
+        rename_weights=interleaved.stacks,
+        yarn_truncates=False,
+        peft=PeftGaps(routed=True),
+    ),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
     "plamo3": Architecture(corrections=(corrections.shorten_window,)),
@@ -329,15 +346,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
     "ernie4_5_moe": Architecture(peft=_MIXTURE),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid"), Architecture(peft=PeftGaps(absent=r"router\.layer"))),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid"),
+        Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
+    ),
     "jamba": Architecture(peft=PeftGaps(absent=r"feed_forward\.router")),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
-    "minimax": Architecture(peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax_m2": Architecture(experts=_MIXTRAL_EXPERTS, peft=_MIXTURE),
     "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
-    "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
+    "phimoe": Architecture(
+        experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
+        peft=PeftGaps(routed=True),
+    ),
     "qwen3_next": Architecture(shifted_norms=True, peft=_MIXTURE),
     **dict.fromkeys(
         (
