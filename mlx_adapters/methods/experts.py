@@ -33,6 +33,7 @@ __all__ = [
     "in_model",
     "is_block",
     "is_stack",
+    "matrices",
     "parts",
 ]
 
@@ -61,7 +62,7 @@ def parts(block: nn.Module) -> tuple[str, str]:
     return PARTS if "gate_proj" in block else UNGATED
 
 
-def _matrices(block: nn.Module) -> tuple[tuple[str, ...], str]:
+def matrices(block: nn.Module) -> tuple[tuple[str, ...], str]:
     """(the matrices into the experts, the one out) of `block`."""
     return (("gate_proj", "up_proj"), "down_proj") if "gate_proj" in block else (("fc1",), "fc2")
 
@@ -114,7 +115,7 @@ class Experts(AdapterLayer):
         self.scales = (gate_up[1], down[1])
         self.dropout = Dropout(dropout)
         self.interleaved = interleaved
-        self.into, self.out = _matrices(base)
+        self.into, self.out = matrices(base)
         into, out = base[self.into[0]], base[self.out]
         self.gate_up_a = _uniform((into.num_experts * gate_up[0], into.input_dims))
         self.gate_up_b = mx.zeros((len(self.into) * into.output_dims, gate_up[0] * into.num_experts))

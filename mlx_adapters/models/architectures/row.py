@@ -33,7 +33,7 @@ class Experts:
 
     `gate`, `up` and `down` are the checkpoint's names of one expert's matrices. `interleaved`: rows of gate
     and up take turns in PyTorch's one matrix of both, instead of up's following gate's. `router` is its path
-    in mlx-lm's block and in PyTorch's, where they differ.
+    in mlx-lm's block and in PyTorch's, where they differ. Experts that are not `gated` have no gate matrix.
     """
 
     path: str
@@ -43,6 +43,7 @@ class Experts:
     there: str = "mlp.experts"
     interleaved: bool = False
     router: tuple[str, str] | None = None
+    gated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

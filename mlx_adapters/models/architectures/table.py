@@ -357,7 +357,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mellum": Architecture(peft=PeftGaps(routed=True)),
     "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
     "minimax_m2": Architecture(experts=_MIXTRAL_EXPERTS, peft=_MIXTURE),
-    "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
+    "nemotron_h": Architecture(
+        experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
+        peft=PeftGaps(absent=".*", state_space=True),
+    ),
     "phimoe": Architecture(
         experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
         peft=PeftGaps(routed=True),
