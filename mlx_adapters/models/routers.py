@@ -60,7 +60,7 @@ def _outer(path: str) -> str:
 def recorded(model: nn.Module) -> Iterator[list[Choice]]:
     """A list that fills with the choices of the routers, in the order in which the model calls them."""
     modules, choices = dict(model.named_modules()), list[Choice]()
-    classes: list[tuple[Any, type]] = []
+    classes, latest = list[tuple[Any, type]](), dict[int, Choice]()
 
     def watch(module: Any, call: Any) -> None:
         kind = type(module)
@@ -69,25 +69,29 @@ def recorded(model: nn.Module) -> Iterator[list[Choice]]:
             kind.__name__, (kind,), {"__call__": call(kind), "__module__": kind.__module__}
         )
 
-    def logits(kind: Any) -> Any:
-        def call(self: Any, x: mx.array) -> mx.array:
-            choices.append(Choice(kind.__call__(self, x)))
-            return choices[-1].logits
+    def pair(router: Any, block: Any) -> None:
+        def logits(kind: Any) -> Any:
+            def call(self: Any, x: mx.array) -> mx.array:
+                choices.append(Choice(kind.__call__(self, x)))
+                latest[id(block)] = choices[-1]
+                return choices[-1].logits
 
-        return call
+            return call
 
-    def experts(kind: Any) -> Any:
-        def call(self: Any, x: mx.array, indices: mx.array) -> mx.array:
-            choices[-1].top_k = indices.shape[-1]
-            y: mx.array = kind.__call__(self, x, indices)
-            return y
+        def experts(kind: Any) -> Any:
+            def call(self: Any, x: mx.array, indices: mx.array) -> mx.array:
+                latest[id(self)].top_k = indices.shape[-1]
+                y: mx.array = kind.__call__(self, x, indices)
+                return y
 
-        return call
+            return call
+
+        watch(router, logits)
+        watch(block, experts)
 
     try:
         for router, block in routers(model).items():
-            watch(modules[router], logits)
-            watch(modules[block], experts)
+            pair(modules[router], modules[block])
         yield choices
     finally:
         for module, kind in classes:
