@@ -20,6 +20,7 @@ from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
+from mlx_adapters.models.saved_forms import encoded
 
 __all__ = ["CHECKED", "dequantized_weights", "write_transformers"]
 
@@ -55,7 +56,7 @@ def write_transformers(
     _save(named, dst, shard)
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     fields = model_config.to_transformers(fields) | {"dtype": dtype, "torch_dtype": dtype}
-    (dst / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (dst / "config.json").write_text(json.dumps(encoded(fields), indent=2) + "\n", encoding="utf-8")
     return dst
 
 

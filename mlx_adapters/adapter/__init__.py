@@ -19,7 +19,7 @@ from mlx_adapters.adapter.reading import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.adapter.tree import count, forget, layers
+from mlx_adapters.adapter.tree import count, forget, layers, note
 
 __all__ = [
     "CONFIG",
@@ -36,6 +36,7 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
+    "note",
     "read_fields",
     "read_meta",
     "read_tensors",

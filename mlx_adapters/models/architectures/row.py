@@ -132,6 +132,10 @@ class Architecture:
     # Configuration
     own: bool = False
     """The model file is `mlx_adapters/models/MODEL_TYPE.py`; mlx-lm has none."""
+    file: str | None = None
+    """The model file of mlx-lm that serves the language model of a wrapper when it was saved alone."""
+    forms: tuple[Callable[[Config], Config], ...] = ()
+    """Give what the model file reads from a configuration as transformers saves it (`models.saved_forms`)."""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -146,6 +150,8 @@ class Architecture:
     """Fields that the model file fixes, with the values it is right for; None stands for "absent"."""
     yarn_truncates: bool = True
     """mlx-lm truncates YaRN's range, whatever the configuration says."""
+    scales_full_only: bool = False
+    """Layers with a window rotate by the same base without any scaling, as the configuration says too."""
     refuse: Callable[[Config], None] | None = None
     """Raises UnsupportedError for what else the model file would compute differently."""
 
@@ -156,7 +162,8 @@ class Architecture:
     widths: tuple[str, str] | None = None
     """The configuration's fields of that MLP's width and of the model's, where mlx-lm assumes 4 to 1."""
     rotates_part: bool = False
-    """`corrections` rotate a part of each head, where mlx-lm rotates whole heads."""
+    """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
+    heads, or by the model file, which reads it under another name."""
     window: Literal["all", "alternating", "upper", "unmixed"] | None = None
     """Which layers see only the last `sliding_window` tokens in transformers, and all of them in mlx-lm:
     all; every other one, from the first; those from `max_window_layers` on, if windows are used at all; or

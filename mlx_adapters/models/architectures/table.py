@@ -7,7 +7,7 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 from dataclasses import replace
 from typing import Any
 
-from mlx_adapters.models import corrections, interleaved
+from mlx_adapters.models import corrections, interleaved, saved_forms, saved_weights
 from mlx_adapters.models.architectures.row import (
     Activation,
     AdapterHub,
@@ -113,7 +113,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
     ),
     "gemma3_text": replace(
-        _GEMMA, pre_mlp="pre_feedforward_layernorm", corrections=(corrections.scale_embeddings_exactly,)
+        _GEMMA,
+        pre_mlp="pre_feedforward_layernorm",
+        forms=(saved_forms.sliding_pattern,),
+        corrections=(corrections.scale_embeddings_exactly,),
     ),
     "olmo2": replace(  # its norms come after the sublayers
         _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED, theta=10000.0, activation=_SILU
@@ -313,6 +316,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Fields of the configuration that mlx-lm reads otherwise
     "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED, activation=_SILU),
     "gpt_bigcode": Architecture(
+        forms=(saved_forms.four_times_wide,),
         fixed={"scale_attn_weights": (None, True), **_ALWAYS_TIED},
         activation=Activation(field="activation_function", default="gelu_pytorch_tanh", computed="gelu"),
         ungated=("c_fc", "c_proj"),
@@ -338,17 +342,40 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # Written for transformers, and nothing particular
     **dict.fromkeys(
-        ("cohere2", "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "nemotron", "seed_oss"),
+        ("ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "nemotron", "seed_oss"),
         Architecture(checked=True),
     ),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "step3p5"), Architecture(shifted_norms=True)),
+    **dict.fromkeys(("qwen3_5", "step3p5"), Architecture(shifted_norms=True)),
+    "qwen3_5_moe": Architecture(shifted_norms=True, rename_weights=saved_weights.joined_experts),
+    # Configurations that transformers saves otherwise than mlx-lm reads them
+    "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
+    "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
+    "exaone4": Architecture(forms=(saved_forms.exaone_window_letters,)),
+    "gemma3n": Architecture(rename_weights=saved_weights.gemma3n_shared_keys),
+    "gemma3n_text": Architecture(file="gemma3n", rename_weights=saved_weights.gemma3n_alone),
+    "gemma4_text": Architecture(forms=(saved_forms.gemma4_full_layers,)),
+    "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
+    "minimax_m2": Architecture(forms=(saved_forms.minimax_m2_rotations,), rotates_part=True),
+    "olmo3": Architecture(scales_full_only=True),
+    "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
+    "qwen3_5_moe_text": Architecture(
+        file="qwen3_5_moe",
+        shifted_norms=True,
+        forms=(saved_forms.linear_interval,),
+        rename_weights=saved_weights.joined_experts,
+    ),
     # Layers that PEFT does not open
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
     "ernie4_5_moe": Architecture(peft=_MIXTURE),
-    **dict.fromkeys(
-        ("granitemoe", "granitemoehybrid"),
-        Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
+    "granitemoe": Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
+    "granitemoehybrid": Architecture(
+        experts=_GRANITE_EXPERTS,
+        forms=(
+            saved_forms.layer_names({"linear_attention": "mamba", "full_attention": "attention"}),
+            saved_forms.rotations_as_stated,
+        ),
+        peft=PeftGaps(routed=True),
     ),
     "jamba": Architecture(peft=PeftGaps(absent=r"feed_forward\.router")),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
@@ -365,17 +392,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
         peft=PeftGaps(routed=True),
     ),
-    "qwen3_next": Architecture(shifted_norms=True, peft=_MIXTURE),
+    "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
+    "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
         (
-            *("afmoe", "deepseek_v3", "deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa"),
+            *("afmoe", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
             "longcat_flash",
         ),
         Architecture(peft=PeftGaps(stacked=True)),
     ),
-    **dict.fromkeys(
-        ("falcon_h1", "falcon_mamba", "mamba", "mamba2"), Architecture(peft=PeftGaps(state_space=True))
-    ),
+    "mamba2": Architecture(forms=(saved_forms.expanded_width,), peft=PeftGaps(state_space=True)),
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba"), Architecture(peft=PeftGaps(state_space=True))),
 }
 
 _UNKNOWN = Architecture()
