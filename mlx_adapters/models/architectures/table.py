@@ -24,6 +24,7 @@ _UNTIED = {"tie_word_embeddings": False}
 _ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
 _ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
 _EXPERTS = Experts("mlp.switch_mlp")
+_GEMMA_EXPERTS = Experts("experts.switch_glu", there="experts")
 _GRANITE_EXPERTS = Experts(
     "block_sparse_moe.switch_mlp",
     there="block_sparse_moe.experts",
@@ -351,11 +352,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
     "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
     "exaone4": Architecture(forms=(saved_forms.exaone_window_letters,)),
-    "gemma3n": Architecture(rename_weights=saved_weights.gemma3n_shared_keys),
-    "gemma3n_text": Architecture(file="gemma3n", rename_weights=saved_weights.gemma3n_alone),
-    "gemma4_text": Architecture(forms=(saved_forms.gemma4_full_layers,)),
+    "gemma3": Architecture(scaled_embedding=True),
+    "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
+    "gemma3n_text": Architecture(
+        file="gemma3n", scaled_embedding=True, rename_weights=saved_weights.gemma3n_alone
+    ),
+    "gemma4": Architecture(scaled_embedding=True, experts=_GEMMA_EXPERTS, peft=_MIXTURE),
+    "gemma4_text": Architecture(
+        scaled_embedding=True,
+        experts=_GEMMA_EXPERTS,
+        forms=(saved_forms.gemma4_full_layers,),
+        peft=_MIXTURE,
+    ),
     "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
-    "minimax_m2": Architecture(forms=(saved_forms.minimax_m2_rotations,), rotates_part=True),
     "olmo3": Architecture(scales_full_only=True),
     "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
     "qwen3_5_moe_text": Architecture(
@@ -383,7 +392,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
     "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
-    "minimax_m2": Architecture(experts=_MIXTRAL_EXPERTS, peft=_MIXTURE),
+    "minimax_m2": Architecture(
+        experts=_MIXTRAL_EXPERTS,
+        forms=(saved_forms.minimax_m2_rotations,),
+        rotates_part=True,
+        peft=_MIXTURE,
+    ),
     "nemotron_h": Architecture(
         experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
         peft=PeftGaps(absent=".*", state_space=True),
