@@ -13,6 +13,7 @@ from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
 from mlx_adapters.models.torch_tree import torch_path
 
 __all__ = ["Model", "check_tensors"]
@@ -157,6 +158,7 @@ def _places(model: nn.Module, peft_type: str) -> set[str]:
     if peft_type == "LORA":
         places |= {path for path, m in modules.items() if sites.is_table(path) and isinstance(m, EMBEDDINGS)}
     if any(is_stack(module) for module in modules.values()):
-        # among stacked experts PEFT reads these names in another way
+        # among stacked experts PEFT reads these names in another way, and routers are parameters there
         places = {path for path in places if path.rpartition(".")[2] not in EXPERT_NAMES}
+        places -= routers(model).keys()
     return places

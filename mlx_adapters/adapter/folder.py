@@ -38,6 +38,7 @@ from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
+from mlx_adapters.methods.experts import in_model
 from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
@@ -46,7 +47,17 @@ from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.names import as_record, from_record
 from mlx_adapters.models.torch_tree import TorchTree, tree_of
 
-__all__ = ["build", "load_weights", "named_tensors", "own_tensors", "peft_config", "place", "save", "tensors", "write"]
+__all__ = [
+    "build",
+    "load_weights",
+    "named_tensors",
+    "own_tensors",
+    "peft_config",
+    "place",
+    "save",
+    "tensors",
+    "write",
+]
 
 
 def save(
@@ -267,6 +278,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
+    grouped = in_model(grouped, model, model_type)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,

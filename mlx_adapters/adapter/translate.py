@@ -53,7 +53,9 @@ class Written:
 # Out ---------------------------------------------------------------------------------------------------------
 
 
-def outward(groups: dict[str, Group], tree: TorchTree, at: Callable[[str], tuple[int, float]] | None) -> Written:
+def outward(
+    groups: dict[str, Group], tree: TorchTree, at: Callable[[str], tuple[int, float]] | None
+) -> Written:
     """The tensors of layers, by path, as those of the modules of PyTorch.
 
     `at` gives (rank, scale) of a low-rank update by the Hugging Face name of its layer. AdapterError for a
@@ -85,7 +87,10 @@ def outward(groups: dict[str, Group], tree: TorchTree, at: Callable[[str], tuple
 
 
 def _joined(
-    module: str, pieces: list[tuple[Spot, Group]], tree: TorchTree, at: Callable[[str], tuple[int, float]] | None
+    module: str,
+    pieces: list[tuple[Spot, Group]],
+    tree: TorchTree,
+    at: Callable[[str], tuple[int, float]] | None,
 ) -> tuple[Group, tuple[int, float] | None]:
     own = [_unscaled(spot, group) for spot, group in pieces]
     sizes = [
@@ -97,7 +102,9 @@ def _joined(
         return own[0], sizes[0] if sizes else None
     names = sorted({name for group in own for name in group})
     if any(names != sorted(group) for group in own):
-        raise AdapterError(f"{module}: its parts {_paths(pieces)} are adapted in different ways: adapt them alike")
+        raise AdapterError(
+            f"{module}: its parts {_paths(pieces)} are adapted in different ways: adapt them alike"
+        )
     spots = [spot for spot, _ in pieces]
     made = _joined_low_rank(module, spots, own, tree) if "lora_A.weight" in names else {}
     for name in names:
@@ -140,7 +147,9 @@ def _joined_plain(
     size = tree.size(module)
     if sum(map(len, rows)) < size and not output and "vera" not in name:
         paths = ", ".join(spot.path for spot in tree.sources(module))
-        raise AdapterError(f"{module}: is {paths} here, which only together can have a {name}: adapt them all")
+        raise AdapterError(
+            f"{module}: is {paths} here, which only together can have a {name}: adapt them all"
+        )
     total = np.full((size, *arrays[0].shape[1:]), 1.0 if output else 0.0, dtype=np.float32)
     for own, array in zip(rows, arrays, strict=True):
         total[own] = np.array(array.astype(mx.float32))
@@ -204,7 +213,9 @@ def inward(
     origin: dict[str, str] = {}
     for module, group in groups.items():
         if any(len(tree.spots(spot.path)) > 1 for spot in spots[module]):
-            raise AdapterError(_mixed(spots[module][0].path, [s.module for s in tree.spots(spots[module][0].path)]))
+            raise AdapterError(
+                _mixed(spots[module][0].path, [s.module for s in tree.spots(spots[module][0].path)])
+            )
         first = to_hf(spots[module][0].path, tree.model_type)
         divided = _divided(spots[module], group, at(first)[0] if at else None)
         for spot, own in zip(spots[module], divided, strict=True):
@@ -252,7 +263,9 @@ def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | N
         return None
     values = np.array(b.astype(mx.float32))
     for number, spot in enumerate(spots):
-        others = np.delete(values[spot.rows(len(values))[0]], np.s_[number * rank : (number + 1) * rank], axis=1)
+        others = np.delete(
+            values[spot.rows(len(values))[0]], np.s_[number * rank : (number + 1) * rank], axis=1
+        )
         if others.any():
             return None
     return rank if wanted or values.any() else None
@@ -307,7 +320,9 @@ def _low_rank(key: str) -> str | None:
 # The configuration -------------------------------------------------------------------------------------------
 
 
-def with_fields(fields: dict[str, Any], written: Written, tree: TorchTree, linears: list[str]) -> dict[str, Any]:
+def with_fields(
+    fields: dict[str, Any], written: Written, tree: TorchTree, linears: list[str]
+) -> dict[str, Any]:
     """PEFT's configuration for the modules of PyTorch.
 
     `linears` are the paths of all linear layers here, which tell whether the end of a name says enough.
@@ -326,7 +341,9 @@ def with_fields(fields: dict[str, Any], written: Written, tree: TorchTree, linea
     for field in ("target_modules", "feedforward_modules"):
         if isinstance(names := fields.get(field), list):
             meant = {module for name in names for module in there.get(name, [name])}
-            made[field] = _short(meant & adapted if field == "target_modules" else meant, everything | adapted)
+            made[field] = _short(
+                meant & adapted if field == "target_modules" else meant, everything | adapted
+            )
     if isinstance(parameters := fields.get("target_parameters"), list):
         made["target_parameters"] = [_parameter(name, there) for name in parameters]
     if written.sizes and "r" in fields:

@@ -27,17 +27,21 @@ from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.experts import (
     EXPERT_NAMES,
     PARTS,
+    UNGATED,
     ExpertLayer,
     Experts,
     expert_paths,
     is_block,
     is_stack,
+    parts,
 )
 from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, ModulesToSave, NormToSave, module_to_save
 from mlx_adapters.methods.patterns import as_text, fits, matching, parse
 from mlx_adapters.methods.peft_fields import COMMON, Fields, Known
 from mlx_adapters.methods.pissa import largest
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
 
 # What LoRA and DoRA read of PEFT's configuration, or may leave alone.
 SHARED_FIELDS: Known = {
@@ -226,22 +230,27 @@ class LoRA(LowRank):
             paths = [*_targets(model, model_type, self), *whole]
             _all_matched(self, [name for path in paths for name in _names(path, modules[path], model_type)])
         placed: Placed = {}
+        row = architecture(model_type)
+        in_turns = row.experts is not None and row.experts.interleaved
         for path in paths:
             base, sizes = modules[path], [self.at(name) for name in _names(path, modules[path], model_type)]
             if path in whole:
                 _refuse_tied(model, path, isinstance(base, EMBEDDINGS))
                 placed[path] = module_to_save(base, path)
             else:
-                placed[path] = self._layer(base, sizes, tied=sites.tied(model))
+                placed[path] = self._layer(base, sizes, tied=sites.tied(model), interleaved=in_turns)
         return placed
 
-    def _layer(self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool) -> AdapterLayer:
+    def _layer(
+        self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool, interleaved: bool
+    ) -> AdapterLayer:
         """The layer for `base`; `sizes` has (rank, scale) of each matrix that PEFT knows there."""
         rank, scale = sizes[0]
         if isinstance(base, EMBEDDINGS):
             return EmbeddingLayer(base, rank=rank, scale=scale, tied=tied)
         if is_block(base):
-            return Experts(base, gate_up=sizes[0], down=sizes[1], dropout=self.dropout)
+            into, out = sizes
+            return Experts(base, gate_up=into, down=out, dropout=self.dropout, interleaved=interleaved)
         if is_stack(base):
             return ExpertLayer(base, rank=rank, scale=scale, dropout=self.dropout)
         return Layer(base, rank=rank, scale=scale, dropout=self.dropout, pissa=self.pissa)
@@ -291,12 +300,13 @@ class LoRA(LowRank):
         if not any(is_block(module) or is_stack(module) for module in model.modules()):
             return {}
         linear = {path for path, layer in layers.items() if layer.TARGET}
-        taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
+        chosen = routers(model).keys()
+        taken = {path for path in linear if path in chosen or path.rpartition(".")[2] in EXPERT_NAMES}
         whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
-        parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
-        # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
-        names_in_peft = [sites.to_hf(path, model_type) for path in sorted(taken)]
-        parameters += [f"{name.replace('.block_sparse_moe.', '.mlp.')}.weight" for name in names_in_peft]
+        parameters = [
+            f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in parts(layers[path].base)
+        ]
+        parameters += [f"{sites.to_hf(path, model_type)}.weight" for path in sorted(taken)]
         if not parameters:
             return {}
         names = short_names(linear - taken, model, model_type).values()
@@ -312,7 +322,7 @@ class LoRA(LowRank):
             raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
         own["modules_to_save"] = ",".join(whole)
         parameters = fields.get("target_parameters") or []
-        kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
+        kinds = rf"(experts\.({'|'.join({*PARTS, *UNGATED})})|(router|{'|'.join(EXPERT_NAMES)})\.weight)$"
         if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
             raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
         shared = cls.read_peft(fields)
@@ -327,7 +337,7 @@ _STARTS_AT_ZERO = ("lora_b", "gate_up_b", "lora_embedding_a")
 def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
     """What PEFT calls what is adapted at `path`, where it looks it up in a pattern."""
     name = sites.to_hf(path, model_type)
-    return [f"{name}.{part}" for part in PARTS] if is_block(module) else [name]
+    return [f"{name}.{part}" for part in parts(module)] if is_block(module) else [name]
 
 
 def _targets(model: nn.Module, model_type: str, config: LoRA) -> list[str]:
