@@ -50,7 +50,8 @@ def _merged(
     b = b.reshape(b.shape[:2])
     if a.shape[0] != rank * len(on) or b.shape[1] != rank or b.shape[0] % len(on):
         raise AdapterError(
-            f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not {len(on)} groups of rank {rank}"
+            f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not {len(on)} groups of rank "
+            f"{rank}"
         )
     rows = b.shape[0] // len(on)
     whole = mx.zeros((rows * groups, rank * len(on)), b.dtype)

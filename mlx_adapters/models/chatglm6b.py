@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 def _turned(x: mx.array, turns: list[tuple[mx.array, mx.array]]) -> mx.array:
-    """x [rows, heads, time, size]: each half of a head turns by its own position, in pairs half of it apart."""
+    """x [rows, heads, time, size]: each half of a head turns by its own position."""
     parts = []
     for half, (cos, sin) in zip(mx.split(x, 2, axis=-1), turns, strict=True):
         one, two = mx.split(half, 2, axis=-1)

@@ -49,6 +49,9 @@ def normalise(config: Config) -> Config:
             config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
         return config
     row = architecture(config["model_type"])
+    for field, other in row.variants:
+        if config.get(field):
+            config["model_type"], row = other, architecture(other)
     for old, name in row.renamed.items():
         if config.get(name) is None and config.get(old) is not None:
             config[name] = config[old]
@@ -68,6 +71,7 @@ def normalise(config: Config) -> Config:
 def to_transformers(config: Config) -> Config:
     """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
     config = normalise(config)
+    config["model_type"] = architecture(config["model_type"]).called or config["model_type"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 

@@ -308,7 +308,7 @@ def test_grouped_lora_is_read_as_the_fork_computes_it(
 
 @pytest.mark.parametrize(
     ("enable", "said"),
-    [([False, False], "not a list of true"), ("yes", "not a list"), ([1, 0], "not a list")],
+    [([False, False], "of which one is true"), ("yes", "not a list"), ([1, 0], "not a list")],
 )
 def test_lists_that_are_none_are_refused(
     enable: Any, said: str, folders: dict[str, Path], tmp_path: Path

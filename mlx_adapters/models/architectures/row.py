@@ -125,6 +125,11 @@ class Architecture:
     # Configuration
     own: bool = False
     """The model file is `mlx_adapters/models/MODEL_TYPE.py`; mlx-lm has none."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """(field, architecture): where the configuration sets the field, the model is of that architecture, whose
+    checkpoints have this one's `model_type`."""
+    called: str = ""
+    """The `model_type` of its checkpoints, where that is another architecture's."""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
