@@ -183,9 +183,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "fields"), METHODS, ids=lambda value: value if value is str else "")
-def test_methods_train_and_come_back(
-    method: str, fields: dict[str, Any], pair: Pair, tmp_path: Path
-) -> None:
+def test_methods_train_and_come_back(method: str, fields: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
     loaded, weights = model.load(pair[0].path), pair[1]
     adapter.attach(loaded, methods.make(method, fields))
     rows = [Example(text(6, 5, seed), 8) for seed in range(2)]
