@@ -56,7 +56,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.jinja",
 )
-_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "ice_text.model")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -283,6 +283,10 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         from mlx_adapters.convert.tokenizer import ensure_tokenizer
 
         ensure_tokenizer(folder, to)
+    if not (to / "tokenizer.json").exists() and (folder / "ice_text.model").exists():
+        from mlx_adapters.convert.chatglm_tokenizer import chatglm_tokenizer
+
+        chatglm_tokenizer(folder, to)
     if (folder / "generation_config.json").exists():
         shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
 

@@ -38,9 +38,11 @@ from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
+from mlx_adapters.methods.beside import WithModules, listed
 from mlx_adapters.methods.experts import in_model
 from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.tied import HEAD, HeadUpdate, TiedToSave
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
@@ -197,7 +199,8 @@ def named_tensors(placed: Mapping[str, nn.Module], model_type: str) -> dict[str,
 
 
 def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
-    return suffix if layer.ROOTED else f"{PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
+    rooted = layer.ROOTED or suffix.startswith(PREFIX)
+    return suffix if rooted else f"{PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
 def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
@@ -219,9 +222,10 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
 
 
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
-    wrapped = {path for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
-    names = short_names(wrapped, model, model_type)
-    return {"target_modules": sorted(set(names.values()))} if wrapped else {}
+    targets = {path: layer for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
+    called = {layer.CALLED for layer in targets.values() if layer.CALLED}
+    names = short_names({p for p, layer in targets.items() if not layer.CALLED}, model, model_type)
+    return {"target_modules": sorted({*names.values(), *called})} if targets else {}
 
 
 def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], meta: AdapterMeta) -> None:
@@ -279,20 +283,28 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
     grouped = in_model(grouped, model, model_type)
+    if (untied := _untied(method, fields, grouped)) != method:
+        method = untied
+        meta = replace(meta, method=method)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,
             Model(model, model_type, name),
-            whole=method.whole_modules(),
+            method=method,
             fields=fields if method.PEFT_FIELDS is not None else {},
             from_torch=not (folder / META).exists(),
         )
     model.freeze()
-    placed = place(method, model, model_type, [path for path in grouped if path] or None)
+    # biases that train by themselves are wherever the base has one
+    paths = [path for path, own in grouped.items() if path and own.keys() != {"bias"}]
+    placed = place(method, model, model_type, paths or None)
     for path, layer in placed.items():
         if not isinstance(layer, AdapterLayer):
             continue
-        load_weights(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
+        own = grouped.pop("" if layer.ROOTED else path, {})
+        if isinstance(layer, HeadUpdate | TiedToSave):
+            own |= {f"head_{name}": array for name, array in grouped.pop(HEAD, {}).items()}
+        load_weights(layer, own, path, folder, name)
         for attribute, tensor in layer.SHARED.items():
             if tensor not in shared:
                 raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
@@ -307,6 +319,17 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         )
     mx.eval([module.parameters() for module in placed.values()])
     return meta, placed
+
+
+def _untied(method: Method, fields: dict[str, Any], grouped: dict[str, dict[str, mx.array]]) -> Method:
+    """With PEFT's `ensure_weight_tying` one trained matrix stands in the file as embedding and as head, and
+    its configuration may name only one of them: here the two are trained, each its own."""
+    if not fields.get("ensure_weight_tying") or not isinstance(method, WithModules):
+        return method
+    names = listed(method.modules_to_save)
+    if not names or HEAD in names or "weight" not in grouped.get(HEAD, {}):
+        return method
+    return replace(method, modules_to_save=",".join([*names, HEAD]))
 
 
 def place(method: Method, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:

@@ -195,8 +195,9 @@ def _with_places(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, 
 
 
 def _start(text: str, tokenizer: Any) -> list[int]:
-    """The start token, where the tokenizer writes one by itself and `text` does not."""
+    """What the tokenizer writes before an answer by itself, up to its start token, where `text` does not."""
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         return []
     ids = list(tokenizer.encode("", add_special_tokens=True))
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+    start = tokenizer.bos_token_id
+    return ids[: ids.index(start) + 1] if start in ids else []
