@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models.recurrent.install import in_chunks
 
 __all__ = ["build", "cast"]
 
@@ -38,6 +39,7 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     _compare_names(name, dict(tree_flatten(model.parameters())), weights)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
+    in_chunks(model)
     return model
 
 
