@@ -72,7 +72,10 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 
 def pieces(rows: Iterable[Any]) -> None:
     """Rows as they are trained, on stdout: what is learned in colour, or in brackets where there is none."""
-    colours = {"learned": {"fg": "green", "bold": True}, "cut": {"dim": True, "strikethrough": True}}
+    colours: dict[str, dict[str, Any]] = {
+        "learned": {"fg": "green", "bold": True},
+        "cut": {"dim": True, "strikethrough": True},
+    }
     marks = {"learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
     for one in rows:
         typer.secho(f"row {one.row}: {one.tokens} tokens, {one.supervised} supervised", bold=True)
