@@ -165,7 +165,7 @@ def make_batch(
         ids,
         mask if own else np.zeros_like(mask),
         tokens=sum(len(example.ids) for example in every),
-        supervised=sum(max(0, len(example.ids) - example.loss_start) for example in every),
+        supervised=sum(example.supervised for example in every),
         example_start=starts if packed else None,
     )
 
@@ -212,6 +212,8 @@ def _pad(
             end = begin + len(example.ids)
             ids[number, begin:end] = example.ids
             mask[number, begin + example.loss_start : end] = 1
+            for first, last in example.unlabelled:
+                mask[number, begin + first : begin + last] = 0
             starts[number, begin:end] = begin
             begin = end
         starts[number, begin:] = begin  # the padding is an example of its own

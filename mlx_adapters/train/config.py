@@ -47,13 +47,18 @@ class TrainConfig:
     seed: int = field(0, "seed of initialisation, data order and dropout")
     cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
     template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
-    loss_on: str = field("completion", "completion, or all: the prompt too, as in the paper")
+    loss_on: str = field(
+        "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
+    )
     validation: int = field(0, "rows held out to measure the loss on")
     validate_every: int = field(50, "steps between two validations")
     patience: int | None = field(None, "stop after this many validations without a better loss; implies best")
     best: bool = field(False, "finish with the adapter of the best validation, not the last")
     save_every: int = field(50, "steps between two checkpoints")
     keep: int = field(2, "checkpoints kept")
+    columns: str | None = field(
+        None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
+    )
     limit: int | None = field(None, "use only the first N rows")
 
     def __post_init__(self) -> None:

@@ -356,5 +356,5 @@ class Run:
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.loss_start}:{example.ids}" for example in examples)
+    text = ";".join(f"{example.loss_start}{example.unlabelled or ''}:{example.ids}" for example in examples)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
