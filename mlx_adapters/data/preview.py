@@ -84,10 +84,7 @@ def statistics(source: str | Path | Rows, model: str | Path, settings: Preview =
         supervised=sum(example.supervised for example in done.examples),
         lengths={p: int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99, 100)},
         histogram=_histogram(lengths),
-        cut={
-            cutoff: round(float((lengths > cutoff).mean()), 4)
-            for cutoff in sorted({*_CUTOFFS, settings.cutoff})
-        },
+        cut={cutoff: round(float((lengths > cutoff).mean()), 4) for cutoff in cutoffs},
         repeated=done.repeated,
         empty=done.empty,
         suggested_cutoff=min(suggested, longest) if longest else suggested,
