@@ -364,7 +364,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
-    "minimax": Architecture(peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax": Architecture(
+        forms=(saved_forms.refuse_lightning_attention,),
+        peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm"),
+    ),
     "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
     "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
