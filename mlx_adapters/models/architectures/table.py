@@ -318,6 +318,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4_text": Architecture(forms=(saved_forms.gemma4_full_layers,)),
     "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
     "minimax_m2": Architecture(forms=(saved_forms.minimax_m2_rotations,), rotates_part=True),
+    "olmo_hybrid": Architecture(
+        rename_weights=saved_weights.renamed(
+            {
+                "attention_layer_norm": "input_layernorm",
+                "feedforward_layer_norm": "post_attention_layernorm",
+            }
+        )
+    ),
     "olmo3": Architecture(scales_full_only=True),
     "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
     "qwen3_5_moe_text": Architecture(
