@@ -11,14 +11,14 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
 
-@reporting("architecture", "in_table", "methods", "targets", each=True)
+@reporting("architecture", "in_table", "methods", "targets", "compared", each=True)
 def command(
     names: Annotated[list[str] | None, arg("architectures (model_type in config.json)")] = None,
     everything: Annotated[bool, opt("every model file of mlx-lm and ours", "--all")] = False,
 ) -> None:
     """Show which methods work on which architectures.
 
-    Each was tried, on a tiny random model.
+    Each was tried, on a tiny random model. The last table says what was compared with PyTorch on one.
     """
     from mlx_adapters import methods
     from mlx_adapters.models.architectures.table import with_layers
@@ -30,6 +30,7 @@ def command(
     def words() -> None:
         _support(results)
         _targets(results)
+        _compared(results)
 
     report(results, words)
 
@@ -70,3 +71,14 @@ def _targets(results: list[dict[str, Any]]) -> None:
             [name, *(" ".join(few) or "-" for few in targets.values())] for name, targets in known.items()
         ]
         table(["architecture", *next(iter(known.values()))], rows)
+
+
+def _compared(results: list[dict[str, Any]]) -> None:
+    """What equals PyTorch, and what was tried only here: it takes a step, and reads a text alike every way."""
+    rows = []
+    for result in results:
+        found = result["compared"]
+        equal = [what.replace("_", " ") for what, reason in (found or {}).items() if reason is None]
+        rows.append([result["architecture"], ", ".join(equal) or ("nothing" if found else "only tried")])
+    typer.echo("\nCompared with transformers and PEFT, and equal to float32 rounding:")
+    table(["architecture", "equal"], rows)

@@ -16,7 +16,9 @@ __all__ = ["TABLE", "architectures", "cells", "supported"]
 TABLE = Path(__file__).with_name("supported.json")
 """`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
 "targets": default targets by method, or null where no model runs}}; `files`: {model_type: the architecture
-whose model file mlx-lm reads it by}; `versions` of the packages the table was made with."""
+whose model file mlx-lm reads it by}; `compared`: {model_type: {what was compared with PyTorch: null where it
+is equal, else why not}}, from the tests of the families; `versions` of the packages the table was made with.
+"""
 
 
 def architectures() -> list[str]:
@@ -28,7 +30,9 @@ def supported(model_type: str, methods: list[str]) -> dict[str, Any]:
     """What works on `model_type`, as `mlx-adapters models --json` says it.
 
     `methods` are the names to answer for: each has the reason why it does not work, None where it does.
-    Raises UnsupportedError, with the known ones, for another architecture.
+    `compared` says of logits, adapters by method and fused checkpoints why they do not equal PyTorch's, None
+    where they do; it is None where the architecture was only tried here. Raises UnsupportedError, with the
+    known ones, for another architecture.
     """
     table = _table()
     entry = table["architectures"].get(table["files"].get(model_type, model_type))
@@ -41,6 +45,7 @@ def supported(model_type: str, methods: list[str]) -> dict[str, Any]:
         "in_table": bool(architecture(model_type).attn),
         "methods": {method: reasons.get(method) for method in methods},
         "targets": entry["targets"],
+        "compared": table["compared"].get(model_type),
     }
 
 

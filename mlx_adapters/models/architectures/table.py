@@ -360,6 +360,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         peft=_MIXTURE,
     ),
     "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
+    "olmo_hybrid": Architecture(
+        rename_weights=saved_weights.renamed(
+            {
+                "attention_layer_norm": "input_layernorm",
+                "feedforward_layer_norm": "post_attention_layernorm",
+            }
+        )
+    ),
     "olmo3": Architecture(scales_full_only=True),
     "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
     "qwen3_5_moe_text": Architecture(
