@@ -26,6 +26,7 @@ __all__ = [
     "corrected",
     "count_expert_layers",
     "drop_attention_biases",
+    "forget_absent_kinds",
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
@@ -178,6 +179,15 @@ def _masked_by_row(base: Any) -> type:
         return base.__call__(self, x, mask, cache)
 
     return replace_call(base, call)
+
+
+def forget_absent_kinds(model: Any, config: Config) -> None:
+    """EXAONE 4: no mask for a kind of layers that there is none of."""
+    inner, count = model.model, len(model.layers)
+    if inner.swa_idx is not None and inner.swa_idx >= count:
+        inner.swa_idx = None
+    if inner.full_idx >= count:
+        inner.full_idx = 0
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:

@@ -293,6 +293,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         as_built=corrections.widen_fourfold,
         fixed={"scale_attn_weights": (None, True), "multi_query": (None, True), **_ALWAYS_TIED},
     ),
+    "exaone4": Architecture(corrections=(corrections.forget_absent_kinds,)),
     "gpt_oss": Architecture(peft=PeftGaps(absent=r"mlp\.router")),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
