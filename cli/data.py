@@ -10,6 +10,7 @@ from mlx_adapters.cli.options import App, DataDir, arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
+_TEST = "test files or sets, joined by commas, as in `eval --task`"
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
 
 
@@ -22,28 +23,18 @@ def _group() -> None:
 @reporting("test", "total", "seen", "near", "sampled", each=True)
 def overlap_command(
     train: Annotated[str, arg("training data as in `train --data`, or an adapter folder")],
-    test: Annotated[
-        str, arg("test files or sets, joined by commas, as in `eval --task`", values=complete.tasks)
-    ],
+    test: Annotated[str, arg(_TEST, values=complete.tasks)],
     data_dir: DataDir = None,
     show: Annotated[int, opt("print N of the items found", min=0)] = 0,
 ) -> None:
     """Count test items whose question is in the training data, or shares 13 words in a row with it."""
-    from mlx_adapters.evaluate.overlaps import overlaps
+    from mlx_adapters.evaluate.overlaps import cells, overlaps, sentences
 
     found = overlaps(train, test, data_dir=data_dir)
 
     def words() -> None:
-        counts = [(name, one.total, len(one.seen), len(one.near)) for name, _, one in found]
-        rows = [[name, *map(str, (n, seen, near, n - seen - near))] for name, n, seen, near in counts]
-        table(["test", "items", "seen", "near (13 words in a row)", "new"], rows)
-        for name, texts, one in found:
-            for kind, indices in (("seen", one.seen), ("near", one.near)):
-                for index in indices[:show]:
-                    typer.echo(f"{name} item {index}, {kind}: {' '.join(texts[index].split())[:200]}")
-        if any(one.sampled for _, _, one in found):
-            typer.echo(
-                "The training set is large: its 13-word hashes are a sample, near items may be missing."
-            )
+        table(*cells(found))
+        for line in sentences(found, show):
+            typer.echo(line)
 
     report([{"test": name, **asdict(one)} for name, _, one in found], words)

@@ -18,6 +18,7 @@ from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.corrections import corrected, ignored
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import SCALED, original_length
+from mlx_adapters.models.saved_forms import decoded
 
 __all__ = ["classes", "normalise", "to_transformers"]
 
@@ -34,7 +35,7 @@ def normalise(config: Config) -> Config:
     Raises UnsupportedError naming the field that mlx-lm cannot honour, CheckpointError for a field that is
     missing or contradicts another. Applying it twice changes nothing.
     """
-    config = dict(config)
+    config = decoded(config)
     if config.get("model_file"):
         raise UnsupportedError(
             "config.json: field 'model_file' asks to run code from the checkpoint; refused"
@@ -44,11 +45,16 @@ def normalise(config: Config) -> Config:
             "config.json: field 'transformers_weights' names weight files of its own, which is not read here"
         )
     _refuse_foreign_quantization(config)
-    if isinstance(config.get("text_config"), dict):
-        if isinstance(config["text_config"].get("model_type"), str):
-            config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
-        return config
+    if isinstance(text := config.get("text_config"), dict):
+        return _wrapper(config, text)
     row = architecture(config["model_type"])
+    for field, other in row.variants:
+        if config.get(field):
+            config["model_type"], row = other, architecture(other)
+    config = _formed(config, row)
+    if row.file:
+        _bound(config)
+        return _both_rope_styles(config, None)
     for old, name in row.renamed.items():
         if config.get(name) is None and config.get(old) is not None:
             config[name] = config[old]
@@ -65,9 +71,38 @@ def normalise(config: Config) -> Config:
     return config
 
 
+def _wrapper(config: Config, text: Config) -> Config:
+    """A model around a language model, whose configuration is `text`."""
+    _bound(text)
+    if isinstance(text.get("model_type"), str):
+        text = _language_model(text)
+    if text.get("vocab_size") is not None:  # some model files look for it outside
+        config = config | {"vocab_size": text["vocab_size"]}
+    return config | {"text_config": text}
+
+
+def _language_model(text: Config) -> Config:
+    """The configuration of a language model inside another: by its own rules where it has a model file."""
+    row = architecture(text["model_type"])
+    if not row.file:
+        try:
+            _plain_classes(text)
+        except UnsupportedError:  # a part of another model file
+            return _both_rope_styles(_formed(text, row), None)
+    return normalise(text)
+
+
+def _formed(config: Config, row: Architecture) -> Config:
+    """`config` with what the model file reads where transformers 5 saves it otherwise."""
+    for form in row.forms:
+        config = config | form(config)
+    return config
+
+
 def to_transformers(config: Config) -> Config:
     """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
     config = normalise(config)
+    config["model_type"] = architecture(config["model_type"]).called or config["model_type"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 
@@ -80,13 +115,15 @@ def classes(config: Config) -> tuple[Any, Any]:
 def _plain_classes(config: Config) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
-    if architecture(config["model_type"]).own:
+    row = architecture(config["model_type"])
+    if row.own:
         module = importlib.import_module(f"mlx_adapters.models.{config['model_type']}")
         return module.Model, module.ModelArgs
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
-            return _get_classes(config)
+            model, args = _get_classes(config | ({"model_type": row.file} if row.file else {}))
+        return model, _inside(args) if row.file else args
     except SystemExit:  # what mlx-lm's olmo does without a package of its own
         reason = " ".join(output.getvalue().split()) or "it gives no reason"
         raise UnsupportedError(
@@ -100,10 +137,23 @@ def _plain_classes(config: Config) -> tuple[Any, Any]:
         ) from None
 
 
+def _inside(args: Any) -> Any:
+    """The arguments of a wrapper's model file for a configuration of its language model alone."""
+
+    class Args(args):
+        @classmethod
+        def from_dict(cls, params: Config) -> Any:
+            inner = params if isinstance(params.get("text_config"), dict) else {"text_config": params}
+            return args.from_dict({"model_type": params["model_type"]} | inner)
+
+    return Args
+
+
 def _bound(config: Config) -> None:
     """Cap the number of layers: modules are allocated before any weight is compared."""
     for name, value in config.items():
-        if "layer" in name and isinstance(value, int) and value > _LAYERS:
+        # vocab_size_per_layer_input, for one, is no number of layers
+        if "layer" in name and "per_layer" not in name and isinstance(value, int) and value > _LAYERS:
             raise CheckpointError(
                 f"config.json: field {name!r} is {value}; at most {_LAYERS} layers are built"
             )
@@ -158,8 +208,8 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
         written["partial_rotary_factor"] = part
         written["rope_parameters"] = written["rope_parameters"] | {"partial_rotary_factor": part}
     by_type = reference(config["model_type"]).rotation == "by layer type"
-    if fields is not None and by_type and "rope_parameters" not in fields:
-        usual = reference(config["model_type"]).theta or 10000.0
+    if row.scales_full_only or (fields is not None and by_type and "rope_parameters" not in fields):
+        usual = theta if row.scales_full_only else reference(config["model_type"]).theta or 10000.0
         local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", usual)}
         written["rope_parameters"] = {
             "full_attention": written["rope_parameters"],
@@ -195,8 +245,11 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     if fields is not None and "rope_parameters" in fields:
         return config
     full, local = modern.get("full_attention") or {}, modern.get("sliding_attention") or {}
+    as_full = architecture(config["model_type"]).scales_full_only and (
+        local.get("rope_type", "default") == "default" and local.get("rope_theta") == full.get("rope_theta")
+    )
     apart = reference(config["model_type"]).rotation == "by layer type"
-    if fields is not None and "rope_local_base_freq" not in fields and not apart:
+    if fields is not None and "rope_local_base_freq" not in fields and not (as_full or apart):
         raise UnsupportedError(
             "config.json: field 'rope_parameters' differs by layer type, which mlx-lm does not read for "
             f"model_type {config['model_type']!r}"
@@ -242,6 +295,8 @@ def _refuse(config: Config, fields: dict[str, bool], row: Architecture) -> None:
     if not (reads_part or row.rotates_part) and part not in (None, 1, 1.0):
         raise ignored("partial_rotary_factor", part, f"mlx-lm's {kind} always uses 1")
     heads, width, head_dim = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
+    if head_dim == config.get("qk_rope_head_dim"):
+        head_dim = None  # transformers calls the rotated part so where it is projected by itself
     if heads and width and head_dim and "head_dim" not in fields and head_dim != width // heads:
         raise ignored("head_dim", head_dim, f"mlx-lm's {kind} always uses {width // heads}")
     if row.refuse:

@@ -39,7 +39,6 @@ __all__ = [
     "scale_by_one",
     "scale_embeddings_exactly",
     "shorten_window",
-    "widen_fourfold",
 ]
 
 # Fields that say whether a block's layers have biases, and where in the tree these layers are.
@@ -290,11 +289,6 @@ def scale_by_one(config: Config) -> Config:
     return (
         config if config.get("rope_scaling") else config | {"rope_scaling": {"type": "yarn", "factor": 1.0}}
     )
-
-
-def widen_fourfold(config: Config) -> Config:
-    """GPT-BigCode: the width of the MLP where the configuration has none."""
-    return config if config.get("n_inner") else config | {"n_inner": 4 * config["n_embd"]}
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------

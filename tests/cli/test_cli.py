@@ -342,9 +342,9 @@ def test_doctor_measures_this_machine() -> None:
 
 def test_quickstart_runs_the_whole_way(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch here; the comparison with it is the export's, tested above."""
-    from mlx_adapters.cli import quickstart
+    from mlx_adapters.study import quickstart
 
-    monkeypatch.setattr(quickstart, "_has_torch", lambda: False)
+    monkeypatch.setattr(quickstart, "has_torch", lambda: False)
     result = cli("quickstart", "--model", model, "--dir", tmp_path / "q", "--steps", 2)
     assert {"model", "adapter", "peft"} <= {path.name for path in (tmp_path / "q").iterdir()}
     assert "/100" in result.stdout
@@ -369,7 +369,7 @@ def test_the_example_run_files_name_only_what_exists() -> None:
     import dataclasses
 
     from mlx_adapters import methods
-    from mlx_adapters.cli.options import read_yaml
+    from mlx_adapters.files.documents import read_options
     from mlx_adapters.train.config import TrainConfig
 
     training = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -377,6 +377,6 @@ def test_the_example_run_files_name_only_what_exists() -> None:
     files = [file for file in examples.glob("*.yaml") if not file.name.startswith("study-")]
     assert files
     for file in files:
-        run = read_yaml(file, {"model", "data", "output", "method", "set", *training})
+        run = read_options(file, {"model", "data", "output", "method", "set", *training})
         methods.make(run["method"], run["set"])
         TrainConfig(**{name: value for name, value in run.items() if name in training})

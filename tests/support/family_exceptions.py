@@ -1,4 +1,4 @@
-"""Where a claim of `family_trials` does not hold for a family: refused with these words, or known to be wrong.
+"""Where a claim of `family_trials` does not hold for a family: refused with these words, or known as wrong.
 
 {family: {claim, or "every": words}}. `test_families.py` fails where an entry is missing, or no longer needed.
 """

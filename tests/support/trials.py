@@ -29,7 +29,14 @@ from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
 __all__ = [
-    *("architectures", "attached", "fault", "stands_on", "support", "targets", "trial", "without_step"),
+    "architectures",
+    "attached",
+    "fault",
+    "stands_on",
+    "support",
+    "targets",
+    "trial",
+    "without_step",
 ]
 
 _LENGTHS = (IDS.shape[1], 5)  # tokens of the two rows of the step: the second is padded
