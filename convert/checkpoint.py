@@ -20,6 +20,7 @@ from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, 
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import fields
 from mlx_adapters.models import load as models
 from mlx_adapters.models import names
 from mlx_adapters.models import stop_tokens as ends
@@ -62,7 +63,8 @@ _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote. `parameters` counts weights, however many bits each has."""
+    """What a conversion wrote. `parameters` counts weights, however many bits each has; `remark` says of a
+    model_type that it was not compared with transformers."""
 
     path: Path
     bytes: int
@@ -70,6 +72,7 @@ class Converted:
     parameters: int
     seconds: float
     dtype: str
+    remark: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -147,6 +150,7 @@ def convert(
         parameters=parameters,
         seconds=time.perf_counter() - start,
         dtype=config["dtype"],
+        remark=fields.remark(config["model_type"]),
     )
 
 
