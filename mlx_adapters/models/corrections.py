@@ -106,6 +106,8 @@ def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Arch
     if row.as_built:
         params = row.as_built(params)
     types, about = params.get("layer_types"), reference(params["model_type"])
+    if about.rotation:  # a field of mlx-lm's alone: which numbers are turned together is the architecture's
+        params = {name: value for name, value in params.items() if name != "rope_traditional"}
     if not isinstance(types, list):
         return params
     if about.window is None and about.rotation == "formula" and "sliding_attention" in types:

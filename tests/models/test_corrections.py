@@ -6,6 +6,7 @@ Each case changes one field of a tiny model whose logits it must move in transfo
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,8 @@ from families import TEXT, make_family, opened
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.files.weights import read_weights
-from mlx_adapters.models import load
+from mlx_adapters.models import fields as fields_table
+from mlx_adapters.models import limits, load
 from mlx_adapters.models.build import build
 
 torch = pytest.importorskip("torch")
@@ -114,7 +116,9 @@ def logits(network: Any, text: list[list[int]]) -> np.ndarray:
 
 
 def ours(folder: Path) -> Any:
-    return build(load.read_config(folder), read_weights(folder), str(folder))
+    # without the table of fields: it is made by trying the corrections, and may be older than they are
+    with mock.patch.object(fields_table, "check"):
+        return build(load.read_config(folder), read_weights(folder), str(folder))
 
 
 def pieces(model: Any) -> np.ndarray:
@@ -128,9 +132,11 @@ def pieces(model: Any) -> np.ndarray:
 
 def padded(model: Any) -> np.ndarray | None:
     """The logits of the second text without its first tokens, in a batch with the first one; None where a
-    cache is no cache of keys and values."""
+    cache is no cache of keys and values, or positions are learned."""
     from mlx_lm.models import cache
 
+    if limits.positions(model) is not None:
+        return None
     batch = []
     for layer in cache.make_prompt_cache(model):
         if type(layer) is cache.KVCache:
@@ -178,8 +184,6 @@ def test_a_field_acts_broadly(name: str, fields: Fields, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "fields", "culprit"),
     [
-        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", types("ssffsf"), "layer_types"),
         ("falcon_h1", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"hidden_act": "laplace"}, "hidden_act"),
