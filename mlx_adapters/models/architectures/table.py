@@ -346,7 +346,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Configurations that transformers saves otherwise than mlx-lm reads them
     "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
     "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
-    "exaone4": Architecture(forms=(saved_forms.exaone_window_letters,)),
+    "exaone4": Architecture(
+        forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
+    ),
     "gemma3": Architecture(scaled_embedding=True),
     "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
     "gemma3n_text": Architecture(
