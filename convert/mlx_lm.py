@@ -21,7 +21,8 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.dora import DoRA
 from mlx_adapters.methods.experts import PARTS, by_matrix
-from mlx_adapters.methods.lora import LoRA, LowRank
+from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.sites import to_hf

@@ -103,7 +103,9 @@ class TorchTree:
                 continue
             own: dict[str, list[Part]] = {}
             for part in parts:
-                own.setdefault(torch_name(part.source, self.model_type).removesuffix(_WEIGHT), []).append(part)
+                own.setdefault(torch_name(part.source, self.model_type).removesuffix(_WEIGHT), []).append(
+                    part
+                )
             found[name.removesuffix(_WEIGHT)] = tuple((module, tuple(p)) for module, p in own.items())
         return found
 
@@ -114,7 +116,9 @@ class TorchTree:
         for path, modules in self._forward.items():
             for module, parts in modules:
                 found.setdefault(module, []).append((path, parts))
-        return {module: sorted(spots, key=lambda spot: spot[1][0].rows or ()) for module, spots in found.items()}
+        return {
+            module: sorted(spots, key=lambda spot: spot[1][0].rows or ()) for module, spots in found.items()
+        }
 
     @cached_property
     def _modules(self) -> dict[str, str]:

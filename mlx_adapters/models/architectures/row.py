@@ -129,6 +129,11 @@ class Architecture:
     """The model file of mlx-lm that serves the language model of a wrapper when it was saved alone."""
     forms: tuple[Callable[[Config], Config], ...] = ()
     """Give what the model file reads from a configuration as transformers saves it (`models.saved_forms`)."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """(field, architecture): where the configuration sets the field, the model is of that architecture, whose
+    checkpoints have this one's `model_type`."""
+    called: str = ""
+    """The `model_type` of its checkpoints, where that is another architecture's."""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
