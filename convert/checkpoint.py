@@ -21,6 +21,7 @@ from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import load as models
+from mlx_adapters.models import names
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
@@ -134,7 +135,7 @@ def convert(
             _cast(model, models.DTYPES[dtype])
         if quantize:
             config = _quantize(model, config, bits, group_size, mode, recipe)
-        config = _written_config(model, config)
+        config = names.into_config(_written_config(model, config), model.tensor_names)
         writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
@@ -169,7 +170,7 @@ def write_mlx(
     if quantize is not None:
         bits, group_size, mode = quantize
         config = _quantize(model, config, bits, group_size, mode, None)
-    config = _written_config(model, config)
+    config = names.into_config(_written_config(model, config), model.tensor_names)
     writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
     source = _Source(
         name=str(loaded.path),

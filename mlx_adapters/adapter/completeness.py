@@ -14,6 +14,7 @@ from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.routers import routers
+from mlx_adapters.models.torch_tree import torch_path
 
 __all__ = ["Model", "check_tensors"]
 
@@ -131,8 +132,11 @@ def _check_targets(grouped: dict[str, Arrays], fields: dict[str, Any], model: Mo
     weighted = {path for path, module in model.network.named_modules() if "weight" in module}
     whole = {path for path in weighted if names and _saved(path, names, model.kind)}
     places = _places(model.network, str(fields["peft_type"])) - whole
-    named = {path for path in places if is_target(fields, sites.to_hf(path, model.kind))} | whole
-    if lost := sorted(named - grouped.keys()):
+    # a module of PyTorch may be several here
+    there = {path: torch_path(model.network, path, model.kind) for path in {*places, *whole, *grouped}}
+    named = {path for path in places if is_target(fields, there[path])} | whole
+    held = {there[path] for path in grouped}
+    if lost := sorted(path for path in named if there[path] not in held):
         raise AdapterError(
             f"{len(lost)} of {len(named)} layers that the configuration names have no tensors here, e.g. "
             f"{lost[0]}: the file is not complete. Save the adapter again"

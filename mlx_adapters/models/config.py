@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import inspect
 import io
-import math
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.corrections import corrected, ignored
+from mlx_adapters.models.reference import reference
+from mlx_adapters.models.rope import SCALED, original_length
 from mlx_adapters.models.saved_forms import decoded
 
 __all__ = ["classes", "normalise", "to_transformers"]
@@ -26,7 +27,6 @@ _NATIVE: dict[str, Config] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
-_SCALED = ("linear", "llama3", "yarn", "longrope", "mrope", "proportional")
 
 
 def normalise(config: Config) -> Config:
@@ -185,7 +185,7 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     theta = _agreed(
         "rope_theta", modern.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base")
     )
-    theta = theta if theta is not None else row.theta
+    theta = theta if theta is not None else reference(config["model_type"]).theta
     part = _agreed(
         "partial_rotary_factor",
         modern.get("partial_rotary_factor"),
@@ -203,9 +203,10 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     if part is not None:
         written["partial_rotary_factor"] = part
         written["rope_parameters"] = written["rope_parameters"] | {"partial_rotary_factor": part}
-    if row.scales_full_only or (fields is not None and "rope_local_base_freq" in fields):
-        base = theta if row.scales_full_only else config.get("rope_local_base_freq", 10000.0)
-        local = {"rope_type": "default", "rope_theta": base}
+    by_type = reference(config["model_type"]).rotation == "by layer type"
+    if row.scales_full_only or (fields is not None and by_type and "rope_parameters" not in fields):
+        usual = theta if row.scales_full_only else reference(config["model_type"]).theta or 10000.0
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", usual)}
         written["rope_parameters"] = {
             "full_attention": written["rope_parameters"],
             "sliding_attention": local,
@@ -223,33 +224,16 @@ def _scaling(values: Config, config: Config) -> Config | None:
         return None
     others = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
     scaling = others | {"rope_type": kind, "type": kind}
-    if kind not in _SCALED:
+    fixed = kind == "dynamic" and scaling.get("alpha")  # Hunyuan's, which does not depend on the text
+    if kind not in SCALED and not fixed:
         raise UnsupportedError(
-            f"config.json: field 'rope_scaling' is of type {kind!r}, which mlx-lm computes differently from "
-            f"transformers. Supported: {', '.join(_SCALED)}"
+            f"config.json: field 'rope_scaling' is of type {kind!r}, which is not computed here. Supported: "
+            f"{', '.join(SCALED)}"
         )
-    if kind == "yarn":
-        _check_yarn(scaling, config)
-    if kind == "longrope" and scaling.get("short_factor") != scaling.get("long_factor"):
-        raise UnsupportedError(
-            "config.json: field 'rope_scaling' has a short_factor that differs from its long_factor; "
-            "mlx-lm uses only the long one. Use the model's variant for short contexts"
-        )
+    if kind in ("yarn", "longrope", "llama3"):
+        # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
+        scaling["original_max_position_embeddings"] = original_length(config, scaling)
     return scaling
-
-
-def _check_yarn(scaling: Config, config: Config) -> None:
-    # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
-    if not scaling.get("original_max_position_embeddings"):
-        scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
-    factor, stated = scaling.get("factor") or 1.0, scaling.get("attention_factor")
-    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    if stated is not None and not math.isclose(stated, usual, rel_tol=1e-6):
-        raise UnsupportedError(
-            f"config.json: rope_scaling's attention_factor is {stated}; mlx-lm always uses {usual:.6g}"
-        )
-    if scaling.get("truncate") is False and architecture(config["model_type"]).yarn_truncates:
-        raise UnsupportedError("config.json: rope_scaling's truncate is false; mlx-lm always truncates")
 
 
 def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | None) -> Config:
@@ -260,7 +244,8 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     as_full = architecture(config["model_type"]).scales_full_only and (
         local.get("rope_type", "default") == "default" and local.get("rope_theta") == full.get("rope_theta")
     )
-    if fields is not None and "rope_local_base_freq" not in fields and not as_full:
+    apart = reference(config["model_type"]).rotation == "by layer type"
+    if fields is not None and "rope_local_base_freq" not in fields and not (as_full or apart):
         raise UnsupportedError(
             "config.json: field 'rope_parameters' differs by layer type, which mlx-lm does not read for "
             f"model_type {config['model_type']!r}"
@@ -268,7 +253,7 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     written: Config = {"rope_scaling": _scaling(full, config)}
     if full.get("rope_theta"):
         written["rope_theta"] = full["rope_theta"]
-    if local.get("rope_theta") and not as_full:
+    if local.get("rope_theta") and (fields is None or "rope_local_base_freq" in fields):
         written["rope_local_base_freq"] = local["rope_theta"]
     return config | written
 
@@ -294,10 +279,12 @@ def _refuse(config: Config, fields: dict[str, bool], row: Architecture) -> None:
     for name, allowed in row.fixed.items():
         if config.get(name) not in allowed:
             raise ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}")
-    if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
+    turned = reference(kind).rotation is not None  # `rope` corrects what mlx-lm does not read
+    reads = {"rope_scaling", "rope_parameters"}
+    if config.get("rope_scaling") and not turned and not fields.keys() & reads:
         raise ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
     reads_theta = fields.keys() & {"rope_theta", "rotary_emb_base", "rope_parameters"}
-    if not reads_theta and config.get("rope_theta", 10000) != 10000:
+    if not turned and not reads_theta and config.get("rope_theta", 10000) != 10000:
         raise ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
     part = config.get("partial_rotary_factor")
     reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}

@@ -9,22 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Activation", "AdapterHub", "Architecture", "Config", "Experts", "PeftGaps"]
+__all__ = ["AdapterHub", "Architecture", "Config", "Experts", "PeftGaps"]
 
 Config = dict[str, Any]
 """A `config.json` as read: its fields are the checkpoint's, so their types are not known here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activation:
-    """The activation of an MLP: `field` of the configuration names it, `default` is transformers' where the
-    field is absent, and mlx-lm computes `computed` whatever the field says. `misnamed` corrects names that
-    transformers reads as others, too."""
-
-    field: str
-    default: str
-    computed: str
-    misnamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +107,10 @@ class Architecture:
     """The checkpoint's linear layers are transposed, which PEFT must be told."""
     rename_weights: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Renames a checkpoint's tensors into what mlx-lm's model file expects."""
+    fold_weights: Callable[[dict[str, Any], Config], dict[str, Any]] | None = None
+    """Changes a checkpoint's tensors by what the configuration says and mlx-lm does not fold into them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """(regular expression, MLX name) of the checkpoint's tensors that mlx-lm drops and a correction needs."""
     checked: bool = False
     """The tests compare a checkpoint written for transformers: with the one that transformers wrote, tensor
     by tensor, or opened by transformers, with every name found and the same logits."""
@@ -140,34 +132,26 @@ class Architecture:
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """transformers' values of fields that old configurations leave out and mlx-lm fills in otherwise."""
-    theta: float | None = None
-    """The rotary base that transformers takes where a configuration has none; None leaves it absent."""
     rotary_part: float | None = None
     """transformers' default of partial_rotary_factor, where it is not the whole head."""
     rotary_names: tuple[str, str] | None = None
     """Older names of (rope_theta, partial_rotary_factor) that mlx-lm's model file reads."""
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """Fields that the model file fixes, with the values it is right for; None stands for "absent"."""
-    yarn_truncates: bool = True
-    """mlx-lm truncates YaRN's range, whatever the configuration says."""
     scales_full_only: bool = False
     """Layers with a window rotate by the same base without any scaling, as the configuration says too."""
     refuse: Callable[[Config], None] | None = None
     """Raises UnsupportedError for what else the model file would compute differently."""
 
     # Corrections of mlx-lm's model file (`mlx_adapters.models.corrections`)
-    activation: Activation | None = None
     ungated: tuple[str, str] | None = None
-    """The two linear layers of an MLP without a gate."""
+    """The two linear layers of an MLP without a gate, whose width is corrected."""
     widths: tuple[str, str] | None = None
     """The configuration's fields of that MLP's width and of the model's, where mlx-lm assumes 4 to 1."""
     rotates_part: bool = False
-    """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
-    heads, or by the model file, which reads it under another name."""
-    window: Literal["all", "alternating", "upper", "unmixed"] | None = None
-    """Which layers see only the last `sliding_window` tokens in transformers, and all of them in mlx-lm:
-    all; every other one, from the first; those from `max_window_layers` on, if windows are used at all; or
-    all unless `layer_types` also names full ones, a mixture that mlx-lm computes itself."""
+    """`corrections` rotate a part of each head, where mlx-lm rotates whole heads."""
+    as_built: Callable[[Config], Config] | None = None
+    """The configuration from which mlx-lm's file builds the right modules."""
     corrections: tuple[Callable[[Any, Config], None], ...] = ()
     """Change a model right after it is built."""
 
