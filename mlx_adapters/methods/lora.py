@@ -322,7 +322,8 @@ class LoRA(LowRank):
             raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
         own["modules_to_save"] = ",".join(whole)
         parameters = fields.get("target_parameters") or []
-        kinds = rf"(experts\.({'|'.join({*PARTS, *UNGATED})})|(router|router\.proj|{'|'.join(EXPERT_NAMES)})\.weight)$"
+        stacks, single = "|".join({*PARTS, *UNGATED}), "|".join(("router", "router.proj", *EXPERT_NAMES))
+        kinds = rf"(experts\.({stacks})|({single})\.weight)$"
         if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
             raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
         shared = cls.read_peft(fields)
