@@ -38,7 +38,7 @@ from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
-from mlx_adapters.methods.experts import in_model
+from mlx_adapters.methods.experts import completed, in_model
 from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
@@ -269,6 +269,9 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
     grouped = in_model(grouped, model, model_type)
+    if isinstance(meta.method, LoRA):
+        stacks = fields.get("target_parameters") or []
+        grouped = completed(grouped, model, model_type, meta.method.at, stacks)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,
