@@ -39,8 +39,9 @@ from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
 from mlx_adapters.methods.beside import WithModules, listed
-from mlx_adapters.methods.experts import in_model
+from mlx_adapters.methods.experts import completed, in_model
 from mlx_adapters.methods.ia3 import IA3
+from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.methods.tied import HEAD, HeadUpdate, TiedToSave
 from mlx_adapters.models import sites
@@ -293,6 +294,9 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)
+    if isinstance(meta.method, LoRA):
+        stacks = fields.get("target_parameters") or []
+        grouped = completed(grouped, model, model_type, meta.method.at, stacks)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,
