@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.cli.signals import instead, telling
 from mlx_adapters.errors import AdaptersError, ConfigError, counted
+from mlx_adapters.files.documents import json_option
+from mlx_adapters.signals import telling
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -38,16 +40,15 @@ def command(
     port: Annotated[int, opt("port of --web, at 127.0.0.1", min=1, max=65535)] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
-    from mlx_adapters.data.templates import TEMPLATES
-    from mlx_adapters.errors import unknown
+    from mlx_adapters.adapter.multi import load_named
+    from mlx_adapters.data.templates import check
     from mlx_adapters.generate.conversation import Conversation
 
-    if template is not None and template not in TEMPLATES:
-        raise ConfigError(unknown("template", template, TEMPLATES))
+    check(template)
     if web and template is not None:
         raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    kwargs = options.json_object(chat_template_kwargs, "--chat-template-kwargs")
-    loaded, metas = options.load_named(model, adapter, base="base")
+    kwargs = json_option(chat_template_kwargs, "--chat-template-kwargs")
+    loaded, metas = load_named(model, adapter or (), base="base")
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if web:
         _page(loaded, metas, port, seed=seed, template_kwargs=kwargs, **settings)
@@ -61,19 +62,13 @@ def command(
 
 def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
+    from mlx_adapters.cli.serve import until_stopped
     from mlx_adapters.serve import Engine
-    from mlx_adapters.serve.page import build, start
+    from mlx_adapters.serve.page import build, opened
 
     engine = Engine(loaded, metas, name="base")
     page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
-    address = start(page, host="127.0.0.1", port=port)
-    instead(engine.stop)
-    say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
-    try:
-        engine.run()
-    finally:
-        page.close(verbose=False)
-    say("stopped")
+    until_stopped(engine, opened(page, host="127.0.0.1", port=port), "answers as")
 
 
 def _loop(chat: "Conversation") -> None:
@@ -97,12 +92,14 @@ def _loop(chat: "Conversation") -> None:
         elif line.startswith("/"):
             _order(chat, line)
         elif line:
-            (_compare if compare else _ask)(chat, line)
+            for name, answer in chat.compare(line) if compare else [("", chat.ask(line))]:
+                if compare:
+                    typer.echo(f"[{name}]")
+                _write(answer)
             compare = False
 
 
-def _ask(chat: "Conversation", line: str) -> None:
-    answer = chat.ask(line)
+def _write(answer: Generator[str]) -> None:
     try:
         for piece in answer:
             typer.echo(piece, nl=False)
@@ -112,18 +109,6 @@ def _ask(chat: "Conversation", line: str) -> None:
     except KeyboardInterrupt:  # the answer ends here
         answer.close()
     typer.echo()
-
-
-def _compare(chat: "Conversation", line: str) -> None:
-    """The base and every adapter on the same conversation, which stays as it was."""
-    before, turns = chat.name, list(chat.turns)
-    for name in [None, *chat.adapters]:
-        chat.use(name)
-        chat.turns = list(turns)
-        typer.echo(f"[{name or 'base'}]")
-        _ask(chat, line)
-    chat.turns = turns
-    chat.use(None if before == "base" else before)
 
 
 def _order(chat: "Conversation", line: str) -> None:

@@ -33,7 +33,8 @@ def take_apart(source: Path) -> Parts:
             f"{source}: does not say which architecture it was trained on, and names differ between them. "
             "Import it first: mlx-adapters import SRC DST --model MODEL"
         )
-    arrays, _ = adapter.by_layer(adapter.read_tensors(source), type(meta.method), model_type, source)
+    own, _ = adapter.own_tensors(source, meta, model_type)
+    arrays, _ = adapter.by_layer(own, type(meta.method), model_type, source)
     return Parts(meta=meta, arrays=arrays, model_type=model_type)
 
 

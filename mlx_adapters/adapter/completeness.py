@@ -14,6 +14,8 @@ from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.methods.tied import HEAD
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
+from mlx_adapters.models.torch_tree import torch_path
 
 __all__ = ["Model", "check_tensors"]
 
@@ -142,8 +144,11 @@ def _check_targets(grouped: dict[str, Arrays], fields: dict[str, Any], model: Mo
     places = _places(model.network, str(fields["peft_type"])) - whole
     places -= {path for path, own in grouped.items() if own.keys() == {"bias"}}  # a bias that is trained
     places -= {path for path, own in grouped.items() if "rows" in own}  # tokens that are
-    named = {path for path in places if is_target(fields, sites.to_hf(path, model.kind))} | whole
-    if lost := sorted(named - grouped.keys()):
+    # a module of PyTorch may be several here
+    there = {path: torch_path(model.network, path, model.kind) for path in {*places, *whole, *grouped}}
+    named = {path for path in places if is_target(fields, there[path])} | whole
+    held = {there[path] for path in grouped}
+    if lost := sorted(path for path in named if there[path] not in held):
         raise AdapterError(
             f"{len(lost)} of {len(named)} layers that the configuration names have no tensors here, e.g. "
             f"{lost[0]}: the file is not complete. Save the adapter again"
@@ -165,6 +170,7 @@ def _places(model: nn.Module, peft_type: str) -> set[str]:
     if peft_type == "LORA":
         places |= {path for path, m in modules.items() if sites.is_table(path) and isinstance(m, EMBEDDINGS)}
     if any(is_stack(module) for module in modules.values()):
-        # among stacked experts PEFT reads these names in another way
+        # among stacked experts PEFT reads these names in another way, and routers are parameters there
         places = {path for path in places if path.rpartition(".")[2] not in EXPERT_NAMES}
+        places -= routers(model).keys()
     return places

@@ -33,17 +33,33 @@ from mlx_adapters.adapter.reading import (
     read_fields,
     read_tensors,
 )
+from mlx_adapters.adapter.translate import Written, inward, outward, scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
 from mlx_adapters.methods.beside import WithModules, listed
+from mlx_adapters.methods.experts import in_model
+from mlx_adapters.methods.ia3 import IA3
+from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.methods.tied import HEAD, HeadUpdate, TiedToSave
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.models.names import as_record, from_record
+from mlx_adapters.models.torch_tree import TorchTree, tree_of
 
-__all__ = ["build", "load_weights", "named_tensors", "peft_config", "place", "save", "tensors", "write"]
+__all__ = [
+    "build",
+    "load_weights",
+    "named_tensors",
+    "own_tensors",
+    "peft_config",
+    "place",
+    "save",
+    "tensors",
+    "write",
+]
 
 
 def save(
@@ -78,10 +94,22 @@ def save(
         raise AdapterError(f"{folder}: the active adapter is {name!r} ({other}), not what meta says")
     if base is not None:
         meta = replace(meta, base={**meta.base, "_name_or_path": base})
-    arrays = tensors(network, meta.base["model_type"])
+    written = _written(layers(network), network, meta)
     meta.method.save_extra(folder, layers(network))
-    meta = replace(meta, method=meta.method.as_saved())
-    write(folder, arrays, fields=peft_config(network, meta), meta=meta)
+    meta = replace(meta, method=meta.method.as_saved(), names={})
+    fields = peft_config(network, meta)
+    if written.moved:
+        tree = tree_of(network, meta.base["model_type"])
+        linear = [path.removesuffix(".base") for path in sites.linears(network)]
+        told = with_fields(fields, written, tree, linear)
+        known = meta.method.PEFT_FIELDS or {}
+        if told.get("rank_pattern") and "rank_pattern" not in known:
+            raise AdapterError(
+                f"{meta.method.NAME} on parts of one layer of PyTorch ({next(iter(told['rank_pattern']))}) would "
+                "need a rank of its own there: adapt that with lora"
+            )
+        meta, fields = replace(meta, names=_names(written, tree, told)), told
+    write(folder, _named(written, layers(network)), fields=fields, meta=meta)
 
 
 def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
@@ -95,6 +123,60 @@ def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
             "activate one of them by name first"
         )
     return loaded.active[0], loaded.metas[loaded.active[0]]
+
+
+def _written(placed: Mapping[str, nn.Module], model: nn.Module, meta: AdapterMeta) -> Written:
+    """The tensors of adapter layers by the modules that PyTorch has."""
+    groups = {
+        path: {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
+        for path, layer in placed.items()
+        if isinstance(layer, AdapterLayer) and not layer.ROOTED
+    }
+    at = getattr(meta.method.as_saved(), "at", None)
+    return outward(groups, tree_of(model, meta.base["model_type"]), at)
+
+
+def _named(written: Written, placed: Mapping[str, nn.Module]) -> dict[str, mx.array]:
+    """The tensors under their names in a file, with those that have no module."""
+    named = {
+        f"{PREFIX}{module}.{suffix}": array
+        for module, group in written.groups.items()
+        for suffix, array in group.items()
+    }
+    for layer in placed.values():
+        if isinstance(layer, AdapterLayer) and layer.ROOTED:
+            named |= {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
+        if isinstance(layer, AdapterLayer):
+            named |= {name: layer[attribute] for attribute, name in layer.SHARED.items()}
+    return named
+
+
+def _names(written: Written, tree: TorchTree, fields: dict[str, Any]) -> dict[str, Any]:
+    """What must be known to read the file without its base."""
+    told = {name: fields[name] for name in ("rank_pattern", "alpha_pattern") if name in fields}
+    record = as_record(tree.names) if tree.names else {}
+    return {"tensors": record, "paths": sorted(written.moved), "peft": told}
+
+
+def own_tensors(
+    folder: Path, meta: AdapterMeta, model_type: str, model: nn.Module | None = None
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of an adapter folder by the names of the modules here, and {path: module of PyTorch} of
+    those that PyTorch has otherwise; `model` knows that too where the folder does not."""
+    arrays = read_tensors(folder)
+    if record := meta.names.get("tensors"):
+        tree = TorchTree(from_record(record), model_type)
+    elif model is not None:
+        tree = tree_of(model, model_type)
+    else:
+        return arrays, {}
+    with reading(folder / WEIGHTS, AdapterError):
+        return inward(
+            arrays,
+            tree,
+            at=getattr(meta.method, "at", None) if meta.names else None,
+            only=meta.names.get("paths"),
+        )
 
 
 def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
@@ -156,6 +238,7 @@ def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], 
         "template": meta.template,
         "loss_on": meta.loss_on,
         "training": meta.training,
+        **({"names": meta.names} if meta.names else {}),
     }
     with writing_to(folder):
         _write(folder, arrays, fields, about, meta.seen)
@@ -186,15 +269,21 @@ def build(model: nn.Module, model_type: str, folder: Path, *, name: str) -> tupl
 
 def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[AdapterMeta, Placed]:
     meta = read_meta(folder)
-    arrays = read_tensors(folder)
     trained_on = meta.base.get("model_type", model_type)
     if trained_on != model_type:
         raise AdapterError(
             f"{folder}: was trained on a {trained_on} model, but {name} is a {model_type} model"
         )
+    arrays, moved = own_tensors(folder, meta, model_type, model)
+    fields = read_fields(folder)
+    if moved and not meta.names and isinstance(meta.method, LoRA):
+        meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
+    if moved and not meta.names and isinstance(meta.method, IA3):
+        meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
-    if (untied := _untied(method, fields := read_fields(folder), grouped)) != method:
+    grouped = in_model(grouped, model, model_type)
+    if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)
     with reading(folder / WEIGHTS, AdapterError):
@@ -255,7 +344,7 @@ def _member(model: nn.Module, model_type: str, folder: Path) -> Member:
     fields = read_fields(folder)
 
     def save(target: Path) -> None:
-        write(target, named_tensors(placed, model_type), fields=fields, meta=meta)
+        write(target, _named(_written(placed, model, meta), placed), fields=fields, meta=meta)
 
     return Member(folder, meta.method, placed, save)
 

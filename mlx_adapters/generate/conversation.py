@@ -14,6 +14,7 @@ from mlx_adapters.generate.prefill import Cache
 from mlx_adapters.generate.sampling import fresh_seed, sampler
 from mlx_adapters.generate.stream import stream_tokens
 from mlx_adapters.generate.text import Prompt, prompt_of, render
+from mlx_adapters.generate.using import meta_of
 from mlx_adapters.models.load import LanguageModel
 
 __all__ = ["Conversation"]
@@ -97,6 +98,19 @@ class Conversation:
             raise
         self.turns.append({"role": "assistant", "content": written})
 
+    def compare(self, text: str) -> Iterator[tuple[str, Generator[str]]]:
+        """The base's name and answer, then each adapter's, to the same conversation, which stays as it was.
+
+        Each answer must be read, or closed, before the next is asked for.
+        """
+        before, turns = self.name, self.turns
+        for name in [None, *self.adapters]:
+            self.use(name)
+            self.turns = list(turns)
+            yield name or "base", self.ask(text)
+        self.turns = turns
+        self.use(None if before == "base" else before)
+
     def answer(self) -> Iterator[str]:
         """Yield an answer to the last turn; the turns stay as they are."""
         prompt = self.prompt()
@@ -118,7 +132,7 @@ class Conversation:
         text, _ = render(
             self.loaded,
             self.turns,
-            adapter=self.adapters.get(self.name),
+            adapter=self.adapters.get(self.name) or meta_of(self.loaded, None),
             template=self.template,
             chat_template_kwargs=self.kwargs,
         )

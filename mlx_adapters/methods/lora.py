@@ -27,11 +27,13 @@ from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.experts import (
     EXPERT_NAMES,
     PARTS,
+    UNGATED,
     ExpertLayer,
     Experts,
     expert_paths,
     is_block,
     is_stack,
+    parts,
 )
 from mlx_adapters.methods.low_rank import SHARED_FIELDS, LowRank
 from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer
@@ -41,6 +43,8 @@ from mlx_adapters.methods.pissa import largest
 from mlx_adapters.methods.tied import HEAD, HeadUpdate
 from mlx_adapters.methods.tokens import HeadTokens, TokenRows
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
 
 
 class Layer(AdapterLayer):
@@ -177,13 +181,14 @@ class LoRA(LowRank):
             paths = _targets(model, model_type, self)
             self.all_matched([name for path in paths for name in _names(path, modules[path], model_type)])
         placed: Placed = {}
-        tied = sites.tied(model)
+        tied, row = sites.tied(model), architecture(model_type)
+        in_turns = row.experts is not None and row.experts.interleaved
         if HEAD in paths and HEAD not in modules:
             paths = [path for path in paths if path != HEAD]
             placed = self._tied_head(modules, sites.embedding(model), paths)
         for path in paths:
             base, sizes = modules[path], [self.at(name) for name in _names(path, modules[path], model_type)]
-            placed[path] = self._layer(base, sizes, tied=tied)
+            placed[path] = self._layer(base, sizes, tied=tied, interleaved=in_turns)
         return placed
 
     def _tied_head(self, modules: dict[str, nn.Module], path: str, paths: list[str]) -> Placed:
@@ -195,13 +200,16 @@ class LoRA(LowRank):
         rank, scale = self.at(HEAD)
         return {path: HeadUpdate(modules[path], rank=rank, scale=scale)}
 
-    def _layer(self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool) -> AdapterLayer:
+    def _layer(
+        self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool, interleaved: bool
+    ) -> AdapterLayer:
         """The layer for `base`; `sizes` has (rank, scale) of each matrix that PEFT knows there."""
         rank, scale = sizes[0]
         if isinstance(base, EMBEDDINGS):
             return EmbeddingLayer(base, rank=rank, scale=scale, tied=tied)
         if is_block(base):
-            return Experts(base, gate_up=sizes[0], down=sizes[1], dropout=self.dropout)
+            into, out = sizes
+            return Experts(base, gate_up=into, down=out, dropout=self.dropout, interleaved=interleaved)
         if is_stack(base):
             return ExpertLayer(base, rank=rank, scale=scale, dropout=self.dropout)
         return Layer(
@@ -249,12 +257,13 @@ class LoRA(LowRank):
         if not any(is_block(module) or is_stack(module) for module in model.modules()):
             return {}
         linear = {path for path, layer in layers.items() if layer.TARGET}
-        taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
+        chosen = routers(model).keys()
+        taken = {path for path in linear if path in chosen or path.rpartition(".")[2] in EXPERT_NAMES}
         whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
-        parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
-        # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
-        names_in_peft = [sites.to_hf(path, model_type) for path in sorted(taken)]
-        parameters += [f"{name.replace('.block_sparse_moe.', '.mlp.')}.weight" for name in names_in_peft]
+        parameters = [
+            f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in parts(layers[path].base)
+        ]
+        parameters += [f"{sites.to_hf(path, model_type)}.weight" for path in sorted(taken)]
         if not parameters:
             return {}
         names = short_names(linear - taken, model, model_type).values()
@@ -263,7 +272,7 @@ class LoRA(LowRank):
     @classmethod
     def from_peft(cls, fields: Fields) -> Self:
         parameters = fields.get("target_parameters") or []
-        kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
+        kinds = rf"(experts\.({'|'.join({*PARTS, *UNGATED})})|(router|{'|'.join(EXPERT_NAMES)})\.weight)$"
         if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
             raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
         shared = cls.read_peft(fields)
@@ -278,7 +287,7 @@ _STARTS_AT_ZERO = ("lora_b", "gate_up_b", "lora_embedding_a", "head_lora_b")
 def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
     """What PEFT calls what is adapted at `path`, where it looks it up in a pattern."""
     name = sites.to_hf(path, model_type)
-    return [f"{name}.{part}" for part in PARTS] if is_block(module) else [name]
+    return [f"{name}.{part}" for part in parts(module)] if is_block(module) else [name]
 
 
 def _targets(model: nn.Module, model_type: str, config: LoRA) -> list[str]:

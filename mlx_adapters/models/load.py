@@ -191,7 +191,9 @@ def describe(loaded: LanguageModel) -> dict[str, Any]:
     """What an adapter must remember of its base, to refuse another one."""
     config = loaded.config
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    described = {key: config[key] for key in keys if config.get(key) is not None}
+    inner = config.get("text_config")
+    text = config | ({k: v for k, v in inner.items() if k != "model_type"} if isinstance(inner, dict) else {})
+    described = {key: text[key] for key in keys if text.get(key) is not None}
     about = remembered(config)
     if "source" in about:
         described["_name_or_path"] = about["source"]

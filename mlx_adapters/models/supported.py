@@ -11,7 +11,7 @@ from mlx_adapters.errors import UnsupportedError, unknown
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.architectures.table import architecture
 
-__all__ = ["TABLE", "architectures", "supported"]
+__all__ = ["TABLE", "architectures", "cells", "supported"]
 
 TABLE = Path(__file__).with_name("supported.json")
 """`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
@@ -42,6 +42,27 @@ def supported(model_type: str, methods: list[str]) -> dict[str, Any]:
         "methods": {method: reasons.get(method) for method in methods},
         "targets": entry["targets"],
     }
+
+
+def cells(results: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str]]:
+    """({method: a cell for each of the results of `supported`}, the reasons that cells name by number).
+
+    Reasons are without the names that their row and column have, so that equal ones share a number.
+    """
+    reasons: list[str] = []
+    columns: dict[str, list[str]] = {method: [] for method in results[0]["methods"]}
+    for result in results:
+        name = result["architecture"]
+        for method, reason in result["methods"].items():
+            if not reason:
+                columns[method].append("yes")
+                continue
+            plain = reason.removeprefix(f"{method}: ").removeprefix(f"{name}: ")
+            plain = plain.replace(f"a {name} model", "the model").replace(f"this {name} model", "the model")
+            if plain not in reasons:
+                reasons.append(plain)
+            columns[method].append(f"no {reasons.index(plain) + 1}")
+    return columns, reasons
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.units import size
 
 __all__ = ["INTERRUPTED", "RECENT", "Progress", "Step", "StepOutcome"]
 
@@ -57,6 +58,11 @@ class Step:
     validation_loss: float | None = None
     skipped: bool = False
     stopped: str | None = None
+
+    def in_words(self) -> str:
+        """What people read beside a bar: loss, rate, speed and memory."""
+        speed = f"{self.tokens_per_second:.0f} tokens/s"
+        return f"loss {self.loss:.4f}  lr {self.lr:.2g}  {speed}  memory {size(self.memory)}"
 
 
 @dataclass

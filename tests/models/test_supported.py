@@ -8,7 +8,6 @@ import support_table
 import trials
 
 from mlx_adapters import methods
-from mlx_adapters.cli.methods import _about
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import supported
 from mlx_adapters.models.supported import architectures
@@ -55,4 +54,4 @@ def test_an_architecture_under_another_name_is_found_and_a_wrong_name_is_told() 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_what_a_method_stands_on_is_found_on_a_model(method: str) -> None:
-    assert _about(method)["stands_on"] == trials.stands_on(method)
+    assert methods.about(method)["stands_on"] == trials.stands_on(method)

@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 import mlx_adapters.models
 from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
 from mlx_adapters.models import config
+from mlx_adapters.models.architectures.table import architecture
 
 __all__ = ["IDS", "architectures", "file_of", "known", "sample", "sample_config"]
 
@@ -247,7 +248,7 @@ def file_of(model_type: str) -> str:
     """The name of the model file that serves `model_type`: mlx-lm reads mistral as llama, for one."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    return str(MODEL_REMAPPING.get(model_type, model_type))
+    return architecture(model_type).file or str(MODEL_REMAPPING.get(model_type, model_type))
 
 
 def known(model_type: str) -> None:

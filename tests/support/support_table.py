@@ -15,7 +15,7 @@ from trials import support, targets
 
 import mlx_adapters  # noqa: F401  (a fast BLAS before MLX)
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.architectures.table import with_layers
+from mlx_adapters.models.architectures.table import ARCHITECTURES, with_layers
 from mlx_adapters.models.supported import TABLE
 
 __all__ = ["entry", "files", "names", "written"]
@@ -39,7 +39,8 @@ def entry(name: str) -> dict[str, Any]:
 
 def files() -> dict[str, str]:
     """Other names of architectures: {model_type: the one whose model file mlx-lm reads it by}."""
-    return {name: file for name, file in sorted(MODEL_REMAPPING.items()) if name not in names()}
+    alone = {name: row.file for name, row in ARCHITECTURES.items() if row.file}
+    return {name: file for name, file in sorted((MODEL_REMAPPING | alone).items()) if name not in names()}
 
 
 def written() -> dict[str, Any]:
