@@ -195,7 +195,7 @@ class LoRA(LowRank):
         """An update of the output head alone, which is the embedding at `path`."""
         if path in paths:
             raise UnsupportedError(
-                f"{path} is the output head too in this model: updates of both, each its own, are not read"
+                f"{path} is the output head too in this model: changes of both, each its own, are not read"
             )
         rank, scale = self.at(HEAD)
         return {path: HeadUpdate(modules[path], rank=rank, scale=scale)}
