@@ -4,6 +4,7 @@ from mlx_adapters.adapter.attach import attach, detach, load
 from mlx_adapters.adapter.folder import (
     build,
     load_weights,
+    own_tensors,
     save,
     tensors,
     write,
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_weights",
     "note",
+    "own_tensors",
     "read_fields",
     "read_meta",
     "read_tensors",

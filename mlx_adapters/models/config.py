@@ -49,6 +49,9 @@ def normalise(config: Config) -> Config:
     if isinstance(text := config.get("text_config"), dict):
         return _wrapper(config, text)
     row = architecture(config["model_type"])
+    for field, other in row.variants:
+        if config.get(field):
+            config["model_type"], row = other, architecture(other)
     config = _formed(config, row)
     if row.file:
         _bound(config)
@@ -107,6 +110,7 @@ def _formed(config: Config, row: Architecture) -> Config:
 def to_transformers(config: Config) -> Config:
     """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
     config = normalise(config)
+    config["model_type"] = architecture(config["model_type"]).called or config["model_type"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 

@@ -26,6 +26,7 @@ __all__ = [
     "corrected",
     "count_expert_layers",
     "drop_attention_biases",
+    "forget_absent_kinds",
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
@@ -38,7 +39,6 @@ __all__ = [
     "scale_by_one",
     "scale_embeddings_exactly",
     "shorten_window",
-    "widen_fourfold",
 ]
 
 # Fields that say whether a block's layers have biases, and where in the tree these layers are.
@@ -106,6 +106,8 @@ def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Arch
     if row.as_built:
         params = row.as_built(params)
     types, about = params.get("layer_types"), reference(params["model_type"])
+    if about.rotation:  # a field of mlx-lm's alone: which numbers are turned together is the architecture's
+        params = {name: value for name, value in params.items() if name != "rope_traditional"}
     if not isinstance(types, list):
         return params
     if about.window is None and about.rotation == "formula" and "sliding_attention" in types:
@@ -181,6 +183,15 @@ def _masked_by_row(base: Any) -> type:
         return base.__call__(self, x, mask, cache)
 
     return replace_call(base, call)
+
+
+def forget_absent_kinds(model: Any, config: Config) -> None:
+    """EXAONE 4: no mask for a kind of layers that there is none of."""
+    inner, count = model.model, len(model.layers)
+    if inner.swa_idx is not None and inner.swa_idx >= count:
+        inner.swa_idx = None
+    if inner.full_idx >= count:
+        inner.full_idx = 0
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:
@@ -283,11 +294,6 @@ def scale_by_one(config: Config) -> Config:
     return (
         config if config.get("rope_scaling") else config | {"rope_scaling": {"type": "yarn", "factor": 1.0}}
     )
-
-
-def widen_fourfold(config: Config) -> Config:
-    """GPT-BigCode: the width of the MLP where the configuration has none."""
-    return config if config.get("n_inner") else config | {"n_inner": 4 * config["n_embd"]}
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------
