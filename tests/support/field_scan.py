@@ -240,9 +240,9 @@ def changes(base: Base) -> list[Case]:
     """Every change of `base`."""
     try:
         text = base.config({}).get_text_config()
-        return list(cases(text, _arguments(text.model_type)))
-    except Exception:  # transformers refuses the base, or to say what it has
+    except Exception:  # transformers refuses the base
         return []
+    return list(cases(text, _arguments(text.model_type)))
 
 
 def _arguments(model_type: str) -> Any:

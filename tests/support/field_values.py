@@ -143,7 +143,8 @@ def _candidates(name: str, kind: str, now: Any, config: Any) -> list[Any]:
     if now is None and "list" in kind:
         return _lists_for(name, config)
     if "window" in name or "chunk_size" in name:
-        return [5, 9, config.max_position_embeddings, *absent]
+        longest = _now(config, "max_position_embeddings")
+        return [5, 9, *([longest] if longest else []), *absent]
     if isinstance(now, int) or (now is None and "int" in kind and "float" not in kind):
         return [*_whole(name, now), *absent]
     if isinstance(now, float) or (now is None and "float" in kind):
