@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         for name, value in _stated(label, text, entry.get("aliases", {}).get(label)):
             if not _right(name, value, values, text):
                 right = ", ".join(map(repr, values.get("right", []))) or "no value that was tried"
+                if isinstance(value, list):
+                    value, right = _shape(value), "lists of another kind"
                 why = f"{config['model_type']} here equals transformers for {right} only"
                 raise ignored(name, value, why)
     heads, width, head_dim = (text.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
@@ -164,8 +166,10 @@ def _shape(values: list[Any]) -> str:
     period = next(
         p for p in range(1, len(values) + 1) if all(v == values[i % p] for i, v in enumerate(values))
     )
-    repeats = 2 * period <= len(values) or values[:-1] == values[:1] * (len(values) - 1)
-    return "repeated" if repeats else "other"
+    ones, last = values[: period - 1], values[period - 1]
+    if ones == ones[:1] * len(ones) and (2 * period <= len(values) or period == len(values)):
+        return f"{ones[0]} and every so often {last}"
+    return "repeated" if 2 * period <= len(values) else "other"
 
 
 def _equal(left: Any, right: Any) -> bool:
