@@ -36,31 +36,17 @@ def command(
 
 
 def _support(results: list[dict[str, Any]]) -> None:
-    from mlx_adapters.models.supported import cells
+    from mlx_adapters.models.supported import cells, side_by_side
 
     columns, reasons = cells(results)
+    screen = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
     names = [result["architecture"] for result in results]
-    for methods in _fitting(columns, max(map(len, ("architecture", *names)))):
+    for methods in side_by_side(columns, screen - 4 - max(map(len, ("architecture", *names)))):
         # one word under the other: more columns fit a screen
         heads = ["architecture", *(method.replace("_", "\n") for method in methods)]
         table(heads, [list(row) for row in zip(names, *(columns[m] for m in methods), strict=True)])
     for number, reason in enumerate(reasons, start=1):
         typer.echo(f"{number:>3}  {reason}")
-
-
-def _fitting(columns: dict[str, list[str]], first: int) -> list[list[str]]:
-    """The methods in groups whose columns stand side by side on the screen."""
-    screen = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
-    groups: list[list[str]] = [[]]
-    left = room = screen - first - 4
-    for method, cells in columns.items():
-        width = max(map(len, (*method.split("_"), *cells))) + 3
-        if groups[-1] and width > left:
-            groups.append([])
-            left = room
-        groups[-1].append(method)
-        left -= width
-    return groups
 
 
 def _targets(results: list[dict[str, Any]]) -> None:

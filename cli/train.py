@@ -115,10 +115,9 @@ def _train(
     given: dict[str, Any],
 ) -> None:
     from mlx_adapters import methods
-    from mlx_adapters.data.sources import load_rows
     from mlx_adapters.models import load as models
     from mlx_adapters.train.distributed import processes
-    from mlx_adapters.train.examples import excluded_hashes
+    from mlx_adapters.train.examples import excluded_hashes, rows_of
     from mlx_adapters.train.summary import summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
@@ -128,7 +127,7 @@ def _train(
         check_output(output, given["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = load_rows(chosen["data"]), excluded_hashes(exclude)
+    rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
     trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)

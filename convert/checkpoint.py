@@ -20,8 +20,8 @@ from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, 
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import fields, names
 from mlx_adapters.models import load as models
-from mlx_adapters.models import names
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
@@ -56,13 +56,14 @@ _TOKENIZER = (
     "merges.txt",
     "*.jinja",
 )
-_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "ice_text.model")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote. `parameters` counts weights, however many bits each has."""
+    """What a conversion wrote. `parameters` counts weights, however many bits each has; `remark` says of a
+    model_type that it was not compared with transformers."""
 
     path: Path
     bytes: int
@@ -70,6 +71,7 @@ class Converted:
     parameters: int
     seconds: float
     dtype: str
+    remark: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -147,6 +149,7 @@ def convert(
         parameters=parameters,
         seconds=time.perf_counter() - start,
         dtype=config["dtype"],
+        remark=fields.remark(config["model_type"]),
     )
 
 
@@ -283,6 +286,10 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         from mlx_adapters.convert.tokenizer import ensure_tokenizer
 
         ensure_tokenizer(folder, to)
+    if not (to / "tokenizer.json").exists() and (folder / "ice_text.model").exists():
+        from mlx_adapters.convert.chatglm_tokenizer import chatglm_tokenizer
+
+        chatglm_tokenizer(folder, to)
     if (folder / "generation_config.json").exists():
         shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
 

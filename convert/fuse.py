@@ -15,7 +15,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import adapter
-from mlx_adapters.convert.against_torch import auto_class, bound, logits, max_diff, quiet_transformers, require
+from mlx_adapters.convert.against_torch import (
+    auto_class,
+    bound,
+    logits,
+    max_diff,
+    quiet_transformers,
+    require,
+)
 from mlx_adapters.convert.card import fused_card
 from mlx_adapters.convert.checkpoint import (
     check_options,

@@ -54,9 +54,13 @@ def assemble(
     present = {path for path, _ in loaded.model.named_modules()}
     if strange := [path for path in arrays if path not in present]:
         raise AdapterError(f"{source}: {strange[0]} is not in {loaded.path}: this adapter is another model's")
-    adapter.attach(loaded, method, paths=list(arrays))
-    for path, layer in adapter.layers(loaded.model).items():
-        adapter.load_weights(layer, arrays[path], path, source, str(loaded.path))
+    # biases that train by themselves are wherever the base has one
+    adapter.attach(loaded, method, paths=[path for path, own in arrays.items() if own.keys() != {"bias"}])
+    layers = adapter.layers(loaded.model)
+    if strange := [path for path in arrays if path not in layers]:
+        raise AdapterError(f"{source}: {strange[0]} has tensors, which its configuration does not name")
+    for path, layer in layers.items():
+        adapter.load_weights(layer, arrays.get(path, {}), path, source, str(loaded.path))
     meta = AdapterMeta(method=method, base=describe(loaded), **about)
     adapter.save(loaded.model, dst, meta=meta)
     return meta

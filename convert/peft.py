@@ -223,9 +223,11 @@ def _compare(
     from safetensors.torch import load_file
 
     def opened(path: Path) -> Any:
-        return auto_class(base).from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        return (
+            auto_class(base)
+            .from_pretrained(path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+            .eval()
+        )
 
     peft_model = PeftModel.from_pretrained(opened(base), folder).eval()
     missing, unexpected = _strict(peft_model, load_file(folder / adapter.WEIGHTS), opened(base))

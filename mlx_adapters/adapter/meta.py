@@ -75,7 +75,10 @@ def read_meta(folder: str | Path) -> AdapterMeta:
 
 
 # What PyTorch computes with: the file it reads and ours must not say different things.
-_COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_COMPUTED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("bias", "lora_bias", "trainable_token_indices"),
+)
 
 
 def _must_agree(fields: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:

@@ -66,7 +66,7 @@ M = TypeVar("M", bound="type[Method]")
 _OUTSIDE: dict[str, "type[Method]"] = {}
 _SHARED = {
     *("activations", "base", "bottleneck", "dropout", "experts", "modules", "patterns", "peft_fields"),
-    "pissa",
+    *("pissa", "beside", "biases", "low_rank", "tied", "tokens"),
 }
 """Files of the folder that are not methods but what several of them share."""
 

@@ -13,6 +13,7 @@ import io
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.models import fields as measured_fields
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.corrections import corrected, ignored
@@ -48,22 +49,30 @@ def normalise(config: Config) -> Config:
     if isinstance(text := config.get("text_config"), dict):
         return _wrapper(config, text)
     row = architecture(config["model_type"])
+    for field, other in row.variants:
+        if config.get(field):
+            config["model_type"], row = other, architecture(other)
     config = _formed(config, row)
     if row.file:
         _bound(config)
-        return _both_rope_styles(config, None)
+        config = _both_rope_styles(config, None)
+        measured_fields.check(config)
+        return config
     for old, name in row.renamed.items():
         if config.get(name) is None and config.get(old) is not None:
             config[name] = config[old]
     _bound(config)
     fields = _accepted(config)
-    for name, value in row.defaults.items():
+    for name, value in {**row.defaults, **measured_fields.defaults(config)}.items():
         config.setdefault(name, value)
     heads = config.get("num_attention_heads")
     if heads and "num_key_value_heads" in fields and config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
     config = _both_rope_styles(config, fields)
-    _refuse(config, fields, row)
+    if measured_fields.measured(config["model_type"]):
+        measured_fields.check(config)
+    else:
+        _refuse(config, fields, row)
     _require(config, fields)
     return config
 
@@ -75,7 +84,9 @@ def _wrapper(config: Config, text: Config) -> Config:
         text = _language_model(text)
     if text.get("vocab_size") is not None:  # some model files look for it outside
         config = config | {"vocab_size": text["vocab_size"]}
-    return config | {"text_config": text}
+    config = config | {"text_config": text}
+    measured_fields.check(config)
+    return config
 
 
 def _language_model(text: Config) -> Config:
@@ -99,6 +110,7 @@ def _formed(config: Config, row: Architecture) -> Config:
 def to_transformers(config: Config) -> Config:
     """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
     config = normalise(config)
+    config["model_type"] = architecture(config["model_type"]).called or config["model_type"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 
@@ -205,8 +217,9 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
         written["rope_parameters"] = written["rope_parameters"] | {"partial_rotary_factor": part}
     by_type = reference(config["model_type"]).rotation == "by layer type"
     if row.scales_full_only or (fields is not None and by_type and "rope_parameters" not in fields):
-        usual = theta if row.scales_full_only else reference(config["model_type"]).theta or 10000.0
-        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", usual)}
+        usual = reference(config["model_type"]).theta or 10000.0
+        base = theta if row.scales_full_only else config.get("rope_local_base_freq", usual)
+        local = {"rope_type": "default", "rope_theta": base}
         written["rope_parameters"] = {
             "full_attention": written["rope_parameters"],
             "sliding_attention": local,
@@ -241,11 +254,11 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     if fields is not None and "rope_parameters" in fields:
         return config
     full, local = modern.get("full_attention") or {}, modern.get("sliding_attention") or {}
+    apart = reference(config["model_type"]).rotation == "by layer type"
     as_full = architecture(config["model_type"]).scales_full_only and (
         local.get("rope_type", "default") == "default" and local.get("rope_theta") == full.get("rope_theta")
     )
-    apart = reference(config["model_type"]).rotation == "by layer type"
-    if fields is not None and "rope_local_base_freq" not in fields and not (as_full or apart):
+    if fields is not None and "rope_local_base_freq" not in fields and not (apart or as_full):
         raise UnsupportedError(
             "config.json: field 'rope_parameters' differs by layer type, which mlx-lm does not read for "
             f"model_type {config['model_type']!r}"
@@ -253,7 +266,8 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     written: Config = {"rope_scaling": _scaling(full, config)}
     if full.get("rope_theta"):
         written["rope_theta"] = full["rope_theta"]
-    if local.get("rope_theta") and (fields is None or "rope_local_base_freq" in fields):
+    reads = fields is None or "rope_local_base_freq" in fields
+    if local.get("rope_theta") and reads and not as_full:
         written["rope_local_base_freq"] = local["rope_theta"]
     return config | written
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.activations import correct_activations
 from mlx_adapters.models.architectures.row import Architecture, Config
+from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
 from mlx_adapters.models.state_space import limit_time_steps
@@ -26,6 +26,7 @@ __all__ = [
     "corrected",
     "count_expert_layers",
     "drop_attention_biases",
+    "forget_absent_kinds",
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
@@ -87,8 +88,11 @@ def replace_call(base: type, call: Callable[..., Any]) -> type:
 def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> None:
     """UnsupportedError for biases that the config has and the model, which does not read the field, has not.
 
-    Some model files do not read it because they always have them.
+    Some model files do not read it because they always have them. Where the fields were compared with
+    transformers, `fields` knows.
     """
+    if measured(config["model_type"]):
+        return
     for field, place in _BIASES.items():
         if not config.get(field) or field in fields:
             continue
@@ -102,6 +106,8 @@ def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Arch
     if row.as_built:
         params = row.as_built(params)
     types, about = params.get("layer_types"), reference(params["model_type"])
+    if about.rotation:  # a field of mlx-lm's alone: which numbers are turned together is the architecture's
+        params = {name: value for name, value in params.items() if name != "rope_traditional"}
     if not isinstance(types, list):
         return params
     if about.window is None and about.rotation == "formula" and "sliding_attention" in types:
@@ -177,6 +183,15 @@ def _masked_by_row(base: Any) -> type:
         return base.__call__(self, x, mask, cache)
 
     return replace_call(base, call)
+
+
+def forget_absent_kinds(model: Any, config: Config) -> None:
+    """EXAONE 4: no mask for a kind of layers that there is none of."""
+    inner, count = model.model, len(model.layers)
+    if inner.swa_idx is not None and inner.swa_idx >= count:
+        inner.swa_idx = None
+    if inner.full_idx >= count:
+        inner.full_idx = 0
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:
@@ -297,13 +312,6 @@ def refuse_chatglm2_ratio(config: Config) -> None:
     if config.get("rope_ratio", 1) != 1 and "chatglm2" in name:
         why = "ChatGLM2 divides positions by it, and ChatGLM3 does not"
         raise ignored("rope_ratio", config["rope_ratio"], why)
-
-
-def ignored(name: str, value: Any, why: str) -> UnsupportedError:
-    """The error for a field that the model file would silently ignore."""
-    return UnsupportedError(
-        f"config.json: field {name!r} is {value!r}, but {why}: the results would be silently wrong; refused"
-    )
 
 
 # The names of tensors --------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
+    patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"] + ["ice_text.model"]
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types for "could not download"

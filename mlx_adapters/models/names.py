@@ -18,7 +18,18 @@ import numpy as np
 
 from mlx_adapters.models.origin import recorded, with_record
 
-__all__ = ["Names", "Part", "as_record", "fill", "from_config", "from_record", "into_config", "measure", "numbers_of", "template"]
+__all__ = [
+    "Names",
+    "Part",
+    "as_record",
+    "fill",
+    "from_config",
+    "from_record",
+    "into_config",
+    "measure",
+    "numbers_of",
+    "template",
+]
 
 Weights = dict[str, mx.array]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -257,7 +268,9 @@ def _stack(
         return ()
     whole = all((line.places[n] == np.arange(len(line.tensor))).all() for n, line in enumerate(lines[1:]))
     numbers = [_NUMBER.findall(name) for name in names]
-    running = [k for k in range(len(numbers[0])) if [row[k] for row in numbers] == list(map(str, range(len(names))))]
+    running = [
+        k for k in range(len(numbers[0])) if [row[k] for row in numbers] == list(map(str, range(len(names))))
+    ]
     if not whole or not running or (lines[0].scale != 1).any() or (lines[0].shift != 0).any():
         return ()
     pieces = template(names[0]).split("#")

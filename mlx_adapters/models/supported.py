@@ -11,7 +11,7 @@ from mlx_adapters.errors import UnsupportedError, unknown
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.architectures.table import architecture
 
-__all__ = ["TABLE", "architectures", "cells", "supported"]
+__all__ = ["TABLE", "architectures", "cells", "side_by_side", "supported"]
 
 TABLE = Path(__file__).with_name("supported.json")
 """`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
@@ -68,6 +68,20 @@ def cells(results: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str
                 reasons.append(plain)
             columns[method].append(f"no {reasons.index(plain) + 1}")
     return columns, reasons
+
+
+def side_by_side(columns: dict[str, list[str]], room: int) -> list[list[str]]:
+    """The methods in groups whose columns of `cells` stand beside each other in `room` characters."""
+    groups: list[list[str]] = [[]]
+    left = room
+    for method, found in columns.items():
+        width = max(map(len, (*method.split("_"), *found))) + 3
+        if groups[-1] and width > left:
+            groups.append([])
+            left = room
+        groups[-1].append(method)
+        left -= width
+    return groups
 
 
 @cache

@@ -103,7 +103,9 @@ class TorchTree:
                 continue
             own: dict[str, list[Part]] = {}
             for part in parts:
-                own.setdefault(torch_name(part.source, self.model_type).removesuffix(_WEIGHT), []).append(part)
+                own.setdefault(torch_name(part.source, self.model_type).removesuffix(_WEIGHT), []).append(
+                    part
+                )
             found[name.removesuffix(_WEIGHT)] = tuple((module, tuple(p)) for module, p in own.items())
         return found
 
@@ -114,7 +116,9 @@ class TorchTree:
         for path, modules in self._forward.items():
             for module, parts in modules:
                 found.setdefault(module, []).append((path, parts))
-        return {module: sorted(spots, key=lambda spot: spot[1][0].rows or ()) for module, spots in found.items()}
+        return {
+            module: sorted(spots, key=lambda spot: spot[1][0].rows or ()) for module, spots in found.items()
+        }
 
     @cached_property
     def _modules(self) -> dict[str, str]:
@@ -125,7 +129,8 @@ class TorchTree:
                 continue
             theirs = torch_name(parts[0].source, self.model_type).split(".")
             ours = name.split(".")
-            if parts[0].stacked or (len(ours) > 2 and re.fullmatch("switch_(mlp|glu)", ours[-3])):
+            stack = len(ours) > 2 and ours != theirs and re.fullmatch("switch_(mlp|glu)|experts", ours[-3])
+            if parts[0].stacked or stack:
                 # a stack of experts is a parameter there: what holds it is what holds the stacks here
                 found.setdefault(".".join(ours[:-2]), ".".join(theirs[:-1]))
             while ours and theirs and ours[-1] == theirs[-1]:

@@ -4,6 +4,7 @@ Methods, loss, packing, configuration and conversion ask a row, and never compar
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,15 +17,21 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts that mlx-lm stacks below `path` in a block; transformers 5 has `mlp.experts` in all of these.
+    """Experts that mlx-lm stacks at `path` in a block, and transformers 5 at `there`.
 
-    `gate`, `up` and `down` are the checkpoint's names of one expert's matrices.
+    `gate`, `up` and `down` are the checkpoint's names of one expert's matrices. `interleaved`: rows of gate
+    and up take turns in PyTorch's one matrix of both, instead of up's following gate's. `router` is its path
+    in mlx-lm's block and in PyTorch's, where they differ. Experts that are not `gated` have no gate matrix.
     """
 
     path: str
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    there: str = "mlp.experts"
+    interleaved: bool = False
+    router: tuple[str, str] | None = None
+    gated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,11 @@ class Architecture:
     """The model file of mlx-lm that serves the language model of a wrapper when it was saved alone."""
     forms: tuple[Callable[[Config], Config], ...] = ()
     """Give what the model file reads from a configuration as transformers saves it (`models.saved_forms`)."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """(field, architecture): where the configuration sets the field, the model is of that architecture, whose
+    checkpoints have this one's `model_type`."""
+    called: str = ""
+    """The `model_type` of its checkpoints, where that is another architecture's."""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -142,7 +154,8 @@ class Architecture:
     widths: tuple[str, str] | None = None
     """The configuration's fields of that MLP's width and of the model's, where mlx-lm assumes 4 to 1."""
     rotates_part: bool = False
-    """`corrections` rotate a part of each head, where mlx-lm rotates whole heads."""
+    """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
+    heads, or by the model file, which reads it under another name."""
     as_built: Callable[[Config], Config] | None = None
     """The configuration from which mlx-lm's file builds the right modules."""
     corrections: tuple[Callable[[Any, Config], None], ...] = ()
@@ -173,7 +186,10 @@ class Architecture:
     def to_hf(self, path: str) -> str:
         """A path of the MLX module tree as the Hugging Face checkpoint writes it."""
         if self.experts and path.endswith("." + self.experts.path):
-            return path.removesuffix(self.experts.path) + "mlp.experts"
+            return path.removesuffix(self.experts.path) + self.experts.there
+        if self.experts and self.experts.router and path.endswith("." + self.experts.router[0]):
+            return path.removesuffix(self.experts.router[0]) + self.experts.router[1]
+        path = re.sub(r"\.switch_mlp$", ".experts", path)
         for mlx_name, hf_name in self.rename:
             if path.startswith(mlx_name):
                 return hf_name + path[len(mlx_name) :]
@@ -181,8 +197,11 @@ class Architecture:
 
     def from_hf(self, path: str) -> str:
         """The inverse of `to_hf`."""
-        if self.experts and path.endswith(".mlp.experts"):
-            return path.removesuffix("mlp.experts") + self.experts.path
+        if self.experts and path.endswith("." + self.experts.there):
+            return path.removesuffix(self.experts.there) + self.experts.path
+        if self.experts and self.experts.router and path.endswith("." + self.experts.router[1]):
+            return path.removesuffix(self.experts.router[1]) + self.experts.router[0]
+        path = re.sub(r"\.experts$", ".switch_mlp", path)
         for mlx_name, hf_name in self.rename:
             if path.startswith(hf_name):
                 return mlx_name + path[len(hf_name) :]

@@ -7,7 +7,14 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 from dataclasses import replace
 from typing import Any
 
-from mlx_adapters.models import corrections, routing, saved_forms, saved_weights, state_space
+from mlx_adapters.models import (
+    corrections,
+    interleaved,
+    routing,
+    saved_forms,
+    saved_weights,
+    state_space,
+)
 from mlx_adapters.models.architectures.row import (
     AdapterHub,
     Architecture,
@@ -21,6 +28,19 @@ _UNTIED = {"tie_word_embeddings": False}
 _ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
 _ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
 _EXPERTS = Experts("mlp.switch_mlp")
+_GEMMA_EXPERTS = Experts("experts.switch_glu", there="experts")
+_GRANITE_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp",
+    there="block_sparse_moe.experts",
+    router=("router.layer", "router"),
+)
+_MIXTRAL_EXPERTS = Experts(  # checkpoints still say block_sparse_moe, transformers' modules no longer
+    "block_sparse_moe.switch_mlp",
+    gate="w1",
+    up="w3",
+    down="w2",
+    router=("block_sparse_moe.gate", "mlp.gate"),
+)
 _MIXTURE = PeftGaps(routed=True, stacked=True)
 
 _LLAMA = Architecture(
@@ -201,13 +221,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         _BLOOM,
         own=True,
         renamed={"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"},
+        variants=(("position_encoding_2d", "chatglm6b"),),
         fixed={
-            "position_encoding_2d": (None, False),
             "original_rope": (None, True),
             "pre_seq_len": (None,),
             "quantization_bit": (None, 0),
         },
         refuse=corrections.refuse_chatglm2_ratio,
+        llm_adapters=True,
+    ),
+    "chatglm6b": replace(
+        _BLOOM,
+        attn=("query_key_value", "attention.dense"),
+        attn_out="attention.dense",
+        own=True,
+        called="chatglm",
+        renamed={"num_hidden_layers": "num_layers"},
+        fixed={"pre_seq_len": (None,), "quantization_bit": (None, 0)},
         llm_adapters=True,
     ),
     "opt": Architecture(
@@ -266,7 +296,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dots1": Architecture(experts=Experts("mlp.experts"), checked=True, peft=_MIXTURE),
     "glm4_moe": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
     "mixtral": Architecture(
-        experts=Experts("block_sparse_moe.switch_mlp", gate="w1", up="w3", down="w2"),
+        experts=_MIXTRAL_EXPERTS,
         checked=True,
         defaults=_UNTIED,
         peft=_MIXTURE,
@@ -294,7 +324,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         forms=(saved_forms.four_times_wide,),
         fixed={"scale_attn_weights": (None, True), "multi_query": (None, True), **_ALWAYS_TIED},
     ),
-    "gpt_oss": Architecture(peft=PeftGaps(absent=r"mlp\.router")),
+    "gpt_oss": Architecture(
+        experts=Experts("mlp.experts", interleaved=True),
+        rename_weights=interleaved.stacks,
+        peft=PeftGaps(routed=True),
+    ),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
     "plamo3": Architecture(corrections=(corrections.shorten_window,)),
@@ -312,12 +346,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Configurations that transformers saves otherwise than mlx-lm reads them
     "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
     "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
-    "exaone4": Architecture(forms=(saved_forms.exaone_window_letters,)),
-    "gemma3n": Architecture(rename_weights=saved_weights.gemma3n_shared_keys),
-    "gemma3n_text": Architecture(file="gemma3n", rename_weights=saved_weights.gemma3n_alone),
-    "gemma4_text": Architecture(forms=(saved_forms.gemma4_full_layers,)),
+    "exaone4": Architecture(
+        forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
+    ),
+    "gemma3": Architecture(scaled_embedding=True),
+    "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
+    "gemma3n_text": Architecture(
+        file="gemma3n", scaled_embedding=True, rename_weights=saved_weights.gemma3n_alone
+    ),
+    "gemma4": Architecture(scaled_embedding=True, experts=_GEMMA_EXPERTS, peft=_MIXTURE),
+    "gemma4_text": Architecture(
+        scaled_embedding=True,
+        experts=_GEMMA_EXPERTS,
+        forms=(saved_forms.gemma4_full_layers,),
+        peft=_MIXTURE,
+    ),
     "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
-    "minimax_m2": Architecture(forms=(saved_forms.minimax_m2_rotations,), rotates_part=True),
     "olmo_hybrid": Architecture(
         rename_weights=saved_weights.renamed(
             {
@@ -342,31 +386,41 @@ ARCHITECTURES: dict[str, Architecture] = {
         corrections=(routing.choose_with_bias,),
         peft=_MIXTURE,
     ),
-    "granitemoe": Architecture(peft=PeftGaps(absent=r"router\.layer")),
+    "granitemoe": Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
     "granitemoehybrid": Architecture(
+        experts=_GRANITE_EXPERTS,
         forms=(
             saved_forms.layer_names({"linear_attention": "mamba", "full_attention": "attention"}),
             saved_forms.rotations_as_stated,
         ),
-        peft=PeftGaps(absent=r"router\.layer"),
+        peft=PeftGaps(routed=True),
     ),
     "jamba": Architecture(
         as_built=corrections.count_expert_layers,
         corrections=(routing.weigh_all_experts,),
-        peft=PeftGaps(absent=r"feed_forward\.router"),
+        # transformers reads the weight of dt_proj and passes PEFT's layer by
+        peft=PeftGaps(absent=r"mamba\.dt_proj", routed=True),
     ),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
-    "minimax": Architecture(
-        forms=(saved_forms.refuse_lightning_attention,),
-        peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm"),
+    "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax_m2": Architecture(
+        experts=_MIXTRAL_EXPERTS,
+        forms=(saved_forms.minimax_m2_rotations,),
+        rotates_part=True,
+        peft=_MIXTURE,
     ),
     "nemotron_h": Architecture(
-        fixed={"mamba_hidden_act": (None, "silu")}, peft=PeftGaps(absent=".*", state_space=True)
+        experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
+        fixed={"mamba_hidden_act": (None, "silu")},
+        peft=PeftGaps(routed=True, state_space=True),
     ),
-    "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
+    "phimoe": Architecture(
+        experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
+        peft=PeftGaps(routed=True),
+    ),
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
     "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
