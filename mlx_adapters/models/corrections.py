@@ -18,6 +18,7 @@ from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
+from mlx_adapters.models.routing import correct_groups
 from mlx_adapters.models.state_space import limit_time_steps
 from mlx_adapters.models.windows import correct_windows, letters, pattern
 
@@ -144,6 +145,7 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     correct_rotations(model, text)
     correct_windows(model, text)
     limit_time_steps(model, text)
+    correct_groups(model, text)
 
 
 # Widths of the MLP ------------------------------------------------------------------------------------------
