@@ -70,6 +70,24 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
+def pieces(rows: Iterable[Any]) -> None:
+    """Rows as they are trained, on stdout: what is learned in colour, or in brackets where there is none."""
+    colours: dict[str, dict[str, Any]] = {
+        "learned": {"fg": "green", "bold": True},
+        "cut": {"dim": True, "strikethrough": True},
+    }
+    marks = {"learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
+    for one in rows:
+        typer.secho(f"row {one.row}: {one.tokens} tokens, {one.supervised} supervised", bold=True)
+        for part, kind in one.pieces:
+            text = plain(part)
+            if sys.stdout.isatty():
+                typer.secho(text, nl=False, **colours.get(kind, {}))
+            else:
+                typer.echo(marks.get(kind, "{}").format(text), nl=False)
+        typer.echo()
+
+
 @contextmanager
 def lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Yields `update(done, text)`: a live bar with the time left on a terminal, a plain line now and then

@@ -91,10 +91,8 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
                 told = threads.count()
                 say(threads.in_words())
             update(step.step, step.in_words())
-            if step.validation_loss is not None:
-                say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
-            if step.skipped:
-                say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
+            for sentence in step.remarks():
+                say(sentence)
             if step.stopped == "interrupted":
                 say(f"interrupted at step {step.step}: saved in {trainer.output}. {go_on}")
                 raise signals.Stopped
@@ -115,10 +113,9 @@ def _train(
     given: dict[str, Any],
 ) -> None:
     from mlx_adapters import methods
-    from mlx_adapters.data.sources import load_rows
     from mlx_adapters.models import load as models
     from mlx_adapters.train.distributed import processes
-    from mlx_adapters.train.examples import excluded_hashes
+    from mlx_adapters.train.examples import excluded_hashes, rows_of
     from mlx_adapters.train.summary import summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
@@ -128,7 +125,7 @@ def _train(
         check_output(output, given["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = load_rows(chosen["data"]), excluded_hashes(exclude)
+    rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
     trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)

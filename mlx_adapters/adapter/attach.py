@@ -12,6 +12,7 @@ from mlx_adapters.adapter.tree import adapter_set, attached, install, must_be_ba
 from mlx_adapters.errors import AdapterError, UnsupportedError
 from mlx_adapters.methods.base import AdapterLayer, Method
 from mlx_adapters.models.load import LanguageModel, describe
+from mlx_adapters.models.recurrent.install import in_chunks
 
 __all__ = ["attach", "detach", "load"]
 
@@ -50,6 +51,7 @@ def attach(
     else:
         base = _described(network, model_type)
     network.freeze()
+    in_chunks(network)  # a bare model may come from `mlx_lm.load`
     placed = place(method, network, base["model_type"], paths)
     install(network, placed, AdapterMeta(method=method, base=base))
     return {path: module for path, module in placed.items() if isinstance(module, AdapterLayer)}

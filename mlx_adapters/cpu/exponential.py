@@ -17,13 +17,13 @@ All of it is for float32; other types take MLX's way.
 
 import math
 from collections.abc import Callable
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
+
+from mlx_adapters import rebind as rebinding
 
 __all__ = ["attention", "exp", "rebind", "shifted_exp", "swiglu"]
 
@@ -168,30 +168,5 @@ _REPLACED: dict[Any, Callable[..., mx.array]] = {
 
 
 def rebind(model: nn.Module) -> None:
-    """Let the model's layers call `swiglu` and `attention` of this module instead of mlx-lm's.
-
-    Each such layer becomes one of a subclass whose `__call__` is the same code with other names in reach:
-    mlx-lm's modules stay as they are, and so do arrays, names and `isinstance`.
-    """
-    for module in model.modules():
-        kind: Any = type(module)
-        module.__class__ = _rebound(kind)
-
-
-@cache
-def _rebound(kind: Any) -> Any:
-    """`kind`, or a subclass of it that calls the functions of this module."""
-    call = kind.__call__
-    if not isinstance(call, FunctionType):
-        return kind
-    found = {name: call.__globals__.get(name) for name in call.__code__.co_names}
-    names = {
-        name: _REPLACED[value] for name, value in found.items() if callable(value) and value in _REPLACED
-    }
-    if not names:
-        return kind
-    within = call.__globals__ | names
-    same = FunctionType(call.__code__, within, call.__name__, call.__defaults__, call.__closure__)
-    same.__kwdefaults__ = call.__kwdefaults__
-    about = {"__call__": same, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), about)
+    """Let the model's layers call `swiglu` and `attention` of this module instead of mlx-lm's."""
+    rebinding.rebind(model, _REPLACED)

@@ -3,15 +3,15 @@
 import mlx.nn as nn
 
 from mlx_adapters import device
-from mlx_adapters.cpu import exponential, quantized
+from mlx_adapters.cpu import convolution, exponential, quantized
 from mlx_adapters.cpu.kernels import own_kernels
 
 __all__ = ["speed_up"]
 
 
 def speed_up(model: nn.Module) -> None:
-    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, and SwiGLU and
-    attention take a faster exponential.
+    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, SwiGLU and attention
+    take a faster exponential, and short convolutions of one channel each add up shifted rows.
 
     MLX's quantized product does not use BLAS: it is up to fifty times slower there. Metal keeps the native
     kernels. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.
@@ -28,3 +28,5 @@ def speed_up(model: nn.Module) -> None:
             module.__class__ = quantized.QuantizedLinear
         elif type(module) is nn.QuantizedEmbedding:
             module.__class__ = quantized.QuantizedEmbedding
+        elif convolution.is_short(module):
+            module.__class__ = convolution.ShortConv1d

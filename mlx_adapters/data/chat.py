@@ -11,6 +11,7 @@ with another token. Such an answer is trained in a row of its own, which ends wi
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mlx_adapters.errors import DataError
@@ -26,11 +27,13 @@ _PROBE = "zqxj"  # an answer that occurs in no template
 @dataclass(frozen=True)
 class Conversation:
     """One training text of a chat: `learned` are its answers as (begin, end) in characters. It is `closed`
-    where the last answer ends with the token that the template closes a turn with."""
+    where the last answer ends with the token that the template closes a turn with, and `empty` where an
+    answer has no text."""
 
     text: str
     learned: tuple[tuple[int, int], ...]
     closed: bool
+    empty: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class _Answer:
     @property
     def end(self) -> int:
         return self.content_end + len(self.closing)
+
+    @property
+    def empty(self) -> bool:
+        return not self.done[self.begin : self.content_end].strip()
 
 
 def conversations(
@@ -75,7 +82,7 @@ def conversations(
         raise DataError(
             "no message is an answer to learn: the role must be 'assistant', after at least one other message"
         )
-    kwargs, closing = dict(kwargs or {}), _turn_end(tokenizer)
+    kwargs, closing = dict(kwargs or {}), _turn_end(tokenizer, tokenizer.chat_template)
     answers = [_answer(messages[: index + 1], tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
     together, apart = [], []
@@ -84,10 +91,10 @@ def conversations(
             together.append(span)
         else:
             apart.append(answer)
-    last = answers[-1]
-    closed = bool(last.closing)
-    rows = [Conversation(one.done, ((one.begin, one.end),), bool(one.closing)) for one in apart]
-    return [*rows, Conversation(whole, (*together, (last.begin, last.end)), closed)]
+    last, spans = answers[-1], (*together, (answers[-1].begin, answers[-1].end))
+    rows = [Conversation(one.done, ((one.begin, one.end),), bool(one.closing), one.empty) for one in apart]
+    empty = any(one.empty for one in answers if one not in apart)
+    return [*rows, Conversation(whole, spans, bool(last.closing), empty)]
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
@@ -98,7 +105,8 @@ def _is_learned(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _turn_end(tokenizer: Any) -> str:
+@lru_cache(maxsize=4)
+def _turn_end(tokenizer: Any, template: str | None) -> str:
     """The token that closes an answer, as text; empty where the template writes none."""
     end = turn_end(tokenizer)
     return "" if end is None else str(tokenizer.added_tokens_decoder[end].content)

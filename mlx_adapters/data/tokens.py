@@ -122,9 +122,8 @@ def _texts(
         return [render(row, fmt, template=template, tokenizer=tokenizer)]
     messages, kwargs = messages_of(row, fmt)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    messages = (
-        messages[: answers[-1] + 1] if answers else messages
-    )  # what follows the last answer teaches nothing
+    if answers:
+        messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
     only = answers[-1:] if loss_on in ("last", "all") else None
     return conversations(messages, tokenizer, kwargs, only=only)
 
@@ -133,7 +132,7 @@ def _add(
     done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, cutoff: int, loss_on: str
 ) -> None:
     if isinstance(text, Conversation):
-        example, empty = conversation_example(text, tokenizer, loss_on), not _answered(text)
+        example, empty = conversation_example(text, tokenizer, loss_on), text.empty
     else:
         example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
     done.empty += empty
@@ -145,16 +144,12 @@ def _add(
         done.dropped += 1
 
 
-def _answered(text: Conversation) -> bool:
-    return all(text.text[begin:end].strip() for begin, end in text.learned)
-
-
 def _example(prompt: str, completion: str, tokenizer: Any, loss_on: str) -> Example:
     before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(completion, tokenizer)
     ids, end = [*before, *tokenizer.encode(completion, add_special_tokens=False)], end_id(tokenizer)
     if end is not None and (len(ids) == len(before) or ids[-1] != end):  # the text may bring its own
         ids.append(end)
-    return Example(ids, max(1, len(before) if loss_on == "completion" else 1))
+    return Example(ids, max(1, 1 if loss_on == "all" else len(before)))
 
 
 def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Example:
@@ -170,10 +165,8 @@ def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Ex
     closing = None if text.closed else turn_end(tokenizer) or end_id(tokenizer)
     if closing is not None and ids[-1] != closing:
         keep = len(labels) - labels[::-1].index(True) if True in labels else len(labels)
-        ids, labels = (
-            [*ids[:keep], closing],
-            [*labels[:keep], True],
-        )  # in place of a line end behind the answer
+        # in place of a line end behind the answer
+        ids, labels = [*ids[:keep], closing], [*labels[:keep], True]
     if loss_on == "all":
         return Example(ids, 1)
     runs = [(key, len(list(group))) for key, group in groupby(labels)]

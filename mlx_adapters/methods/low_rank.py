@@ -14,7 +14,7 @@ from mlx_adapters.methods.biases import BIASES, BiasLayer, biased
 from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.patterns import as_text, fits, matching, parse
 from mlx_adapters.methods.peft_fields import COMMON, Fields, Known
-from mlx_adapters.methods.tied import HEAD
+from mlx_adapters.methods.tied import HEAD, HeadUpdate
 from mlx_adapters.models import sites
 
 __all__ = ["SHARED_FIELDS", "LowRank"]
@@ -84,6 +84,10 @@ class LowRank(WithModules):
         """The low-rank layers, and the modules, tokens and biases that train beside them."""
         whole, rows = super().beside(model, model_type), self._rows(model, model_type)
         own = self.place_layers(model, model_type, self.others(paths, whole | rows, model))
+        if both := [path for path in whole | rows if isinstance(own.get(path), HeadUpdate)]:
+            raise UnsupportedError(
+                f"{both[0]} is the output head too in this model: changes of both, each its own, are not read"
+            )
         if twice := sorted((own.keys() | whole.keys()) & rows.keys()):
             raise ConfigError(f"{self.NAME}: trainable_tokens: {twice[0]} is adapted as a whole too")
         placed = own | whole | rows

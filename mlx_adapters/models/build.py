@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import names, torch_names
+from mlx_adapters.models.recurrent.install import in_chunks
 
 __all__ = ["build", "cast"]
 
@@ -50,6 +51,7 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
         known = torch_names.known_names(config["model_type"], shapes)
         if known is not None and not known.same:
             model.tensor_names = known
+    in_chunks(model)
     return model
 
 

@@ -211,7 +211,7 @@ def every_array_trains(loaded: Any) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
-    "both of a tied pair": ("tied", lambda: lora(target_modules=BOTH), "updates of both"),
+    "both of a tied pair": ("tied", lambda: lora(target_modules=BOTH), "changes of both"),
     "DoRA on a tied head": ("tied", lambda: dora(target_modules=["q_proj", "lm_head"]), "head alone"),
     "tokens of a tied head": ("tied", lambda: lora(trainable_token_indices={"lm_head": [4]}), "head alone"),
     "tokens of a head with a bias": (  # PEFT leaves the bias out

@@ -27,15 +27,13 @@ KINDS = {
 SHORT, COUNT = 6, 40
 # what may be refused, and nothing else
 KNOWN = (
-    "updates of both, each its own",
+    "changes of both, each its own",
     "an adapter of the head alone is not read",
     "of the head alone, which is the embedding here",
     "nor a head without bias",
     "layer_replication",
     "alora_invocation_tokens",
 )
-# what PEFT itself does not make: raised by it, before anything is saved
-NOT_MADE = (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError)
 
 
 def config(draw: random.Random, linears: list[str]) -> dict[str, Any]:
@@ -92,7 +90,7 @@ def made(folder: Path, fields: dict[str, Any], place: Path) -> np.ndarray | None
             network.save_pretrained(place)
             again = peft.PeftModel.from_pretrained(base().eval(), place).eval()
             return again(ids).logits.numpy()  # type: ignore[no-any-return]
-    except NOT_MADE:
+    except Exception:  # whatever PEFT raises for a configuration that it cannot make or open
         return None
 
 
@@ -115,6 +113,7 @@ def sweep(arch: str, count: int, root: Path) -> dict[str, int]:
             assert "\n" not in said
             assert any(words in said for words in KNOWN), (fields, said)
             counts["refused"] += 1
+            print(seed, said[-120:])
             continue
         loaded.model.eval()
         np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected), err_msg=str(fields))

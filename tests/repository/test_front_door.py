@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import mlx_adapters
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ INSIDE = {
     "docs/tutorials/new-method.md": "a method of one's own",
     "examples/02_new_method.py": "the same method",
     "examples/benchmarks/generation.py": "measures parts",
+    "examples/benchmarks/hybrids.py": "measures parts",
     "examples/benchmarks/memory.py": "measures parts",
     "examples/benchmarks/training.py": "measures parts",
 }
