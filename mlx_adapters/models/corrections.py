@@ -32,6 +32,7 @@ __all__ = [
     "ignored",
     "mask_blocks_causally",
     "mask_by_row",
+    "norm_factors_exactly",
     "refuse_chatglm2_ratio",
     "refuse_uncapped",
     "replace_call",
@@ -194,6 +195,14 @@ def forget_absent_kinds(model: Any, config: Config) -> None:
         inner.swa_idx = None
     if inner.full_idx >= count:
         inner.full_idx = 0
+
+
+def norm_factors_exactly(model: Any, config: Config) -> None:
+    """GLM-4 MoE Lite: norms between the low-rank factors of attention with 1e-6, whatever `rms_norm_eps` is."""
+    for layer in model.layers:
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if name in layer.self_attn:
+                layer.self_attn[name].eps = 1e-6
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:
