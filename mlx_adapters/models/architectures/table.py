@@ -409,11 +409,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
     "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
-        (
-            *("afmoe", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-            "longcat_flash",
-        ),
+        (*("afmoe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash"),),
         Architecture(peft=PeftGaps(stacked=True)),
+    ),
+    "glm4_moe_lite": Architecture(
+        corrections=(corrections.norm_factors_exactly,), peft=PeftGaps(stacked=True)
     ),
     "falcon_h1": Architecture(
         fold_weights=state_space.fold_multipliers,
