@@ -20,9 +20,8 @@ from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, 
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models import fields
+from mlx_adapters.models import fields, names
 from mlx_adapters.models import load as models
-from mlx_adapters.models import names
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
