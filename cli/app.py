@@ -25,9 +25,10 @@ _LONGEST = 2000  # characters of an error
 _COMMANDS = """quickstart convert plan train eval harness compare study export push import fuse generate chat
 serve combine info methods models doctor"""
 # Commands that compute with MLX alone, also where torch is installed.
-_WITHOUT_TORCH = frozenset(
-    ("train", "eval", "study", "generate", "chat", "serve", "plan", "info", "import", "combine", "models")
-)
+_WITHOUT_TORCH = {
+    *("train", "eval", "study", "generate", "chat", "serve"),
+    *("plan", "info", "import", "combine", "models", "push"),
+}
 
 
 class _Group(TyperGroup):

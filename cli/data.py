@@ -1,14 +1,16 @@
 """`mlx-adapters data overlap TRAIN TEST`, `data show SOURCE` and `data stats SOURCE`."""
 
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
 import typer
 
 from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import App, DataDir, Template, arg, opt
+from mlx_adapters.cli.options import App, DataDir, arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import pieces, table
+from mlx_adapters.data.showing import Preview, Statistics
+from mlx_adapters.fields import merged, parse_fields
 
 _TEST = "test files or sets, joined by commas, as in `eval --task`"
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
@@ -21,43 +23,27 @@ def _group() -> None:
 
 Source = Annotated[str, arg("training data as in `train --data`")]
 Tokenizer = Annotated[str, opt("model folder or hub id, whose tokenizer and chat template are used")]
-Columns = Annotated[str | None, opt("names of the rows' fields, as in `train --columns`")]
-LossOn = Annotated[str, opt("as `train --loss-on`", values=complete.FIELDS["loss_on"])]
 
 
 @app.command("show")
 @reporting("row", "pieces", "tokens", "supervised", each=True)
-def show_command(
-    source: Source,
-    model: Tokenizer,
-    rows: Annotated[int, opt("how many rows", min=1)] = 3,
-    template: Template = None,
-    cutoff: Annotated[int, opt("tokens of the longest row", min=2)] = 256,
-    loss_on: LossOn = "completion",
-    columns: Columns = None,
-) -> None:
+@fields_as_options(Preview)
+def show_command(source: Source, model: Tokenizer, **given: Any) -> None:
     """Print rows as they will be trained: what is learned in colour, special tokens as text."""
     from mlx_adapters.data import preview
 
-    loaded, tokenizer, _ = preview.opened(source, model, columns)
-    found = preview.shown(loaded, tokenizer, template=template, cutoff=cutoff, loss_on=loss_on, count=rows)
+    found = preview.shown(source, model, parse_fields(Preview, merged({}, given), where="data show"))
     report([asdict(one) for one in found], lambda: pieces(found))
 
 
 @app.command("stats")
-@reporting(*("rows", "examples", "template", "tokens", "supervised", "lengths", "histogram", "cut"))
-def stats_command(
-    source: Source,
-    model: Tokenizer,
-    template: Template = None,
-    loss_on: LossOn = "completion",
-    columns: Columns = None,
-) -> None:
-    """Count tokens, lengths, duplicates and empty answers, and suggest a cutoff."""
+@reporting(*(field.name for field in fields(Statistics)))
+@fields_as_options(Preview)
+def stats_command(source: Source, model: Tokenizer, **given: Any) -> None:
+    """Count tokens, lengths, repeated rows and empty answers, and suggest a cutoff."""
     from mlx_adapters.data import preview
 
-    loaded, tokenizer, longest = preview.opened(source, model, columns)
-    found = preview.statistics(loaded, tokenizer, template=template, loss_on=loss_on, longest=longest)
+    found = preview.statistics(source, model, parse_fields(Preview, merged({}, given), where="data stats"))
     report(asdict(found), lambda: typer.echo("\n".join(preview.described(found))))
 
 

@@ -11,14 +11,14 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import table
 
 
-@reporting("architecture", "in_table", "methods", "targets", each=True)
+@reporting("architecture", "in_table", "methods", "targets", "compared", each=True)
 def command(
     names: Annotated[list[str] | None, arg("architectures (model_type in config.json)")] = None,
     everything: Annotated[bool, opt("every model file of mlx-lm and ours", "--all")] = False,
 ) -> None:
     """Show which methods work on which architectures.
 
-    Each was tried, on a tiny random model.
+    Each was tried, on a tiny random model. The last table says what was compared with PyTorch on one.
     """
     from mlx_adapters import methods
     from mlx_adapters.models.architectures.table import with_layers
@@ -30,36 +30,23 @@ def command(
     def words() -> None:
         _support(results)
         _targets(results)
+        _compared(results)
 
     report(results, words)
 
 
 def _support(results: list[dict[str, Any]]) -> None:
-    from mlx_adapters.models.supported import cells
+    from mlx_adapters.models.supported import cells, side_by_side
 
     columns, reasons = cells(results)
+    screen = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
     names = [result["architecture"] for result in results]
-    for methods in _fitting(columns, max(map(len, ("architecture", *names)))):
+    for methods in side_by_side(columns, screen - 4 - max(map(len, ("architecture", *names)))):
         # one word under the other: more columns fit a screen
         heads = ["architecture", *(method.replace("_", "\n") for method in methods)]
         table(heads, [list(row) for row in zip(names, *(columns[m] for m in methods), strict=True)])
     for number, reason in enumerate(reasons, start=1):
         typer.echo(f"{number:>3}  {reason}")
-
-
-def _fitting(columns: dict[str, list[str]], first: int) -> list[list[str]]:
-    """The methods in groups whose columns stand side by side on the screen."""
-    screen = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
-    groups: list[list[str]] = [[]]
-    left = room = screen - first - 4
-    for method, cells in columns.items():
-        width = max(map(len, (*method.split("_"), *cells))) + 3
-        if groups[-1] and width > left:
-            groups.append([])
-            left = room
-        groups[-1].append(method)
-        left -= width
-    return groups
 
 
 def _targets(results: list[dict[str, Any]]) -> None:
@@ -70,3 +57,14 @@ def _targets(results: list[dict[str, Any]]) -> None:
             [name, *(" ".join(few) or "-" for few in targets.values())] for name, targets in known.items()
         ]
         table(["architecture", *next(iter(known.values()))], rows)
+
+
+def _compared(results: list[dict[str, Any]]) -> None:
+    """What equals PyTorch, and what was tried only here: it takes a step, and reads a text alike every way."""
+    rows = []
+    for result in results:
+        found = result["compared"]
+        equal = [what.replace("_", " ") for what, reason in (found or {}).items() if reason is None]
+        rows.append([result["architecture"], ", ".join(equal) or ("nothing" if found else "only tried")])
+    typer.echo("\nCompared with transformers and PEFT, and equal to float32 rounding:")
+    table(["architecture", "equal"], rows)

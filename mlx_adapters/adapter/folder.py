@@ -39,9 +39,10 @@ from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
 from mlx_adapters.methods.beside import WithModules, listed
-from mlx_adapters.methods.experts import in_model
+from mlx_adapters.methods.experts import completed, in_model
 from mlx_adapters.methods.ia3 import IA3
 from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.methods.tied import HEAD, HeadUpdate, TiedToSave
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
@@ -128,7 +129,7 @@ def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
 def _written(placed: Mapping[str, nn.Module], model: nn.Module, meta: AdapterMeta) -> Written:
     """The tensors of adapter layers by the modules that PyTorch has."""
     groups = {
-        path: {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
+        path: {s: array for s, array in _by_suffix(layer).items() if not s.startswith(PREFIX)}
         for path, layer in placed.items()
         if isinstance(layer, AdapterLayer) and not layer.ROOTED
     }
@@ -144,16 +145,23 @@ def _named(written: Written, placed: Mapping[str, nn.Module]) -> dict[str, mx.ar
         for suffix, array in group.items()
     }
     for layer in placed.values():
-        if isinstance(layer, AdapterLayer) and layer.ROOTED:
-            named |= {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
         if isinstance(layer, AdapterLayer):
+            own = _by_suffix(layer).items()
+            named |= {name: array for name, array in own if layer.ROOTED or name.startswith(PREFIX)}
             named |= {name: layer[attribute] for attribute, name in layer.SHARED.items()}
     return named
 
 
+def _by_suffix(layer: AdapterLayer) -> dict[str, mx.array]:
+    """The tensors of a layer by the ends of their names, or by whole names."""
+    return {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
+
+
 def _names(written: Written, tree: TorchTree, fields: dict[str, Any]) -> dict[str, Any]:
     """What must be known to read the file without its base."""
-    told = {name: fields[name] for name in ("rank_pattern", "alpha_pattern") if name in fields}
+    told = {
+        name: fields[name] for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if name in fields
+    }
     record = as_record(tree.names) if tree.names else {}
     return {"tensors": record, "paths": sorted(written.moved), "peft": told}
 
@@ -276,7 +284,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         )
     arrays, moved = own_tensors(folder, meta, model_type, model)
     fields = read_fields(folder)
-    if moved and not meta.names and isinstance(meta.method, LoRA):
+    if moved and not meta.names and isinstance(meta.method, LowRank):
         meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
     if moved and not meta.names and isinstance(meta.method, IA3):
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
@@ -286,6 +294,9 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)
+    if isinstance(meta.method, LoRA):
+        stacks = fields.get("target_parameters") or []
+        grouped = completed(grouped, model, model_type, meta.method.at, stacks)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.ia3 import IA3
-from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.methods.patterns import as_text, fits
 from mlx_adapters.models.sites import from_hf, matches, to_hf
 from mlx_adapters.models.torch_tree import Spot, TorchTree
@@ -29,12 +29,13 @@ Sizes = dict[str, tuple[int, float]]
 """(rank, scale) by module of PyTorch."""
 _BY_ROW = re.compile(r"lora_B\b|lora_magnitude_vector|vera_lambda_b")  # a row for each of the output
 _WHOLE = re.compile(r"(?:^|\.)(?:weight|bias)$")  # the layer's own, trained or copied
-_NAMED = re.compile(r"lora_|vera_|ia3_l|adapter_|learned_|rotate_|scaling|fusion_")
+_LOOKED_UP = re.compile(r"lora_embedding_B|trainable_tokens_delta")  # a row for each token
+_NAMED = re.compile(r"lora_|token_adapter|vera_|ia3_l|adapter_|learned_|rotate_|scaling|fusion_")
 _PREFIX = "base_model.model."
 _INSIDE = "language_model"  # transformers' name of the text model beside towers for images and sound
 _KEY = re.compile(  # the module of a tensor, and the rest of its name
     rf".*?{re.escape(_PREFIX)}(.+?)\.((?:base_layer\.|original_module\.|modules_to_save\.|ln_tuning_layers\."
-    r"|lora_|vera_|ia3_l|adapter_|learned_|rotate_|scaling|fusion_|weight$|bias$).*)"
+    r"|lora_|vera_|ia3_l|token_adapter\.|adapter_|learned_|rotate_|scaling|fusion_|weight$|bias$).*)"
 )
 
 
@@ -164,8 +165,8 @@ def _unscaled(spot: Spot, group: Group) -> Group:
 def _scaled(spot: Spot, name: str, array: mx.array, *, inverse: bool) -> mx.array:
     if spot.simple or all(part.scale == 1 and part.shift == 0 for part in spot.parts):
         return array
-    if _NAMED.search(name) and not (_BY_ROW.search(name) or name == "lora_embedding_B"):
-        if re.search(r"adapter_|learned_|rotate_|fusion_|scaling", name):
+    if _NAMED.search(name) and not (_BY_ROW.search(name) or _LOOKED_UP.search(name)):
+        if re.search(r"(?<!token_)adapter_|learned_|rotate_|fusion_|scaling", name):
             raise AdapterError(
                 f"{spot.path}: mlx-lm keeps its weight multiplied, and {name} does not go through that: "
                 "leave this layer out"
@@ -173,8 +174,9 @@ def _scaled(spot: Spot, name: str, array: mx.array, *, inverse: bool) -> mx.arra
         return array
     if name.endswith("bias"):
         return array  # its own origin is another tensor's
-    _, scales, shifts = spot.rows(array.shape[0])
-    if name == "lora_embedding_B":
+    looked_up = _LOOKED_UP.search(name)
+    _, scales, shifts = spot.rows(1 if looked_up else array.shape[0])
+    if looked_up:
         if len(set(scales)) > 1:
             raise AdapterError(_unknown(spot.path))
         scales, shifts = scales[:1], shifts[:1] * 0
@@ -272,12 +274,16 @@ def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | N
 
 
 def sized(
-    method: LoRA, fields: dict[str, Any], tensors: dict[str, mx.array], moved: dict[str, str], model_type: str
-) -> LoRA:
+    method: LowRank,
+    fields: dict[str, Any],
+    tensors: dict[str, mx.array],
+    moved: dict[str, str],
+    model_type: str,
+) -> LowRank:
     """LoRA of a file of PEFT's with the rank and the scale of each layer here, by the rule of PEFT there."""
     given = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     made: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    stacks = {name for name in map(_low_rank, tensors) if name and name.endswith(".base_layer")}
+    stacks = {name for name in map(_low_rank, tensors) if name and name.endswith((".base_layer", ".experts"))}
     for key, array in tensors.items():
         name = _low_rank(key)
         if name is None or {name, f"{name}.base_layer"} & stacks:
@@ -294,7 +300,18 @@ def sized(
                 own[re.escape(name)] = value
     # PEFT's own patterns stay for stacked experts
     ranks, alphas = (own | (old if stacks else {}) for own, old in zip(made, given, strict=True))
-    return replace(method, rank_pattern=as_text(ranks), alpha_pattern=as_text(alphas))
+    whole = ",".join(_saved_here(fields.get("modules_to_save") or [], moved, model_type))
+    return replace(method, rank_pattern=as_text(ranks), alpha_pattern=as_text(alphas), modules_to_save=whole)
+
+
+def _saved_here(names: list[str], moved: dict[str, str], model_type: str) -> list[str]:
+    """Names of modules that are trained whole, where another name of theirs is needed here."""
+    made: list[str] = []
+    for name in names:
+        own = [(to_hf(path, model_type), module) for path, module in moved.items() if module.endswith(name)]
+        renamed = [path for path, _ in own if not path.endswith(name)]
+        made += renamed or [name]
+    return made
 
 
 def scaled_inputs(method: IA3, moved: dict[str, str], model_type: str) -> IA3:
@@ -344,6 +361,8 @@ def with_fields(
             made[field] = _short(
                 meant & adapted if field == "target_modules" else meant, everything | adapted
             )
+    if isinstance(names := fields.get("modules_to_save"), list):
+        made["modules_to_save"] = [module for name in names for module in _saved_there(name, written, tree)]
     if isinstance(parameters := fields.get("target_parameters"), list):
         made["target_parameters"] = [_parameter(name, there) for name in parameters]
     if written.sizes and "r" in fields:
@@ -358,6 +377,12 @@ def _short(meant: set[str], everything: set[str]) -> list[str]:
     ends = {module.rpartition(".")[2] for module in meant}
     named = {module for module in everything if module.rpartition(".")[2] in ends}
     return sorted(ends if named <= meant and not any(end.isdigit() for end in ends) else meant)
+
+
+def _saved_there(name: str, written: Written, tree: TorchTree) -> list[str]:
+    """The inverse of `_saved_here` for one name."""
+    own = {m for path, ms in written.moved.items() for m in ms if to_hf(path, tree.model_type).endswith(name)}
+    return [name] if all(module.endswith(name) for module in own) else sorted(own)
 
 
 def _parameter(name: str, there: dict[str, list[str]]) -> str:

@@ -1,6 +1,5 @@
 """Rows as they will be trained, before they are: their text, what of it is learned, and how long they are."""
 
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,98 +7,54 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.data.layouts import column_names
+from mlx_adapters.data.showing import Preview, Shown, Statistics
 from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.tokens import Example, encode
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import locate, read_config, read_tokenizer
 
-__all__ = ["Shown", "Statistics", "described", "example_pieces", "opened", "shown", "statistics"]
+__all__ = ["described", "example_pieces", "shown", "statistics"]
 
 _WHOLE = 1 << 30  # a cutoff that nothing reaches
 _CUTOFFS = (256, 512, 1024, 2048, 4096)
 _KEPT = 0.99  # the share of rows that the suggested cutoff keeps whole
 _ROUND = 64
+_USUAL = Preview()
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A row as it is trained. `pieces` are (text, kind) in order; the kind is `context`, `learned` or `cut`
-    (behind the cutoff). Special tokens stand in the text as they are. `tokens` counts all, and `supervised`
-    those with a label within the cutoff."""
-
-    row: int
-    pieces: list[tuple[str, str]]
-    tokens: int
-    supervised: int
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What `rows` become. Lengths are in tokens.
-
-    Attributes:
-        rows: in the source.
-        examples: what is trained on; a chat may become several.
-        template: the prompt template.
-        tokens: of all examples, without a cutoff.
-        supervised: those of them with a label.
-        lengths: {percentile: length}; `100` is the longest.
-        histogram: [(longest, examples up to it and above the one before)].
-        cut: {cutoff: share of the examples that are longer}.
-        repeated: rows that are the same as an earlier one.
-        empty: rows with an empty answer.
-        suggested_cutoff: keeps 99 % of the examples whole, within what the model can read.
-    """
-
-    rows: int
-    examples: int
-    template: str
-    tokens: int
-    supervised: int
-    lengths: dict[int, int]
-    histogram: list[tuple[int, int]]
-    cut: dict[int, float]
-    repeated: int
-    empty: int
-    suggested_cutoff: int
-
-
-def opened(source: str, model: str | Path, columns: str | None = None) -> tuple[Rows, Any, int | None]:
-    """(the rows of `source`, the tokenizer of `model`, the tokens it was made for); no weights are read."""
-    folder = locate(model)
-    config = read_config(folder)
-    rows = load_rows(source, columns=column_names(columns))
-    return rows, read_tokenizer(folder, config), made_for(config)
-
-
-def shown(
-    rows: Rows,
-    tokenizer: Any,
-    *,
-    template: str | None = None,
-    cutoff: int = 256,
-    loss_on: str = "completion",
-    count: int = 3,
-) -> list[Shown]:
-    """The first `count` rows as they are trained. Raises what `encode` raises.
+def shown(source: str | Path | Rows, model: str | Path, settings: Preview = _USUAL) -> list[Shown]:
+    """The first rows of `source` as they are trained.
 
     Args:
-        rows: what `load_rows` returns.
-        tokenizer: the model's.
-        template: by default the one that training would choose.
-        cutoff: tokens of the longest row.
-        loss_on: as in `encode`.
-        count: how many rows.
+        source: training data, as `load_rows` takes it, or rows.
+        model: folder or hub id, whose tokenizer and chat template are used; no weights are read.
+        settings: how the rows would be trained, and how many to show.
+
+    Raises:
+        AdaptersError: the data or the tokenizer cannot be read, or a row does not fit the template.
     """
-    template = template or default_template(rows.format, tokenizer)
+    rows, tokenizer, _ = _opened(source, model, settings)
+    template = settings.template or default_template(rows.format, tokenizer)
     found = []
-    for index, row in enumerate(rows.rows[:count]):
+    for index, row in enumerate(rows.rows[: settings.rows]):
         one = Rows([row], rows.format, f"{rows.origin} (row {index})")
-        for example in encode(one, tokenizer, template=template, cutoff=_WHOLE, loss_on=loss_on).examples:
-            pieces = example_pieces(example, tokenizer, cutoff)
-            found.append(Shown(index, pieces, len(example.ids), example.cut(cutoff).supervised))
+        done = encode(one, tokenizer, template=template, cutoff=_WHOLE, loss_on=settings.loss_on)
+        for example in done.examples:
+            pieces = example_pieces(example, tokenizer, settings.cutoff)
+            supervised = example.cut(settings.cutoff).supervised
+            found.append(Shown(index, pieces, len(example.ids), supervised))
     return found
+
+
+def _opened(source: str | Path | Rows, model: str | Path, settings: Preview) -> tuple[Rows, Any, int | None]:
+    """(the rows of `source`, the tokenizer of `model`, the tokens it was made for)."""
+    folder = locate(model)
+    config = read_config(folder)
+    rows = (
+        source if isinstance(source, Rows) else load_rows(str(source), columns=column_names(settings.columns))
+    )
+    return rows, read_tokenizer(folder, config), made_for(config)
 
 
 def example_pieces(example: Example, tokenizer: Any, cutoff: int) -> list[tuple[str, str]]:
@@ -112,18 +67,13 @@ def example_pieces(example: Example, tokenizer: Any, cutoff: int) -> list[tuple[
     return [(tokenizer.decode([id for id, _ in run]), kind) for kind, run in runs]
 
 
-def statistics(
-    rows: Rows,
-    tokenizer: Any,
-    *,
-    template: str | None = None,
-    loss_on: str = "completion",
-    longest: int | None = None,
-) -> Statistics:
-    """Count what the rows become. `longest` is what the model can read, in tokens. Raises as `encode`."""
-    template = template or default_template(rows.format, tokenizer)
-    done = encode(rows, tokenizer, template=template, cutoff=_WHOLE, loss_on=loss_on)
+def statistics(source: str | Path | Rows, model: str | Path, settings: Preview = _USUAL) -> Statistics:
+    """Count what the rows of `source` become; the arguments and errors are those of `shown`."""
+    rows, tokenizer, longest = _opened(source, model, settings)
+    template = settings.template or default_template(rows.format, tokenizer)
+    done = encode(rows, tokenizer, template=template, cutoff=_WHOLE, loss_on=settings.loss_on)
     lengths = np.array([len(example.ids) for example in done.examples])
+    cutoffs = sorted({*_CUTOFFS, settings.cutoff})
     needed = int(np.quantile(lengths, _KEPT, method="higher"))
     suggested = -(-needed // _ROUND) * _ROUND
     return Statistics(
@@ -134,7 +84,7 @@ def statistics(
         supervised=sum(example.supervised for example in done.examples),
         lengths={p: int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99, 100)},
         histogram=_histogram(lengths),
-        cut={cutoff: round(float((lengths > cutoff).mean()), 4) for cutoff in _CUTOFFS},
+        cut={cutoff: round(float((lengths > cutoff).mean()), 4) for cutoff in cutoffs},
         repeated=done.repeated,
         empty=done.empty,
         suggested_cutoff=min(suggested, longest) if longest else suggested,

@@ -9,7 +9,13 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    BatchRotatingKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from mlx_adapters import device
 from mlx_adapters.adapter import layers
@@ -77,15 +83,23 @@ def splits(model: nn.Module) -> bool:
 
 
 def _reads_rows_apart(model: nn.Module) -> bool:
-    """Two rows in a padded batch, one token further, against each of them alone."""
-    rows, after = [[1, 2, 3, 4, 3, 2, 1, 2, 4, 1, 3, 2], [4, 3, 1]], [[4], [2]]
+    """Two rows in a padded batch, one token further, then some more in a padded batch, against each alone."""
+    rows, after, more = [[1, 2, 3, 4, 3, 2, 1, 2, 4, 1, 3, 2], [4, 3, 1]], [[4], [2]], [[1], [3, 4, 2]]
     _, cache = prefill(model, rows)
-    found = model(mx.array(after), cache=cache)
-    for number, (row, token) in enumerate(zip(rows, after)):
+    found = [model(mx.array(after), cache=cache)]
+    if not any(isinstance(layer, BatchRotatingKVCache) for layer in cache):  # see `leaves_window`
+        ids, padding = right_padded(more)
+        for layer in cache:
+            layer.prepare(lengths=[len(text) for text in more], right_padding=padding)
+        found.append(model(ids, cache=cache))
+    for number, row in enumerate(rows):
         own = start_cache(model) or make_prompt_cache(model)
         model(mx.array([row]), cache=own)
-        if not close(found[number : number + 1], model(mx.array([token]), cache=own)):
-            return False
+        for batch, texts in zip(found, (after, more)):
+            text = texts[number]
+            alone = model(mx.array([text]), cache=own)
+            if not close(batch[number : number + 1, : len(text)], alone):
+                return False
     return True
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "ExpertLayer",
     "Experts",
     "by_matrix",
+    "completed",
     "expert_paths",
     "in_model",
     "is_block",
@@ -83,6 +84,32 @@ def in_model(found: dict[str, Any], model: nn.Module, model_type: str) -> dict[s
     """`found` by path, with the mixtures where `model` has them: their Hugging Face path does not say."""
     blocks = {sites.to_hf(path, model_type): path for path, m in model.named_modules() if is_block(m)}
     return {blocks.get(sites.to_hf(path, model_type), path): value for path, value in found.items()}
+
+
+def completed(
+    found: dict[str, dict[str, mx.array]],
+    model: nn.Module,
+    model_type: str,
+    at: Callable[[str], tuple[int, float]],
+    stacks: list[str],
+) -> dict[str, dict[str, mx.array]]:
+    """`found` with both updates of each mixture, where a file has one: the other is zero.
+
+    PEFT gives the only update of a module the same names whichever stack it is of; `stacks` are its
+    `target_parameters`, and `at` gives (rank, scale).
+    """
+    modules, made = dict(model.named_modules()), dict(found)
+    for path, own in found.items():
+        block = modules.get(path)
+        if block is None or not is_block(block) or own.keys() != {"lora_a", "lora_b"}:
+            continue
+        name = sites.to_hf(path, model_type)
+        sizes = [at(f"{name}.{part}") for part in parts(block)]
+        fresh = Experts(block, gate_up=sizes[0], down=sizes[1], dropout=0.0).tensors()
+        if not any(stack.rpartition(".")[2] == parts(block)[1] for stack in stacks):
+            own = {"gate_up_a": own["lora_a"], "gate_up_b": own["lora_b"]}
+        made[path] = {n: mx.zeros(array.shape) for n, array in fresh.items()} | own
+    return made
 
 
 class Experts(AdapterLayer):

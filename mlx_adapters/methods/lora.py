@@ -272,7 +272,8 @@ class LoRA(LowRank):
     @classmethod
     def from_peft(cls, fields: Fields) -> Self:
         parameters = fields.get("target_parameters") or []
-        kinds = rf"(experts\.({'|'.join({*PARTS, *UNGATED})})|(router|{'|'.join(EXPERT_NAMES)})\.weight)$"
+        stacks, single = "|".join({*PARTS, *UNGATED}), "|".join(("router", "router.proj", *EXPERT_NAMES))
+        kinds = rf"(experts\.({stacks})|({single})\.weight)$"
         if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
             raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
         shared = cls.read_peft(fields)

@@ -188,23 +188,30 @@ def _measured(module: Any, form: Form) -> np.ndarray | None:
 
 
 def _run(module: Any, outputs: dict[str, np.ndarray], down: str) -> np.ndarray | None:
-    """What comes out of `module` when its linear layers give `outputs`, and `down` what it is given."""
+    """What comes out of `module` when its linear layers give `outputs`, and `down`, the last that is called,
+    what it is given; None where they are called otherwise."""
     kind: Any = type(module)
     copy = kind.__new__(kind)
     copy.__dict__.update(module.__dict__)
     dict.update(copy, module)
+    called: list[str] = []
+
+    def stand_in(name: str, values: mx.array | None) -> Callable[[mx.array], mx.array]:
+        def call(x: mx.array) -> mx.array:
+            called.append(name)
+            return x if values is None else values
+
+        return call
+
     for name, values in outputs.items():
-        dict.__setitem__(copy, name, _constant(mx.array(values, mx.float32)))
-    dict.__setitem__(copy, down, lambda x: x)
+        dict.__setitem__(copy, name, stand_in(name, mx.array(values, mx.float32)))
+    dict.__setitem__(copy, down, stand_in(down, None))
     try:
         result = np.array(copy(mx.zeros((1, 1))))
     except Exception:  # a module of another kind may want and do anything
         return None
-    return result if result.shape == (len(_TRIED),) else None
-
-
-def _constant(values: mx.array) -> Callable[[Any], mx.array]:
-    return lambda x: values
+    in_order = sorted(called) == sorted((*outputs, down)) and called[-1] == down
+    return result if in_order and result.shape == (len(_TRIED),) else None
 
 
 def _computing(base: Any, form: Form, function: Function) -> type:

@@ -26,6 +26,7 @@ __all__ = [
     "corrected",
     "count_expert_layers",
     "drop_attention_biases",
+    "forget_absent_kinds",
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
@@ -105,6 +106,8 @@ def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Arch
     if row.as_built:
         params = row.as_built(params)
     types, about = params.get("layer_types"), reference(params["model_type"])
+    if about.rotation:  # a field of mlx-lm's alone: which numbers are turned together is the architecture's
+        params = {name: value for name, value in params.items() if name != "rope_traditional"}
     if not isinstance(types, list):
         return params
     if about.window is None and about.rotation == "formula" and "sliding_attention" in types:
@@ -180,6 +183,15 @@ def _masked_by_row(base: Any) -> type:
         return base.__call__(self, x, mask, cache)
 
     return replace_call(base, call)
+
+
+def forget_absent_kinds(model: Any, config: Config) -> None:
+    """EXAONE 4: no mask for a kind of layers that there is none of."""
+    inner, count = model.model, len(model.layers)
+    if inner.swa_idx is not None and inner.swa_idx >= count:
+        inner.swa_idx = None
+    if inner.full_idx >= count:
+        inner.full_idx = 0
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:

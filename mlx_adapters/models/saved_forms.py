@@ -25,6 +25,7 @@ __all__ = [
     "lfm2_width",
     "linear_interval",
     "minimax_m2_rotations",
+    "refuse_lightning_attention",
     "rotations_as_stated",
     "sliding_pattern",
     "sparse_layers",
@@ -205,3 +206,14 @@ def minimax_m2_rotations(config: Config) -> Config:
     rope, head_dim = config.get("rope_parameters") or {}, config.get("head_dim") or 128
     part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return {"rotary_dim": int(head_dim * part)} | found if "rotary_dim" not in config else found
+
+
+def refuse_lightning_attention(config: Config) -> Config:
+    """MiniMax-Text-01: UnsupportedError. mlx-lm's model file of that name is MiniMax M2's."""
+    kinds = config.get("layer_types") or config.get("attn_type_list") or []
+    if "linear_attention" in kinds or 0 in kinds or "block_size" in config:
+        raise UnsupportedError(
+            "config.json: field 'layer_types' has lightning attention (MiniMax-Text-01), which mlx-lm does "
+            "not compute: its file of that name is for MiniMax M2"
+        )
+    return {}

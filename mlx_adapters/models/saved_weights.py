@@ -6,14 +6,27 @@ row of an architecture names it as `rename_weights`.
 """
 
 import re
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-__all__ = ["gemma3n_alone", "gemma3n_shared_keys", "joined_experts"]
+__all__ = ["gemma3n_alone", "gemma3n_shared_keys", "joined_experts", "renamed"]
 
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _OWN_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def renamed(parts: Mapping[str, str]) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+    """The function that puts other parts into names: {part as it is saved: part as the model file has it}."""
+
+    def rename(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return {
+            ".".join(parts.get(part, part) for part in name.split(".")): array
+            for name, array in weights.items()
+        }
+
+    return rename
 
 
 def joined_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -129,7 +129,8 @@ class TorchTree:
                 continue
             theirs = torch_name(parts[0].source, self.model_type).split(".")
             ours = name.split(".")
-            if parts[0].stacked or (len(ours) > 2 and re.fullmatch("switch_(mlp|glu)", ours[-3])):
+            stack = len(ours) > 2 and ours != theirs and re.fullmatch("switch_(mlp|glu)|experts", ours[-3])
+            if parts[0].stacked or stack:
                 # a stack of experts is a parameter there: what holds it is what holds the stacks here
                 found.setdefault(".".join(ours[:-2]), ".".join(theirs[:-1]))
             while ours and theirs and ours[-1] == theirs[-1]:

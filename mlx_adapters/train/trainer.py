@@ -238,11 +238,8 @@ class Trainer:
         """Encode the rows, attach the adapter, set up the loop."""
         config, processes = self.config, self.processes
         earlier = adapter.read_meta(start) if start else None
-        template = (
-            config.template
-            or (earlier.template if earlier else "")
-            or default_template(rows.format, self.model.tokenizer)
-        )
+        before = earlier.template if earlier else ""
+        template = config.template or before or default_template(rows.format, self.model.tokenizer)
         written = _time(self.output, resume, processes)
         self.encoded = encoded(rows, self.model, config, template=template, written=written)
         training, validation = split(self.encoded.examples, config)

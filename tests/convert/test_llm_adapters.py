@@ -7,6 +7,7 @@ side follows from the last part of the name; `scaling` must be a float.
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from adapted import IDS, bound, logits
+from cases import few
 from reference.bottleneck import attach
 from tiny import make_tiny
 
@@ -71,8 +73,9 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "fields"), CHOICES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "method", "fields"), few(((arch, *choice) for arch, choice in product(ARCHS, CHOICES)), every=3)
+)
 def test_the_fork_wraps_the_layers_we_wrapped(
     method: str, fields: dict[str, Any], arch: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -204,16 +207,15 @@ def written_by_the_fork(folder: Path, base: Path, fields: dict[str, Any], dtype:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"use_adapterp": True, "scaling": 4.0, "non_linearity": "relu"},
-        {"use_parallel_adapter": True, "scaling": "learned", "non_linearity": "gelu_new"},
-    ],
+CHOSEN = (
+    {},
+    {"use_adapterp": True, "scaling": 4.0, "non_linearity": "relu"},
+    {"use_parallel_adapter": True, "scaling": "learned", "non_linearity": "gelu_new"},
 )
-@pytest.mark.parametrize("arch", ARCHS)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("arch", "fields", "dtype"), few(product(ARCHS, CHOSEN, TYPES), every=4))
 def test_their_own_folder_computes_as_torch(
     arch: str, fields: dict[str, Any], dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Fields that mlx-lm's files do not read act here as in transformers: whole, through caches, in padded batches.
+"""Fields that mlx-lm's files do not read act here as in transformers: whole, by caches, in padded batches.
 
 Each case changes one field of a tiny model whose logits it must move in transformers; ours must be theirs.
 """
@@ -6,6 +6,7 @@ Each case changes one field of a tiny model whose logits it must move in transfo
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,8 @@ from families import TEXT, make_family, opened
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.files.weights import read_weights
-from mlx_adapters.models import load
+from mlx_adapters.models import fields as fields_table
+from mlx_adapters.models import limits, load
 from mlx_adapters.models.build import build
 
 torch = pytest.importorskip("torch")
@@ -82,10 +84,10 @@ BROAD: list[tuple[str, Fields]] = [
     ),
     *((name, HALF) for name in ("glm", "glm4", "phi", "stablelm", "gpt_neox")),
     ("hunyuan_v1_dense", rope("dynamic", alpha=10.0, factor=1.0)),
-    ("phi3", longrope(16, 8)),
+    ("phi3", longrope(8, 8)),
     ("mixtral", WINDOW),
     ("phimoe", WINDOW),
-    ("starcoder2", WINDOW),
+    ("starcoder2", {"sliding_window": 3}),
     ("smollm3", WINDOW | {"use_sliding_window": True, "num_hidden_layers": 4}),
     ("gemma3_text", types("sfsfsf")),
     ("olmo3", types("fsfs")),
@@ -114,7 +116,9 @@ def logits(network: Any, text: list[list[int]]) -> np.ndarray:
 
 
 def ours(folder: Path) -> Any:
-    return build(load.read_config(folder), read_weights(folder), str(folder))
+    # without the table of fields: it is made by trying the corrections, and may be older than they are
+    with mock.patch.object(fields_table, "check"):
+        return build(load.read_config(folder), read_weights(folder), str(folder))
 
 
 def pieces(model: Any) -> np.ndarray:
@@ -128,9 +132,11 @@ def pieces(model: Any) -> np.ndarray:
 
 def padded(model: Any) -> np.ndarray | None:
     """The logits of the second text without its first tokens, in a batch with the first one; None where a
-    cache is no cache of keys and values."""
+    cache is no cache of keys and values, or positions are learned."""
     from mlx_lm.models import cache
 
+    if limits.positions(model) is not None:
+        return None
     batch = []
     for layer in cache.make_prompt_cache(model):
         if type(layer) is cache.KVCache:
@@ -145,7 +151,11 @@ def padded(model: Any) -> np.ndarray | None:
 
 
 def check(name: str, fields: Fields, folder: Path) -> None:
-    layers = {key: value for key, value in fields.items() if key in ("num_hidden_layers", "n_routed_experts")}
+    layers: Fields = {
+        key: value for key, value in fields.items() if key in ("num_hidden_layers", "n_routed_experts")
+    }
+    if "layer_types" in fields:
+        layers["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
     usual = logits(opened(make_family(name, folder / "usual", **layers)), TEXT)
     changed = make_family(name, folder, **fields)
     network = opened(changed)
@@ -174,10 +184,8 @@ def test_a_field_acts_broadly(name: str, fields: Fields, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "fields", "culprit"),
     [
-        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", types("ssffsf"), "layer_types"),
-        ("mamba2", {"hidden_act": "gelu"}, "hidden_act"),
+        ("falcon_h1", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"hidden_act": "laplace"}, "hidden_act"),
         ("llama", rope("dynamic", factor=4.0), "rope_scaling"),
     ],

@@ -1,6 +1,6 @@
 """One row per method and one per architecture: the slow tests run every pair, the others a sample."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,20 @@ def sampled(pairs: Sequence[tuple[str, str]], every: int = 5, always: str = "lla
         if other == always or (rows.index(one) + columns.index(other)) % every == 0
         else pytest.param(one, other, marks=pytest.mark.slow)
         for one, other in pairs
+    ]
+
+
+def few(values: Iterable[Any], every: int) -> list[Any]:
+    """The values, or tuples of them, as parameters: the slow run has all, the default run one in `every`.
+
+    Of a product, every list whose length has no divisor in common with `every` is met in full.
+    """
+    import pytest
+
+    slow = pytest.mark.slow
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=slow if number % every else ())
+        for number, value in enumerate(values)
     ]
 
 

@@ -36,6 +36,7 @@ def make_family(name: str, folder: Path, *, seed: int = 0, **fields: Any) -> Pat
     from transformers import AutoConfig
 
     torch.manual_seed(seed)
+    _leave_out_towers()
     model_type = model_type_of(name)
     # copies: some configurations change the objects that they are given
     if name in WRAPPERS:
@@ -56,6 +57,20 @@ def _built(config: Any, wrapper: bool) -> Any:
 
     kind = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
     return kind.from_config(config, attn_implementation="eager")
+
+
+def _leave_out_towers() -> None:
+    """Gemma 3n's tower of images is in the package timm: its model is made without both of its towers."""
+    import torch
+    from transformers.models.gemma3n import modeling_gemma3n
+
+    class OnlyText(modeling_gemma3n.AutoModel):  # type: ignore[misc]
+        @classmethod
+        def from_config(cls, config: Any, **more: Any) -> Any:
+            text = config.model_type == "gemma3n_text"
+            return super().from_config(config, **more) if text else torch.nn.Identity()
+
+    modeling_gemma3n.AutoModel = OnlyText
 
 
 def _randomise(model: Any) -> None:
@@ -83,6 +98,7 @@ def opened(folder: Path, *, told: bool = False) -> Any:
     import torch
     import transformers
 
+    _leave_out_towers()
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
     network, said = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

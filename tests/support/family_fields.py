@@ -327,9 +327,9 @@ WRAPPERS: dict[str, Fields] = {
         "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16},
     },
     "gemma3": {"text_config": GEMMA3, "vision_config": TOWER, "mm_tokens_per_image": 4},
+    "gemma3n": {"text_config": GEMMA3N},
     "gemma4": {"text_config": GEMMA4, "vision_config": None, "audio_config": None},
     "qwen3_5": {"text_config": QWEN35, "vision_config": QWEN_TOWER},
     "qwen3_5_moe": {"text_config": QWEN35_MOE, "vision_config": QWEN_TOWER},
 }
-"""Published as a model of texts and images: `text_config` is the language model's. Gemma 3n's cannot be made
-here: its tower is in the package timm."""
+"""Published as a model of texts and images: `text_config` is the language model's."""

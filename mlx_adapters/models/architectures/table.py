@@ -346,7 +346,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Configurations that transformers saves otherwise than mlx-lm reads them
     "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
     "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
-    "exaone4": Architecture(forms=(saved_forms.exaone_window_letters,)),
+    "exaone4": Architecture(
+        forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
+    ),
     "gemma3": Architecture(scaled_embedding=True),
     "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
     "gemma3n_text": Architecture(
@@ -360,6 +362,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         peft=_MIXTURE,
     ),
     "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
+    "olmo_hybrid": Architecture(
+        rename_weights=saved_weights.renamed(
+            {
+                "attention_layer_norm": "input_layernorm",
+                "feedforward_layer_norm": "post_attention_layernorm",
+            }
+        )
+    ),
     "olmo3": Architecture(scales_full_only=True),
     "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
     "qwen3_5_moe_text": Architecture(
@@ -388,7 +398,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "jamba": Architecture(
         as_built=corrections.count_expert_layers,
         corrections=(routing.weigh_all_experts,),
-        peft=PeftGaps(absent=r"feed_forward\.router"),
+        # transformers reads the weight of dt_proj and passes PEFT's layer by
+        peft=PeftGaps(absent=r"mamba\.dt_proj", routed=True),
     ),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
@@ -404,7 +415,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron_h": Architecture(
         experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
         fixed={"mamba_hidden_act": (None, "silu")},
-        peft=PeftGaps(absent=".*", state_space=True),
+        peft=PeftGaps(routed=True, state_space=True),
     ),
     "phimoe": Architecture(
         experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
