@@ -333,9 +333,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
     ),
     "gemma3": Architecture(scaled_embedding=True),
-    "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
+    "gemma3n": Architecture(scaled_embedding=True, corrections=(saved_weights.without_lent_keys,)),
     "gemma3n_text": Architecture(
-        file="gemma3n", scaled_embedding=True, rename_weights=saved_weights.gemma3n_alone
+        file="gemma3n",
+        scaled_embedding=True,
+        rename_weights=saved_weights.gemma3n_alone,
+        corrections=(saved_weights.without_lent_keys,),
     ),
     "gemma4": Architecture(scaled_embedding=True, experts=_GEMMA_EXPERTS, peft=_MIXTURE),
     "gemma4_text": Architecture(
@@ -406,11 +409,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
     "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
-        (
-            *("afmoe", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-            "longcat_flash",
-        ),
+        (*("afmoe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash"),),
         Architecture(peft=PeftGaps(stacked=True)),
+    ),
+    "glm4_moe_lite": Architecture(
+        corrections=(corrections.norm_factors_exactly,), peft=PeftGaps(stacked=True)
     ),
     "falcon_h1": Architecture(
         fold_weights=state_space.fold_multipliers,
