@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     here, or was not tried while another value of it was wrong."""
     entry, text = _entry(config)
     for label, values in entry.get("fields", {}).items():
-        if not silent(values):
+        if label == "head_dim" or not silent(values):
             continue
         for name, value in _stated(label, text, entry.get("aliases", {}).get(label)):
             if not _right(name, value, values, text):
@@ -40,11 +40,17 @@ def check(config: Config) -> None:
                     value, right = _shape(value), "lists of another kind"
                 why = f"{config['model_type']} here equals transformers for {right} only"
                 raise ignored(name, value, why)
+    _check_head_dim(entry.get("fields", {}).get("head_dim", {}), text, config["model_type"])
+
+
+def _check_head_dim(tried: dict[str, list[Any]], text: Config, model_type: str) -> None:
+    """Where one width of heads alone was right, it is what the model file takes: width / heads."""
     heads, width, head_dim = (text.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
-    tried = entry.get("fields", {}).get("head_dim", {})
-    derived = "error" in tried and sum(one is not None for one in tried.get("right", [])) <= 1
+    derived = (
+        tried.keys() & {"error", "wrong"} and sum(one is not None for one in tried.get("right", [])) <= 1
+    )
     if derived and heads and width and head_dim not in (None, width // heads):
-        raise ignored("head_dim", head_dim, f"{config['model_type']} here always uses {width // heads}")
+        raise ignored("head_dim", head_dim, f"{model_type} here always uses {width // heads}")
 
 
 def ignored(name: str, value: Any, why: str) -> UnsupportedError:

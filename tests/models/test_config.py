@@ -136,7 +136,6 @@ def _constructed(config: dict[str, Any]) -> Any:
     ("arch", "fields", "culprit"),
     [
         ("llama", rope("dynamic", factor=4.0), "rope_scaling"),
-        ("llama", rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
         ("llama", {"hidden_act": "laplace"}, "hidden_act"),
         ("llama", {"model_file": "model.py"}, "model_file"),
         ("llama", {"model_type": "nonesuch", "auto_map": {"AutoModel": "x.Y"}}, "model_type"),

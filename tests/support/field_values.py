@@ -5,6 +5,7 @@ about one architecture.
 """
 
 import dataclasses
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -76,11 +77,12 @@ def cases(config: Any, arguments: type) -> Iterator[Case]:
         if name not in known and name not in general and not re.search(rf"\b{name}\b", source)
     }
     needed = {name for name, value in signature.items() if value.default is inspect.Parameter.empty}
-    for name, kind in {**theirs, **ours}.items():
+    read = dict.fromkeys(_read_if_there(config) - known - general, "int | None")
+    for name, kind in {**theirs, **ours, **read}.items():
         if _NOT_ABOUT_IT.fullmatch(name) or _SIZES.fullmatch(name):
             continue
         now = _now(config, name)
-        if name not in theirs and now is None:
+        if name in ours and now is None:
             now = _default(arguments, name)
         for value in _values(name, kind, now, config):
             gates = _gates(name, value, config)
@@ -95,6 +97,13 @@ def cases(config: Any, arguments: type) -> Iterator[Case]:
             ):
                 yield Case(name, ABSENT, {name: default}, drop=name)
     yield from _ropes(config)
+
+
+def _read_if_there(config: Any) -> set[str]:
+    """Widths of heads that transformers' model reads of a configuration whose class has no such field."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    source = inspect.getsource(importlib.import_module(name))
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w*head_dim)"', source))
 
 
 def _gates(name: str, value: Any, config: Any) -> Fields:
