@@ -34,7 +34,6 @@ __all__ = [
     "mask_by_row",
     "norm_factors_exactly",
     "refuse_chatglm2_ratio",
-    "refuse_uncapped",
     "replace_call",
     "rotate_part",
     "scale_attention",
@@ -308,12 +307,6 @@ def scale_by_one(config: Config) -> Config:
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------
-
-
-def refuse_uncapped(config: Config) -> None:
-    """Gemma 2: UnsupportedError where scores or logits are not capped."""
-    if not all(config.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
 
 
 def refuse_chatglm2_ratio(config: Config) -> None:
