@@ -333,9 +333,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
     ),
     "gemma3": Architecture(scaled_embedding=True),
-    "gemma3n": Architecture(scaled_embedding=True, rename_weights=saved_weights.gemma3n_shared_keys),
+    "gemma3n": Architecture(scaled_embedding=True, corrections=(saved_weights.without_lent_keys,)),
     "gemma3n_text": Architecture(
-        file="gemma3n", scaled_embedding=True, rename_weights=saved_weights.gemma3n_alone
+        file="gemma3n",
+        scaled_embedding=True,
+        rename_weights=saved_weights.gemma3n_alone,
+        corrections=(saved_weights.without_lent_keys,),
     ),
     "gemma4": Architecture(scaled_embedding=True, experts=_GEMMA_EXPERTS, peft=_MIXTURE),
     "gemma4_text": Architecture(
