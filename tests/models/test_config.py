@@ -136,12 +136,10 @@ def _constructed(config: dict[str, Any]) -> Any:
     ("arch", "fields", "culprit"),
     [
         ("llama", rope("dynamic", factor=4.0), "rope_scaling"),
-        ("llama", rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
         ("llama", {"hidden_act": "laplace"}, "hidden_act"),
         ("llama", {"model_file": "model.py"}, "model_file"),
         ("llama", {"model_type": "nonesuch", "auto_map": {"AutoModel": "x.Y"}}, "model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-        ("qwen2", {"head_dim": 16}, "head_dim"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
