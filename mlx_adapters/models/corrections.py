@@ -197,7 +197,7 @@ def forget_absent_kinds(model: Any, config: Config) -> None:
 
 
 def norm_factors_exactly(model: Any, config: Config) -> None:
-    """GLM-4 MoE Lite: norms between the low-rank factors of attention with 1e-6, whatever `rms_norm_eps` is."""
+    """GLM-4 MoE Lite: the norms between attention's low-rank factors add 1e-6, whatever `rms_norm_eps` is."""
     for layer in model.layers:
         for name in ("q_a_layernorm", "kv_a_layernorm"):
             if name in layer.self_attn:

@@ -75,8 +75,10 @@ def _largest(scores: mx.array, count: int) -> mx.array:
 
 # Groups of experts -----------------------------------------------------------------------------------------
 
-_GATE = ("weight", "e_score_correction_bias", "top_k", "n_group", "topk_group")
-_GATE += ("routed_scaling_factor", "norm_topk_prob")
+_GATE = (
+    *("weight", "e_score_correction_bias", "top_k", "n_group", "topk_group"),
+    *("routed_scaling_factor", "norm_topk_prob"),
+)
 
 
 def correct_groups(model: Any, config: Config) -> None:
@@ -142,7 +144,10 @@ def _agrees(module: Any) -> bool:
     try:
         found = kind.__call__(copy, x)
         ours = _of_groups(kind).__call__(copy, x)
-        pairs = [mx.put_along_axis(mx.zeros((1, 4, experts)), i, w, axis=-1) for i, w in (found, ours)]
+        one, two = (
+            mx.put_along_axis(mx.zeros((1, 4, experts)), chosen, weights, axis=-1)
+            for chosen, weights in (found, ours)
+        )
+        return bool(mx.allclose(one, two, rtol=1e-4, atol=1e-6))
     except Exception:  # a model file's own kind of router
         return False
-    return bool(mx.allclose(*pairs, rtol=1e-4, atol=1e-6))

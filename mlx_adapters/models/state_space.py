@@ -61,11 +61,12 @@ def fold_multipliers(weights: dict[str, mx.array], config: Config) -> dict[str, 
         return weights  # in mlx-lm's form, with everything folded in
     enters, key = config.get("attention_in_multiplier", 1.0), config.get("key_multiplier", 1.0)
     gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
-    factors = {
+    factors: dict[str, Any] = {
         "k_proj.weight": key,
         "v_proj.weight": enters,
         "k_proj.bias": key,
         "o_proj.bias": config.get("attention_out_multiplier", 1.0),
+        "in_proj.bias": _of_parts(config),
         "out_proj.bias": config.get("ssm_out_multiplier", 1.0),
         "gate_proj.bias": gate,
         "down_proj.bias": down,
@@ -73,5 +74,13 @@ def fold_multipliers(weights: dict[str, mx.array], config: Config) -> dict[str, 
     folded = {}
     for name, array in weights.items():
         factor = next((f for end, f in factors.items() if name.endswith("." + end)), 1.0)
-        folded[name] = array if factor == 1.0 else array * factor
+        folded[name] = array if isinstance(factor, float) and factor == 1.0 else array * factor
     return folded
+
+
+def _of_parts(config: Config) -> mx.array:
+    """Falcon-H1: the multiplier of each row of a mixer's first layer, which makes gate, x, B, C and steps."""
+    inner, states = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
+    sizes = (inner, inner, states, states, config["mamba_n_heads"])
+    multipliers = config.get("ssm_multipliers") or (1.0,) * len(sizes)
+    return mx.concatenate([mx.full((n,), m) for n, m in zip(sizes, multipliers, strict=True)])

@@ -140,7 +140,6 @@ def _constructed(config: dict[str, Any]) -> Any:
         ("llama", {"model_file": "model.py"}, "model_file"),
         ("llama", {"model_type": "nonesuch", "auto_map": {"AutoModel": "x.Y"}}, "model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-        ("qwen2", {"head_dim": 16}, "head_dim"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),

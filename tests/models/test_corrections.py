@@ -106,6 +106,7 @@ BROAD: list[tuple[str, Fields]] = [
     ("mamba2", {"time_step_limit": [0.1, 0.2]}),
     ("falcon_h1", {"mamba_rms_norm": True, "mamba_n_groups": 2}),
     ("falcon_h1", {"attention_in_multiplier": 0.5}),
+    ("falcon_h1", {"mamba_proj_bias": True}),
     ("deepseek_v3", GROUPS),
     ("glm4_moe", GROUPS),
 ]
