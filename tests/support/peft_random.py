@@ -41,7 +41,9 @@ def drawn(rng: random.Random, network: Any) -> dict[str, Any]:
         "use_dora": True,
         "rank_pattern": {rng.choice(some): rng.choice([2, 5])},
         "alpha_pattern": {rng.choice(some): rng.choice([3, 9])},
-        "modules_to_save": rng.sample(["lm_head", "embed_tokens", "norm", rng.choice(ends)], rng.randint(1, 2)),
+        "modules_to_save": rng.sample(
+            ["lm_head", "embed_tokens", "norm", rng.choice(ends)], rng.randint(1, 2)
+        ),
         "bias": rng.choice(["all", "lora_only"]),
         "lora_dropout": 0.1,
         "init_lora_weights": "gaussian",
@@ -57,7 +59,7 @@ def drawn(rng: random.Random, network: Any) -> dict[str, Any]:
 
 
 def made(network: Any, fields: dict[str, Any], folder: Path, seed: int) -> Any | None:
-    """The adapter on `network`, with random values and saved to `folder`; None where PEFT makes none of it."""
+    """The adapter on `network`, with random values and saved to `folder`; None where PEFT makes none."""
     import peft
 
     torch.manual_seed(seed)
