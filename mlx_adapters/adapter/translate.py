@@ -133,18 +133,16 @@ def _joined_plain(
     module: str, name: str, spots: list[Spot], arrays: list[mx.array], tree: TorchTree
 ) -> mx.array:
     """Rows put together: (IA)3's, a magnitude, or a whole weight."""
+    size = tree.size(module)
+    whole = sum(part.count for spot in spots for part in spot.parts) >= size
     output = name == "ia3_l" and arrays[0].shape[-1] == 1 and arrays[0].shape[0] > 1
-    if not (output or _BY_ROW.search(name) or _WHOLE.search(name)):
+    if not (whole or output or "vera" in name):
+        raise AdapterError(_partly(module, name, tree))
+    if not (output or _by_row(name)):
         if all(mx.array_equal(array, arrays[0]) for array in arrays[1:]):
             return arrays[0]
         raise AdapterError(f"{module}: PyTorch has one {name} for {', '.join(s.path for s in spots)}")
     rows = [spot.rows(array.shape[0])[0] for spot, array in zip(spots, arrays, strict=True)]
-    size = tree.size(module)
-    if sum(map(len, rows)) < size and not output and "vera" not in name:
-        paths = ", ".join(spot.path for spot in tree.sources(module))
-        raise AdapterError(
-            f"{module}: is {paths} here, which only together can have a {name}: adapt them all"
-        )
     total = np.full((size, *arrays[0].shape[1:]), 1.0 if output else 0.0, dtype=np.float32)
     for own, array in zip(rows, arrays, strict=True):
         total[own] = np.array(array.astype(mx.float32))
@@ -240,8 +238,7 @@ def _divided(spots: tuple[Spot, ...], group: Group, rank: int | None) -> list[Gr
     for number, spot in enumerate(spots):
         own: Group = {}
         for name, array in group.items():
-            by_row = _BY_ROW.search(name) or (_WHOLE.search(name) and not re.search("lora_A", name))
-            if by_row or (name == "ia3_l" and array.shape[-1] == 1):
+            if _by_row(name) or (name == "ia3_l" and array.shape[-1] == 1):
                 rows = mx.array(spot.rows(array.shape[0])[0])
                 array = array[rows]
             if blocks:
@@ -250,6 +247,12 @@ def _divided(spots: tuple[Spot, ...], group: Group, rank: int | None) -> list[Gr
             own[name] = _scaled(spot, name, array, inverse=False)
         made.append(own)
     return made
+
+
+def _by_row(name: str) -> bool:
+    """Whether a tensor has a row for each output of its layer."""
+    own = _WHOLE.search(name) and not _NAMED.search(name)
+    return bool(own or _BY_ROW.search(name))
 
 
 def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | None:
@@ -276,6 +279,11 @@ def _unknown(path: str) -> str:
 
 def _mixed(path: str, modules: list[str]) -> str:
     return f"{path}: is {' and '.join(modules)} in PyTorch, and adapters of such layers are not translated"
+
+
+def _partly(module: str, name: str, tree: TorchTree) -> str:
+    paths = ", ".join(spot.path for spot in tree.sources(module))
+    return f"{module}: is {paths} here, which only together can have {name}: adapt them all, and alike"
 
 
 def _paths(pieces: list[tuple[Spot, Group]]) -> str:

@@ -33,8 +33,7 @@ __all__ = [
 
 Weights = dict[str, mx.array]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_RECORD = "names"
-_PIECES = 16  # a tensor in more pieces was permuted, which is not described here
+_RECORD, _PIECES = "names", 16  # a tensor in more pieces was permuted, which is not described here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +157,9 @@ def measure(
     try:
         # an array that was multiplied in place is the same object, with other values
         ones = {} if packed else sanitize(_marks(given, lambda i, s: mx.array(1.0)))
-        odd = {template(n) for n in _samples(list(plain)) if n not in ones or _first(ones[n]) != 1}
+        odd = {template(n) for n in _samples(list(plain), made) if n not in ones or _first(ones[n]) != 1}
         plain = plain if packed else {n: source for n, source in plain.items() if template(n) not in odd}
-        changed = _samples([name for name in made if name not in plain])
+        changed = _samples([name for name in made if name not in plain], made)
         found: dict[str, tuple[Part, ...]] = {n: (Part(source=source),) for n, source in plain.items()}
         found |= _marked(given, changed, sanitize) if changed else {}
     except Exception:  # whatever a model file raises for arrays that are not a checkpoint's
@@ -178,12 +177,13 @@ def _marks(given: Weights, mark: Callable[[int, tuple[int, ...]], mx.array]) -> 
     return {name: mx.broadcast_to(mark(i, shape), shape) for i, (name, shape) in enumerate(shapes)}
 
 
-def _samples(names: list[str]) -> list[str]:
-    """The first and the last name of each template: the others are the same in other blocks."""
+def _samples(names: list[str], made: Weights) -> list[str]:
+    """The first and the last name of each template; of stacks of experts, which take long, the first."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(template(name), []).append(name)
-    return [name for found in kinds.values() for name in dict.fromkeys((found[0], found[-1]))]
+    ends = ((n[0],) if made[n[0]].size > 1 << 24 else (n[0], n[-1]) for n in kinds.values())
+    return [name for found in ends for name in dict.fromkeys(found)]
 
 
 def _marked(
