@@ -136,7 +136,9 @@ def _joined_plain(
     size = tree.size(module)
     whole = sum(part.count for spot in spots for part in spot.parts) >= size
     output = name == "ia3_l" and arrays[0].shape[-1] == 1 and arrays[0].shape[0] > 1
-    if not (whole or output or "vera" in name):
+    if "vera" in name:
+        raise AdapterError(_vera(module))
+    if not (whole or output):
         raise AdapterError(_partly(module, name, tree))
     if not (output or _by_row(name)):
         if all(mx.array_equal(array, arrays[0]) for array in arrays[1:]):
@@ -232,6 +234,8 @@ def _divided(spots: tuple[Spot, ...], group: Group, rank: int | None) -> list[Gr
     """The tensors of one module of PyTorch for each module that it is here."""
     if len(spots) == 1 and not spots[0].split:
         return [{name: _scaled(spots[0], name, array, inverse=False) for name, array in group.items()}]
+    if any("vera" in name for name in group):
+        raise AdapterError(_vera(spots[0].module))
     made: list[Group] = []
     second = next((name for name in group if re.search(r"lora_B\b", name)), None)
     blocks = _blocks(spots, group[second], rank) if second else None
@@ -279,6 +283,10 @@ def _unknown(path: str) -> str:
 
 def _mixed(path: str, modules: list[str]) -> str:
     return f"{path}: is {' and '.join(modules)} in PyTorch, and adapters of such layers are not translated"
+
+
+def _vera(module: str) -> str:
+    return f"{module}: is several layers here, each with the first rows of the matrix B that vera shares: not read"
 
 
 def _partly(module: str, name: str, tree: TorchTree) -> str:

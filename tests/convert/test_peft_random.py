@@ -47,6 +47,7 @@ def outcome(loaded: Any, network: Any, fields: dict[str, Any], seed: int, place:
         adapter.load(loaded, place)
     except AdaptersError as error:
         return str(error)
+    loaded.model.eval()
     ours = logits(loaded.model, TEXT)
     adapter.detach(loaded)
     # float32 in PyTorch is as far from float64, and a large update makes that more

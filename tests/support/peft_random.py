@@ -72,7 +72,7 @@ def made(network: Any, fields: dict[str, Any], folder: Path, seed: int) -> Any |
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if parameter.requires_grad:
-                    size = 0.3 if "lora_" in name and "magnitude" not in name else 0.05
+                    size = 0.1 if "lora_" in name and "magnitude" not in name else 0.05
                     parameter.add_(torch.randn_like(parameter) * size)
         adapted.save_pretrained(folder)
     return adapted
