@@ -57,13 +57,15 @@ def formats(method: str) -> list[str]:
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What an export wrote to `path`. `tensors` is None where the format is not PEFT's; `base` is the model
-    that the folder names, None for one that was neither given nor is PEFT's to name."""
+    that the folder names, None for one that was neither given nor is PEFT's to name. `opened` is what PyTorch
+    said of an architecture that the tests do not compare, empty for the others."""
 
     path: Path
     format: str
     tensors: int | None
     bytes: int
     base: str | None
+    opened: str = ""
 
 
 def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> Exported:
@@ -89,7 +91,9 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     adapter.refuse_links(source)
     if format == "peft":
         done = peft.export(source, dst, base=base)
-        return Exported(path=dst, format=format, tensors=done.tensors, bytes=done.bytes, base=done.base)
+        return Exported(
+            path=dst, format=format, **{k: getattr(done, k) for k in ("tensors", "bytes", "base", "opened")}
+        )
     _OTHERS[format].export(source, dst, base=base)
     return Exported(path=dst, format=format, tensors=None, bytes=folder_bytes(dst), base=base)
 
@@ -100,7 +104,7 @@ def in_words(done: Exported, meta: AdapterMeta) -> list[str]:
         return [f"{done.path}: {done.format}, {size(done.bytes)}"]
     written = f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}"
     if meta.method.IN_PEFT:
-        return [written]
+        return [written, *filter(None, [done.opened])]
     name = meta.method.NAME
     others = "".join(f", or export it with --format {other}" for other in formats(name))
     loader = f"in PyTorch, load it with the load_adapter.py in the folder{others}"

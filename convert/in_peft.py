@@ -19,19 +19,25 @@ _INSIDE = "language_model."
 _ON_LAYERS = ("lora", "dora", "ia3", "vera", "ln_tuning")
 
 
-def closed(method: str, model_type: str, paths: Iterable[str]) -> list[str]:
-    """The last names of those Hugging Face paths at which PEFT does not open `method`."""
+def closed(method: str, model_type: str, paths: Iterable[str], *, measured: bool = False) -> list[str]:
+    """The last names of those paths of PyTorch at which PEFT does not open `method`.
+
+    `measured`: names and values are PyTorch's, as they were measured on the base (`models.names`).
+    """
     if method not in _ON_LAYERS:
         return []
     row = architecture(model_type)
-    return sorted({path.rpartition(".")[2] for path in paths if _is_closed(method, row, path)})
+    return sorted({path.rpartition(".")[2] for path in paths if _is_closed(method, row, path, measured)})
 
 
-def _is_closed(method: str, row: Architecture, path: str) -> bool:
+def _is_closed(method: str, row: Architecture, path: str, measured: bool) -> bool:
     name = path.rpartition(".")[2]
-    if path.startswith(_INSIDE) or re.search(rf"(?:^|\.)(?:{row.peft.absent})$", path):
+    if path.startswith(_INSIDE) and not measured:
         return True
-    if row.shifted_norms and "norm" in name:
+    renamed = row.peft.absent == ".*" and measured  # it has them all, under the names that were found
+    if not renamed and re.search(rf"(?:^|\.)(?:{row.peft.absent})$", path):
+        return True
+    if row.shifted_norms and "norm" in name and not measured:
         return True
     if method in ("lora", "dora") and row.peft.state_space and name == "out_proj":
         return True

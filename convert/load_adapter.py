@@ -224,7 +224,9 @@ def small(own: Any, config: Any) -> Any:
 
 
 # the last layers of attention and of the MLP
-OUT_OF = r"o_proj|out_proj|o_b_proj|dense|wo|c_proj|linear_out|down_proj|fc2|fc_out|dense_4h_to_h|w2"
+OUT_OF = (
+    r"o_proj|out_proj|o_b_proj|dense|wo|c_proj|linear_out|down_proj|fc2|fc_out|dense_4h_to_h|w2|output_linear"
+)
 
 
 def bottleneck(modules: Any, path: str, own: Any, config: Any) -> Any:

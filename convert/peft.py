@@ -28,11 +28,13 @@ from mlx_adapters.convert.against_torch import (
 )
 from mlx_adapters.convert.card import adapter_card
 from mlx_adapters.convert.in_peft import closed
+from mlx_adapters.convert.opening import check_opens
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models import load as models
 from mlx_adapters.models import sites
+from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.origin import is_hub_id
 
 __all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
@@ -55,6 +57,8 @@ class Exported:
     tensors: int
     bytes: int
     base: str
+    opened: str = ""
+    """What PyTorch said of it, where the architecture is not one that the tests compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,17 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
             {"data": public(str(data))} if (data := meta.training.get("data")) else {}
         )
         (folder / "README.md").write_text(adapter_card(meta, base, training), encoding="utf-8")
-    return Exported(dst, len(tensors), folder_bytes(dst), base)
+        opened = _opened(folder, meta)
+    return Exported(dst, len(tensors), folder_bytes(dst), base, opened)
+
+
+def _opened(folder: Path, meta: adapter.AdapterMeta) -> str:
+    """Let PyTorch open what the tests do not."""
+    row = architecture(meta.base.get("model_type", ""))
+    if row.checked or not meta.method.IN_PEFT or not meta.method.AUTO_MODEL:
+        return ""
+    path = meta.base.get("path")
+    return check_opens(folder, Path(path) if path else None)
 
 
 def base_name(source: Path, fields: dict[str, Any], base: str | None) -> str:
@@ -175,7 +189,12 @@ def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[st
         paths, _ = adapter.by_layer(tensors, type(meta.method), model_type, source, plain=True)
     except AdapterError as error:
         raise AdapterError(f"{error}. Write it anew first: mlx-adapters import SRC DST") from None
-    if found := closed(meta.method.NAME, model_type, [sites.to_hf(path, model_type) for path in paths]):
+    if found := closed(
+        meta.method.NAME,
+        model_type,
+        [sites.to_hf(path, model_type) for path in paths],
+        measured=bool(meta.names),
+    ):
         more = " ..." if len(found) > 6 else ""
         raise AdapterError(
             f"{source}: PEFT opens no {meta.method.NAME} on {', '.join(found[:6])}{more} of a {model_type} "

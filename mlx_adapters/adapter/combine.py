@@ -161,6 +161,8 @@ def _member(folder: Path) -> _Member:
     config = meta.method
     if not isinstance(config, LoRA):
         raise AdapterError(f"{folder}: is a {config.NAME} adapter: only LoRA adapters can be combined")
+    if meta.names:  # its tensors have the names of PyTorch, and so have the patterns in PEFT's file
+        config = LoRA.from_peft(adapter.read_fields(folder))
     found: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(folder).items():
         path, dot, factor = name.removeprefix(PREFIX).rpartition(".lora_")

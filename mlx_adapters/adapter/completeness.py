@@ -15,7 +15,7 @@ from mlx_adapters.methods.tied import HEAD
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.routers import routers
-from mlx_adapters.models.torch_tree import torch_path
+from mlx_adapters.models.torch_tree import torch_path, tree_of
 
 __all__ = ["Model", "check_tensors"]
 
@@ -104,7 +104,7 @@ def _check_places(paths: set[str], model: Model) -> None:
 def _check_norms(grouped: dict[str, Arrays], model: Model) -> None:
     """AdapterError for norms that PyTorch trained, where mlx-lm keeps their weights otherwise."""
     norms = [path for path in grouped if "norm" in path.rpartition(".")[2]]
-    if norms and architecture(model.kind).shifted_norms:
+    if norms and architecture(model.kind).shifted_norms and tree_of(model.network, model.kind).names is None:
         raise AdapterError(
             f"it holds a trained {norms[0]}, which mlx-lm keeps one larger in a {model.kind} model: not read"
         )

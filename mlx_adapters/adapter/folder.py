@@ -23,6 +23,7 @@ import mlx.nn as nn
 from mlx_adapters import __version__
 from mlx_adapters.adapter.completeness import Model, check_tensors
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
+from mlx_adapters.adapter.peft_names import scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.reading import (
     CONFIG,
     META,
@@ -33,7 +34,7 @@ from mlx_adapters.adapter.reading import (
     read_fields,
     read_tensors,
 )
-from mlx_adapters.adapter.translate import Written, inward, outward, scaled_inputs, sized, with_fields
+from mlx_adapters.adapter.translate import Written, inward, outward
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
@@ -103,11 +104,10 @@ def save(
         tree = tree_of(network, meta.base["model_type"])
         linear = [path.removesuffix(".base") for path in sites.linears(network)]
         told = with_fields(fields, written, tree, linear)
-        known = meta.method.PEFT_FIELDS or {}
-        if told.get("rank_pattern") and "rank_pattern" not in known:
+        if told.get("rank_pattern") and "rank_pattern" not in (meta.method.PEFT_FIELDS or {}):
             raise AdapterError(
-                f"{meta.method.NAME} on parts of one layer of PyTorch ({next(iter(told['rank_pattern']))}) would "
-                "need a rank of its own there: adapt that with lora"
+                f"{meta.method.NAME} on parts of {next(iter(told['rank_pattern']))}, which is one layer in "
+                "PyTorch, would need a rank of its own there: adapt that with lora"
             )
         meta, fields = replace(meta, names=_names(written, tree, told)), told
     write(folder, _named(written, layers(network)), fields=fields, meta=meta)
@@ -150,6 +150,9 @@ def _named(written: Written, placed: Mapping[str, nn.Module]) -> dict[str, mx.ar
             named |= {name: array for name, array in own if layer.ROOTED or name.startswith(PREFIX)}
             named |= {name: layer[attribute] for attribute, name in layer.SHARED.items()}
     return named
+
+
+_TOLD = ("rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def _by_suffix(layer: AdapterLayer) -> dict[str, mx.array]:

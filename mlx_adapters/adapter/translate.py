@@ -5,23 +5,18 @@ file, so that PEFT computes the same with it; and the other way round when a fil
 through such a change raises an AdapterError that names the tensor.
 """
 
-import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.methods.ia3 import IA3
-from mlx_adapters.methods.low_rank import LowRank
-from mlx_adapters.methods.patterns import as_text, fits
-from mlx_adapters.models.sites import from_hf, matches, to_hf
+from mlx_adapters.models.sites import to_hf
 from mlx_adapters.models.torch_tree import Spot, TorchTree
 
-__all__ = ["Group", "Sizes", "Written", "inward", "outward", "scaled_inputs", "sized", "with_fields"]
+__all__ = ["PREFIX", "Group", "Sizes", "Written", "inward", "outward"]
 
 Group = dict[str, mx.array]
 """The tensors of one layer by the end of their names."""
@@ -31,10 +26,9 @@ _BY_ROW = re.compile(r"lora_B\b|lora_magnitude_vector|vera_lambda_b")  # a row f
 _WHOLE = re.compile(r"(?:^|\.)(?:weight|bias)$")  # the layer's own, trained or copied
 _LOOKED_UP = re.compile(r"lora_embedding_B|trainable_tokens_delta")  # a row for each token
 _NAMED = re.compile(r"lora_|token_adapter|vera_|ia3_l|adapter_|learned_|rotate_|scaling|fusion_")
-_PREFIX = "base_model.model."
-_INSIDE = "language_model"  # transformers' name of the text model beside towers for images and sound
+PREFIX = "base_model.model."
 _KEY = re.compile(  # the module of a tensor, and the rest of its name
-    rf".*?{re.escape(_PREFIX)}(.+?)\.((?:base_layer\.|original_module\.|modules_to_save\.|ln_tuning_layers\."
+    rf".*?{re.escape(PREFIX)}(.+?)\.((?:base_layer\.|original_module\.|modules_to_save\.|ln_tuning_layers\."
     r"|lora_|vera_|ia3_l|token_adapter\.|adapter_|learned_|rotate_|scaling|fusion_|weight$|bias$).*)"
 )
 
@@ -51,7 +45,7 @@ class Written:
     moved: dict[str, tuple[str, ...]]
 
 
-# Out ---------------------------------------------------------------------------------------------------------
+# Out -------------------------------------------------------------------------------------------------------
 
 
 def outward(
@@ -139,18 +133,18 @@ def _joined_plain(
     module: str, name: str, spots: list[Spot], arrays: list[mx.array], tree: TorchTree
 ) -> mx.array:
     """Rows put together: (IA)3's, a magnitude, or a whole weight."""
+    size = tree.size(module)
+    whole = sum(part.count for spot in spots for part in spot.parts) >= size
     output = name == "ia3_l" and arrays[0].shape[-1] == 1 and arrays[0].shape[0] > 1
-    if not (output or _BY_ROW.search(name) or _WHOLE.search(name)):
+    if "vera" in name:
+        raise AdapterError(_vera(module))
+    if not (whole or output):
+        raise AdapterError(_partly(module, name, tree))
+    if not (output or _by_row(name)):
         if all(mx.array_equal(array, arrays[0]) for array in arrays[1:]):
             return arrays[0]
         raise AdapterError(f"{module}: PyTorch has one {name} for {', '.join(s.path for s in spots)}")
     rows = [spot.rows(array.shape[0])[0] for spot, array in zip(spots, arrays, strict=True)]
-    size = tree.size(module)
-    if sum(map(len, rows)) < size and not output and "vera" not in name:
-        paths = ", ".join(spot.path for spot in tree.sources(module))
-        raise AdapterError(
-            f"{module}: is {paths} here, which only together can have a {name}: adapt them all"
-        )
     total = np.full((size, *arrays[0].shape[1:]), 1.0 if output else 0.0, dtype=np.float32)
     for own, array in zip(rows, arrays, strict=True):
         total[own] = np.array(array.astype(mx.float32))
@@ -187,7 +181,7 @@ def _scaled(spot: Spot, name: str, array: mx.array, *, inverse: bool) -> mx.arra
     return (array - plus) / by if inverse else array * by + plus
 
 
-# In ----------------------------------------------------------------------------------------------------------
+# In --------------------------------------------------------------------------------------------------------
 
 
 def inward(
@@ -225,7 +219,7 @@ def inward(
                 continue
             origin[spot.path] = module
             name = to_hf(spot.path, tree.model_type)
-            made |= {f"{_PREFIX}{name}.{suffix}": array for suffix, array in own.items()}
+            made |= {f"{PREFIX}{name}.{suffix}": array for suffix, array in own.items()}
     return made, origin
 
 
@@ -240,14 +234,15 @@ def _divided(spots: tuple[Spot, ...], group: Group, rank: int | None) -> list[Gr
     """The tensors of one module of PyTorch for each module that it is here."""
     if len(spots) == 1 and not spots[0].split:
         return [{name: _scaled(spots[0], name, array, inverse=False) for name, array in group.items()}]
+    if any("vera" in name for name in group):
+        raise AdapterError(_vera(spots[0].module))
     made: list[Group] = []
     second = next((name for name in group if re.search(r"lora_B\b", name)), None)
     blocks = _blocks(spots, group[second], rank) if second else None
     for number, spot in enumerate(spots):
         own: Group = {}
         for name, array in group.items():
-            by_row = _BY_ROW.search(name) or (_WHOLE.search(name) and not re.search("lora_A", name))
-            if by_row or (name == "ia3_l" and array.shape[-1] == 1):
+            if _by_row(name) or (name == "ia3_l" and array.shape[-1] == 1):
                 rows = mx.array(spot.rows(array.shape[0])[0])
                 array = array[rows]
             if blocks:
@@ -256,6 +251,12 @@ def _divided(spots: tuple[Spot, ...], group: Group, rank: int | None) -> list[Gr
             own[name] = _scaled(spot, name, array, inverse=False)
         made.append(own)
     return made
+
+
+def _by_row(name: str) -> bool:
+    """Whether a tensor has a row for each output of its layer."""
+    own = _WHOLE.search(name) and not _NAMED.search(name)
+    return bool(own or _BY_ROW.search(name))
 
 
 def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | None:
@@ -273,145 +274,24 @@ def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | N
     return rank if wanted or values.any() else None
 
 
-def sized(
-    method: LowRank,
-    fields: dict[str, Any],
-    tensors: dict[str, mx.array],
-    moved: dict[str, str],
-    model_type: str,
-) -> LowRank:
-    """LoRA of a file of PEFT's with the rank and the scale of each layer here, by the rule of PEFT there."""
-    given = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    made: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    stacks = {name for name in map(_low_rank, tensors) if name and name.endswith((".base_layer", ".experts"))}
-    for key, array in tensors.items():
-        name = _low_rank(key)
-        if name is None or {name, f"{name}.base_layer"} & stacks:
-            continue
-        module = moved.get(from_hf(name, model_type), name)
-        rank_there, alpha_there = (
-            next((value for key, value in pattern.items() if fits(key, module)), usual)
-            for pattern, usual in zip(given, (method.rank, method.alpha), strict=True)
-        )
-        root = math.sqrt if method.rslora else float
-        alpha = alpha_there / root(rank_there) * root(array.shape[0])
-        for own, value, usual in zip(made, (array.shape[0], alpha), (method.rank, method.alpha), strict=True):
-            if any(given) or not math.isclose(value, usual, rel_tol=1e-12):
-                own[re.escape(name)] = value
-    # PEFT's own patterns stay for stacked experts
-    ranks, alphas = (own | (old if stacks else {}) for own, old in zip(made, given, strict=True))
-    whole = ",".join(_saved_here(fields.get("modules_to_save") or [], moved, model_type))
-    return replace(method, rank_pattern=as_text(ranks), alpha_pattern=as_text(alphas), modules_to_save=whole)
-
-
-def _saved_here(names: list[str], moved: dict[str, str], model_type: str) -> list[str]:
-    """Names of modules that are trained whole, where another name of theirs is needed here."""
-    made: list[str] = []
-    for name in names:
-        own = [(to_hf(path, model_type), module) for path, module in moved.items() if module.endswith(name)]
-        renamed = [path for path, _ in own if not path.endswith(name)]
-        made += renamed or [name]
-    return made
-
-
-def scaled_inputs(method: IA3, moved: dict[str, str], model_type: str) -> IA3:
-    """(IA)3 of a file of PEFT's with the layers here whose input is scaled."""
-    if method.feedforward == "default":
-        return method
-    pattern, names = method.feedforward.removeprefix("re:"), method.feedforward.split(",")
-    regular = method.feedforward.startswith("re:")
-    chosen = [
-        to_hf(path, model_type)
-        for path, module in moved.items()
-        if (re.fullmatch(pattern, module) if regular else any(matches(module, name) for name in names))
-    ]
-    return replace(method, feedforward=",".join(chosen))
-
-
-def _low_rank(key: str) -> str | None:
-    """The layer that a tensor A of LoRA is of."""
-    found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_A(?:\.[^.]+)?\.weight", key)
-    return found[1] if found else None
-
-
-# The configuration -------------------------------------------------------------------------------------------
-
-
-def with_fields(
-    fields: dict[str, Any], written: Written, tree: TorchTree, linears: list[str]
-) -> dict[str, Any]:
-    """PEFT's configuration for the modules of PyTorch.
-
-    `linears` are the paths of all linear layers here, which tell whether the end of a name says enough.
-    """
-    if not written.moved:
-        return fields
-    there: dict[str, list[str]] = {}
-    for path in dict.fromkeys([*linears, *written.moved]):
-        modules = written.moved.get(path) or (tree.path(path),)
-        name = to_hf(path, tree.model_type)
-        for key in (name, name.rpartition(".")[2]):
-            there.setdefault(key, []).extend(modules)
-    everything = {module for path in linears for module in (tree.path(path),)}
-    adapted = set(written.groups)
-    made = dict(fields)
-    for field in ("target_modules", "feedforward_modules"):
-        if isinstance(names := fields.get(field), list):
-            meant = {module for name in names for module in there.get(name, [name])}
-            made[field] = _short(
-                meant & adapted if field == "target_modules" else meant, everything | adapted
-            )
-    if isinstance(names := fields.get("modules_to_save"), list):
-        made["modules_to_save"] = [module for name in names for module in _saved_there(name, written, tree)]
-    if isinstance(parameters := fields.get("target_parameters"), list):
-        made["target_parameters"] = [_parameter(name, there) for name in parameters]
-    if written.sizes and "r" in fields:
-        made |= _patterns(fields, written.sizes)
-    return made
-
-
-def _short(meant: set[str], everything: set[str]) -> list[str]:
-    """Ends of names where they say exactly which modules are meant; a tower beside the text has the same."""
-    if any(_INSIDE in module.split(".") for module in meant):
-        return sorted(meant)
-    ends = {module.rpartition(".")[2] for module in meant}
-    named = {module for module in everything if module.rpartition(".")[2] in ends}
-    return sorted(ends if named <= meant and not any(end.isdigit() for end in ends) else meant)
-
-
-def _saved_there(name: str, written: Written, tree: TorchTree) -> list[str]:
-    """The inverse of `_saved_here` for one name."""
-    own = {m for path, ms in written.moved.items() for m in ms if to_hf(path, tree.model_type).endswith(name)}
-    return [name] if all(module.endswith(name) for module in own) else sorted(own)
-
-
-def _parameter(name: str, there: dict[str, list[str]]) -> str:
-    module, _, last = name.rpartition(".")
-    return f"{there[module][0]}.{last}" if module in there else name
-
-
-def _patterns(fields: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """`rank_pattern` and `alpha_pattern` by whole names, for what is not the usual."""
-    rank, alpha = fields["r"], float(fields["lora_alpha"])
-    ranks = {re.escape(module): own for module, (own, _) in sizes.items() if own != rank}
-    alphas = {}
-    for module, (own, scale) in sizes.items():
-        wanted = scale * (math.sqrt(own) if fields.get("use_rslora") else own)
-        if not math.isclose(wanted, alpha, rel_tol=1e-12):
-            alphas[re.escape(module)] = wanted
-    kept = {name: value for name, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if value}
-    return {**dict.fromkeys(fields.keys() & {"rank_pattern", "alpha_pattern"}, {}), **kept}
-
-
 def _unknown(path: str) -> str:
     return (
-        f"{path}: what its weight is made of in the checkpoint is not known, so no adapter of it can be written "
-        "for PyTorch. Leave this layer out"
+        f"{path}: what its weight is made of in the checkpoint is not known, so no adapter of it can be "
+        "written for PyTorch. Leave this layer out"
     )
 
 
 def _mixed(path: str, modules: list[str]) -> str:
     return f"{path}: is {' and '.join(modules)} in PyTorch, and adapters of such layers are not translated"
+
+
+def _vera(module: str) -> str:
+    return f"{module}: is several layers here, each with the first rows of the matrix B that vera shares: not read"
+
+
+def _partly(module: str, name: str, tree: TorchTree) -> str:
+    paths = ", ".join(spot.path for spot in tree.sources(module))
+    return f"{module}: is {paths} here, which only together can have {name}: adapt them all, and alike"
 
 
 def _paths(pieces: list[tuple[Spot, Group]]) -> str:

@@ -33,8 +33,7 @@ __all__ = [
 
 Weights = dict[str, mx.array]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_RECORD = "names"
-_PIECES = 16  # a tensor in more pieces was permuted, which is not described here
+_RECORD, _PIECES = "names", 16  # a tensor in more pieces was permuted, which is not described here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,8 @@ def from_record(record: dict[str, Any]) -> Names:
     tuples = ("rows", "axes")
 
     def part(fields: dict[str, Any]) -> Part:
-        return Part(**{k: tuple(v) if k in tuples else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in fields.items()}
+        return Part(**values)
 
     same = {name: (Part(source=name),) for name in record.get("same", ())}
     return Names(same | {name: tuple(map(part, parts)) for name, parts in record.get("made", {}).items()})
@@ -157,10 +157,10 @@ def measure(
     try:
         # an array that was multiplied in place is the same object, with other values
         ones = {} if packed else sanitize(_marks(given, lambda i, s: mx.array(1.0)))
-        odd = {template(n) for n in _samples(list(plain)) if n not in ones or _first(ones[n]) != 1}
+        odd = {template(n) for n in _samples(list(plain), made) if n not in ones or _first(ones[n]) != 1}
         plain = plain if packed else {n: source for n, source in plain.items() if template(n) not in odd}
-        changed = _samples([name for name in made if name not in plain])
-        found = {name: (Part(source=source),) for name, source in plain.items()}
+        changed = _samples([name for name in made if name not in plain], made)
+        found: dict[str, tuple[Part, ...]] = {n: (Part(source=source),) for n, source in plain.items()}
         found |= _marked(given, changed, sanitize) if changed else {}
     except Exception:  # whatever a model file raises for arrays that are not a checkpoint's
         return None
@@ -177,12 +177,13 @@ def _marks(given: Weights, mark: Callable[[int, tuple[int, ...]], mx.array]) -> 
     return {name: mx.broadcast_to(mark(i, shape), shape) for i, (name, shape) in enumerate(shapes)}
 
 
-def _samples(names: list[str]) -> list[str]:
-    """The first and the last name of each template: the others are the same in other blocks."""
+def _samples(names: list[str], made: Weights) -> list[str]:
+    """The first and the last name of each template; of stacks of experts, which take long, the first."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(template(name), []).append(name)
-    return [name for found in kinds.values() for name in dict.fromkeys((found[0], found[-1]))]
+    ends = ((n[0],) if made[n[0]].size > 1 << 24 else (n[0], n[-1]) for n in kinds.values())
+    return [name for found in ends for name in dict.fromkeys(found)]
 
 
 def _marked(
@@ -208,13 +209,28 @@ def _marked(
     passes = [run(lambda i, s: mx.array(0.0)), run(lambda i, s: mx.array(1.0))]
     passes.append(run(lambda i, s: mx.array(float(i))))
     passes += [run(along(axis)) for axis in range(depth)]
-    found = {}
+    passes.append(run(lambda i, shape: _noise(shape)))
+    found: dict[str, tuple[Part, ...]] = {}
     for name in names:
         if any(name not in one for one in passes):
             found[name] = ()
             continue
         found[name] = _origin([one.pop(name) for one in passes], order, shapes)
     return found
+
+
+def _noise(shape: tuple[int, ...]) -> mx.array:
+    """A sum of one random number for each index: mixtures of elements are none of them."""
+    made = mx.array(0.0)
+    for axis, size in enumerate(shape):
+        view = [1] * len(shape)
+        view[axis] = size
+        made = made + mx.array(_random(axis, size)).reshape(view)
+    return made
+
+
+def _random(axis: int, size: int) -> np.ndarray:
+    return np.random.default_rng(axis).random(size, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -227,11 +243,19 @@ class _Line:
     places: np.ndarray  # [axes of the source, elements]
 
 
-def _line(passes: list[mx.array], where: Callable[[mx.array], mx.array]) -> _Line:
-    zero, one, number, *places = (np.array(where(array).astype(mx.float32)).ravel() for array in passes)
+def _line(passes: list[mx.array], where: Callable[[mx.array], mx.array], axes: int) -> _Line | None:
+    """None where the elements are not each one of the source's, which has `axes`."""
+    zero, one, number, *places, noise = (
+        np.array(where(array).astype(mx.float32)).ravel() for array in passes
+    )
     scale = one - zero
     safe = np.where(scale == 0, 1, scale)
     at = np.rint(np.stack([(place - zero) / safe for place in places])).astype(int)
+    if (at < 0).any():
+        return None
+    expected = sum(_random(axis, int(own.max()) + 1)[own] for axis, own in enumerate(at[:axes]))
+    if not np.allclose((noise - zero) / safe, expected, atol=1e-3):
+        return None
     return _Line(scale, zero, np.rint((number - zero) / safe).astype(int), at)
 
 
@@ -245,8 +269,13 @@ def _origin(passes: list[mx.array], order: list[str], shapes: dict[str, tuple[in
         index = [slice(None) if n == axis else 0 for n in range(len(shape))]
         return lambda array: array[tuple(index)]
 
-    lines = [_line(passes, across(axis)) for axis in range(len(shape))]
-    if any((line.scale == 0).any() for line in lines):
+    zero, one, first = (_first(array) for array in passes[:3])
+    number = round((first - zero) / (one - zero)) if one != zero else -1
+    if not 0 <= number < len(order):
+        return ()
+    found = [_line(passes, across(axis), len(shapes[order[number]])) for axis in range(len(shape))]
+    lines = [line for line in found if line is not None]
+    if len(lines) < len(found) or any((line.scale == 0).any() for line in lines):
         return ()  # it holds values that are not the checkpoint's
     names = [order[number] for number in lines[0].tensor]
     source = shapes[names[0]]
@@ -255,9 +284,9 @@ def _origin(passes: list[mx.array], order: list[str], shapes: dict[str, tuple[in
     if len(source) != len(shape):
         return ()
     axes = _axes(lines, source, shape)
-    if axes is None or any(shapes[name] != source for name in names):
+    if axes is None or any(len(shapes[name]) != len(source) for name in names):
         return ()
-    return _pieces(lines, names, axes, source)
+    return _pieces(lines, names, axes, shapes)
 
 
 def _stack(
@@ -300,8 +329,9 @@ def _axes(lines: list[_Line], source: tuple[int, ...], shape: tuple[int, ...]) -
 
 
 def _pieces(
-    lines: list[_Line], names: list[str], axes: tuple[int, ...], source: tuple[int, ...]
+    lines: list[_Line], names: list[str], axes: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[Part, ...]:
+    source = shapes[names[0]]
     cut = [
         n
         for n, one in enumerate(lines)
@@ -328,7 +358,7 @@ def _pieces(
         if same:
             continue
         first, by = int(rows[start]), step or 1
-        whole = (first, by, end - start) == (0, 1, source[axes[along]])
+        whole = end - start == len(rows) and (first, by, end - start) == (0, 1, source[axes[along]])
         parts.append(
             Part(
                 source=names[start],

@@ -43,7 +43,7 @@ class Spot:
         return len(self.parts) == 1 and self.parts[0].rows is not None
 
     def rows(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each of the `count` rows here: (its row in PyTorch, what it is multiplied by, what is added)."""
+        """For each of the `count` rows here: (its row in PyTorch, its factor, what is added)."""
         rows, scales, shifts = [], [], []
         for part in self.parts:
             own = np.arange(*part.rows) if part.rows else np.arange(count)
@@ -96,7 +96,7 @@ class TorchTree:
 
     @cached_property
     def _forward(self) -> dict[str, tuple[tuple[str, tuple[Part, ...]], ...]]:
-        """{template of a path: ((template of the module in PyTorch, parts), ...)}, for modules with a weight."""
+        """{template of a path: ((template of the module in PyTorch, parts), ...)}, of those with a weight."""
         found: dict[str, tuple[tuple[str, tuple[Part, ...]], ...]] = {}
         for name, parts in self.names.tensors.items() if self.names else ():
             if not name.endswith(_WEIGHT) or any(part.stacked for part in parts):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters import adapter
 from mlx_adapters.cli.app import app
-from mlx_adapters.convert import against_torch
+from mlx_adapters.convert import against_torch, to_transformers
 from mlx_adapters.convert import fuse as fused
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.fuse import fuse
@@ -110,6 +110,7 @@ def test_the_check_can_fail(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPT-J's names left as MLX has them: transformers finds none of them."""
+    monkeypatch.setattr(to_transformers, "checkpoint_tensors", lambda names, weights: {})
     monkeypatch.setattr(Architecture, "to_hf", lambda self, path: path)
     saved(folders["llama"], "lora", tmp_path / "l")
     saved(folders["gptj"], "lora", tmp_path / "a")

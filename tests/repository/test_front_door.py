@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import mlx_adapters
 
 ROOT = Path(__file__).parents[2]

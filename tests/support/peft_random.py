@@ -59,7 +59,7 @@ def drawn(rng: random.Random, network: Any) -> dict[str, Any]:
 
 
 def made(network: Any, fields: dict[str, Any], folder: Path, seed: int) -> Any | None:
-    """The adapter on `network`, with random values and saved to `folder`; None where PEFT makes none of it."""
+    """The adapter on `network`, with random values and saved to `folder`; None where PEFT makes none."""
     import peft
 
     torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def made(network: Any, fields: dict[str, Any], folder: Path, seed: int) -> Any |
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if parameter.requires_grad:
-                    size = 0.3 if "lora_" in name and "magnitude" not in name else 0.05
+                    size = 0.1 if "lora_" in name and "magnitude" not in name else 0.05
                     parameter.add_(torch.randn_like(parameter) * size)
         adapted.save_pretrained(folder)
     return adapted
