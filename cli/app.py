@@ -12,21 +12,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mlx_adapters import __version__
-from mlx_adapters.cli import data, signals
+from mlx_adapters import __version__, signals
+from mlx_adapters.cli import data
 from mlx_adapters.cli.options import App
-from mlx_adapters.cli.screen import complain, deaf
+from mlx_adapters.cli.screen import complain, say
 from mlx_adapters.cpu import processes
 from mlx_adapters.errors import AdaptersError
+from mlx_adapters.files.streams import deaf
 
 _LONGEST = 2000  # characters of an error
 # In the order of the help.
 _COMMANDS = """quickstart convert plan train eval harness compare study export push import fuse generate chat
 serve combine info methods models doctor"""
 # Commands that compute with MLX alone, also where torch is installed.
-_WITHOUT_TORCH = frozenset(
-    ("train", "eval", "study", "generate", "chat", "serve", "plan", "info", "import", "combine", "models")
-)
+_WITHOUT_TORCH = {
+    *("train", "eval", "study", "generate", "chat", "serve"),
+    *("plan", "info", "import", "combine", "models", "push"),
+}
 
 
 class _Group(TyperGroup):
@@ -35,12 +37,14 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except AdaptersError as error:
             _fail(" ".join(str(error).split()), 2)
+        except signals.Stopped:
+            raise typer.Exit(130) from None
         except KeyboardInterrupt:
             _fail("interrupted", 130)
         except SystemExit as error:  # typer ends in other ways: this comes from a library
             _fail(f"a library ended the program ({error.code})", 2)
         except OSError as error:
-            if deaf() and isinstance(error, BrokenPipeError):
+            if deaf(sys.stdout) and isinstance(error, BrokenPipeError):
                 raise typer.Exit(0) from None  # the reader, such as head, has seen enough of the result
             if error.filename is None and error.errno is None:
                 raise
@@ -100,7 +104,7 @@ def main() -> None:
         # transformers, read for its tokenizers, imports torch wherever that is installed: three seconds for
         # nothing. None in its place says that there is none; a process that has it already keeps it.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    signals.listen()
+    signals.listen(say)
     app(prog_name="mlx-adapters")
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from pathlib import Path
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,19 +10,14 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.cli.signals import instead, telling
-from mlx_adapters.errors import AdaptersError, ConfigError, counted
+from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.files.documents import json_option
+from mlx_adapters.signals import telling
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
     from mlx_adapters.generate.conversation import Conversation
     from mlx_adapters.models.load import LanguageModel
-
-_HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
-/compare        the next message answered by the base and by each adapter
-/reset          forget the conversation
-/save FILE      write the conversation as JSON
-/help           this; Ctrl-C stops an answer, Ctrl-D ends"""
 
 
 def command(
@@ -38,16 +33,15 @@ def command(
     port: Annotated[int, opt("port of --web, at 127.0.0.1", min=1, max=65535)] = 7860,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
-    from mlx_adapters.data.templates import TEMPLATES
-    from mlx_adapters.errors import unknown
+    from mlx_adapters.adapter.multi import load_named
+    from mlx_adapters.data.templates import check
     from mlx_adapters.generate.conversation import Conversation
 
-    if template is not None and template not in TEMPLATES:
-        raise ConfigError(unknown("template", template, TEMPLATES))
+    check(template)
     if web and template is not None:
         raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    kwargs = options.json_object(chat_template_kwargs, "--chat-template-kwargs")
-    loaded, metas = options.load_named(model, adapter, base="base")
+    kwargs = json_option(chat_template_kwargs, "--chat-template-kwargs")
+    loaded, metas = load_named(model, adapter or (), base="base")
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if web:
         _page(loaded, metas, port, seed=seed, template_kwargs=kwargs, **settings)
@@ -61,22 +55,18 @@ def command(
 
 def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
+    from mlx_adapters.cli.serve import until_stopped
     from mlx_adapters.serve import Engine
-    from mlx_adapters.serve.page import build, start
+    from mlx_adapters.serve.page import build, opened
 
     engine = Engine(loaded, metas, name="base")
     page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
-    address = start(page, host="127.0.0.1", port=port)
-    instead(engine.stop)
-    say(f"{address} answers as {', '.join(engine.models)}; Ctrl-C stops")
-    try:
-        engine.run()
-    finally:
-        page.close(verbose=False)
-    say("stopped")
+    until_stopped(engine, opened(page, host="127.0.0.1", port=port), "answers as")
 
 
 def _loop(chat: "Conversation") -> None:
+    from mlx_adapters.generate.conversation import HELP
+
     # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that; Ctrl-C ends an
     # answer here, not the program: no message
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,15 +84,19 @@ def _loop(chat: "Conversation") -> None:
         if line == "/compare":
             compare = True
             say("the next message is answered by all")
+        elif line == "/help":
+            typer.echo(HELP)
         elif line.startswith("/"):
-            _order(chat, line)
+            say(chat.order(line))
         elif line:
-            (_compare if compare else _ask)(chat, line)
+            for name, answer in chat.compare(line) if compare else [("", chat.ask(line))]:
+                if compare:
+                    typer.echo(f"[{name}]")
+                _write(answer)
             compare = False
 
 
-def _ask(chat: "Conversation", line: str) -> None:
-    answer = chat.ask(line)
+def _write(answer: Generator[str]) -> None:
     try:
         for piece in answer:
             typer.echo(piece, nl=False)
@@ -112,41 +106,3 @@ def _ask(chat: "Conversation", line: str) -> None:
     except KeyboardInterrupt:  # the answer ends here
         answer.close()
     typer.echo()
-
-
-def _compare(chat: "Conversation", line: str) -> None:
-    """The base and every adapter on the same conversation, which stays as it was."""
-    before, turns = chat.name, list(chat.turns)
-    for name in [None, *chat.adapters]:
-        chat.use(name)
-        chat.turns = list(turns)
-        typer.echo(f"[{name or 'base'}]")
-        _ask(chat, line)
-    chat.turns = turns
-    chat.use(None if before == "base" else before)
-
-
-def _order(chat: "Conversation", line: str) -> None:
-    from mlx_adapters.files.writing import write_json
-
-    word, _, rest = line.partition(" ")
-    rest = rest.strip()
-    try:
-        if word == "/help":
-            typer.echo(_HELP)
-        elif word == "/adapter" and rest:
-            chat.use(None if rest == "off" else rest)
-            say(f"now: {chat.name}")
-        elif word == "/adapter":
-            say(f"adapters: {', '.join(chat.adapters) or 'none'}; now: {chat.name}")
-        elif word == "/reset":
-            chat.turns = []
-            chat.forget()
-            say("forgotten")
-        elif word == "/save" and rest:
-            write_json(Path(rest), chat.turns)
-            say(f"{rest}: {counted(len(chat.turns), 'turn')}")
-        else:
-            say(f"unknown command {word}: /help lists them")
-    except (AdaptersError, OSError) as error:
-        say(f"error: {error}")

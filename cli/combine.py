@@ -6,25 +6,20 @@ from typing import Annotated
 import typer
 
 from mlx_adapters.cli.complete import COMBINATIONS
-from mlx_adapters.cli.options import arg, opt
+from mlx_adapters.cli.options import arg, numbers, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.errors import ConfigError, counted
+from mlx_adapters.errors import counted
+
+_WEIGHTS = "a number for each adapter, joined by commas [default: equal shares]"
+_HOW = "linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune (also *_svd)"
 
 
 @reporting("path", "how", "weights", "layers", "rank")
 def command(
     adapters: Annotated[list[Path], arg("LoRA adapter folders of one base")],
     dst: Annotated[Path, arg("new adapter folder to write")],
-    weights: Annotated[
-        str | None, opt("a number for each adapter, joined by commas [default: equal shares]")
-    ] = None,
-    how: Annotated[
-        str,
-        opt(
-            "linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune (also *_svd)",
-            values=COMBINATIONS,
-        ),
-    ] = "linear",
+    weights: Annotated[str | None, opt(_WEIGHTS)] = None,
+    how: Annotated[str, opt(_HOW, values=COMBINATIONS)] = "linear",
     rank: Annotated[int | None, opt("rank of the result, for svd")] = None,
     density: Annotated[float, opt("share of entries that ties, dare and prune keep")] = 0.5,
     seed: Annotated[int, opt("seed for choosing the entries that dare drops")] = 0,
@@ -33,21 +28,12 @@ def command(
 
     It computes what PEFT's add_weighted_adapter does.
     """
-    numbers = _numbers(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
+    shares = [1 / len(adapters)] * len(adapters)
+    if weights is not None:
+        shares = numbers(weights, float, "--weights", "numbers joined by commas, like 0.7,0.3")
     from mlx_adapters.adapter.combine import combine
 
-    done = combine(adapters, numbers, dst, method=how, rank=rank, density=density, seed=seed)
-    report(
-        {"path": done.path, "how": how, "weights": numbers, "layers": done.layers, "rank": done.rank},
-        lambda: typer.echo(
-            f"{done.path}: {how} of {counted(len(adapters), 'adapter')}, {counted(done.layers, 'layer')}, "
-            f"rank {done.rank}"
-        ),
-    )
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights {text!r}: write numbers joined by commas, like 0.7,0.3") from None
+    done = combine(adapters, shares, dst, method=how, rank=rank, density=density, seed=seed)
+    of = f"{how} of {counted(len(adapters), 'adapter')}, {counted(done.layers, 'layer')}, rank {done.rank}"
+    found = {"path": done.path, "how": how, "weights": shares, "layers": done.layers, "rank": done.rank}
+    report(found, lambda: typer.echo(f"{done.path}: {of}"))

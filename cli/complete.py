@@ -5,6 +5,7 @@ module that does, its names stand here too, and a test holds the two together.
 """
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 
 __all__ = ["FIELDS", "among", "methods", "tasks", "templates"]
 
@@ -22,18 +23,17 @@ COMBINATIONS = ("linear", "cat", "svd", *_PRUNED, *(f"{name}_svd" for name in _P
 
 def among(values: Iterable[str]) -> Complete:
     """What completes a word to one of `values`."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def _listed(module: str, name: str) -> Complete:
+    """The values that a module of the library has under that name, or that a function of it returns."""
 
     def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.startswith(incomplete)]
+        values = getattr(import_module(f"mlx_adapters.{module}"), name)
+        return among(values() if callable(values) else values)(incomplete)
 
     return complete
-
-
-def methods(incomplete: str) -> list[str]:
-    """The adapter methods."""
-    from mlx_adapters.methods import names
-
-    return among(names())(incomplete)
 
 
 def tasks(incomplete: str) -> list[str]:
@@ -44,35 +44,17 @@ def tasks(incomplete: str) -> list[str]:
     return [before + comma + name for name in among([*names(), *GROUPS])(last)]
 
 
-def templates(incomplete: str) -> list[str]:
-    """The prompt templates."""
-    from mlx_adapters.data.templates import TEMPLATES
-
-    return among(TEMPLATES)(incomplete)
-
-
-def loss_on(incomplete: str) -> list[str]:
-    """What the loss may be taken on."""
-    from mlx_adapters.data.tokens import LOSS_ON
-
-    return among(LOSS_ON)(incomplete)
-
-
-def _config(name: str) -> Complete:
-    def complete(incomplete: str) -> list[str]:
-        from mlx_adapters.train import config
-
-        return among(getattr(config, name))(incomplete)
-
-    return complete
-
-
+methods = _listed("methods", "names")
+templates = _listed("data.templates", "TEMPLATES")
 FIELDS: dict[str, Complete] = {
-    "optimizer": _config("OPTIMIZER_NAMES"),
-    "schedule": _config("SCHEDULES"),
-    "on_bad_step": _config("BAD_STEP"),
-    "compile": _config("COMPILE"),
+    "optimizer": _listed("train.config", "OPTIMIZER_NAMES"),
+    "schedule": _listed("train.config", "SCHEDULES"),
+    "on_bad_step": _listed("train.config", "BAD_STEP"),
+    "compile": _listed("train.config", "COMPILE"),
     "template": templates,
-    "loss_on": loss_on,
+    "loss_on": _listed("data.tokens", "LOSS_ON"),
+    "protocol": _listed("evaluate.protocol", "PROTOCOLS"),
+    "decoding": _listed("evaluate.config", "DECODINGS"),
+    "choices": _listed("evaluate.config", "CHOICES"),
 }
 """By the name of a field of a settings' dataclass, for the options made of it."""

@@ -11,7 +11,7 @@ from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
 
 
-@reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "verify")
+@reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "remark", "verify")
 def command(
     src: Annotated[str, arg("hub id, folder, or .gguf file")],
     dst: NewFolder,
@@ -33,6 +33,8 @@ def command(
     done = convert(
         src, dst, revision=revision, bits=bits, group_size=group_size, mode=mode, recipe=recipe, dtype=dtype
     )
+    if done.remark:
+        say(done.remark)
     verdict = None
     if verify:
         from mlx_adapters.convert.verify import verify_model
@@ -42,6 +44,4 @@ def command(
 
     text = f"{done}\n{verdict}" if verdict else str(done)
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"verify": checked}, lambda: typer.echo(text))
-    if verdict and not verdict.passed:
-        raise typer.Exit(1)
+    report(asdict(done) | {"verify": checked}, lambda: typer.echo(text), passed=not verdict or verdict.passed)

@@ -10,8 +10,7 @@ from mlx_adapters.cli.options import AdapterFolder, Model, fields_as_options, op
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import counted
-from mlx_adapters.evaluate.config import CHOICES, DECODINGS, EvalConfig
-from mlx_adapters.evaluate.protocol import PROTOCOLS
+from mlx_adapters.evaluate.config import EvalConfig
 
 if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part
@@ -25,11 +24,10 @@ _PROCESSES = (
     "share the items among processes, each with its own model [default: 1; on a CPU 2 for 128 items or "
     "more, where memory allows and a second core is free]"
 )
-_VALUES = {"protocol": PROTOCOLS, "decoding": DECODINGS, "choices": CHOICES}
 
 
 @reporting(*_KEYS, "limit", "seed", "scores")
-@fields_as_options(EvalConfig, **_VALUES)
+@fields_as_options(EvalConfig)
 def command(
     model: Model,
     task: Annotated[str, opt(_TASK, values=complete.tasks)],

@@ -10,8 +10,8 @@ from mlx_adapters.cli.complete import FORMATS
 from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import counted
-from mlx_adapters.units import size
+
+_MODEL = "MLX model folder for --verify [default: the one it was trained on]"
 
 
 @reporting("path", "format", "tensors", "bytes", "base", "verify")
@@ -21,9 +21,7 @@ def command(
     format: Annotated[str, opt("peft, adapterhub, llm-adapters or mlx-lm", values=FORMATS)] = "peft",
     base: Base = None,
     verify: Annotated[bool, opt("open it with peft and transformers and compare")] = False,
-    model: Annotated[
-        Path | None, opt("MLX model folder for --verify [default: the one it was trained on]")
-    ] = None,
+    model: Annotated[Path | None, opt(_MODEL)] = None,
 ) -> None:
     """Write the adapter for another library, by default PEFT.
 
@@ -41,22 +39,10 @@ def command(
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
-        if done.tensors is None:
-            typer.echo(f"{done.path}: {format}, {size(done.bytes)}")
-            return
-        typer.echo(f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}")
-        if not meta.method.IN_PEFT:
-            others = "".join(
-                f", or export it with --format {name}" for name in exchange.formats(meta.method.NAME)
-            )
-            typer.echo(
-                f"PEFT has no {meta.method.NAME}: in PyTorch, load it with the load_adapter.py in the "
-                f"folder{others}"
-            )
+        for line in exchange.in_words(done, meta):
+            typer.echo(line)
         if verdict:
             typer.echo(str(verdict))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"verify": checked}, words)
-    if verdict and not verdict.passed:
-        raise typer.Exit(1)
+    report(asdict(done) | {"verify": checked}, words, passed=not verdict or verdict.passed)

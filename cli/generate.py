@@ -7,9 +7,12 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import live, report, reporting
+from mlx_adapters.files.documents import json_option
+
+_KEYS = ("text", "template", "prompt_tokens", "tokens", "finish_reason")
 
 
-@reporting("text", "template", "prompt_tokens", "tokens", "finish_reason")
+@reporting(*_KEYS)
 def command(
     model: options.Model,
     prompt: Annotated[str, opt("the instruction")],
@@ -31,9 +34,8 @@ def command(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        chat_template_kwargs=options.json_object(chat_template_kwargs, "--chat-template-kwargs"),
+        chat_template_kwargs=json_option(chat_template_kwargs, "--chat-template-kwargs"),
     )
     for piece in answer:
         live(piece)
-    fields = ("text", "template", "prompt_tokens", "tokens", "finish_reason")
-    report({name: getattr(answer, name) for name in fields}, typer.echo)
+    report({name: getattr(answer, name) for name in _KEYS}, typer.echo)

@@ -7,20 +7,19 @@ from mlx_adapters.cli.options import AdapterFolder, BatchSize, Model, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
 
+_FEWSHOT = "worked examples in the prompt [default: the task's]"
+_CHAT = "write prompts as the model's chat template does"
+
 
 @reporting("model", "adapter", "results", "versions", "samples")
 def command(
     model: Model,
     tasks: Annotated[str, opt("tasks or groups of lm_eval, joined by commas: arc_easy,piqa")],
     adapter: AdapterFolder = None,
-    num_fewshot: Annotated[
-        int | None, opt("worked examples in the prompt [default: the task's]", min=0)
-    ] = None,
+    num_fewshot: Annotated[int | None, opt(_FEWSHOT, min=0)] = None,
     limit: Annotated[int | None, opt("the first N items of each task", min=1)] = None,
     batch_size: BatchSize = None,
-    chat_template: Annotated[
-        bool, opt("write prompts as the model's chat template does", "--apply-chat-template")
-    ] = False,
+    chat_template: Annotated[bool, opt(_CHAT, "--apply-chat-template")] = False,
     include_path: Annotated[
         Path | None, opt("folder of your own YAML tasks; Python they name is run")
     ] = None,

@@ -6,21 +6,16 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
-from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, templates
+from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, methods, templates
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.files import documents
-
-if TYPE_CHECKING:
-    from mlx_adapters.adapter import AdapterMeta
-    from mlx_adapters.models.load import LanguageModel
-
 
 F = TypeVar("F", bound=Callable[..., Any])
+N = TypeVar("N", int, float)
 
 
 class _Command(TyperCommand):
@@ -63,13 +58,8 @@ NewFolder = Annotated[Path, arg("new folder to write")]
 AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
 Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
 Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
-Template = Annotated[
-    str | None,
-    opt(
-        "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]",
-        values=templates,
-    ),
-]
+_TEMPLATE = "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]"
+Template = Annotated[str | None, opt(_TEMPLATE, values=templates)]
 ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
 DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
 BatchSize = Annotated[
@@ -78,14 +68,14 @@ BatchSize = Annotated[
 MaxTokens = Annotated[int, opt("longest answer", min=1)]
 Temperature = Annotated[float, opt("0 takes the most likely token", min=0)]
 Dtype = Annotated[str | None, opt("float32, float16 or bfloat16 [default: the source's]", values=DTYPES)]
+METHOD = opt("see `mlx-adapters methods`", values=methods)
+Settings = Annotated[list[str] | None, opt("a field of the method: rank=16", "--set")]
 Mode = Annotated[str, opt("quantization: affine, mxfp4, mxfp8 or nvfp4", values=MODES)]
 
 
-def fields_as_options(
-    config_class: type, **values: Iterable[str]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Append the fields of `config_class` to a command's signature; the command gets them in `**given`,
-    None where they are not set. `values` are what the shell completes, by field."""
+    None where they are not set."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(config_class)
@@ -93,20 +83,11 @@ def fields_as_options(
         parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for field in dataclasses.fields(config_class):
             default = "" if field.default is None else f" [default: {field.default}]"
-            kind = _plain(hints[field.name])
-            option = typer.Option(
-                f"--{field.name.replace('_', '-')}",
-                help=field.metadata["help"] + default,
-                autocompletion=among(values[field.name]) if field.name in values else FIELDS.get(field.name),
-            )
-            parameters.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[kind | None, option],
-                )
-            )
+            name = f"--{field.name.replace('_', '-')}"
+            option = opt(field.metadata["help"] + default, name, values=FIELDS.get(field.name, ()))
+            kind = _plain(hints[field.name]) | None
+            keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            parameters.append(keyword.replace(annotation=Annotated[kind, option]))
         command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -114,68 +95,15 @@ def fields_as_options(
     return decorate
 
 
-def read_yaml(file: Path | None, known: set[str]) -> dict[str, Any]:
-    """A run file as a flat mapping; ConfigError for anything else, and for unknown keys."""
-    content = {} if file is None else documents.read_yaml(file)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: must be a mapping of option names to values")
-    if strange := sorted(set(map(str, content)) - known):
-        raise ConfigError(f"{file}: unknown keys {', '.join(strange)}. Known: {', '.join(sorted(known))}")
-    return content
-
-
-def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
-    """`["rank=8", ...]` as a mapping; ConfigError for an entry without `=`."""
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{where} {pair!r}: write it as name=value")
-        if name.strip() in found:
-            raise ConfigError(f"{where} {pair!r}: {name.strip()} is set twice: give it once")
-        found[name.strip()] = value.strip()
-    return found
-
-
-def json_object(text: str | None, where: str) -> dict[str, Any]:
-    """The JSON object an option gives, empty when it is not given; ConfigError for anything else."""
+def numbers(text: str, kind: type[N], where: str, form: str, *, least: N | None = None) -> list[N]:
+    """The numbers of a text, joined by commas, none below `least`; ConfigError tells the `form` to write."""
     try:
-        value = documents.from_json(text) if text is not None else {}
-    except ValueError as error:
-        raise ConfigError(f"{where} {text!r:.60}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} {text!r:.60}: must be a JSON object, '{{\"name\": value}}'")
-    return value
-
-
-def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; None means not set."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        result |= {name: value for name, value in layer.items() if value is not None}
-    return result
-
-
-def load_named(
-    model: str, adapters: list[str] | None, *, base: str
-) -> "tuple[LanguageModel, dict[str, AdapterMeta]]":
-    """The model with the adapters of --adapter NAME=FOLDER, or FOLDER; ConfigError where two of them, or the
-    base, would have one name."""
-    from mlx_adapters.adapter.multi import load_adapters
-    from mlx_adapters.models.load import load
-
-    folders: dict[str, Path] = {}
-    for text in adapters or []:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).is_dir():
-            name, folder = Path(text).resolve().name, text
-        if not name or not folder:
-            raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
-        if name in folders or name == base:
-            raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
-        folders[name] = Path(folder)
-    loaded = load(model, answering=True)
-    return loaded, load_adapters(loaded, folders) if folders else {}
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or (least is not None and min(found) < least):
+        raise ConfigError(f"{where} {text!r}: write {form}")
+    return found
 
 
 def _plain(hint: Any) -> Any:

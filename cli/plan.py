@@ -1,119 +1,64 @@
 """`mlx-adapters plan MODEL`."""
 
-import re
-import shlex
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import settings
+from mlx_adapters.cli import options
+from mlx_adapters.cli.complete import FIELDS
+from mlx_adapters.cli.options import METHOD, numbers, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.units import size
+from mlx_adapters.fields import settings
+from mlx_adapters.units import bytes_of, size
 
-if TYPE_CHECKING:
-    from mlx_adapters.train.plan import MemoryPlan, Plan
-
-__all__ = ["command"]
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_LOSS_ON = "completion or all, as `train --loss-on`"
 
 
 @reporting("memory", "process", "plans", "command")
 def command(
-    model: Annotated[str, typer.Argument(help="model folder or hub id")],
-    method: Annotated[
-        str, typer.Option(help="see `mlx-adapters methods`", autocompletion=complete.methods)
-    ] = "lora",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a field of the method: rank=16")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="longest row, as `train --cutoff`")] = 256,
-    batch_sizes: Annotated[str, typer.Option(help="batch sizes to try")] = "1,2,4,8",
-    loss_on: Annotated[
-        str, typer.Option(help="completion or all, as `train --loss-on`", autocompletion=complete.loss_on)
-    ] = "completion",
-    memory: Annotated[str | None, typer.Option(help="of the machine, 16GB say [default: this one]")] = None,
+    model: options.Model,
+    method: Annotated[str, METHOD] = "lora",
+    set_: options.Settings = None,
+    tokens: Annotated[int, opt("longest row, as `train --cutoff`", min=2)] = 256,
+    batch_sizes: Annotated[str, opt("batch sizes to try")] = "1,2,4,8",
+    loss_on: Annotated[str, opt(_LOSS_ON, values=FIELDS["loss_on"])] = "completion",
+    memory: Annotated[str | None, opt("of the machine, 16GB say [default: this one]")] = None,
 ) -> None:
     """Predict the memory of training: which settings fit, and the command for the fastest of them."""
     from mlx_adapters import methods
     from mlx_adapters.train import plan
 
-    limit = None if memory is None else _bytes(memory)
-    configs = plan.candidates(_numbers(batch_sizes), cutoff=tokens, loss_on=loss_on)
+    limit, fields = None if memory is None else _bytes(memory), set_ or []
+    sizes = numbers(batch_sizes, int, "--batch-sizes", "whole numbers joined by commas, 1,2,4 say", least=1)
+    configs = plan.candidates(sizes, cutoff=tokens, loss_on=loss_on)
     say(f"running a step of four and of six blocks of {model}")
-    chosen = methods.make(method, dict(settings(set_ or [])))
-    found = plan.predict_all(model, method=chosen, configs=configs)
+    found = plan.predict_all(model, method=methods.make(method, dict(settings(fields))), configs=configs)
     plans = list(track("plan", found, len(configs), lambda one: f"batch size {one.batch_size}"))
     weighed = plan.weigh(plans, limit)
-    arguments = _arguments(method, set_ or [], loss_on)
     best = weighed.best
-    advice = f"mlx-adapters train {shlex.quote(model)} {_of(best)}{arguments}" if best else None
+    advice = plan.command(model, best, method=method, fields=fields, loss_on=loss_on) if best else None
 
     def words() -> None:
-        _table(weighed)
+        table(*plan.cells(weighed))
         typer.echo(
             f"{method}, rows of {tokens} tokens: {size(plans[0].weights)} of weights, "
             f"{size(plans[0].adapter)} for the adapter with gradient and optimizer, the rest activations"
         )
-        typer.echo(
-            f"The fastest that fits:\n    {advice}"
-            if advice
-            else f"None fits {size(weighed.memory)}: try fewer --tokens, or a base of fewer bits "
-            "(convert --bits 4)"
-        )
+        none = f"None fits {size(weighed.memory)}: try fewer --tokens, or a base of fewer bits "
+        typer.echo(f"The fastest that fits:\n    {advice}" if advice else none + "(convert --bits 4)")
 
     rows = [asdict(one) | {"fits": weighed.fits(one)} for one in plans]
-    document = {"memory": weighed.memory, "process": weighed.process, "plans": rows, "command": advice}
-    report(document, words)
-
-
-def _table(weighed: "MemoryPlan") -> None:
-    columns = ["batch size", "gradient checkpointing", "arrays at the peak", "with the process"]
-    table(
-        [*columns, f"fits {size(weighed.memory)}"],
-        [
-            [
-                str(one.batch_size),
-                "yes" if one.gradient_checkpointing else "no",
-                size(one.peak),
-                size(one.peak + weighed.process),
-                "yes" if weighed.fits(one) else "NO",
-            ]
-            for one in weighed.plans
-        ],
+    report(
+        {"memory": weighed.memory, "process": weighed.process, "plans": rows, "command": advice},
+        words,
     )
 
 
-def _of(best: "Plan") -> str:
-    """The options of a plan."""
-    words = f"--data my.jsonl --output my-adapter --batch-size {best.batch_size} --cutoff {best.tokens}"
-    return words + (" --gradient-checkpointing" if best.gradient_checkpointing else "")
-
-
-def _arguments(method: str, fields: list[str], loss_on: str) -> str:
-    """The other options, where they are not the default."""
-    words = [] if method == "lora" else ["--method", method]
-    for field in fields:
-        words += ["--set", field]
-    if loss_on != "completion":
-        words += ["--loss-on", loss_on]
-    return "".join(f" {shlex.quote(word)}" for word in words)
-
-
-def _numbers(text: str) -> list[int]:
+def _bytes(memory: str) -> int:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        return bytes_of(memory)
     except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"--batch-sizes {text!r}: write whole numbers joined by commas, 1,2,4 say")
-    return numbers
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
-    if not found:
-        raise ConfigError(f"--memory {text!r}: write it like 16GB")
-    return int(float(found[1]) * _UNITS[found[2]])
+        raise ConfigError(f"--memory {memory!r}: write it like 16GB") from None

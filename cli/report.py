@@ -6,15 +6,13 @@ to stderr either way; an error is one line there and leaves stdout empty.
 
 import functools
 import inspect
-import json
-import math
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mlx_adapters.files.documents import to_json
 
 _as_json = False
 
@@ -48,31 +46,20 @@ def reporting(*fields: str, each: bool = False) -> Callable[[Callable[..., None]
     return decorate
 
 
-def report(document: Any, words: Callable[[], None]) -> None:
+def report(document: Any, words: Callable[[], None], *, passed: bool = True) -> None:
     """Print the result: `document` as JSON where the user asked for it, otherwise what `words` prints.
 
-    Dataclasses, paths and tuples are written as objects, text and lists; a number that JSON cannot say (NaN,
-    infinity) as null.
+    Ends with exit code 1 where something that was compared has not `passed`.
     """
     if _as_json:
-        typer.echo(json.dumps(_plain(document), indent=2))
+        typer.echo(to_json(document))
     else:
         words()
+    if not passed:
+        raise typer.Exit(1)
 
 
 def live(text: str) -> None:
     """Text that people read as it comes; with `--json` it waits for the document."""
     if not _as_json:
         typer.echo(text, nl=False)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

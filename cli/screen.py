@@ -1,7 +1,5 @@
 """What the user sees: progress on a terminal, plain lines in a log, and tables."""
 
-import os
-import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from mlx_adapters.files.streams import Patient, drop, plain
 
 # A log gets a line at most this often (seconds), besides the first and the last.
 _LOG_EVERY = 10.0
@@ -22,13 +22,6 @@ def be_quiet() -> None:
     """Say nothing from now on: of the processes of a distributed run one speaks."""
     global _quiet
     _quiet = True
-
-
-def plain(text: str) -> str:
-    """The text without what a terminal would act on: a file's names may hold its control sequences."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
@@ -56,48 +49,7 @@ def _write(text: str) -> None:
         else:
             typer.echo(plain(text), err=True)
     except OSError:
-        _drop(sys.stderr)
-
-
-def deaf() -> bool:
-    """Whether nobody reads stdout any more; what is still to be printed is dropped then."""
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # no file: that of a test
-        return False
-    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    if gone:
-        _drop(sys.stdout)
-    return gone
-
-
-def _drop(stream: Any) -> None:
-    """Let what is written to the stream vanish; Python would complain at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class _Patient:
-    """The stream of a bar, which takes what is written also where nobody reads it any more."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except OSError:
-            _drop(self.stream)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            _drop(self.stream)
+        drop(sys.stderr)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:
@@ -118,38 +70,31 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
-class Lines:
-    """A progress display: `update(done, text)`. Subclasses draw it on a terminal or write it to a log."""
-
-    def update(self, done: int, text: str) -> None:
-        raise NotImplementedError
-
-
-class _Log(Lines):
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.last = title, total, 0.0
-
-    def update(self, done: int, text: str) -> None:
-        now = time.monotonic()
-        if done in (1, self.total) or now - self.last >= _LOG_EVERY:
-            self.last = now
-            say(f"{self.title} {done}/{self.total}  {text}")
-
-
-class _Bar(Lines):
-    def __init__(self, progress: Any, task: Any) -> None:
-        self.progress, self.task = progress, task
-
-    def update(self, done: int, text: str) -> None:
-        self.progress.update(self.task, completed=done, text=text)
+def pieces(rows: Iterable[Any]) -> None:
+    """Rows as they are trained, on stdout: what is learned in colour, or in brackets where there is none."""
+    colours: dict[str, dict[str, Any]] = {
+        "learned": {"fg": "green", "bold": True},
+        "cut": {"dim": True, "strikethrough": True},
+    }
+    marks = {"learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
+    for one in rows:
+        typer.secho(f"row {one.row}: {one.tokens} tokens, {one.supervised} supervised", bold=True)
+        for part, kind in one.pieces:
+            text = plain(part)
+            if sys.stdout.isatty():
+                typer.secho(text, nl=False, **colours.get(kind, {}))
+            else:
+                typer.echo(marks.get(kind, "{}").format(text), nl=False)
+        typer.echo()
 
 
 @contextmanager
-def lines(title: str, total: int) -> Iterator[Lines]:
-    """A live bar with the time left on a terminal, a plain line now and then elsewhere."""
+def lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Yields `update(done, text)`: a live bar with the time left on a terminal, a plain line now and then
+    elsewhere."""
     global _live
     if _quiet or not sys.stderr.isatty():
-        yield _Log(title, total)
+        yield _log(title, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -161,17 +106,31 @@ def lines(title: str, total: int) -> Iterator[Lines]:
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
-    console = Console(file=_Patient(sys.stderr))  # type: ignore[arg-type]
-    with Progress(*columns, console=console, redirect_stdout=False) as _live:
+    console = Console(file=Patient(sys.stderr))  # type: ignore[arg-type]
+    with Progress(*columns, console=console, redirect_stdout=False) as bar:
+        task, _live = bar.add_task(title, total=total, text=""), bar
         try:
-            yield _Bar(_live, _live.add_task(title, total=total, text=""))
+            yield lambda done, text: bar.update(task, completed=done, text=text)
         finally:
             _live = None
 
 
+def _log(title: str, total: int) -> Callable[[int, str], None]:
+    last = 0.0
+
+    def update(done: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (1, total) or now - last >= _LOG_EVERY:
+            last = now
+            say(f"{title} {done}/{total}  {text}")
+
+    return update
+
+
 def track(title: str, items: Iterable[Any], total: int, text: Callable[[Any], str]) -> Iterator[Any]:
     """Yield the items while showing progress; `text(item)` is shown beside the bar."""
-    with lines(title, total) as display:
+    with lines(title, total) as update:
         for done, item in enumerate(items, start=1):
-            display.update(done, text(item))
+            update(done, text(item))
             yield item

@@ -1,13 +1,15 @@
 """`mlx-adapters serve MODEL --adapter NAME=DIR`."""
 
-import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from mlx_adapters.cli.options import Adapters, Model, load_named, opt
+from mlx_adapters import signals
+from mlx_adapters.cli.options import Adapters, Model, opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.cli.signals import instead
-from mlx_adapters.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlx_adapters.serve import Engine
 
 
 def command(
@@ -22,23 +24,19 @@ def command(
 
     A request's `model` names which of them answers. A field that is not supported is refused by its name.
     """
-    from mlx_adapters.serve import Engine, Server
+    from mlx_adapters.adapter.multi import load_named
+    from mlx_adapters.serve import Engine
+    from mlx_adapters.serve.server import serving
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    engine = Engine(*load_named(model, adapter, base=name), name=name, parallel=parallel)
-    try:
-        server = Server(engine, host, port, max_tokens=max_tokens)
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
-    instead(engine.stop)
-    # the arrays are this thread's: it answers, and HTTP goes to others
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    shown = f"[{host}]" if ":" in host else host
-    say(f"http://{shown}:{server.server_port}/v1 serves {', '.join(engine.models)}; Ctrl-C stops")
-    try:
+    engine = Engine(*load_named(model, adapter or (), base=name), name=name, parallel=parallel)
+    until_stopped(engine, serving(engine, host, port, max_tokens=max_tokens), "serves")
+
+
+def until_stopped(engine: "Engine", opened: AbstractContextManager[str], what: str) -> None:
+    """Let others ask at the address of `opened`, and answer in this thread until Ctrl-C."""
+    with opened as address:
+        signals.instead(engine.stop)
+        say(f"{address} {what} {', '.join(engine.models)}; Ctrl-C stops")
         engine.run()
-    finally:
-        server.shutdown()
-        server.drain(1.0)
-        server.server_close()
     say("stopped")

@@ -9,14 +9,13 @@ import typer
 from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import say, table
-from mlx_adapters.cpu.processes import run_each
 from mlx_adapters.errors import ConfigError, counted, unknown
 from mlx_adapters.units import duration, size
 
 if TYPE_CHECKING:
+    from mlx_adapters.evaluate.run import Part
+    from mlx_adapters.study.cells import Training
     from mlx_adapters.study.grid import Cell, Study
-
-_AGAIN = "Run the study again to go on"
 
 
 @reporting("report", "cells", "failed", "seconds")
@@ -47,7 +46,7 @@ def command(
         with run.alone(cells.cell_folder(folder, cell)):
             result = _attempt(study, known[cell], folder)
         failed = [cell] if result["status"] == "failed" else []
-        found = {"report": None, "cells": [result], "failed": failed, "seconds": _seconds([result])}
+        found = {"report": None, "cells": [result], "failed": failed, "seconds": run.seconds([result])}
         report(found, lambda: None)
     else:
         with run.alone(folder):
@@ -58,26 +57,21 @@ def command(
 
 
 def _print_cells(study: "Study") -> None:
-    from mlx_adapters.study.run import budgets, planned
+    from mlx_adapters.study.run import budgets, in_words, planned
 
     found = planned(study)
 
     def words() -> None:
         table(*budgets(found))
-        settings = study.settings
-        items = f"at most {counted(settings.limit, 'item')} each" if settings.limit else "all items"
-        typer.echo(
-            f"{counted(len(found), 'cell')} on {study.model}: trained on {settings.data}, "
-            f"tested on {settings.tasks}, {items}"
-        )
+        typer.echo(in_words(study))
 
     report({"report": None, "cells": found, "failed": [], "seconds": 0.0}, words)
 
 
 def _run(study: "Study", folder: Path, jobs: int, own: list[str]) -> None:
     """The cells that are left: here, or each in a process of its own by the command `own` and --cell."""
-    from mlx_adapters.study.cells import BASE, cell_folder
-    from mlx_adapters.study.run import ended, fitting, left
+    from mlx_adapters.study.cells import BASE
+    from mlx_adapters.study.run import fitting, left, side_by_side
 
     cells, count = left(study, folder), len(study.cells) + study.settings.base
     say(f"{study.settings.name}: {counted(count, 'cell')}, {count - len(cells)} done before")
@@ -86,39 +80,32 @@ def _run(study: "Study", folder: Path, jobs: int, own: list[str]) -> None:
         say(f"the largest cell takes {size(each)}: the free memory is enough for {fit} at once")
         jobs = min(jobs, fit)
     names = [cell.id if cell else BASE for cell in cells]
-    if jobs == 1:
-        for number, (name, cell) in enumerate(zip(names, cells), start=1):
-            say(f"\n[{number}/{len(cells)}] {name}")
-            _attempt(study, cell, folder)
+    if jobs > 1:
+        side_by_side(folder, names, ["mlx_adapters.cli.app", *own], at_once=jobs, warn=say)
         return
-    all_jobs = [(name, [*own, "--cell", name], cell_folder(folder, name) / "log.txt") for name in names]
-    stopping = "stopping: the cells save what they have"
-    for name, code in run_each("mlx_adapters.cli.app", all_jobs, at_once=jobs, warn=say, stopping=stopping):
-        if code is None:
-            say(f"{name}: started")
-        else:
-            result = ended(folder, name, code)
-            say(f"{name}: {result['status']}" + (f" ({result['error']})" if "error" in result else ""))
+    for number, (name, cell) in enumerate(zip(names, cells), start=1):
+        say(f"\n[{number}/{len(cells)}] {name}")
+        _attempt(study, cell, folder)
+
+
+def work(phase: "Training | Part", *, go_on: str) -> None:
+    """Train, or answer a test set, with progress on screen; `go_on` is the advice after Ctrl-C."""
+    from mlx_adapters.cli import eval, train
+    from mlx_adapters.study.cells import Training
+
+    if isinstance(phase, Training):
+        phase.seconds = train.run(phase.trainer, go_on=go_on)
+    else:
+        eval.follow(phase, go_on=go_on)
 
 
 def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any]:
     """Run what is left of a cell with progress on screen, and return its result."""
-    from mlx_adapters.cli import eval, train
-    from mlx_adapters.study.cells import CellRun, Training
+    from mlx_adapters.study.cells import CellRun
 
-    stopped: typer.Exit | None = None
     with CellRun(study, cell, folder, warn=say) as run:
         for phase in run.phases():
-            if not isinstance(phase, Training):
-                eval.follow(phase, go_on=_AGAIN)
-                continue
-            try:
-                phase.seconds = train.run(phase.trainer, go_on=_AGAIN)
-            except typer.Exit as error:  # Ctrl-C; a RuntimeError, which the cell would take for its own
-                stopped = error
-                break
-    if stopped is not None:
-        raise stopped
+            work(phase, go_on="Run the study again to go on")
     result = run.result or {}
     if result["status"] == "failed":
         say(f"FAILED {run.name}: {result['error']}")
@@ -129,23 +116,19 @@ def _attempt(study: "Study", cell: "Cell | None", folder: Path) -> dict[str, Any
 
 def _finish(study: "Study", folder: Path) -> None:
     from mlx_adapters.study import report as page
+    from mlx_adapters.study.run import seconds
 
     results = page.write(study, folder)
     failed = [row["id"] for row in results if row["status"] == "failed"]
-    seconds, file = _seconds(results), folder / "report.html"
+    took, file = seconds(results), folder / "report.html"
 
     def words() -> None:
         table(page.columns(results), page.cells_of(results))
         for line in page.none_right(results):
             typer.echo(line)
-        done = counted(len(results) - len(failed), "cell")
-        typer.echo(f"{file}: {done}, {duration(seconds)} of work")
+        typer.echo(f"{file}: {counted(len(results) - len(failed), 'cell')}, {duration(took)} of work")
 
-    report({"report": file, "cells": results, "failed": failed, "seconds": seconds}, words)
+    report({"report": file, "cells": results, "failed": failed, "seconds": took}, words)
     if failed:
         say(f"failed: {', '.join(failed)}. Run the study again to try them again")
         raise typer.Exit(1)
-
-
-def _seconds(results: list[dict[str, Any]]) -> float:
-    return sum(row.get("train_seconds", 0.0) + row.get("eval_seconds", 0.0) for row in results)

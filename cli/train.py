@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_adapters.cli import complete
-from mlx_adapters.cli.options import arg, fields_as_options, merged, opt, read_yaml, settings
+from mlx_adapters import signals
+from mlx_adapters.cli import options
+from mlx_adapters.cli.complete import DTYPES, LOGGERS, methods
+from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, lines, say
-from mlx_adapters.cli.signals import answered, telling
 from mlx_adapters.errors import ConfigError, counted
+from mlx_adapters.fields import merged, parse_fields, settings
+from mlx_adapters.files.documents import read_options
 from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.units import duration, size
+from mlx_adapters.units import duration
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.progress import Step
     from mlx_adapters.train.trainer import Trainer
 
-__all__ = ["command", "describe", "run"]
-
 _KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss", "validation_loss")
+_PROCESSES = "processes of this machine that share every batch: faster on a CPU"
 
 
 @reporting("output", *_KEYS)
@@ -31,10 +32,8 @@ def command(
     model: Annotated[str | None, arg("model folder or hub id")] = None,
     data: Annotated[str | None, opt(".json or .jsonl file, folder, or hub id")] = None,
     output: Annotated[Path | None, opt("new folder for the adapter")] = None,
-    method: Annotated[
-        str | None, opt("see `mlx-adapters methods` [default: lora]", values=complete.methods)
-    ] = None,
-    set_: Annotated[list[str] | None, opt("a field of the method: rank=16", "--set")] = None,
+    method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
+    set_: options.Settings = None,
     adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's")] = None,
     targets: Annotated[str | None, opt("short for --set targets=...")] = None,
     layers: Annotated[str | None, opt("short for --set layers=...")] = None,
@@ -42,15 +41,9 @@ def command(
     config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
     exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
-    processes: Annotated[
-        int, opt("processes of this machine that share every batch: faster on a CPU", min=1)
-    ] = 1,
-    log: Annotated[
-        list[str] | None, opt("also to tensorboard, wandb or trackio", values=complete.LOGGERS)
-    ] = None,
-    dtype: Annotated[
-        str | None, opt("compute in float32, float16 or bfloat16", values=complete.DTYPES)
-    ] = None,
+    processes: Annotated[int, opt(_PROCESSES, min=1)] = 1,
+    log: Annotated[list[str] | None, opt("also to tensorboard, wandb or trackio", values=LOGGERS)] = None,
+    dtype: Annotated[str | None, opt("compute in float32, float16 or bfloat16", values=DTYPES)] = None,
     **given: Any,
 ) -> None:
     """Train an adapter on a frozen base model."""
@@ -58,23 +51,26 @@ def command(
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
     training = {field.name for field in fields_of(TrainConfig)}
-    file = read_yaml(config, {*named, *training, "set"})
+    file = read_options(config, {*named, *training, "set"})
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
     if missing := [name for name in ("model", "data", "output") if name not in chosen]:
         raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
     shorts = {"targets": targets, "layers": layers, "dropout": dropout}
     pairs = [f"{name}={value}" for name, value in shorts.items() if value is not None]
-    fields = merged(_method_fields(file, config), settings([*(set_ or []), *pairs]))
+    fields = file.get("set") or {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{config}: key 'set' must be a mapping of the method's fields")
+    fields = merged(fields, settings([*(set_ or []), *pairs]))
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
-    run_config = _train_config(merged({k: v for k, v in file.items() if k in training}, given), config)
+    values = merged({k: v for k, v in file.items() if k in training}, given)
+    run_config = parse_fields(TrainConfig, values, where=f"train ({config})" if config else "train")
     if processes > 1:
         run_config = run_config.shared(processes)
         if not in_ring():
-            app = "mlx_adapters.cli.app"
-            raise typer.Exit(run_ring(app, sys.argv[1:], processes, warn=say, on_signal=answered))
-    options = {"start": adapter, "resume": resume, "log": log or [], **vars(run_config)}
-    _train(chosen, fields, exclude or [], dtype, options)
+            raise typer.Exit(run_ring("mlx_adapters.cli.app", sys.argv[1:], processes, warn=say))
+    given = {"start": adapter, "resume": resume, "log": log or [], **vars(run_config)}
+    _train(chosen, fields, exclude or [], dtype, given)
 
 
 def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
@@ -85,24 +81,21 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     words, told = "stopping after this step ...", threads.most()
 
     def stop() -> None:
-        heard = answered()
-        if not (heard or trainer.run.stopping):
+        if not (signals.answered() or trainer.run.stopping):
             say(words)
         trainer.stop()
 
-    with stop_on_interrupt(stop), telling(words), lines("train", trainer.run.total) as display:
+    with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
                 say(threads.in_words())
-            display.update(step.step, _text(step))
-            if step.validation_loss is not None:
-                say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
-            if step.skipped:
-                say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
+            update(step.step, step.in_words())
+            for sentence in step.remarks():
+                say(sentence)
             if step.stopped == "interrupted":
                 say(f"interrupted at step {step.step}: saved in {trainer.output}. {go_on}")
-                raise typer.Exit(130)
+                raise signals.Stopped
             if step.stopped:
                 say(f"stopped at step {step.step}: {step.stopped}")
     result = trainer.result
@@ -112,40 +105,33 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     return result.seconds
 
 
-def describe(trainer: "Trainer") -> None:
-    """Say what will be trained, before it is."""
-    from mlx_adapters.train.summary import summary
-
-    for sentence in [*trainer.notes, *summary(trainer)]:
-        say(sentence)
-
-
 def _train(
     chosen: dict[str, Any],
     fields: dict[str, Any],
     exclude: list[Path],
     dtype: str | None,
-    options: dict[str, Any],
+    given: dict[str, Any],
 ) -> None:
     from mlx_adapters import methods
-    from mlx_adapters.data.sources import load_rows
     from mlx_adapters.models import load as models
     from mlx_adapters.train.distributed import processes
-    from mlx_adapters.train.examples import excluded_hashes
+    from mlx_adapters.train.examples import excluded_hashes, rows_of
+    from mlx_adapters.train.summary import summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
     output, together = Path(chosen["output"]), processes()
     method = methods.make(chosen["method"], fields)  # a typing error is told before the model loads
     if together.writes:
-        check_output(output, options["resume"])
+        check_output(output, given["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = load_rows(chosen["data"]), excluded_hashes(exclude)
+    rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
-    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **options)
-    describe(trainer)
-    if options["resume"]:
+    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)
+    for sentence in [*trainer.notes, *summary(trainer)]:
+        say(sentence)
+    if given["resume"]:
         say(f"resuming after step {trainer.run.step}")
     run(trainer)
     if not together.writes:
@@ -161,24 +147,3 @@ def _train(
         typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)
-
-
-def _text(step: "Step") -> str:
-    return (
-        f"loss {step.loss:.4f}  lr {step.lr:.2g}  {step.tokens_per_second:.0f} tokens/s  "
-        f"memory {size(step.memory)}"
-    )
-
-
-def _method_fields(file: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    fields = file.get("set") or {}
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: key 'set' must be a mapping of the method's fields")
-    return fields
-
-
-def _train_config(values: dict[str, Any], file: Path | None) -> TrainConfig:
-    from mlx_adapters.fields import parse_fields
-
-    config: TrainConfig = parse_fields(TrainConfig, values, where=f"train ({file})" if file else "train")
-    return config

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 from mlx_adapters.adapter.call import call_model
 from mlx_adapters.errors import UnsupportedError
 
-__all__ = ["bound", "logits", "max_diff", "quiet_transformers", "require", "require_class"]
+__all__ = ["auto_class", "bound", "logits", "max_diff", "quiet_transformers", "require", "require_class"]
 
 
 def require(*packages: str, why: str = "--verify compares with PyTorch") -> None:
@@ -69,3 +70,12 @@ def require_class(model_type: str) -> None:
         raise UnsupportedError(
             f"transformers has no {model_type} models of its own, so there is nothing to compare with"
         )
+
+
+def auto_class(folder: Path | str) -> Any:
+    """The class of transformers that opens the model in `folder`: AutoModelForCausalLM where it can."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+    return AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText

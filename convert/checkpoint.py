@@ -20,6 +20,7 @@ from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, 
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import fields, names
 from mlx_adapters.models import load as models
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build, cast
@@ -55,13 +56,14 @@ _TOKENIZER = (
     "merges.txt",
     "*.jinja",
 )
-_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_KINDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "ice_text.model")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote. `parameters` counts weights, however many bits each has."""
+    """What a conversion wrote. `parameters` counts weights, however many bits each has; `remark` says of a
+    model_type that it was not compared with transformers."""
 
     path: Path
     bytes: int
@@ -69,6 +71,7 @@ class Converted:
     parameters: int
     seconds: float
     dtype: str
+    remark: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -134,7 +137,7 @@ def convert(
             _cast(model, models.DTYPES[dtype])
         if quantize:
             config = _quantize(model, config, bits, group_size, mode, recipe)
-        config = _written_config(model, config)
+        config = names.into_config(_written_config(model, config), model.tensor_names)
         writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
@@ -146,6 +149,7 @@ def convert(
         parameters=parameters,
         seconds=time.perf_counter() - start,
         dtype=config["dtype"],
+        remark=fields.remark(config["model_type"]),
     )
 
 
@@ -169,7 +173,7 @@ def write_mlx(
     if quantize is not None:
         bits, group_size, mode = quantize
         config = _quantize(model, config, bits, group_size, mode, None)
-    config = _written_config(model, config)
+    config = names.into_config(_written_config(model, config), model.tensor_names)
     writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
     source = _Source(
         name=str(loaded.path),
@@ -282,6 +286,10 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         from mlx_adapters.convert.tokenizer import ensure_tokenizer
 
         ensure_tokenizer(folder, to)
+    if not (to / "tokenizer.json").exists() and (folder / "ice_text.model").exists():
+        from mlx_adapters.convert.chatglm_tokenizer import chatglm_tokenizer
+
+        chatglm_tokenizer(folder, to)
     if (folder / "generation_config.json").exists():
         shutil.copyfile(folder / "generation_config.json", to / "generation_config.json")
 

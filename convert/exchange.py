@@ -15,9 +15,10 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
 from mlx_adapters.convert.torch_bin import read_bin
-from mlx_adapters.errors import AdapterError, ConfigError, reading, unknown
+from mlx_adapters.errors import AdapterError, ConfigError, counted, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.units import size
 
 __all__ = [
     "FORMATS",
@@ -28,6 +29,7 @@ __all__ = [
     "export",
     "formats",
     "import_adapter",
+    "in_words",
 ]
 
 
@@ -90,6 +92,19 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
         return Exported(path=dst, format=format, tensors=done.tensors, bytes=done.bytes, base=done.base)
     _OTHERS[format].export(source, dst, base=base)
     return Exported(path=dst, format=format, tensors=None, bytes=folder_bytes(dst), base=base)
+
+
+def in_words(done: Exported, meta: AdapterMeta) -> list[str]:
+    """What people read of an export: what was written, and how PyTorch loads what PEFT does not have."""
+    if done.tensors is None:
+        return [f"{done.path}: {done.format}, {size(done.bytes)}"]
+    written = f"{done.path}: {counted(done.tensors, 'tensor')}, {size(done.bytes)}, base {done.base}"
+    if meta.method.IN_PEFT:
+        return [written]
+    name = meta.method.NAME
+    others = "".join(f", or export it with --format {other}" for other in formats(name))
+    loader = f"in PyTorch, load it with the load_adapter.py in the folder{others}"
+    return [written, f"PEFT has no {name}: {loader}"]
 
 
 def base_to_verify(meta: AdapterMeta, format: str, model: Path | None) -> Path:

@@ -15,7 +15,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import adapter
-from mlx_adapters.convert.against_torch import bound, logits, max_diff, quiet_transformers, require
+from mlx_adapters.convert.against_torch import (
+    auto_class,
+    bound,
+    logits,
+    max_diff,
+    quiet_transformers,
+    require,
+)
 from mlx_adapters.convert.card import fused_card
 from mlx_adapters.convert.checkpoint import (
     check_options,
@@ -249,11 +256,10 @@ def _must_read_back(model: Any, sums: dict[str, tuple[Any, ...]], dtype: str, mo
 
 def _torch_diff(folder: Path, prompts: list[list[int]], fused: list[np.ndarray], model_type: str) -> float:
     import torch
-    from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), torch.no_grad():
         try:
-            network, loading = AutoModelForCausalLM.from_pretrained(
+            network, loading = auto_class(folder).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",

@@ -16,6 +16,7 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert.card import short_card
+from mlx_adapters.convert.grouped import ungrouped
 from mlx_adapters.convert.parts import assemble, need, take_apart
 from mlx_adapters.convert.peft import base_name
 from mlx_adapters.convert.torch_bin import read_bin
@@ -59,7 +60,8 @@ def detect(folder: Path) -> bool:
 def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     """Write our LoRA, series or parallel folder as the fork's. AdapterError for what it reads differently."""
     parts = take_apart(source)
-    method, names = parts.meta.method, sorted({path.rpartition(".")[2] for path in parts.arrays})
+    method = parts.meta.method
+    names = sorted({path.rpartition(".")[2] for path, own in parts.arrays.items() if "weight" not in own})
     need(
         method.NAME in METHODS,
         source,
@@ -101,11 +103,11 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
         if kind.PEFT_FIELDS is not None:
             known = {name: value for name, value in fields.items() if name != "enable_lora"}
             check_fields(known, kind.PEFT_FIELDS)
-        need(fields.get("enable_lora") in (None, []), source, "enable_lora: only whole matrices are read")
-        method = kind.from_peft(fields)
         arrays, shared = adapter.by_layer(
             sound(read_bin(source / _WEIGHTS), source / _WEIGHTS), kind, loaded.config["model_type"], source
         )
+        fields, arrays = ungrouped(fields, arrays)
+        method = kind.from_peft(fields)
     except AdapterError as error:
         raise AdapterError(f"{source / _CONFIG}: {error}") from None
     except AdaptersError as error:

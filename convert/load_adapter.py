@@ -67,14 +67,21 @@ def changes(model: Any, folder: Path) -> dict[nn.Module, tuple[str, Any]]:
     shared = {name: tensors.pop(name) for name in list(tensors) if name.startswith("base_model.vera_")}
     own = grouped(tensors, modules)
     for path in own if kind not in ("LN_TUNING", "LOREFT") else ():
-        whole_norm = kind == "LORA" and own[path].keys() <= {"weight", "bias"}
-        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)) and not whole_norm:
+        itself = own[path].keys() <= {"weight", "bias"}
+        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)) and not itself:
             what = type(modules[path]).__name__
             raise ValueError(f"{path}: is a {what}, no linear layer. PeftModel.from_pretrained may open it")
     return {
-        modules[path]: ON_LAYERS[kind](modules, path, {**tensors, **shared}, config)
+        modules[path]: on_layer(kind, tensors)(modules, path, {**tensors, **shared}, config)
         for path, tensors in own.items()
     }
+
+
+def on_layer(kind: str, own: dict[str, Any]) -> Any:
+    """What makes the change of a layer with these tensors."""
+    if own.keys() <= {"weight", "bias"}:
+        return trained
+    return tokens if "token_adapter.trainable_tokens_delta" in own else ON_LAYERS[kind]
 
 
 def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
@@ -95,22 +102,26 @@ def grouped(tensors: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str,
 def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
     """y + scale B A x;  DoRA: y + (g - 1) W x + g scale B A x with g = m / ||W + scale B A||."""
     layer = modules[path]
-    if "weight" in own and not isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)):
-        return norm(modules, path, {f"ln_tuning_layers.{name}": own[name] for name in own}, config)
-    if "weight" in own:  # trained whole
-        return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(
-            y.dtype
-        )
+    if "base_layer.bias" in own:
+        set_bias(layer, own["base_layer.bias"])
     embeds = "lora_embedding_A" in own
     a, b = (own[f"lora_embedding_{n}"] if embeds else own[f"lora_{n}.weight"] for n in ("A", "B"))
     patterns = (config.get("alpha_pattern") or {}).items()
     alpha = next((v for k, v in patterns if re.match(rf"(.*\.)?({k})$", path)), config["lora_alpha"])
     scale = alpha / len(a) ** 0.5 if config.get("use_rslora") else alpha / len(a)
-    if embeds:
+    if embeds and not config.get("use_dora"):
         return "output", lambda x, y: y + (scale * on(y, a).T[x] @ on(y, b).T).to(y.dtype)
     if not config.get("use_dora"):
-        return "output", lambda x, y: y + (scale * (x.float() @ on(x, a).T) @ on(x, b).T).to(y.dtype)
+        more = scale * own.get("lora_B.bias", torch.zeros(len(b)))
+        return (
+            "output",
+            lambda x, y: y + (scale * (x.float() @ on(x, a).T) @ on(x, b).T + on(x, more)).to(y.dtype),
+        )
     magnitude = own.get("lora_magnitude_vector.weight", own.get("lora_magnitude_vector"))
+    if embeds:
+        table = layer.weight.float() + scale * on(layer.weight, b @ a).T
+        length = on(table, magnitude) / table.norm(dim=0)
+        return "output", lambda x, y: y + (on(y, length) * on(y, table)[x] - y).to(y.dtype)
     v = rows(layer).float() + scale * (on(layer.weight, b) @ on(layer.weight, a))
     gain = on(v, magnitude) / v.norm(dim=1)
 
@@ -120,6 +131,31 @@ def lora(modules: Any, path: str, own: Any, config: Any) -> Any:
         return y + ((on(y, gain) - 1) * plain + on(y, gain) * update).to(y.dtype)
 
     return "output", dora
+
+
+def trained(modules: Any, path: str, own: Any, config: Any) -> Any:
+    """The layer's own weight and bias, or its bias alone."""
+    layer = modules[path]
+    if "weight" not in own:
+        set_bias(layer, own["bias"])
+        return "output", lambda x, y: y
+    if not isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)):
+        return norm(modules, path, {f"ln_tuning_layers.{name}": own[name] for name in own}, config)
+    return "output", lambda x, y: whole(layer, on(y, own["weight"]), on(y, own.get("bias")), x).to(y.dtype)
+
+
+def set_bias(layer: Any, bias: Any) -> None:
+    """Another bias."""
+    layer.bias.data = bias.to(layer.bias)
+
+
+def tokens(modules: Any, path: str, own: Any, config: Any) -> Any:
+    """Other rows for some tokens; a tied output head has them too."""
+    layer, which = modules[path], config["trainable_token_indices"]
+    if isinstance(which, dict):
+        which = next(ids for name, ids in which.items() if path.endswith(name))
+    layer.weight.data[which] = own["token_adapter.trainable_tokens_delta"].to(layer.weight)
+    return "output", lambda x, y: y
 
 
 def whole(layer: Any, weight: Any, bias: Any, x: Any) -> Any:

@@ -16,12 +16,14 @@ import mlx.core as mx
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.convert.card import short_card
+from mlx_adapters.convert.joined import joined
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.dora import DoRA
-from mlx_adapters.methods.experts import PARTS, by_matrix
-from mlx_adapters.methods.lora import LoRA, LowRank
+from mlx_adapters.methods.experts import PARTS, UNGATED, by_matrix
+from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.sites import to_hf
@@ -52,8 +54,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
     layers = {path: (own, scale) for path, own, scale in _layers(parts, method)}
     strange = sorted({name for own, _ in layers.values() for name in own} - _NAMES.keys())
     need(not strange, source, f"mlx-lm has no counterpart of {', '.join(strange)}")
-    ranks = {own["lora_a"].shape[-2] for own, _ in layers.values()}
-    need(len(ranks) == 1, source, f"mlx-lm has one rank for all layers, this adapter has {sorted(ranks)}")
+    rank = max(own["lora_a"].shape[-2] for own, _ in layers.values())  # mlx-lm has one for all layers
+    layers = {path: (_filled(own, rank), scale) for path, (own, scale) in layers.items()}
     scales = {scale for _, scale in layers.values()}
     need(len(scales) == 1, source, "mlx-lm has one scale for all layers")
     tensors = {
@@ -65,7 +67,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         "fine_tune_type": method.NAME,
         "num_layers": parts.meta.base.get("num_hidden_layers", 0),
         "lora_parameters": {
-            "rank": ranks.pop(),
+            "rank": rank,
             "scale": scales.pop(),
             "dropout": method.dropout,
             "keys": sorted(layers),
@@ -80,6 +82,16 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> None:
         mx.save_safetensors(str(folder / _WEIGHTS), tensors)
 
 
+def _filled(own: dict[str, mx.array], rank: int) -> dict[str, mx.array]:
+    """The arrays of a layer with zeros up to `rank`, which change nothing."""
+    more = rank - own["lora_a"].shape[-2]
+    if more == 0:
+        return own
+    before = [(0, 0)] * (own["lora_a"].ndim - 2)
+    a = mx.pad(own["lora_a"], [*before, (0, more), (0, 0)])
+    return own | {"lora_a": a, "lora_b": mx.pad(own["lora_b"], [*before, (0, 0), (0, more)])}
+
+
 def _layers(parts: Parts, method: LowRank) -> Iterator[tuple[str, dict[str, mx.array], float]]:
     """(path, arrays, scale) of each layer; a mixture of experts is three of them."""
     for path, own in parts.arrays.items():
@@ -87,9 +99,13 @@ def _layers(parts: Parts, method: LowRank) -> Iterator[tuple[str, dict[str, mx.a
         if "gate_up_a" not in own:
             yield path, own, method.at(name)[1]
             continue
-        (rank, into), (_, out) = (method.at(f"{name}.{part}") for part in PARTS)
-        for matrix, arrays in by_matrix(own, own["gate_up_a"].shape[0] // rank).items():
-            yield f"{path}.{matrix}", arrays, out if matrix == "down_proj" else into
+        known = architecture(parts.model_type).experts
+        gated, in_turns = (known.gated, known.interleaved) if known else (True, False)
+        (rank, into), (_, out) = (method.at(f"{name}.{part}") for part in (PARTS if gated else UNGATED))
+        names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
+        matrices = by_matrix(own, own["gate_up_a"].shape[0] // rank, names, interleaved=in_turns)
+        for matrix, arrays in matrices.items():
+            yield f"{path}.{matrix}", arrays, out if matrix == names[-1] else into
 
 
 def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
@@ -111,10 +127,12 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
         need(leaf in ours, source / _WEIGHTS, f"{name} is not a tensor of a {kind} adapter")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
     rank, scale = int(settings["rank"]), float(settings["scale"])
-    method = (DoRA if kind == "dora" else LoRA)(
+    method: LowRank = (DoRA if kind == "dora" else LoRA)(
         rank=rank,
         alpha=scale * rank,
         dropout=float(settings.get("dropout") or 0.0),
         targets=",".join(sorted({path.rpartition(".")[2] for path in arrays})),
     )
+    if isinstance(method, LoRA):
+        arrays, method = joined(arrays, method, loaded.model, loaded.config["model_type"])
     return assemble(loaded, method, arrays, dst=dst, source=source)

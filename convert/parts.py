@@ -33,7 +33,8 @@ def take_apart(source: Path) -> Parts:
             f"{source}: does not say which architecture it was trained on, and names differ between them. "
             "Import it first: mlx-adapters import SRC DST --model MODEL"
         )
-    arrays, _ = adapter.by_layer(adapter.read_tensors(source), type(meta.method), model_type, source)
+    own, _ = adapter.own_tensors(source, meta, model_type)
+    arrays, _ = adapter.by_layer(own, type(meta.method), model_type, source)
     return Parts(meta=meta, arrays=arrays, model_type=model_type)
 
 
@@ -53,9 +54,13 @@ def assemble(
     present = {path for path, _ in loaded.model.named_modules()}
     if strange := [path for path in arrays if path not in present]:
         raise AdapterError(f"{source}: {strange[0]} is not in {loaded.path}: this adapter is another model's")
-    adapter.attach(loaded, method, paths=list(arrays))
-    for path, layer in adapter.layers(loaded.model).items():
-        adapter.load_weights(layer, arrays[path], path, source, str(loaded.path))
+    # biases that train by themselves are wherever the base has one
+    adapter.attach(loaded, method, paths=[path for path, own in arrays.items() if own.keys() != {"bias"}])
+    layers = adapter.layers(loaded.model)
+    if strange := [path for path in arrays if path not in layers]:
+        raise AdapterError(f"{source}: {strange[0]} has tensors, which its configuration does not name")
+    for path, layer in layers.items():
+        adapter.load_weights(layer, arrays.get(path, {}), path, source, str(loaded.path))
     meta = AdapterMeta(method=method, base=describe(loaded), **about)
     adapter.save(loaded.model, dst, meta=meta)
     return meta

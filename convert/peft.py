@@ -18,6 +18,7 @@ import numpy as np
 from mlx_adapters import adapter
 from mlx_adapters.adapter.call import start_cache, with_virtual
 from mlx_adapters.convert.against_torch import (
+    auto_class,
     bound,
     logits,
     max_diff,
@@ -220,12 +221,13 @@ def _compare(
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     def opened(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        return (
+            auto_class(base)
+            .from_pretrained(path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+            .eval()
+        )
 
     peft_model = PeftModel.from_pretrained(opened(base), folder).eval()
     missing, unexpected = _strict(peft_model, load_file(folder / adapter.WEIGHTS), opened(base))

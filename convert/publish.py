@@ -5,6 +5,7 @@ The token is the hub client's own (`hf auth login`, HF_TOKEN): it is never read 
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from mlx_adapters.models.origin import is_hub_id
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["Prepared", "check_name", "prepare", "upload"]
+__all__ = ["Prepared", "check_name", "prepare", "push", "upload"]
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -46,6 +47,18 @@ def check_name(repo: str) -> None:
         raise ConfigError(f"{repo}: is no hub id ({first_line(error)}). Give OWNER/NAME") from None
     if repo.count("/") != 1:
         raise ConfigError(f"{repo}: is no hub id. Give OWNER/NAME")
+
+
+def push(
+    source: Path, repo: str, *, output: Path | None = None, private: bool = False, **options: Any
+) -> tuple[Prepared, str | None]:
+    """Prepare the adapter and upload it, or with `output` write it to that folder alone.
+
+    `options` are those of `prepare`. Returns what was prepared, and the repository's address if it was sent.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlx-adapters-push-") as temporary:
+        prepared = prepare(source, output or Path(temporary) / "adapter", repo, **options)
+        return prepared, None if output else upload(prepared, repo, private=private)
 
 
 def prepare(

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import UnsupportedError
@@ -20,12 +21,56 @@ from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
+from mlx_adapters.models.names import Names, Part, into_config
+from mlx_adapters.models.saved_forms import encoded
 
-__all__ = ["CHECKED", "dequantized_weights", "write_transformers"]
+__all__ = ["CHECKED", "checkpoint_tensors", "dequantized_weights", "write_transformers"]
 
 CHECKED = frozenset(name for name, row in ARCHITECTURES.items() if row.checked)
 """The architectures whose checkpoints the tests compare with transformers'."""
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def checkpoint_tensors(names: Names, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors that a checkpoint has, of the model's `weights`; takes out of these what it used.
+
+    The inverse of what mlx-lm's model file does to a checkpoint, as it was measured. What has no known
+    origin is left.
+    """
+    made: dict[str, mx.array] = {}
+    pieces: dict[str, list[tuple[Part, mx.array]]] = {}
+    for path in list(weights):
+        parts, start = names.parts(path), 0
+        if not parts:
+            continue
+        array = weights.pop(path)
+        for part in parts:
+            if part.stacked:
+                made |= {part.source.replace("*", str(n)): array[n] for n in range(part.stacked)}
+                continue
+            here = (slice(None),) * part.along + (slice(start, start + part.count),)
+            rows = array[here] if part.rows else array
+            start += part.count
+            pieces.setdefault(part.source, []).append((part, _before(part, rows)))
+    for source, found in pieces.items():
+        if all(part.rows is None for part, _ in found):
+            made[source] = found[0][1]
+            continue
+        order = np.concatenate([np.arange(*part.rows) for part, _ in found if part.rows])
+        first = found[0][0]
+        axis = first.axes[first.along] if first.axes else first.along
+        whole = mx.concatenate([rows for _, rows in found], axis=axis)
+        made[source] = mx.take(whole, mx.array(np.argsort(order)), axis=axis)
+    return made
+
+
+def _before(part: Part, array: mx.array) -> mx.array:
+    """Rows as they were before mlx-lm changed them."""
+    if part.scale != 1 or part.shift != 0:
+        array = (array.astype(mx.float32) - part.shift) / part.scale
+    if part.axes is not None:
+        array = mx.contiguous(array.transpose(*np.argsort(part.axes).tolist()))
+    return array
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -47,15 +92,19 @@ def write_transformers(
     Files hold at most `shard` bytes. Raises UnsupportedError for a mixture of experts whose names are not
     known here: transformers would fill such a layer with random weights and only log it.
     """
-    named = {}
-    for path, array in dequantized_weights(model).items():
+    found = getattr(model, "tensor_names", None)
+    weights = dequantized_weights(model)
+    made = checkpoint_tensors(found, weights) if found else {}
+    named = {name: array.astype(DTYPES[dtype]) for name, array in made.items()}
+    for path, array in weights.items():
         for name, part in _hf_names(path, array, config["model_type"]):
             named[name] = part.astype(DTYPES[dtype])
     dst.mkdir(parents=True, exist_ok=True)
     _save(named, dst, shard)
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    fields = into_config(fields, None)  # the names are the checkpoint's own again
     fields = model_config.to_transformers(fields) | {"dtype": dtype, "torch_dtype": dtype}
-    (dst / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (dst / "config.json").write_text(json.dumps(encoded(fields), indent=2) + "\n", encoding="utf-8")
     return dst
 
 

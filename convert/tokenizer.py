@@ -8,11 +8,24 @@ from typing import Any
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.files.documents import read_object
 
-__all__ = ["add_ends", "add_tokens", "byte_level_bpe", "ensure_tokenizer", "sentencepiece_bpe"]
+__all__ = [
+    "CONTROL",
+    "SPACE",
+    "UNKNOWN",
+    "USER",
+    "add_ends",
+    "add_tokens",
+    "byte_level_bpe",
+    "ensure_tokenizer",
+    "from_proto",
+    "read_proto",
+    "sentencepiece_bpe",
+    "settings_of",
+]
 
-_SPACE = "▁"
+SPACE = "▁"
 _UNIGRAM, _BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # sentencepiece's SentencePiece.Type (normal is 1)
+UNKNOWN, CONTROL, USER, _BYTE = 2, 3, 4, 6  # sentencepiece's SentencePiece.Type (normal is 1)
 
 
 def ensure_tokenizer(src: Path, dst: Path) -> None:
@@ -24,17 +37,17 @@ def ensure_tokenizer(src: Path, dst: Path) -> None:
     file = Path(src) / "tokenizer.model"
     if (Path(src) / "tokenizer.json").exists() or (Path(dst) / "tokenizer.json").exists():
         return
-    proto = _read_proto(file)
-    settings = _settings(Path(src))
+    proto = read_proto(file)
+    settings = settings_of(Path(src))
     special = {
         f"{name}_token": piece
         for name, piece in _ids(proto).items()
         if piece is not None and settings.get(f"{name}_token") is None
     }
-    tokenizer = _from_proto(file, proto)
+    tokenizer = from_proto(file, proto)
     pieces = proto.pieces
-    controls = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)]
-    add_tokens(tokenizer, controls, [piece.piece for piece in pieces if piece.type == _USER])
+    controls = [piece.piece for piece in pieces if piece.type in (UNKNOWN, CONTROL)]
+    add_tokens(tokenizer, controls, [piece.piece for piece in pieces if piece.type == USER])
     begins, ends = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
     ids = _ids(proto)
     add_ends(tokenizer, bos=ids["bos"] if begins else None, eos=ids["eos"] if ends else None)
@@ -126,16 +139,17 @@ def add_ends(tokenizer: Any, *, bos: str | None, eos: str | None) -> None:
 def _spaces(tokenizer: Any, *, prefix: bool, before: Sequence[Any] = ()) -> None:
     from tokenizers import decoders, normalizers
 
-    steps = [*before, *([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)]
+    steps = [*before, *([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*undo, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
 
 
 # tokenizer.model -------------------------------------------------------------------------------------------
 
 
-def _read_proto(file: Path) -> Any:
+def read_proto(file: Path) -> Any:
+    """The sentencepiece model in a file; CheckpointError where it is none."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()
@@ -150,16 +164,18 @@ def _read_proto(file: Path) -> Any:
     return proto
 
 
-def _from_proto(file: Path, proto: Any) -> Any:
+def from_proto(file: Path, proto: Any) -> Any:
+    """A tokenizer that cuts texts as sentencepiece does, without special tokens; UnsupportedError for what
+    tokenizer.json cannot express."""
     from tokenizers import Regex, Tokenizer, models, normalizers
 
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
-    unknown = next((index for index, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN), None)
+    unknown = next((index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN), None)
     if trainer.model_type == _BPE:
         tokenizer = sentencepiece_bpe(
             pieces,
-            mergeable=[piece.type not in (_UNKNOWN, _CONTROL, _BYTE) for piece in proto.pieces],
+            mergeable=[piece.type not in (UNKNOWN, CONTROL, _BYTE) for piece in proto.pieces],
             unknown=None if unknown is None else pieces[unknown][0],
             byte_fallback=trainer.byte_fallback,
         )
@@ -187,7 +203,8 @@ def _ids(proto: Any) -> dict[str, str | None]:
     }
 
 
-def _settings(src: Path) -> dict[str, Any]:
+def settings_of(src: Path) -> dict[str, Any]:
+    """What the files beside a tokenizer say that has a value."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = src / name

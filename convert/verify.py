@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.convert.against_torch import (
+    auto_class,
     bound,
     logits,
     max_diff,
@@ -108,7 +109,8 @@ def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.n
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForCausalLM if options else auto_class(folder)
+    model = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False, **options
     ).eval()
     with torch.no_grad():

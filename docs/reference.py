@@ -37,11 +37,11 @@ def commands() -> str:
 
 def methods() -> str:
     """The page of every method with its fields."""
-    from mlx_adapters.cli.methods import _about
+    from mlx_adapters.methods import about as about_one
     from mlx_adapters.methods import names
 
     page = ["# Methods\n", f"{NOTE}`mlx-adapters methods NAME` prints the same.\n"]
-    for about in map(_about, names()):
+    for about in map(about_one, names()):
         first, *rest = about["doc"].split("\n\n")
         page += [f"## {about['method']}\n", _linked(" ".join(first.split())), ""]
         page += ["\n\n".join(_paragraph(one) for one in rest), ""]

@@ -14,6 +14,7 @@ from mlx_adapters import adapter as adapters
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter import combine as combining
 from mlx_adapters.adapter.combine import Combined
+from mlx_adapters.adapter.tree import attached, must_be_bare
 from mlx_adapters.convert import checkpoint, exchange, peft
 from mlx_adapters.convert import fuse as fusing
 from mlx_adapters.convert.checkpoint import Converted
@@ -192,13 +193,14 @@ def import_adapter(
     Args:
         source: The other library's folder; its files tell the format.
         output: The new folder. It appears only when it is whole.
-        model: The base model, its folder or its hub id, where `source` names none.
+        model: The base model, its folder or its hub id, where `source` names none. A loaded model must carry
+            no adapter, and carries none afterwards: `load_adapter(model, output)` puts the new one on it.
 
     Returns:
         The method with its options, and what is known of the base model.
 
     Raises:
-        AdapterError: A folder that is not an adapter, or does not fit the model.
+        AdapterError: A folder that is not an adapter, or does not fit the model; a model that carries one.
         ConfigError: No base model is named.
         OutputError: An `output` that is not empty.
     """
@@ -206,7 +208,12 @@ def import_adapter(
     if base is None:
         raise ConfigError(f"{source}: names no base model. Say which one it is for: --model MODEL")
     loaded = base if isinstance(base, LanguageModel) else load(base)
-    return exchange.import_adapter(Path(source), Path(output), loaded=loaded)
+    must_be_bare(loaded.model)
+    try:
+        return exchange.import_adapter(Path(source), Path(output), loaded=loaded)
+    finally:
+        if attached(loaded.model) is not None:
+            adapters.detach(loaded)
 
 
 def combine(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
 
-__all__ = ["field", "parse_fields"]
+__all__ = ["field", "merged", "parse_fields", "settings"]
 
 T = TypeVar("T")
 
@@ -18,6 +18,27 @@ T = TypeVar("T")
 def field(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line, YAML and docs show."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win; None means not set."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        result |= {name: value for name, value in layer.items() if value is not None}
+    return result
+
+
+def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
+    """`["rank=8", ...]` as a mapping; ConfigError for an entry without `=`."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{where} {pair!r}: write it as name=value")
+        if name.strip() in found:
+            raise ConfigError(f"{where} {pair!r}: {name.strip()} is set twice: give it once")
+        found[name.strip()] = value.strip()
+    return found
 
 
 def parse_fields(config_class: type[T], settings: dict[str, Any], *, where: str) -> T:

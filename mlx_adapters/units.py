@@ -1,6 +1,10 @@
 """Bytes and seconds as people write them."""
 
-__all__ = ["duration", "size"]
+import re
+
+__all__ = ["bytes_of", "duration", "size"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def size(count: float) -> str:
@@ -10,6 +14,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def bytes_of(text: str) -> int:
+    """The number of bytes in a text like `16GB`, `1.5 tb` or `800000`; ValueError for any other."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if not found:
+        raise ValueError(text)
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def duration(seconds: float) -> str:

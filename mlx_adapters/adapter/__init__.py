@@ -4,6 +4,7 @@ from mlx_adapters.adapter.attach import attach, detach, load
 from mlx_adapters.adapter.folder import (
     build,
     load_weights,
+    own_tensors,
     save,
     tensors,
     write,
@@ -19,7 +20,7 @@ from mlx_adapters.adapter.reading import (
     read_tensors,
     refuse_links,
 )
-from mlx_adapters.adapter.tree import count, forget, layers
+from mlx_adapters.adapter.tree import count, forget, layers, note
 
 __all__ = [
     "CONFIG",
@@ -36,6 +37,8 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
+    "note",
+    "own_tensors",
     "read_fields",
     "read_meta",
     "read_tensors",

@@ -7,12 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.methods.base import LINEARS, plain_weight
+from mlx_adapters.methods.base import LINEARS, Method, plain_weight
 from mlx_adapters.methods.experts import EXPERT_NAMES, is_stack
 from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import is_target
+from mlx_adapters.methods.tied import HEAD
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
+from mlx_adapters.models.torch_tree import torch_path
 
 __all__ = ["Model", "check_tensors"]
 
@@ -30,17 +33,19 @@ class Model:
 
 
 def check_tensors(
-    grouped: dict[str, Arrays], model: Model, *, whole: str | None, fields: dict[str, Any], from_torch: bool
+    grouped: dict[str, Arrays], model: Model, *, method: Method, fields: dict[str, Any], from_torch: bool
 ) -> None:
     """AdapterError where the tensors of a file, {path: {attribute: array}}, are not those of an adapter of
     `model`, or not all of them. Takes out of `grouped` what the file holds of the base.
 
-    `whole` names PEFT's modules_to_save, whose weights are the adapter's own; None where the method has none.
     `fields` are PEFT's, empty where PEFT does not have the method.
     """
-    copies = _copies_of_base(grouped, whole, model.kind)
-    heads = {path for path in copies if sites.is_head(path)} if sites.tied(model.network) else set()
-    _check_places({*grouped, *(copies.keys() - heads)}, model)
+    whole = method.whole_modules()
+    copies = _copies_of_base(grouped, whole, getattr(method, "bias", "none"), model.kind)
+    tied = sites.tied(model.network)
+    heads = {path for path in copies if sites.is_head(path)} if tied else set()
+    own = grouped.keys() - ({HEAD} if tied and whole is not None else set())  # `place` says if it can
+    _check_places({*own, *(copies.keys() - heads)}, model)
     _check_copies(copies, model)
     if from_torch:
         _check_norms(grouped, model)
@@ -48,16 +53,23 @@ def check_tensors(
         _check_targets(grouped, fields, model)
 
 
-def _copies_of_base(grouped: dict[str, Arrays], whole: str | None, model_type: str) -> dict[str, Arrays]:
+def _copies_of_base(
+    grouped: dict[str, Arrays], whole: str | None, bias: str, model_type: str
+) -> dict[str, Arrays]:
     """What a file holds of the base: {path: {"weight" or "bias": array}}. PEFT writes the embedding and the
-    head beside an adapter on them, and a whole state dict holds everything."""
+    head beside an adapter on them, and a whole state dict holds everything.
+
+    `whole` names PEFT's modules_to_save, whose weights are the adapter's own; None where the method has none.
+    `bias` is PEFT's field: which biases of the base are.
+    """
     copies: dict[str, Arrays] = {}
     for path, own in list(grouped.items()):
         found = {name: own.pop(f"base.{name}") for name in ("weight", "bias") if f"base.{name}" in own}
         unnamed = whole is not None and not _saved(path, whole, model_type)
-        if unnamed and own.keys() <= {"weight", "bias"}:
-            found |= own
-            own.clear()
+        alone = own.keys() <= {"weight", "bias"}
+        for name in own.keys() & {"weight", "bias"} if unnamed else ():
+            if name == "weight" or bias == "none" or (alone and bias != "all"):
+                found[name] = own.pop(name)
         if found:
             copies[path] = found
         if not own:
@@ -130,8 +142,13 @@ def _check_targets(grouped: dict[str, Arrays], fields: dict[str, Any], model: Mo
     weighted = {path for path, module in model.network.named_modules() if "weight" in module}
     whole = {path for path in weighted if names and _saved(path, names, model.kind)}
     places = _places(model.network, str(fields["peft_type"])) - whole
-    named = {path for path in places if is_target(fields, sites.to_hf(path, model.kind))} | whole
-    if lost := sorted(named - grouped.keys()):
+    places -= {path for path, own in grouped.items() if own.keys() == {"bias"}}  # a bias that is trained
+    places -= {path for path, own in grouped.items() if "rows" in own}  # tokens that are
+    # a module of PyTorch may be several here
+    there = {path: torch_path(model.network, path, model.kind) for path in {*places, *whole, *grouped}}
+    named = {path for path in places if is_target(fields, there[path])} | whole
+    held = {there[path] for path in grouped}
+    if lost := sorted(path for path in named if there[path] not in held):
         raise AdapterError(
             f"{len(lost)} of {len(named)} layers that the configuration names have no tensors here, e.g. "
             f"{lost[0]}: the file is not complete. Save the adapter again"
@@ -153,6 +170,7 @@ def _places(model: nn.Module, peft_type: str) -> set[str]:
     if peft_type == "LORA":
         places |= {path for path, m in modules.items() if sites.is_table(path) and isinstance(m, EMBEDDINGS)}
     if any(is_stack(module) for module in modules.values()):
-        # among stacked experts PEFT reads these names in another way
+        # among stacked experts PEFT reads these names in another way, and routers are parameters there
         places = {path for path in places if path.rpartition(".")[2] not in EXPERT_NAMES}
+        places -= routers(model).keys()
     return places

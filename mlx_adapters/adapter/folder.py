@@ -33,15 +33,34 @@ from mlx_adapters.adapter.reading import (
     read_fields,
     read_tensors,
 )
+from mlx_adapters.adapter.translate import Written, inward, outward, scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
 from mlx_adapters.errors import AdapterError, counted, reading, writing_to
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.methods.base import AdapterLayer, Member, Method, Placed, short_names
+from mlx_adapters.methods.beside import WithModules, listed
+from mlx_adapters.methods.experts import completed, in_model
+from mlx_adapters.methods.ia3 import IA3
+from mlx_adapters.methods.lora import LoRA
+from mlx_adapters.methods.low_rank import LowRank
+from mlx_adapters.methods.tied import HEAD, HeadUpdate, TiedToSave
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.models.names import as_record, from_record
+from mlx_adapters.models.torch_tree import TorchTree, tree_of
 
-__all__ = ["build", "load_weights", "named_tensors", "peft_config", "place", "save", "tensors", "write"]
+__all__ = [
+    "build",
+    "load_weights",
+    "named_tensors",
+    "own_tensors",
+    "peft_config",
+    "place",
+    "save",
+    "tensors",
+    "write",
+]
 
 
 def save(
@@ -76,10 +95,22 @@ def save(
         raise AdapterError(f"{folder}: the active adapter is {name!r} ({other}), not what meta says")
     if base is not None:
         meta = replace(meta, base={**meta.base, "_name_or_path": base})
-    arrays = tensors(network, meta.base["model_type"])
+    written = _written(layers(network), network, meta)
     meta.method.save_extra(folder, layers(network))
-    meta = replace(meta, method=meta.method.as_saved())
-    write(folder, arrays, fields=peft_config(network, meta), meta=meta)
+    meta = replace(meta, method=meta.method.as_saved(), names={})
+    fields = peft_config(network, meta)
+    if written.moved:
+        tree = tree_of(network, meta.base["model_type"])
+        linear = [path.removesuffix(".base") for path in sites.linears(network)]
+        told = with_fields(fields, written, tree, linear)
+        known = meta.method.PEFT_FIELDS or {}
+        if told.get("rank_pattern") and "rank_pattern" not in known:
+            raise AdapterError(
+                f"{meta.method.NAME} on parts of one layer of PyTorch ({next(iter(told['rank_pattern']))}) would "
+                "need a rank of its own there: adapt that with lora"
+            )
+        meta, fields = replace(meta, names=_names(written, tree, told)), told
+    write(folder, _named(written, layers(network)), fields=fields, meta=meta)
 
 
 def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
@@ -93,6 +124,67 @@ def _active(model: nn.Module) -> tuple[str, AdapterMeta] | None:
             "activate one of them by name first"
         )
     return loaded.active[0], loaded.metas[loaded.active[0]]
+
+
+def _written(placed: Mapping[str, nn.Module], model: nn.Module, meta: AdapterMeta) -> Written:
+    """The tensors of adapter layers by the modules that PyTorch has."""
+    groups = {
+        path: {s: array for s, array in _by_suffix(layer).items() if not s.startswith(PREFIX)}
+        for path, layer in placed.items()
+        if isinstance(layer, AdapterLayer) and not layer.ROOTED
+    }
+    at = getattr(meta.method.as_saved(), "at", None)
+    return outward(groups, tree_of(model, meta.base["model_type"]), at)
+
+
+def _named(written: Written, placed: Mapping[str, nn.Module]) -> dict[str, mx.array]:
+    """The tensors under their names in a file, with those that have no module."""
+    named = {
+        f"{PREFIX}{module}.{suffix}": array
+        for module, group in written.groups.items()
+        for suffix, array in group.items()
+    }
+    for layer in placed.values():
+        if isinstance(layer, AdapterLayer):
+            own = _by_suffix(layer).items()
+            named |= {name: array for name, array in own if layer.ROOTED or name.startswith(PREFIX)}
+            named |= {name: layer[attribute] for attribute, name in layer.SHARED.items()}
+    return named
+
+
+def _by_suffix(layer: AdapterLayer) -> dict[str, mx.array]:
+    """The tensors of a layer by the ends of their names, or by whole names."""
+    return {layer.TENSORS[name]: array for name, array in layer.tensors().items()}
+
+
+def _names(written: Written, tree: TorchTree, fields: dict[str, Any]) -> dict[str, Any]:
+    """What must be known to read the file without its base."""
+    told = {
+        name: fields[name] for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if name in fields
+    }
+    record = as_record(tree.names) if tree.names else {}
+    return {"tensors": record, "paths": sorted(written.moved), "peft": told}
+
+
+def own_tensors(
+    folder: Path, meta: AdapterMeta, model_type: str, model: nn.Module | None = None
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of an adapter folder by the names of the modules here, and {path: module of PyTorch} of
+    those that PyTorch has otherwise; `model` knows that too where the folder does not."""
+    arrays = read_tensors(folder)
+    if record := meta.names.get("tensors"):
+        tree = TorchTree(from_record(record), model_type)
+    elif model is not None:
+        tree = tree_of(model, model_type)
+    else:
+        return arrays, {}
+    with reading(folder / WEIGHTS, AdapterError):
+        return inward(
+            arrays,
+            tree,
+            at=getattr(meta.method, "at", None) if meta.names else None,
+            only=meta.names.get("paths"),
+        )
 
 
 def tensors(model: nn.Module, model_type: str) -> dict[str, mx.array]:
@@ -115,7 +207,8 @@ def named_tensors(placed: Mapping[str, nn.Module], model_type: str) -> dict[str,
 
 
 def _key(path: str, layer: AdapterLayer, suffix: str, model_type: str) -> str:
-    return suffix if layer.ROOTED else f"{PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
+    rooted = layer.ROOTED or suffix.startswith(PREFIX)
+    return suffix if rooted else f"{PREFIX}{sites.to_hf(path, model_type)}.{suffix}"
 
 
 def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
@@ -137,9 +230,10 @@ def peft_config(model: nn.Module, meta: AdapterMeta) -> dict[str, Any]:
 
 
 def _target_modules(model: nn.Module, model_type: str) -> dict[str, list[str]]:
-    wrapped = {path for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
-    names = short_names(wrapped, model, model_type)
-    return {"target_modules": sorted(set(names.values()))} if wrapped else {}
+    targets = {path: layer for path, layer in layers(model).items() if layer.TARGET and not layer.ROOTED}
+    called = {layer.CALLED for layer in targets.values() if layer.CALLED}
+    names = short_names({p for p, layer in targets.items() if not layer.CALLED}, model, model_type)
+    return {"target_modules": sorted({*names.values(), *called})} if targets else {}
 
 
 def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], meta: AdapterMeta) -> None:
@@ -152,6 +246,7 @@ def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], 
         "template": meta.template,
         "loss_on": meta.loss_on,
         "training": meta.training,
+        **({"names": meta.names} if meta.names else {}),
     }
     with writing_to(folder):
         _write(folder, arrays, fields, about, meta.seen)
@@ -182,28 +277,45 @@ def build(model: nn.Module, model_type: str, folder: Path, *, name: str) -> tupl
 
 def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[AdapterMeta, Placed]:
     meta = read_meta(folder)
-    arrays = read_tensors(folder)
     trained_on = meta.base.get("model_type", model_type)
     if trained_on != model_type:
         raise AdapterError(
             f"{folder}: was trained on a {trained_on} model, but {name} is a {model_type} model"
         )
+    arrays, moved = own_tensors(folder, meta, model_type, model)
+    fields = read_fields(folder)
+    if moved and not meta.names and isinstance(meta.method, LowRank):
+        meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
+    if moved and not meta.names and isinstance(meta.method, IA3):
+        meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
+    grouped = in_model(grouped, model, model_type)
+    if (untied := _untied(method, fields, grouped)) != method:
+        method = untied
+        meta = replace(meta, method=method)
+    if isinstance(meta.method, LoRA):
+        stacks = fields.get("target_parameters") or []
+        grouped = completed(grouped, model, model_type, meta.method.at, stacks)
     with reading(folder / WEIGHTS, AdapterError):
         check_tensors(
             grouped,
             Model(model, model_type, name),
-            whole=method.whole_modules(),
-            fields=read_fields(folder) if method.PEFT_FIELDS is not None else {},
+            method=method,
+            fields=fields if method.PEFT_FIELDS is not None else {},
             from_torch=not (folder / META).exists(),
         )
     model.freeze()
-    placed = place(method, model, model_type, [path for path in grouped if path] or None)
+    # biases that train by themselves are wherever the base has one
+    paths = [path for path, own in grouped.items() if path and own.keys() != {"bias"}]
+    placed = place(method, model, model_type, paths or None)
     for path, layer in placed.items():
         if not isinstance(layer, AdapterLayer):
             continue
-        load_weights(layer, grouped.pop("" if layer.ROOTED else path, {}), path, folder, name)
+        own = grouped.pop("" if layer.ROOTED else path, {})
+        if isinstance(layer, HeadUpdate | TiedToSave):
+            own |= {f"head_{name}": array for name, array in grouped.pop(HEAD, {}).items()}
+        load_weights(layer, own, path, folder, name)
         for attribute, tensor in layer.SHARED.items():
             if tensor not in shared:
                 raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
@@ -220,6 +332,17 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
     return meta, placed
 
 
+def _untied(method: Method, fields: dict[str, Any], grouped: dict[str, dict[str, mx.array]]) -> Method:
+    """With PEFT's `ensure_weight_tying` one trained matrix stands in the file as embedding and as head, and
+    its configuration may name only one of them: here the two are trained, each its own."""
+    if not fields.get("ensure_weight_tying") or not isinstance(method, WithModules):
+        return method
+    names = listed(method.modules_to_save)
+    if not names or HEAD in names or "weight" not in grouped.get(HEAD, {}):
+        return method
+    return replace(method, modules_to_save=",".join([*names, HEAD]))
+
+
 def place(method: Method, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
     """What the method puts where; the adapters that it is made of are read first."""
     if not (folders := method.members()):
@@ -232,7 +355,7 @@ def _member(model: nn.Module, model_type: str, folder: Path) -> Member:
     fields = read_fields(folder)
 
     def save(target: Path) -> None:
-        write(target, named_tensors(placed, model_type), fields=fields, meta=meta)
+        write(target, _named(_written(placed, model, meta), placed), fields=fields, meta=meta)
 
     return Member(folder, meta.method, placed, save)
 

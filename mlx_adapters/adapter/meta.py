@@ -25,6 +25,8 @@ class AdapterMeta:
         loss_on: What the loss was taken on.
         seen: Hashes of the training questions.
         training: The settings of the run and what became of its data.
+        names: Where its tensors are under other names than the base's, or as parts of others: `tensors`
+            (`mlx_adapters.models.names`), `paths` and what `peft` is told of them.
     """
 
     method: Method
@@ -33,6 +35,7 @@ class AdapterMeta:
     loss_on: str = ""
     seen: list[str] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hub_id(self) -> str | None:
@@ -64,7 +67,7 @@ def read_meta(folder: str | Path) -> AdapterMeta:
         )
     with reading(folder / META, AdapterError):
         about["method"] = method = kind(**about.pop("config"))
-        _must_agree(fields, method.to_peft(), folder)
+        _must_agree(fields, method.to_peft() | about.get("names", {}).get("peft", {}), folder)
     # a fusion counts the questions that its members have seen as its own
     seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
     with reading(folder / META, AdapterError):
@@ -72,7 +75,10 @@ def read_meta(folder: str | Path) -> AdapterMeta:
 
 
 # What PyTorch computes with: the file it reads and ours must not say different things.
-_COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_COMPUTED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("bias", "lora_bias", "trainable_token_indices"),
+)
 
 
 def _must_agree(fields: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:

@@ -33,11 +33,11 @@ import mlx.nn as nn
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.tree import AdapterSet, Choice, adapter_set, slots_of
-from mlx_adapters.errors import AdapterError, AdaptersError, UnsupportedError, unknown
+from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError, UnsupportedError, unknown
 from mlx_adapters.methods.base import AdapterLayer
-from mlx_adapters.models.load import LanguageModel, describe
+from mlx_adapters.models.load import LanguageModel, describe, load
 
-__all__ = ["activate", "active", "load_adapters", "names", "rows", "unload"]
+__all__ = ["activate", "active", "load_adapters", "load_named", "names", "rows", "unload"]
 
 
 def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> dict[str, AdapterMeta]:
@@ -74,6 +74,27 @@ def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> d
             model.adapter_set = adapters
             activate(model, before, train=trains)
     return done
+
+
+def load_named(
+    source: str, adapters: Sequence[str], *, base: str
+) -> tuple[LanguageModel, dict[str, AdapterMeta]]:
+    """The model, with the adapters of `NAME=FOLDER`, or of a `FOLDER` that gives its name.
+
+    Raises ConfigError where two of them, or the `base`, would have one name.
+    """
+    folders: dict[str, Path | str] = {}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not name or not folder:
+            raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
+        if name in folders or name == base:
+            raise ConfigError(f"two models would be named {name}: give --adapter OTHERNAME={folder}")
+        folders[name] = folder
+    loaded = load(source, answering=True)
+    return loaded, load_adapters(loaded, folders) if folders else {}
 
 
 def names(model: nn.Module) -> list[str]:

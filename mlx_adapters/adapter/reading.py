@@ -126,7 +126,7 @@ def by_layer(
         else:
             path, attribute = found
             own = grouped.setdefault(sites.from_hf(path, model_type), {})
-            if attribute in own:
+            if attribute in own and not (attribute == "bias" and _equal(own[attribute], array)):
                 raise AdapterError(
                     f"{folder / WEIGHTS}: {key} is not the only tensor of its place: save one adapter alone"
                 )
@@ -139,6 +139,11 @@ def by_layer(
             f"{known if classes[0].ROOTED else f'{PREFIX}...{known}'}"
         )
     return grouped, shared
+
+
+def _equal(one: mx.array, other: mx.array) -> bool:
+    """Whether two tensors of one place are the same: PEFT writes a bias of modules_to_save twice."""
+    return one.shape == other.shape and bool(mx.array_equal(one, other))
 
 
 def _attribute(
@@ -167,7 +172,7 @@ def _ending(suffix: str, named: bool) -> re.Pattern[str]:
     stem, _, last = suffix.rpartition(".")
     end, between = re.escape(suffix), r"(?:\.[^.]+)?"
     if named and suffix in ("weight", "bias"):
-        end = rf"(?:modules_to_save\.[^.]+\.)?{suffix}"
+        end = rf"(?:modules_to_save\.(?:[^.]+\.)?)?{suffix}"
     elif named and suffix not in _OF_BASE:
         end = rf"{re.escape(stem)}{between}\.{last}" if last in ("weight", "bias") else rf"{end}{between}"
     return re.compile(rf"{re.escape(PREFIX)}(.+?)\.{end}")

@@ -23,6 +23,7 @@ __all__ = [
     "install",
     "layers",
     "must_be_bare",
+    "note",
     "remove",
     "slots_of",
 ]
@@ -81,6 +82,12 @@ def attached(model: nn.Module) -> Attached | None:
     """The record of the adapter attached to `model`, if there is one."""
     found: Attached | None = getattr(model, "attached_adapter", None)
     return found
+
+
+def note(model: nn.Module, meta: AdapterMeta) -> None:
+    """Remember of the adapter attached to `model` what its training found out: template, seen questions."""
+    if (record := attached(model)) is not None:
+        record.meta = meta
 
 
 def adapter_set(model: nn.Module) -> AdapterSet | None:

@@ -20,7 +20,8 @@ def own_kernels() -> None:
     """Give this process a folder of its own for what `mx.compile` makes on a CPU, kept for later processes.
 
     MLX writes there without locks: two processes at once would load each other's half-written libraries, and
-    one that is killed leaves such a library for all who come later. Never raises.
+    one that is killed leaves such a library for all who come later. What other processes' folders have is
+    taken over: a library takes a second to compile. Never raises.
     """
     global _kernels
     if _kernels is not None or not device.on_cpu():
@@ -39,10 +40,20 @@ def own_kernels() -> None:
         for library in folder.rglob("*.so"):
             if not _whole(library):
                 library.unlink()
+        _take_over(folder)
         tempfile.gettempdir()  # Python's own temporary files stay where they were
         os.environ["TMPDIR"] = str(folder)
     except (OSError, RuntimeError):
         pass  # no home, no place to write, or no locks: MLX's own folder then
+
+
+def _take_over(folder: Path) -> None:
+    """Link the finished libraries of the other folders that this one lacks, whose names say what they do."""
+    for library in folder.parent.glob("kernels-*/**/*.so"):
+        own = folder.joinpath(*library.relative_to(folder.parent).parts[1:])
+        if not own.exists() and _whole(library):
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.hardlink_to(library)
 
 
 def _whole(library: Path) -> bool:

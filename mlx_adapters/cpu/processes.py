@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_adapters import signals
 from mlx_adapters.cpu import blas, cores
 
 __all__ = ["ending", "follow", "in_ring", "run_each", "run_ring", "send", "start"]
@@ -140,21 +141,13 @@ def in_ring() -> bool:
     return "MLX_RANK" in os.environ
 
 
-def run_ring(
-    module: str,
-    arguments: Sequence[str],
-    count: int,
-    *,
-    warn: Callable[[str], None],
-    on_signal: Callable[[], object] = lambda: None,
-) -> int:
+def run_ring(module: str, arguments: Sequence[str], count: int, *, warn: Callable[[str], None]) -> int:
     """Run the same module in `count` processes that find each other through MLX's ring, as with `mlx.launch`.
 
     On a CPU about half of a training step is element-wise work on one core; processes that share every batch
-    keep the other cores busy too. SIGINT, SIGTERM and SIGHUP are passed on to all processes, after
-    `on_signal` is called; where one process fails the others are ended. Only the first process writes to the
-    terminal, because an error in the input meets all of them; `warn` gets what another one wrote when it
-    ended otherwise than the first.
+    keep the other cores busy too. SIGINT, SIGTERM and SIGHUP are passed on to all processes; where one
+    process fails the others are ended. Only the first process writes to the terminal, because an error in the
+    input meets all of them; `warn` gets what another one wrote when it ended otherwise than the first.
 
     Returns: the exit code.
     """
@@ -165,7 +158,7 @@ def run_ring(
         shared = cores.share(count) | os.environ | {"MLX_HOSTFILE": str(hosts)}
         logs = [Path(scratch) / f"errors-{rank}" for rank in range(count)]
         ring: list[Process] = []
-        stack.enter_context(_passing_on(ring, on_signal))
+        stack.enter_context(_passing_on(ring))
         for rank, log in enumerate(logs):
             env = shared | {"MLX_RANK": str(rank)}
             if rank == 0:
@@ -201,13 +194,13 @@ def _wait(ring: list[Process], warn: Callable[[str], None]) -> int:
 
 
 @contextmanager
-def _passing_on(ring: list[Process], on_signal: Callable[[], object]) -> Iterator[None]:
+def _passing_on(ring: list[Process]) -> Iterator[None]:
     """Inside, signals to this process go to the ring as SIGINT."""
 
     def handle(number: int, frame: Any) -> None:
         if number == signal.SIGHUP:  # the shell sends one and the system another
             signal.signal(number, signal.SIG_IGN)
-        on_signal()
+        signals.answered()
         send(ring, signal.SIGINT)
 
     with ExitStack() as stack:

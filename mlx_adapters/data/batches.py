@@ -39,6 +39,8 @@ class Batch:
         supervised: how many tokens have a label, counted in the same way.
         example_start: int32 [rows, time - 1] where rows are packed: the index in its row at which the example
             of each token begins.
+        read: float32 [rows, time - 1], for losses on all tokens: 1 for a token, 0 for padding. All tokens of
+            the rows are there then.
     """
 
     ids: mx.array
@@ -48,6 +50,7 @@ class Batch:
     tokens: int
     supervised: int
     example_start: mx.array | None = None
+    read: mx.array | None = None
 
     @classmethod
     def from_mask(
@@ -58,6 +61,7 @@ class Batch:
         tokens: int,
         supervised: int,
         example_start: np.ndarray | None = None,
+        read: np.ndarray | None = None,
     ) -> "Batch":
         """A batch of `ids` [rows, time] whose labels are the tokens with a `label_mask` other than 0."""
         rows, columns = np.nonzero(label_mask)
@@ -70,7 +74,7 @@ class Batch:
         weights[:count] = label_mask[rows, columns]
         starts = None if example_start is None else mx.array(example_start[:, :-1])
         arrays = mx.array(ids), mx.array(positions), mx.array(labels), mx.array(weights)
-        return cls(*arrays, tokens, supervised, starts)
+        return cls(*arrays, tokens, supervised, starts, None if read is None else mx.array(read[:, :-1]))
 
     @property
     def label_mask(self) -> np.ndarray:
@@ -85,7 +89,8 @@ class Batch:
     def arrays(self) -> dict[str, mx.array]:
         """The fields that are arrays, for functions that are compiled."""
         named = {name: getattr(self, name) for name in ("ids", "positions", "labels", "weights")}
-        return named if self.example_start is None else named | {"example_start": self.example_start}
+        further = {"example_start": self.example_start, "read": self.read}
+        return named | {name: array for name, array in further.items() if array is not None}
 
 
 def batches(
@@ -146,6 +151,7 @@ def make_batch(
     multiple: int = MULTIPLE,
     packed: bool = False,
     share: tuple[int, int] = (0, 1),
+    whole: bool = False,
 ) -> Batch:
     """The batch of these rows, each the examples that it holds: one, or several where they are `packed`.
 
@@ -156,17 +162,20 @@ def make_batch(
         packed: whether the model has to keep the examples of a row apart.
         share: (rank, number of processes): a process gets its part of the rows. Where no row is left for it,
             one without labels, for all processes have to add up their gradients.
+        whole: whether the model reads all tokens, the last one of the longest row too, and `read` says where
+            they are.
     """
     rank, processes = share
     own = rows[rank::processes]
-    ids, mask, starts = _pad(own or rows[:1], pad_id=pad_id, multiple=multiple)
+    ids, mask, starts, read = _pad(own or rows[:1], pad_id=pad_id, multiple=multiple, more=int(whole))
     every = [example for row in rows for example in row]
     return Batch.from_mask(
         ids,
         mask if own else np.zeros_like(mask),
         tokens=sum(len(example.ids) for example in every),
-        supervised=sum(max(0, len(example.ids) - example.loss_start) for example in every),
+        supervised=sum(example.supervised for example in every),
         example_start=starts if packed else None,
+        read=(read if own else np.zeros_like(read)) if whole else None,
     )
 
 
@@ -198,21 +207,26 @@ def _packed(examples: Sequence[Example], order: list[int], length: int) -> list[
 
 
 def _pad(
-    rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, label mask, where the example of each token begins), each [rows, time]."""
-    longest = max(sum(len(example.ids) for example in row) for row in rows)
+    rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int, more: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, label mask, beginning of each token's example, 1 where ids is no padding), each [rows, time],
+    with room for `more` tokens."""
+    longest = more + max(sum(len(example.ids) for example in row) for row in rows)
     length = 1 + -(-(longest - 1) // multiple) * multiple
     ids = np.full((len(rows), length), pad_id, dtype=np.int32)
     mask = np.zeros((len(rows), length), dtype=np.float32)
     starts = np.zeros((len(rows), length), dtype=np.int32)
+    read = np.zeros((len(rows), length), dtype=np.float32)
     for number, row in enumerate(rows):
         begin = 0
         for example in row:
             end = begin + len(example.ids)
             ids[number, begin:end] = example.ids
             mask[number, begin + example.loss_start : end] = 1
+            for first, last in example.unlabelled:
+                mask[number, begin + first : begin + last] = 0
             starts[number, begin:end] = begin
             begin = end
         starts[number, begin:] = begin  # the padding is an example of its own
-    return ids, mask, starts
+        read[number, :begin] = 1
+    return ids, mask, starts, read

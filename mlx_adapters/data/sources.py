@@ -1,30 +1,24 @@
-"""Training data: a JSON or JSONL file, a folder of them, a dataset of the hub, or a set of the paper by name.
+"""Training data: a file, a folder of files, a dataset of the hub, or a set of the paper by name.
 
-The format is told by the fields of the rows, and every row must have it:
-
-| format | fields |
-|---|---|
-| instruction | instruction, output (and input) |
-| completion | prompt, completion |
-| messages | messages: a list of {"role", "content"} (and system, tools, chat_template_kwargs) |
-| text | text |
-
-A field from which other trainers learn something else is refused by `check_fields`; `notes` names the rest.
+`reading` opens files, `layouts` says which fields rows have. A field from which other trainers learn
+something else is refused by `check_fields`; `notes` names the rest.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data import wordproblems
+from mlx_adapters.data.layouts import FORMS, as_form, known_fields, layout_of, renamed
+from mlx_adapters.data.reading import KINDS, SAVED, is_data, read_rows
 from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
 __all__ = [
-    "FORMATS",
+    "FORMS",
     "GENERATED",
     "TRAINING_SETS",
     "Rows",
@@ -38,15 +32,8 @@ __all__ = [
 
 GENERATED = "wordproblems"  # the name of the generated rows
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "instruction": ("instruction", "output"),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-# What is read besides, where a row has it: its type.
+# What is read besides a form's own fields, where a row has it: its type.
 _MORE: dict[str, dict[str, type]] = {
-    "instruction": {"input": str},
     "messages": {"system": str, "tools": list, "chat_template_kwargs": dict},
 }
 # Fields that change what other trainers learn from a row: where they are not read, a row with one is refused.
@@ -94,35 +81,50 @@ _SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_s
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source, their format, and where they came from."""
+    """The rows of a source in the fields of their form, and where they came from; `unread` are the names of
+    fields that nothing reads."""
 
     rows: list[dict[str, Any]]
     format: str
     origin: str
+    unread: tuple[str, ...] = ()
 
 
-def load_rows(source: str, *, split: str = "train") -> Rows:
-    """Read and check all rows of `source`. DataError names the file and the line or row at fault.
+def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
+    """Read and check all rows of `source`.
 
-    In a folder, `{split}.jsonl` or `{split}.json` is read, or its only data file. A name of `TRAINING_SETS`
-    is looked for in this folder, then on the hub; `FOLDER/NAME` looks for it in that folder. `wordproblems`
-    are 2000 generated ones, of which none is in the test set of that name.
+    Args:
+        source: a file of one of `KINDS`, also compressed (.gz, .zst); a folder with a file `split` of such a
+            kind, or with one data file, or saved by `datasets`; a name of `TRAINING_SETS`, looked for in this
+            folder (`FOLDER/NAME`: in that one), then on the hub; `wordproblems`, 2000 generated rows of which
+            none is in the test set of that name; or `OWNER/NAME[:CONFIG][/SPLIT][@REVISION]` of the hub.
+        split: the part of a folder or hub dataset that names none.
+        columns: {a known field: the rows' name for it}.
+
+    Raises:
+        DataError: names the file and the line or row at fault.
     """
     path = Path(source)
     if source == GENERATED and not path.exists():
         return Rows(wordproblems.generate(2000), "instruction", "generated word problems")
     if path.is_dir():
+        if any((path / name).is_file() for name in SAVED):
+            return _checked(_saved(path, split), str(path), columns)
         path = _in_folder(path, split)
     if not path.is_file() and path.name in TRAINING_SETS and path.parent.is_dir():
         return _named(path.name, path.parent, split)
     if path.is_file():
-        return _checked(list(read_rows(path)), str(path))
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".json", ".jsonl"):
+        if path.suffix and not is_data(path):
+            raise DataError(
+                f"{path}: is not a data file; known are {', '.join(KINDS)}, also .gz and .zst of them"
+            )
+        return _checked(list(read_rows(path)), str(path), columns)
+    if source.startswith((".", "/", "~")) or "/" not in source or is_data(path):
+        kinds, names = ", ".join(KINDS), ", ".join([*TRAINING_SETS, GENERATED])
         raise DataError(
-            f"{source}: no such file or folder. Give a .json or .jsonl file, a folder, a hub id, or one of "
-            f"{', '.join([*TRAINING_SETS, GENERATED])}"
+            f"{source}: no such file or folder. Give a file ({kinds}), a folder, a hub id, or one of {names}"
         )
-    return _hub_rows(source, split)
+    return _hub_rows(source, split, columns)
 
 
 def rows_from_list(rows: list[dict[str, Any]], origin: str = "the given rows") -> Rows:
@@ -149,11 +151,10 @@ def check_fields(row: dict[str, Any], fmt: str) -> None:
 def notes(rows: Rows) -> list[str]:
     """What is there and not used: fields that nothing reads, a validation set beside the training set."""
     found = []
-    read = {*FORMATS[rows.format], *_MORE.get(rows.format, {})}
-    if columns := sorted({str(name) for row in rows.rows for name in row} - read):
-        found.append(f"{rows.origin}: fields that are not used: {', '.join(columns)}")
+    if rows.unread:
+        found.append(f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}")
     file = Path(rows.origin)
-    beside = [file.with_name(f"{name}{kind}") for name in _VALIDATION for kind in (".jsonl", ".json")]
+    beside = [file.with_name(f"{name}{kind}") for name in _VALIDATION for kind in KINDS]
     if file.stem == "train" and (sets := [one for one in beside if one.is_file()]):
         found.append(f"{sets[0]} is not used: --validation N holds out rows of {file.name}")
     return found
@@ -176,115 +177,129 @@ def _named(name: str, folder: Path, split: str) -> Rows:
     return _hub_rows(hub, split)
 
 
-def _hub_rows(source: str, split: str) -> Rows:
-    return rows_from_list(_from_hub(source, split), f"{source} ({split})")
-
-
 def _in_folder(folder: Path, split: str) -> Path:
-    for name in (f"{split}.jsonl", f"{split}.json"):
-        if (folder / name).is_file():
-            return folder / name
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
-    if len(files) != 1:
+    for kind in KINDS:
+        for packed in ("", ".gz", ".zst"):
+            if (file := folder / f"{split}{kind}{packed}").is_file():
+                return file
+    files = sorted(file for file in folder.iterdir() if file.is_file() and is_data(file))
+    others = [file for file in files if file.name.partition(".")[0] not in (*_VALIDATION, "test")]
+    if len(others) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise DataError(f"{folder}: needs {split}.json(l), or a single data file; found {found}")
-    return files[0]
+        kinds = ", ".join(KINDS)
+        raise DataError(f"{folder}: needs a file {split} ({kinds}), or a single data file; found {found}")
+    return others[0]
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row of a JSON list or JSONL file: its line in JSONL, its index in a list."""
+def _saved(folder: Path, split: str) -> list[tuple[str, Any]]:
+    import datasets
+
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    if text.lstrip().startswith("["):
-        try:
-            rows = from_json(text)
-        except ValueError as error:
-            raise DataError(f"{file}:{_line(error)}: is not JSON ({_why(error)}), in a list") from None
-        yield from ((f"row {index}", row) for index, row in enumerate(rows))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", from_json(line)
-        except ValueError as error:
-            why = _why(error)
-            raise DataError(f"{file}:{number}: is not JSON ({why}). Each line must be one object") from None
+        found = datasets.load_from_disk(str(folder))
+        table = found[split] if isinstance(found, datasets.DatasetDict) else found
+    except KeyError:
+        raise DataError(f"{folder}: has no split {split!r}, but {', '.join(map(str, found))}") from None
+    except Exception as error:  # datasets raises many unrelated types
+        raise DataError(f"{folder}: cannot be read as a saved dataset ({first_line(error)})") from None
+    return [(f"row {index}", row) for index, row in enumerate(table)]
 
 
-def _line(error: ValueError) -> int:
-    return error.lineno if isinstance(error, json.JSONDecodeError) else 1
+def _hub_rows(source: str, split: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """Rows of `OWNER/NAME[:CONFIG][/SPLIT][@REVISION]`."""
+    rest, _, revision = source.partition("@")
+    name, _, config = rest.partition(":")
+    if config:
+        config, _, part = config.partition("/")
+    else:
+        owner, _, rest = name.partition("/")
+        short, _, part = rest.partition("/")
+        name = f"{owner}/{short}"
+    rows = _from_hub(name, part or split, config or None, revision or None)
+    found = [(f"row {index}", row) for index, row in enumerate(rows)]
+    return _checked(found, f"{name} ({part or split})", columns)
 
 
-def _why(error: ValueError) -> str:
-    """Without json's own line number, which counts within the one line it was given."""
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _checked(rows: list[tuple[str, Any]], origin: str) -> Rows:
-    if not rows:
-        raise DataError(f"{origin}: has no rows")
-    fmt = _detect(rows[0][1], rows[0][0], origin)
-    for where, row in rows:
-        _check_row(row, fmt, f"{origin}: {where}")
-    return Rows([row for _, row in rows], fmt, origin)
-
-
-def _detect(row: Any, where: str, origin: str) -> str:
-    if isinstance(row, dict):
-        for name, fields in FORMATS.items():
-            if all(field in row for field in fields):
-                return name
-    found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-    forms = "; ".join("+".join(fields) for fields in FORMATS.values())
-    raise DataError(f"{origin}: {where}: unknown fields ({found}). Known forms: {forms}")
-
-
-def _check_row(row: Any, fmt: str, where: str) -> None:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: is {type(row).__name__}, not an object")
-    for field in FORMATS[fmt]:
-        if field not in row:
-            raise DataError(f"{where}: field {field!r} is missing, though the first row is of the form {fmt}")
-        if fmt == "messages":
-            _check_messages(row[field], where)
-        else:
-            _check_text(row[field], field, where)
-    if fmt == "instruction":
-        _check_text(row.get("input") or "", "input", where)
-
-
-def _check_text(value: Any, field: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is {type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
-        raise DataError(f"{where}: field {field!r} holds a broken character (a lone surrogate)") from None
-
-
-def _check_messages(turns: Any, where: str) -> None:
-    good = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
-    if not good or not turns:
-        raise DataError(
-            f"{where}: field 'messages' must be a list of objects with 'role' and 'content' texts"
-        )
-    for turn in turns:
-        _check_text(turn["content"], "content", where)
-
-
-def _from_hub(source: str, split: str) -> list[Any]:
+def _from_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> list[Any]:
     try:
         from datasets import load_dataset
 
-        return list(load_dataset(source, split=split))
+        return list(load_dataset(name, config, split=split, revision=revision))
     except Exception as error:  # datasets raises many unrelated types for "could not get it"
         reason = first_line(error)
-        raise DataError(f"{source}: not a file here, and the hub did not give it ({reason})") from None
+        raise DataError(f"{name}: not a file here, and the hub did not give it ({reason})") from None
+
+
+def _checked(rows: list[tuple[str, Any]], origin: str, columns: Mapping[str, str] | None = None) -> Rows:
+    if not rows:
+        raise DataError(f"{origin}: has no rows")
+    made: list[dict[str, Any]] = []
+    forms: dict[str, str] = {}
+    unread: set[str] = set()
+    for where, row in rows:
+        try:
+            row = renamed(row, columns)
+            layout = layout_of(row)
+            unread |= {str(name) for name in row} - known_fields(layout)
+            row, form = as_form(row, layout)
+            forms.setdefault(form, where)
+            _check_row(row, form)
+        except DataError as error:
+            raise DataError(f"{origin}: {where}: {error}") from None
+        made.append(row)
+    if len(forms) > 1:
+        first, other = list(forms.items())[:2]
+        raise DataError(
+            f"{origin}: {other[1]}: is of the form {other[0]}, though {first[1]} is of the form {first[0]}"
+        )
+    return Rows(made, next(iter(forms)), origin, tuple(sorted(unread - {*_CHANGING})))
+
+
+def _check_row(row: dict[str, Any], form: str) -> None:
+    if form == "messages":
+        if isinstance(row.get("tools"), str):
+            try:
+                row["tools"] = from_json(row["tools"])
+            except ValueError:
+                raise DataError("field 'tools' is text that is not JSON") from None
+        _check_messages(row)
+        return
+    for name in {"instruction": ("instruction", "output"), "completion": ("prompt", "completion")}.get(
+        form, ("text",)
+    ):
+        _check_text(row[name], name)
+    if form == "instruction":
+        _check_text(row.get("input") or "", "input")
+
+
+def _check_text(value: Any, field: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"field {field!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
+        raise DataError(f"field {field!r} holds a broken character (a lone surrogate)") from None
+
+
+def _check_messages(row: dict[str, Any]) -> None:
+    """Checks the turns, and writes contents of several texts as one."""
+    turns = row["messages"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("field 'messages' must be a list of objects with 'role' and 'content' texts")
+    row["messages"] = [_checked_turn(number, turn) for number, turn in enumerate(turns)]
+
+
+def _checked_turn(number: int, turn: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(turn.get("role"), str):
+        raise DataError(f"message {number} has no 'role' text")
+    turn = {name: value for name, value in turn.items() if value is not None or name == "content"}
+    content = turn.get("content")
+    if content is None and (turn.get("tool_calls") or turn.get("reasoning_content")):
+        return {**turn, "content": ""}
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise DataError(f"message {number} has content that is not text, which is not learned here")
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"message {number}: field 'content' is {type(content).__name__}, not text")
+    _check_text(content, "content")
+    return {**turn, "content": content}

@@ -19,6 +19,7 @@ __all__ = [
     "chosen_template",
     "conversation",
     "default_template",
+    "messages_of",
     "prompt_for",
     "render",
 ]
@@ -32,9 +33,18 @@ _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
 
-def default_template(fmt: str) -> str:
-    """The template for a data format when the user names none."""
-    return {"instruction": "alpaca", "messages": "chat"}.get(fmt, "plain")
+def check(template: str | None) -> None:
+    """ConfigError for the name of a template that does not exist; None is none."""
+    if template is not None and template not in TEMPLATES:
+        raise ConfigError(unknown("template", template, TEMPLATES))
+
+
+def default_template(form: str, tokenizer: Any) -> str:
+    """The template for rows of a form when the user names none: the model's own, where it has one, since that
+    is how it will be asked."""
+    if form == "messages" or (form != "text" and tokenizer.has_chat_template):
+        return "chat"
+    return "alpaca" if form == "instruction" else "plain"
 
 
 def chosen_template(*names: str | None, tokenizer: Any = None) -> str:
@@ -94,10 +104,9 @@ def conversation(
 
 
 def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> tuple[str, str]:
-    """(prompt, completion) of one training row.
+    """(prompt, completion) of one training row, by a template other than `chat`.
 
-    `messages` rows use the chat template; the completion is the last assistant turn. `text` rows have no
-    prompt. Raises DataError where the row does not fit the template.
+    `text` rows have no prompt. Raises DataError where the row does not fit the template.
     """
     if fmt == "text":
         if template != "plain":
@@ -110,18 +119,28 @@ def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> t
         return prompt, row["output"]
     if fmt == "completion":
         return prompt_for(row["prompt"], template=template, tokenizer=tokenizer), row["completion"]
-    if template != "chat":
-        raise DataError(f"rows of messages need the template chat, found {template!r}: use --template chat")
-    *context, last = row["messages"]
-    if last.get("role") != "assistant" or not context:
-        raise DataError("the last of the messages must be the assistant's, after at least one other")
+    raise DataError(f"rows of messages need the template chat, found {template!r}: use --template chat")
+
+
+def messages_of(row: dict[str, Any], fmt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(the conversation of one training row, the variables it sets for the chat template).
+
+    An instruction and a prompt are a question. Raises DataError for a `system` beside a system message.
+    """
+    if fmt != "messages":
+        if fmt == "instruction":
+            context = row.get("input") or ""
+            question, answer = row["instruction"] + (f"\n\n{context}" if context else ""), row["output"]
+        else:
+            question, answer = row["prompt"], row["completion"]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], {}
+    messages = list(row["messages"])
     if row.get("system"):
-        if context[0]["role"] == "system":
+        if messages[0]["role"] == "system":
             raise DataError("field 'system' and a first message of the role system: keep one of the two")
-        context = [{"role": "system", "content": row["system"]}, *context]
-    kwargs = {**(row.get("chat_template_kwargs") or {}), **({"tools": t} if (t := row.get("tools")) else {})}
-    _refuse_unlearned(context, last, tokenizer, kwargs)
-    return chat_prompt(context, tokenizer, kwargs), last["content"]
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return messages, {**(row.get("chat_template_kwargs") or {}), **tools}
 
 
 def _alpaca(instruction: str, input: str) -> str:
@@ -142,21 +161,3 @@ def _seed(instruction: str, input: str, phase: Phase) -> str:
         blocks.append(f"### Input:\n{_INDENT}{input}")
     blocks.append(f"### Response:\n{_INDENT}")
     return f"{head}\n\n{_INDENT}" + f"\n{separator}\n{_INDENT}".join(blocks)
-
-
-def _refuse_unlearned(
-    context: list[dict[str, Any]], last: dict[str, Any], tokenizer: Any, kwargs: dict[str, Any]
-) -> None:
-    """DataError where the answer has more than its text: only the text is learned."""
-    if last.get("weight", 1) == 0 or last.get("train") is False:
-        raise DataError("the last of the messages is marked as not to be learned: take the row out")
-    others = [name for name, value in last.items() if name not in ("role", "content") and value]
-    if not others:
-        return
-    plain = {"role": last["role"], "content": last["content"]}
-    both = [chat_prompt([*context, turn], tokenizer, kwargs, answer=False) for turn in (last, plain)]
-    if both[0] != both[1]:
-        raise DataError(
-            f"the last of the messages has {', '.join(map(repr, others))}, which the chat template writes "
-            "and training would leave out: write it into 'content', or take it out"
-        )

@@ -2,37 +2,53 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
+from mlx_adapters.data.chat import Conversation, conversations
 from mlx_adapters.data.sources import Rows, check_fields
-from mlx_adapters.data.templates import render
+from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
+from mlx_adapters.models.stop_tokens import turn_end
 
 __all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
 
-LOSS_ON = ("completion", "all")
+LOSS_ON = ("completion", "last", "all")
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token `ids`, with labels from index `loss_start` on (at least 1: nothing predicts the first)."""
+    """Token `ids`, with labels from index `loss_start` on (at least 1: nothing predicts the first), except in
+    the ranges (begin, end) of `unlabelled`: what stands between the answers of a conversation."""
 
     ids: list[int]
     loss_start: int
+    unlabelled: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens have a label."""
+        return max(0, len(self.ids) - self.loss_start) - sum(end - begin for begin, end in self.unlabelled)
+
+    def cut(self, length: int) -> "Example":
+        """Its first `length` tokens."""
+        inside = tuple((begin, min(end, length)) for begin, end in self.unlabelled if begin < length)
+        return Example(self.ids[:length], self.loss_start, inside)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
     """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
     cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
-    one. `endless` where the tokenizer has no end token to learn."""
+    one. `rewritten` earlier answers are examples of their own. `endless`: the tokenizer has no end token."""
 
     examples: list[Example]
     truncated: int
     dropped: int
     empty: int = 0
     repeated: int = 0
+    rewritten: int = 0
     endless: bool = False
 
 
@@ -61,59 +77,120 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 def encode(
     rows: Rows, tokenizer: Any, *, template: str, cutoff: int = 256, loss_on: str = "completion"
 ) -> Encoded:
-    """Encode training rows; an end token is appended unless the row was cut at `cutoff` tokens.
+    """Encode training rows; what ends an answer is learned unless the row was cut at `cutoff` tokens.
 
-    Prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges, and
-    the prompt's tokens are those that generation starts from. `loss_on` is `completion` or `all` (prompt
-    included, as in the paper). Raises DataError when nothing remains.
+    With the template `chat` a row is a conversation, encoded whole as the chat template writes it. With the
+    others prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges,
+    and the prompt's tokens are those that generation starts from.
+
+    Args:
+        rows: what `load_rows` returns.
+        tokenizer: the model's.
+        template: a name of `TEMPLATES`.
+        cutoff: tokens of the longest row.
+        loss_on: `completion` (all answers of a conversation), `last` (its last answer) or `all` (the prompt
+            too, as in the paper).
+
+    Raises:
+        DataError: a row does not fit the template, or nothing remains to learn.
     """
     if loss_on not in LOSS_ON:
         raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
-    examples: list[Example] = []
-    truncated = dropped = empty = 0
-    seen: set[tuple[str, str]] = set()
+    done = Encoded([], 0, 0, endless=end_id(tokenizer) is None)
+    seen: set[Any] = set()
     for index, row in enumerate(rows.rows):
         try:
             check_fields(row, rows.format)
-            prompt, completion = render(row, rows.format, template=template, tokenizer=tokenizer)
+            texts = _texts(row, rows.format, template, tokenizer, loss_on)
         except DataError as error:
             raise DataError(f"{rows.origin}: row {index}: {error}") from None
-        example, cut = _example(prompt, completion, tokenizer, cutoff, loss_on)
-        seen.add((prompt, completion))
-        empty += not completion.strip()
-        truncated += cut
-        if example is None:
-            dropped += 1
-        else:
-            examples.append(example)
-    if not examples:
+        done.rewritten += len(texts) - 1
+        done.repeated += texts[-1] in seen
+        seen.add(texts[-1])
+        for text in texts:
+            _add(done, text, tokenizer, cutoff, loss_on)
+    if not done.examples:
         raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
-    return Encoded(
-        examples,
-        truncated,
-        dropped,
-        empty=empty,
-        repeated=len(rows.rows) - len(seen),
-        endless=end_id(tokenizer) is None,
-    )
+    return done
 
 
-def _example(
-    prompt: str, completion: str, tokenizer: Any, cutoff: int, loss_on: str
-) -> tuple[Example | None, bool]:
+def _texts(
+    row: dict[str, Any], fmt: str, template: str, tokenizer: Any, loss_on: str
+) -> Sequence[Conversation | tuple[str, str]]:
+    """The training texts of a row: conversations, or its (prompt, completion)."""
+    if template != "chat" or fmt == "text":
+        return [render(row, fmt, template=template, tokenizer=tokenizer)]
+    messages, kwargs = messages_of(row, fmt)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if answers:
+        messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
+    only = answers[-1:] if loss_on in ("last", "all") else None
+    return conversations(messages, tokenizer, kwargs, only=only)
+
+
+def _add(
+    done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, cutoff: int, loss_on: str
+) -> None:
+    if isinstance(text, Conversation):
+        example, empty = conversation_example(text, tokenizer, loss_on), text.empty
+    else:
+        example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
+    done.empty += empty
+    done.truncated += len(example.ids) > cutoff
+    example = example.cut(cutoff)
+    if example.supervised > 0:
+        done.examples.append(example)
+    else:
+        done.dropped += 1
+
+
+def _example(prompt: str, completion: str, tokenizer: Any, loss_on: str) -> Example:
     before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(completion, tokenizer)
     ids, end = [*before, *tokenizer.encode(completion, add_special_tokens=False)], end_id(tokenizer)
     if end is not None and (len(ids) == len(before) or ids[-1] != end):  # the text may bring its own
         ids.append(end)
-    cut = len(ids) > cutoff
-    ids = ids[:cutoff]
-    start = max(1, len(before) if loss_on == "completion" else 1)
-    return (Example(ids, start) if start < len(ids) else None), cut
+    return Example(ids, max(1, 1 if loss_on == "all" else len(before)))
+
+
+def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Example:
+    """The tokens of a conversation, encoded whole, with labels on the tokens of its answers."""
+    ids, places = _with_places(text.text, tokenizer)
+    spans = iter((*text.learned, (len(text.text) + 1, len(text.text) + 1)))
+    begin, end = next(spans)
+    labels = []
+    for first, last in places:
+        while first >= end:
+            begin, end = next(spans)
+        labels.append(last > begin and first < end)
+    closing = None if text.closed else turn_end(tokenizer) or end_id(tokenizer)
+    if closing is not None and ids[-1] != closing:
+        keep = len(labels) - labels[::-1].index(True) if True in labels else len(labels)
+        # in place of a line end behind the answer
+        ids, labels = [*ids[:keep], closing], [*labels[:keep], True]
+    if loss_on == "all":
+        return Example(ids, 1)
+    runs = [(key, len(list(group))) for key, group in groupby(labels)]
+    ends = list(accumulate(count for _, count in runs))
+    gaps = [(end - count, end) for (learned, count), end in zip(runs, ends, strict=True) if not learned]
+    start = gaps.pop(0)[1] if gaps and gaps[0][0] == 0 else 0
+    return Example(ids, max(1, start), tuple(gaps))
+
+
+def _with_places(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, where each token stands in the text as (begin, end) in characters)."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    if getattr(inner, "is_fast", False):
+        found = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
+    return ids, list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _start(text: str, tokenizer: Any) -> list[int]:
-    """The start token, where the tokenizer writes one by itself and `text` does not."""
+    """What the tokenizer writes before an answer by itself, up to its start token, where `text` does not."""
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         return []
     ids = list(tokenizer.encode("", add_special_tokens=True))
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+    start = tokenizer.bos_token_id
+    return ids[: ids.index(start) + 1] if start in ids else []

@@ -10,12 +10,12 @@ from mlx_adapters.data.sources import load_rows, read_rows
 from mlx_adapters.errors import DataError
 from mlx_adapters.evaluate import tasks
 
-__all__ = ["overlaps"]
+__all__ = ["cells", "overlaps", "sentences"]
+
+Found = list[tuple[str, list[str], Overlap]]
 
 
-def overlaps(
-    train: str | Path, tests: str, *, data_dir: Path | None = None
-) -> list[tuple[str, list[str], Overlap]]:
+def overlaps(train: str | Path, tests: str, *, data_dir: Path | None = None) -> Found:
     """(name, questions, overlap) of each test set with the training data.
 
     Args:
@@ -30,6 +30,23 @@ def overlaps(
     else:
         known = seen_hashes(rows_texts(load_rows(str(train))))
     return [(name, texts, overlap(known, texts)) for name, texts in _questions(tests, data_dir)]
+
+
+def cells(found: Found) -> tuple[list[str], list[list[str]]]:
+    """(heads, lines) of a table of what `overlaps` found."""
+    counts = [(name, one.total, len(one.seen), len(one.near)) for name, _, one in found]
+    lines = [[name, *map(str, (n, seen, near, n - seen - near))] for name, n, seen, near in counts]
+    return ["test", "items", "seen", "near (13 words in a row)", "new"], lines
+
+
+def sentences(found: Found, show: int) -> Iterator[str]:
+    """The first `show` of the items of each kind, and what the counts leave out."""
+    for name, texts, one in found:
+        for kind, indices in (("seen", one.seen), ("near", one.near)):
+            for index in indices[:show]:
+                yield f"{name} item {index}, {kind}: {' '.join(texts[index].split())[:200]}"
+    if any(one.sampled for _, _, one in found):
+        yield "The training set is large: its 13-word hashes are a sample, near items may be missing."
 
 
 def _questions(tests: str, data_dir: Path | None) -> Iterator[tuple[str, list[str]]]:

@@ -5,12 +5,14 @@ and a few YAML aliases stand for gigabytes once they are written out.
 """
 
 import json
+import math
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdaptersError, ConfigError
 
-__all__ = ["from_json", "from_yaml", "read_object", "read_yaml"]
+__all__ = ["from_json", "from_yaml", "json_option", "read_object", "read_options", "read_yaml", "to_json"]
 
 _DEEP = 64  # levels; a configuration has four
 
@@ -25,6 +27,24 @@ def from_json(text: str | bytes) -> Any:
     if sum(map(text.count, brackets)) > _DEEP:  # type: ignore[arg-type]
         _check_depth(value)
     return value
+
+
+def to_json(value: Any) -> str:
+    """The JSON text of a value, indented. Dataclasses, paths and tuples become objects, text and lists;
+    a number that JSON cannot say (NaN, infinity) as null."""
+    return json.dumps(_plain(value), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_object(file: Path, kind: type[AdaptersError]) -> dict[str, Any]:
@@ -69,6 +89,28 @@ def read_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: no such file") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{file}: is not YAML ({error})") from None
+
+
+def json_option(text: str | None, where: str) -> dict[str, Any]:
+    """The JSON object an option gives, empty when it is not given; ConfigError for anything else."""
+    try:
+        value = from_json(text) if text is not None else {}
+    except ValueError as error:
+        raise ConfigError(f"{where} {text!r:.60}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} {text!r:.60}: must be a JSON object, '{{\"name\": value}}'")
+    return value
+
+
+def read_options(file: Path | None, known: set[str]) -> dict[str, Any]:
+    """A YAML file of options as a flat mapping, empty for None; ConfigError for anything else, and for
+    unknown keys."""
+    content = {} if file is None else read_yaml(file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must be a mapping of option names to values")
+    if strange := sorted(set(map(str, content)) - known):
+        raise ConfigError(f"{file}: unknown keys {', '.join(strange)}. Known: {', '.join(sorted(known))}")
+    return content
 
 
 def _check_keys(node: Any) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_adapters.adapter import AdapterMeta, multi, read_meta
-from mlx_adapters.adapter.tree import adapter_set
+from mlx_adapters.adapter.tree import adapter_set, attached
 from mlx_adapters.models.load import LanguageModel, load
 
 __all__ = ["meta_of", "opened", "using"]
@@ -18,12 +18,16 @@ def opened(model: LanguageModel | str | Path) -> LanguageModel:
 
 def meta_of(model: LanguageModel | str | Path, adapter: str | Path | None) -> AdapterMeta | None:
     """What the adapter that `using` would take says of itself; None for the bare base. Loads nothing."""
-    loaded = adapter_set(model.model) if isinstance(model, LanguageModel) else None
-    name = str(adapter) if adapter is not None else loaded.active[-1] if loaded and loaded.active else None
-    if name is None:
-        return None
-    meta: AdapterMeta = loaded.metas[name] if loaded and name in loaded.metas else read_meta(Path(name))
-    return meta
+    name = None if adapter is None else str(adapter)
+    if isinstance(model, LanguageModel):
+        held, single = adapter_set(model.model), attached(model.model)
+        if name is None and single is not None:
+            return single.meta
+        if name is None and held is not None and held.active:
+            name = held.active[-1]
+        if held is not None and name in held.metas:
+            return held.metas[name]
+    return None if name is None else read_meta(name)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Nothing outside the file knows the method. `register` adds one from outside the 
 
 import importlib
 import pkgutil
+from dataclasses import fields as fields_of
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +54,7 @@ __all__ = [
     "SeqBN",
     "Series",
     "VeRA",
+    "about",
     "claiming",
     "find",
     "make",
@@ -64,7 +66,7 @@ M = TypeVar("M", bound="type[Method]")
 _OUTSIDE: dict[str, "type[Method]"] = {}
 _SHARED = {
     *("activations", "base", "bottleneck", "dropout", "experts", "modules", "patterns", "peft_fields"),
-    "pissa",
+    *("pissa", "beside", "biases", "low_rank", "tied", "tokens"),
 }
 """Files of the folder that are not methods but what several of them share."""
 
@@ -119,6 +121,24 @@ def make(name: str, fields: dict[str, Any], *, where: str | None = None) -> "Met
     lists every mistake.
     """
     return parse_fields(find(name), fields, where=where or name)
+
+
+def about(name: str) -> dict[str, Any]:
+    """What there is to know of the method `name`, as `mlx-adapters methods --json` says it."""
+    method = find(name)
+    return {
+        "method": name,
+        "what": method.TITLE,
+        "authors": method.AUTHORS,
+        "paper": method.PAPER,
+        "stands_on": method.STANDS_ON,
+        "mergeable": method.mergeable(),
+        "in_peft": method.IN_PEFT,
+        "fields": [
+            {"name": f.name, "default": f.default, "help": f.metadata["help"]} for f in fields_of(method)
+        ],
+        "doc": method.explanation(),
+    }
 
 
 def claiming(fields: dict[str, Any]) -> "type[Method]":

@@ -214,6 +214,8 @@ class AdapterLayer(nn.Module):
     """Its suffixes are whole tensor names: at most one such layer stands in a model."""
     TARGET: ClassVar[bool] = True
     """Whether its layer stands among PEFT's `target_modules`."""
+    CALLED: ClassVar[str] = ""
+    """What PEFT's `target_modules` call it, where that is not the name of the module it stands for."""
     READS_WEIGHT: ClassVar[bool] = False
     """What it computes follows from the weight of `base`, which must then be no other adapter's layer."""
     ROWWISE: ClassVar[bool] = True

@@ -28,6 +28,7 @@ from mlx_adapters.methods.base import (
     peft_targets,
     resolve_targets,
 )
+from mlx_adapters.methods.beside import WHOLE, WithModules
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.models import sites
@@ -148,12 +149,12 @@ _NAMES = {
 }
 
 
-class LinearBottleneck(Method):
+class LinearBottleneck(WithModules):
     """Bottlenecks on linear layers: the options of series and parallel, and their LLM-Adapters folders."""
 
     PEFT_TYPE = "BOTTLENECK"
     IN_PEFT = False
-    LAYERS = (Layer,)
+    LAYERS = (Layer, *WHOLE)
 
     bottleneck_size: int = field(256, "width of the bottleneck")
     non_linearity: str = field("tanh", "one of transformers' activation names: tanh, relu, gelu, silu ...")
@@ -175,19 +176,18 @@ class LinearBottleneck(Method):
         named = {theirs: getattr(self, ours) for ours, theirs in _NAMES.items()}
         if named["scaling"] != "learned":
             named["scaling"] = float(named["scaling"])  # the fork has no forward for an int
-        return {**named, "bias": "none", "modules_to_save": None}
+        return {**named, "bias": "none", **self.modules_field()}
 
     @classmethod
     def options_in(cls, fields: Fields) -> Fields:
         """The options that LLM-Adapters' fields give. Raises AdapterError for what is missing or not
         supported."""
-        for name in ("bias", "modules_to_save"):
-            if fields.get(name) not in (None, "none", []):
-                raise AdapterError(f"{name}={fields[name]!r} is not supported: only the bottlenecks are read")
+        if fields.get("bias") not in (None, "none"):
+            raise AdapterError(f"bias={fields['bias']!r} is not supported: biases of the base are not read")
         if "bottleneck_size" not in fields:
             raise AdapterError("bottleneck_size missing: not a BOTTLENECK configuration of LLM-Adapters")
         values = {ours: fields[theirs] for ours, theirs in _NAMES.items() if theirs in fields}
-        return values | {"targets": peft_targets(fields)}
+        return values | {"targets": peft_targets(fields), **cls.read_modules(fields)}
 
     @classmethod
     def from_peft(cls, fields: Fields) -> Self:

@@ -6,20 +6,27 @@ from typing import ClassVar, Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
     LAYERS_HELP,
     TARGETS_HELP,
     AdapterLayer,
-    Site,
+    OnEmbedding,
+    Placed,
     dims,
     linear_like,
     plain_weight,
     resolve_targets,
 )
+from mlx_adapters.methods.beside import WHOLE
+from mlx_adapters.methods.biases import BiasLayer, bias_of, shifted
 from mlx_adapters.methods.dropout import Dropout
-from mlx_adapters.methods.lora import SHARED_FIELDS, LowRank
+from mlx_adapters.methods.low_rank import SHARED_FIELDS, LowRank
+from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import Fields
+from mlx_adapters.methods.tokens import HeadTokens, TokenRows
+from mlx_adapters.models import sites
 
 
 class Layer(AdapterLayer):
@@ -30,11 +37,14 @@ class Layer(AdapterLayer):
         "lora_a": "lora_A.weight",
         "lora_b": "lora_B.weight",
         "magnitude": "lora_magnitude_vector.weight",
+        "bias": "base_layer.bias",
     }
     ALIASES: ClassVar[dict[str, str]] = {"magnitude": "lora_magnitude_vector"}
     READS_WEIGHT: ClassVar[bool] = True
 
-    def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Module, *, rank: int, scale: float, dropout: float, bias: bool = False
+    ) -> None:
         super().__init__()
         in_dims, out_dims = dims(base)
         self.base = base
@@ -46,6 +56,8 @@ class Layer(AdapterLayer):
         # a leading underscore keeps it out of the parameters: it follows from the base
         self._rows = plain_weight(base).astype(mx.float32).square().sum(axis=1)
         self.magnitude = mx.sqrt(self._rows)
+        if bias and "bias" in base:
+            self.bias = bias_of(base)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
@@ -56,7 +68,8 @@ class Layer(AdapterLayer):
             plain = plain - self.base.bias
         gain = self.magnitude / mx.stop_gradient(self._norm())
         low = (dropped @ self.lora_a.T) * self.scale
-        return y + ((gain - 1) * plain + gain * (low @ self.lora_b.T)).astype(y.dtype)
+        y = y + ((gain - 1) * plain + gain * (low @ self.lora_b.T)).astype(y.dtype)
+        return shifted(y, self.bias, self.base) if "bias" in self else y
 
     def _norm(self) -> mx.array:
         """||W + scale * B A|| of each row, [out]."""
@@ -71,7 +84,53 @@ class Layer(AdapterLayer):
     def merge(self) -> nn.Module:
         """A plain linear layer with the weight m * V / ||V||, in float32."""
         v = plain_weight(self.base).astype(mx.float32) + self.scale * (self.lora_b @ self.lora_a)
-        return linear_like(self.base, (self.magnitude / mx.linalg.norm(v, axis=1))[:, None] * v)
+        weight = (self.magnitude / mx.linalg.norm(v, axis=1))[:, None] * v
+        return linear_like(self.base, weight, self.get("bias"))
+
+
+class OnTable(OnEmbedding):
+    """An embedding whose columns have a learned length: m * V / ||V||, V = E + scale * (B A)^T.
+
+    A [rank, vocabulary] starts at zero, B [width, rank] at random. A tied output head stays the base's.
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "lora_embedding_a": "lora_embedding_A",
+        "lora_embedding_b": "lora_embedding_B",
+        "magnitude": "lora_magnitude_vector.weight",
+    }
+    ALIASES: ClassVar[dict[str, str]] = Layer.ALIASES
+    READS_WEIGHT: ClassVar[bool] = True
+
+    def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
+        super().__init__()
+        width, vocabulary = dims(base)
+        self.base = base
+        self.scale = scale
+        self.tied = tied
+        self.lora_embedding_a = mx.zeros((rank, vocabulary))
+        self.lora_embedding_b = mx.random.normal((width, rank))
+        self.magnitude = mx.linalg.norm(plain_weight(base).astype(mx.float32), axis=0)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        y = self.base(ids)
+        gain = self.magnitude / mx.stop_gradient(mx.linalg.norm(self._table(), axis=0))
+        low = (self.lora_embedding_a.T[ids] * self.scale) @ self.lora_embedding_b.T
+        return y + ((gain - 1) * y + gain * low).astype(y.dtype)
+
+    def _table(self) -> mx.array:
+        update = (self.lora_embedding_b @ self.lora_embedding_a).T
+        return plain_weight(self.base).astype(mx.float32) + self.scale * update
+
+    def merge(self) -> nn.Module:
+        """A plain embedding with the trained table; ConfigError where the head shares its weight."""
+        if self.tied:
+            raise ConfigError(
+                "an update of a tied embedding cannot be merged: the output head would get it too"
+            )
+        merged, table = nn.Embedding(1, 1), self._table()
+        merged.weight = table * (self.magnitude / mx.linalg.norm(table, axis=0))
+        return merged
 
 
 class DoRA(LowRank):
@@ -94,16 +153,28 @@ class DoRA(LowRank):
     PAPER = "https://arxiv.org/abs/2402.09353"
     PEFT_TYPE = "LORA"
     PEFT_FIELDS = {**SHARED_FIELDS, "use_dora": (True,)}
-    LAYERS = (Layer,)
+    LAYERS = (Layer, OnTable, *WHOLE, TokenRows, HeadTokens, BiasLayer)
 
     targets: str = field("default", TARGETS_HELP)
     layers: str = field("all", LAYERS_HELP)
 
-    def select(self, model: nn.Module, model_type: str) -> list[str]:
-        return resolve_targets(model, model_type, targets=self.targets, layers=self.layers, default="lora")
-
-    def wrap(self, base: nn.Module, site: Site) -> Layer:
-        return Layer(base, rank=self.rank, scale=self.scale, dropout=self.dropout)
+    def place_layers(self, model: nn.Module, model_type: str, paths: list[str] | None) -> Placed:
+        """A layer on each chosen linear layer, and on the embedding where a file has one."""
+        modules = dict(model.named_modules())
+        if paths is None:
+            paths = resolve_targets(
+                model, model_type, targets=self.targets, layers=self.layers, default="lora"
+            )
+            self.all_matched([sites.to_hf(path, model_type) for path in paths])
+        placed: Placed = {}
+        for path in paths:
+            base, (rank, scale) = modules[path], self.at(sites.to_hf(path, model_type))
+            if isinstance(base, EMBEDDINGS):
+                placed[path] = OnTable(base, rank=rank, scale=scale, tied=sites.tied(model))
+            else:
+                own = self.bias != "none"
+                placed[path] = Layer(base, rank=rank, scale=scale, dropout=self.dropout, bias=own)
+        return placed
 
     @classmethod
     def claims(cls, fields: Fields) -> bool:

@@ -3,8 +3,8 @@
     y = (W[e] + scale * B[e] A[e]) x
 
 PEFT (`target_parameters`) knows two stacks in each block, and so does `Experts`: gate and up are one matrix
-there and share A. Where PyTorch's names of the experts are not known, and in what mlx-lm has trained, each of
-the three matrices has an `ExpertLayer`.
+there and share A. In what mlx-lm has trained each of the three matrices has an `ExpertLayer`; `joined` says
+the same with the two stacks of PEFT.
 """
 
 import copy
@@ -20,52 +20,104 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.methods.base import AdapterLayer, layer_range, plain_weight
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.models import sites
-from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import BLOCKS
 
 __all__ = [
     "EXPERT_NAMES",
     "PARTS",
+    "UNGATED",
     "ExpertLayer",
     "Experts",
     "by_matrix",
+    "completed",
     "expert_paths",
+    "in_model",
     "is_block",
     "is_stack",
+    "matrices",
+    "parts",
 ]
 
 PARTS = ("gate_up_proj", "down_proj")
 """PEFT's names of the two stacks; the first is the one that it wraps first."""
+
+UNGATED = ("up_proj", "down_proj")
+"""The same of experts without a gate."""
 
 EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """In a mixture, PEFT reads these among `target_modules` as the experts' names of transformers 4."""
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether `module` is one stack of matrices. By name: importing mlx-lm takes seconds."""
+    """Whether `module` is one stack of matrices."""
     return type(module).__name__ in ("SwitchLinear", "QuantizedSwitchLinear")
 
 
 def is_block(module: nn.Module) -> bool:
     """Whether `module` is the whole mixture of a block."""
-    return type(module).__name__ == "SwitchGLU"
+    return type(module).__name__ in BLOCKS
+
+
+def parts(block: nn.Module) -> tuple[str, str]:
+    """PEFT's names of the two stacks of `block`."""
+    return PARTS if "gate_proj" in block else UNGATED
+
+
+def matrices(block: nn.Module) -> tuple[tuple[str, ...], str]:
+    """(the matrices into the experts, the one out) of `block`."""
+    return (("gate_proj", "up_proj"), "down_proj") if "gate_proj" in block else (("fc1",), "fc2")
 
 
 def expert_paths(model: nn.Module, model_type: str, layers: str) -> list[str]:
     """Where the experts of the chosen layers are adapted; ConfigError where there are none."""
-    adapted = is_block if architecture(model_type).experts else is_stack
     keep = layer_range(layers, {sites.layer_index(path) or 0 for path in sites.linears(model)})
-    found = [path for path, module in model.named_modules() if adapted(module)]
+    found = [path for path, module in model.named_modules() if is_block(module) or is_stack(module)]
+    blocks = {path for path, module in model.named_modules() if is_block(module)}
+    found = [path for path in found if path.rpartition(".")[0] not in blocks]
     paths = [path for path in found if sites.layer_index(path) in keep]
     if not paths:
         raise ConfigError(f"lora: targets 'experts': no stacked experts in layers {layers!r}")
     return paths
 
 
+def in_model(found: dict[str, Any], model: nn.Module, model_type: str) -> dict[str, Any]:
+    """`found` by path, with the mixtures where `model` has them: their Hugging Face path does not say."""
+    blocks = {sites.to_hf(path, model_type): path for path, m in model.named_modules() if is_block(m)}
+    return {blocks.get(sites.to_hf(path, model_type), path): value for path, value in found.items()}
+
+
+def completed(
+    found: dict[str, dict[str, mx.array]],
+    model: nn.Module,
+    model_type: str,
+    at: Callable[[str], tuple[int, float]],
+    stacks: list[str],
+) -> dict[str, dict[str, mx.array]]:
+    """`found` with both updates of each mixture, where a file has one: the other is zero.
+
+    PEFT gives the only update of a module the same names whichever stack it is of; `stacks` are its
+    `target_parameters`, and `at` gives (rank, scale).
+    """
+    modules, made = dict(model.named_modules()), dict(found)
+    for path, own in found.items():
+        block = modules.get(path)
+        if block is None or not is_block(block) or own.keys() != {"lora_a", "lora_b"}:
+            continue
+        name = sites.to_hf(path, model_type)
+        sizes = [at(f"{name}.{part}") for part in parts(block)]
+        fresh = Experts(block, gate_up=sizes[0], down=sizes[1], dropout=0.0).tensors()
+        if not any(stack.rpartition(".")[2] == parts(block)[1] for stack in stacks):
+            own = {"gate_up_a": own["lora_a"], "gate_up_b": own["lora_b"]}
+        made[path] = {n: mx.zeros(array.shape) for n, array in fresh.items()} | own
+    return made
+
+
 class Experts(AdapterLayer):
     """The mixture of a block with updates, in PEFT's layout: A [experts * rank, in] expert by expert,
     B [out, rank * experts] with the experts running fastest.
 
-    `gate_up` and `down` are (rank, scale) of the two stacks.
+    `gate_up` and `down` are (rank, scale) of the two stacks; rows of gate and up take turns in B of the first
+    where they are `interleaved`, else up's follow gate's.
     """
 
     TENSORS: ClassVar[dict[str, str]] = {
@@ -77,15 +129,23 @@ class Experts(AdapterLayer):
     TARGET: ClassVar[bool] = False
 
     def __init__(
-        self, base: nn.Module, *, gate_up: tuple[int, float], down: tuple[int, float], dropout: float
+        self,
+        base: nn.Module,
+        *,
+        gate_up: tuple[int, float],
+        down: tuple[int, float],
+        dropout: float,
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
         self.scales = (gate_up[1], down[1])
         self.dropout = Dropout(dropout)
-        into, out = base.gate_proj, base.down_proj
+        self.interleaved = interleaved
+        self.into, self.out = matrices(base)
+        into, out = base[self.into[0]], base[self.out]
         self.gate_up_a = _uniform((into.num_experts * gate_up[0], into.input_dims))
-        self.gate_up_b = mx.zeros((2 * into.output_dims, gate_up[0] * into.num_experts))
+        self.gate_up_b = mx.zeros((len(self.into) * into.output_dims, gate_up[0] * into.num_experts))
         self.lora_a = _uniform((out.num_experts * down[0], out.input_dims))
         self.lora_b = mx.zeros((out.output_dims, down[0] * out.num_experts))
 
@@ -101,8 +161,9 @@ class Experts(AdapterLayer):
 
     def _updates(self) -> dict[str, tuple[mx.array, mx.array, float]]:
         """(A, B, scale) of each stack of the base."""
-        matrices = by_matrix(self.tensors(), self.base.gate_proj.num_experts)
-        scales = {"gate_proj": self.scales[0], "up_proj": self.scales[0], "down_proj": self.scales[1]}
+        experts = self.base[self.out].num_experts
+        matrices = by_matrix(self.tensors(), experts, (*self.into, self.out), interleaved=self.interleaved)
+        scales = dict.fromkeys(self.into, self.scales[0]) | {self.out: self.scales[1]}
         return {name: (own["lora_a"], own["lora_b"], scales[name]) for name, own in matrices.items()}
 
     def merge(self) -> nn.Module:
@@ -113,20 +174,26 @@ class Experts(AdapterLayer):
         return merged
 
 
-def by_matrix(arrays: dict[str, mx.array], experts: int) -> dict[str, dict[str, mx.array]]:
-    """The arrays of `Experts` as those of an `ExpertLayer` for each of gate, up and down."""
+def by_matrix(
+    arrays: dict[str, mx.array],
+    experts: int,
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    interleaved: bool = False,
+) -> dict[str, dict[str, mx.array]]:
+    """The arrays of `Experts` as those of an `ExpertLayer` for each of the matrices `names`, the last of
+    which leads out."""
 
     def apart(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
         return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
 
     into_a, into_b = apart(arrays["gate_up_a"], arrays["gate_up_b"])
     out_a, out_b = apart(arrays["lora_a"], arrays["lora_b"])
-    gate, up = mx.split(into_b, 2, axis=1)
-    return {
-        "gate_proj": {"lora_a": into_a, "lora_b": gate},
-        "up_proj": {"lora_a": into_a, "lora_b": up},
-        "down_proj": {"lora_a": out_a, "lora_b": out_b},
-    }
+    *into, out = names
+    count = len(into)
+    rows = [into_b[:, n::count] for n in range(count)] if interleaved else mx.split(into_b, count, axis=1)
+    found = {name: {"lora_a": into_a, "lora_b": b} for name, b in zip(into, rows, strict=True)}
+    return found | {out: {"lora_a": out_a, "lora_b": out_b}}
 
 
 class ExpertLayer(AdapterLayer):

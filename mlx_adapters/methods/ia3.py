@@ -13,7 +13,6 @@ from mlx_adapters.methods.base import (
     TARGETS_HELP,
     AdapterLayer,
     Layers,
-    Method,
     Site,
     dims,
     linear_like,
@@ -22,6 +21,7 @@ from mlx_adapters.methods.base import (
     resolve_targets,
     short_names,
 )
+from mlx_adapters.methods.beside import WHOLE, WithModules
 from mlx_adapters.methods.peft_fields import COMMON, Fields
 from mlx_adapters.models import sites
 
@@ -57,7 +57,7 @@ class Layer(AdapterLayer):
         return linear_like(self.base, weight, self.base.bias * self.ia3_l[:, 0])
 
 
-class IA3(Method):
+class IA3(WithModules):
     """IA3: infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022,
     https://arxiv.org/abs/2205.05638
 
@@ -72,8 +72,11 @@ class IA3(Method):
     AUTHORS = "Liu et al. 2022"
     PAPER = "https://arxiv.org/abs/2205.05638"
     PEFT_TYPE = "IA3"
-    PEFT_FIELDS = {**COMMON, "feedforward_modules": None, "init_ia3_weights": None}
-    LAYERS = (Layer,)
+    PEFT_FIELDS = {
+        **COMMON,
+        **dict.fromkeys(("feedforward_modules", "init_ia3_weights", "modules_to_save")),
+    }
+    LAYERS = (Layer, *WHOLE)
 
     targets: str = field("default", TARGETS_HELP)
     feedforward: str = field(
@@ -100,15 +103,16 @@ class IA3(Method):
         return Layer(base, feedforward=any(sites.matches(path, name) for name in names))
 
     def to_peft(self) -> Fields:
-        return {"fan_in_fan_out": False, "modules_to_save": None}
+        return {"fan_in_fan_out": False, **self.modules_field()}
 
     def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """The layers whose input is scaled, named as the targets are: whole paths where a last part of them
         would name layers of both kinds."""
         scaled = {path for path, layer in layers.items() if isinstance(layer, Layer) and layer.feedforward}
-        names = short_names(set(layers), model, model_type)
-        if {names[path] for path in scaled} & {names[path] for path in layers.keys() - scaled}:
-            names = {path: sites.to_hf(path, model_type) for path in layers}
+        own = {path for path, layer in layers.items() if layer.TARGET}
+        names = short_names(own, model, model_type)
+        if {names[path] for path in scaled} & {names[path] for path in own - scaled}:
+            names = {path: sites.to_hf(path, model_type) for path in own}
         return {
             "target_modules": sorted(set(names.values())),
             "feedforward_modules": sorted({names[path] for path in scaled}),
@@ -122,4 +126,4 @@ class IA3(Method):
         else:
             # an empty list is none at all, where our default would be those out of the MLP
             feedforward = "default" if scaled is None else ",".join(sorted(scaled))
-        return cls(targets=peft_targets(fields), feedforward=feedforward)
+        return cls(targets=peft_targets(fields), feedforward=feedforward, **cls.read_modules(fields))

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,53 +14,62 @@ from mlx_adapters.methods.base import (
     LAYERS_HELP,
     AdapterLayer,
     Layers,
-    Method,
     Placed,
     dims,
     linear_like,
-    peft_targets,
     plain_weight,
     resolve_targets,
     short_names,
 )
+from mlx_adapters.methods.beside import WHOLE
+from mlx_adapters.methods.biases import BiasLayer, bias_of, shifted
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.experts import (
     EXPERT_NAMES,
     PARTS,
+    UNGATED,
     ExpertLayer,
     Experts,
     expert_paths,
     is_block,
     is_stack,
+    parts,
 )
-from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer, ModulesToSave, NormToSave, module_to_save
-from mlx_adapters.methods.patterns import as_text, fits, matching, parse
-from mlx_adapters.methods.peft_fields import COMMON, Fields, Known
+from mlx_adapters.methods.low_rank import SHARED_FIELDS, LowRank
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer
+from mlx_adapters.methods.patterns import as_text, parse
+from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.methods.pissa import largest
+from mlx_adapters.methods.tied import HEAD, HeadUpdate
+from mlx_adapters.methods.tokens import HeadTokens, TokenRows
 from mlx_adapters.models import sites
-
-# What LoRA and DoRA read of PEFT's configuration, or may leave alone.
-SHARED_FIELDS: Known = {
-    **COMMON,
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora")),
-    "bias": ("none",),
-    # these leave the base alone; pissa, olora, corda, lora_ga and loftq start from what they take out of it
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
-    # settings of such starts, of GPTQ's and Megatron's layers and of moving memory: nothing is left of them
-    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config")),
-    **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size")),
-    # of PEFT 0.3 and the code of LLM-Adapters
-    "merge_weights": None,
-}
+from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.routers import routers
 
 
 class Layer(AdapterLayer):
-    """`base(x) + scale * B A drop(x)`; x is [..., in], the result [..., out] in base's dtype."""
+    """`base(x) + scale * (B A drop(x) + c)`; x is [..., in], the result [..., out] in base's dtype.
 
-    TENSORS: ClassVar[dict[str, str]] = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    With `bias` the base's bias is the layer's own too, with `lora_bias` there is a vector c behind B.
+    """
+
+    TENSORS: ClassVar[dict[str, str]] = {
+        "lora_a": "lora_A.weight",
+        "lora_b": "lora_B.weight",
+        "bias": "base_layer.bias",
+        "lora_c": "lora_B.bias",
+    }
 
     def __init__(
-        self, base: nn.Module, *, rank: int, scale: float, dropout: float, pissa: bool = False
+        self,
+        base: nn.Module,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float,
+        pissa: bool = False,
+        bias: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         super().__init__()
         in_dims, out_dims = dims(base)
@@ -76,9 +85,17 @@ class Layer(AdapterLayer):
             bound = 1 / math.sqrt(in_dims)
             self.lora_a = mx.random.uniform(-bound, bound, (rank, in_dims))
             self.lora_b = mx.zeros((out_dims, rank))
+        if bias and "bias" in base:
+            self.bias = bias_of(base)
+        if lora_bias:
+            self.lora_c = mx.zeros((out_dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
+        if "bias" in self:
+            y = shifted(y, self.bias, self.base)
+        if "lora_c" in self:
+            y = y + (self.scale * self.lora_c).astype(y.dtype)
         dropped = self.dropout(x)
         if self.pissa and dropped is not x:
             # what the base loses it loses for the whole input
@@ -98,73 +115,22 @@ class Layer(AdapterLayer):
 
     def tensors(self) -> dict[str, mx.array]:
         a, b = self._matrices()
-        return {"lora_a": a, "lora_b": b}
+        return super().tensors() | {"lora_a": a, "lora_b": b}
 
     def load_weights(self, arrays: dict[str, mx.array]) -> None:
         self.pissa = False  # what was saved is the whole change
-        self.lora_a, self.lora_b = arrays["lora_a"], arrays["lora_b"]
+        super().load_weights(arrays)
 
     def merge(self) -> nn.Module:
         """A plain linear layer with the weight W + scale * B A, in float32."""
         a, b = self._matrices()
-        return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a))
-
-
-class LowRank(Method):
-    """The options of LoRA and DoRA, and their fields in PEFT's configuration."""
-
-    rank: int = field(8, "rank r of the update B A")
-    alpha: float = field(16.0, "numerator of the scale alpha / rank")
-    dropout: float = field(0.0, "dropout on the input of A while training")
-    rslora: bool = field(False, "scale by alpha / sqrt(rank) instead")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"{self.NAME}: rank={self.rank} must be at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"{self.NAME}: alpha={self.alpha} must be a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{self.NAME}: dropout={self.dropout} must be at least 0 and below 1")
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A where no pattern says otherwise."""
-        return self._scale(self.alpha, self.rank)
-
-    def _scale(self, alpha: float, rank: int) -> float:
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-    def at(self, path: str) -> tuple[int, float]:
-        """(rank, scale) of the layer at a Hugging Face path."""
-        return self.rank, self.scale
-
-    def to_peft(self) -> Fields:
-        """Only what every PEFT since 0.4 knows, more only where needed."""
-        fields: Fields = {
-            "r": self.rank,
-            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
-            "lora_dropout": self.dropout,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "modules_to_save": None,
-        }
-        if self.rslora:
-            fields["use_rslora"] = True
-        return fields
-
-    @staticmethod
-    def read_peft(fields: Fields) -> Fields:
-        """Our options of PEFT's fields that LoRA and DoRA share."""
-        missing = [name for name in ("r", "lora_alpha") if name not in fields]
-        if missing:
-            raise AdapterError(f"{' and '.join(missing)} missing: not a PEFT LoRA configuration")
-        return {
-            "rank": fields["r"],
-            "alpha": float(fields["lora_alpha"]),
-            "dropout": float(fields.get("lora_dropout") or 0.0),
-            "rslora": bool(fields.get("use_rslora", False)),
-            "targets": peft_targets(fields),
-        }
+        weight = plain_weight(self.base).astype(mx.float32) + self.scale * (b @ a)
+        bias = self.get("bias", self.base.get("bias"))
+        if "lora_c" in self:
+            if bias is None:
+                raise ConfigError("lora_bias adds a bias, which the base has no place for")
+            bias = bias + self.scale * self.lora_c
+        return linear_like(self.base, weight, bias)
 
 
 class LoRA(LowRank):
@@ -188,69 +154,76 @@ class LoRA(LowRank):
     AUTHORS = "Hu et al. 2021"
     PAPER = "https://arxiv.org/abs/2106.09685"
     PEFT_TYPE = "LORA"
-    PEFT_FIELDS = {
-        **SHARED_FIELDS,
-        **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")),
-    }
-    LAYERS = (Layer, Experts, ExpertLayer, EmbeddingLayer, ModulesToSave, NormToSave)
+    PEFT_FIELDS = {**SHARED_FIELDS, "target_parameters": None, "lora_bias": None}
+    LAYERS = (
+        *(Layer, Experts, ExpertLayer, EmbeddingLayer, HeadUpdate),
+        *(*WHOLE, TokenRows, HeadTokens, BiasLayer),
+    )
 
     pissa: bool = field(False, "start from the largest singular vectors of the weight")
     lora_plus: float = field(1.0, "how many times faster B learns than A")
-    rank_pattern: str = field("", "other ranks for some layers: q_proj=16,mlp.down_proj=4")
-    alpha_pattern: str = field("", "other alphas for some layers, written the same way")
-    modules_to_save: str = field("", "names of modules trained whole, as lm_head or embed_tokens")
+    lora_bias: bool = field(False, "a bias behind B too, on linear layers")
     targets: str = field(
         "default", "default, attn, mlp, attn+mlp, experts, all-linear, names a,b or re:PATTERN"
     )
     layers: str = field("all", LAYERS_HELP)
+    HEAD_ALONE = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.lora_plus) and self.lora_plus > 0):
             raise ConfigError(f"lora: lora_plus={self.lora_plus} must be a positive number")
-        parse(self.alpha_pattern, "alpha_pattern")
-        if odd := [v for v in parse(self.rank_pattern, "rank_pattern").values() if v != int(v)]:
-            raise ConfigError(f"lora: rank_pattern={self.rank_pattern!r}: rank {odd[0]} is no whole number")
 
-    def at(self, path: str) -> tuple[int, float]:
-        """(rank, scale) of the layer at a Hugging Face path."""
-        rank = int(matching(self.rank_pattern, "rank_pattern", path) or self.rank)
-        alpha = matching(self.alpha_pattern, "alpha_pattern", path) or self.alpha
-        return rank, self._scale(alpha, rank)
-
-    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
-        """A layer on each chosen linear layer and on the embedding, and the modules to be trained whole."""
+    def place_layers(self, model: nn.Module, model_type: str, paths: list[str] | None) -> Placed:
+        """A layer on each chosen linear layer, on the embedding and on the stacked experts."""
         modules = dict(model.named_modules())
-        whole = _whole(modules, self, model_type)
         if paths is None:
-            paths = [*_targets(model, model_type, self), *whole]
-            _all_matched(self, [name for path in paths for name in _names(path, modules[path], model_type)])
+            paths = _targets(model, model_type, self)
+            self.all_matched([name for path in paths for name in _names(path, modules[path], model_type)])
         placed: Placed = {}
+        tied, row = sites.tied(model), architecture(model_type)
+        in_turns = row.experts is not None and row.experts.interleaved
+        if HEAD in paths and HEAD not in modules:
+            paths = [path for path in paths if path != HEAD]
+            placed = self._tied_head(modules, sites.embedding(model), paths)
         for path in paths:
             base, sizes = modules[path], [self.at(name) for name in _names(path, modules[path], model_type)]
-            if path in whole:
-                _refuse_tied(model, path, isinstance(base, EMBEDDINGS))
-                placed[path] = module_to_save(base, path)
-            else:
-                placed[path] = self._layer(base, sizes, tied=sites.tied(model))
+            placed[path] = self._layer(base, sizes, tied=tied, interleaved=in_turns)
         return placed
 
-    def _layer(self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool) -> AdapterLayer:
+    def _tied_head(self, modules: dict[str, nn.Module], path: str, paths: list[str]) -> Placed:
+        """An update of the output head alone, which is the embedding at `path`."""
+        if path in paths:
+            raise UnsupportedError(
+                f"{path} is the output head too in this model: changes of both, each its own, are not read"
+            )
+        rank, scale = self.at(HEAD)
+        return {path: HeadUpdate(modules[path], rank=rank, scale=scale)}
+
+    def _layer(
+        self, base: nn.Module, sizes: list[tuple[int, float]], *, tied: bool, interleaved: bool
+    ) -> AdapterLayer:
         """The layer for `base`; `sizes` has (rank, scale) of each matrix that PEFT knows there."""
         rank, scale = sizes[0]
         if isinstance(base, EMBEDDINGS):
             return EmbeddingLayer(base, rank=rank, scale=scale, tied=tied)
         if is_block(base):
-            return Experts(base, gate_up=sizes[0], down=sizes[1], dropout=self.dropout)
+            into, out = sizes
+            return Experts(base, gate_up=into, down=out, dropout=self.dropout, interleaved=interleaved)
         if is_stack(base):
             return ExpertLayer(base, rank=rank, scale=scale, dropout=self.dropout)
-        return Layer(base, rank=rank, scale=scale, dropout=self.dropout, pissa=self.pissa)
+        return Layer(
+            base,
+            rank=rank,
+            scale=scale,
+            dropout=self.dropout,
+            pissa=self.pissa,
+            bias=self.bias != "none",
+            lora_bias=self.lora_bias,
+        )
 
     def lr_multipliers(self) -> dict[str, float]:
         return {} if self.lora_plus == 1 else dict.fromkeys(_STARTS_AT_ZERO, self.lora_plus)
-
-    def whole_modules(self) -> str | None:
-        return self.modules_to_save
 
     def as_saved(self) -> Self:
         """Of PiSSA, plain LoRA of twice the rank and the same scale."""
@@ -276,14 +249,7 @@ class LoRA(LowRank):
         return not fields.get("use_dora")
 
     def to_peft(self) -> Fields:
-        fields = super().to_peft()
-        if self.rank_pattern:
-            fields["rank_pattern"] = {k: int(v) for k, v in parse(self.rank_pattern, "rank_pattern").items()}
-        if self.alpha_pattern:
-            fields["alpha_pattern"] = parse(self.alpha_pattern, "alpha_pattern")
-        if self.modules_to_save:
-            fields["modules_to_save"] = [name.strip() for name in self.modules_to_save.split(",")]
-        return fields
+        return super().to_peft() | ({"lora_bias": True} if self.lora_bias else {})
 
     def peft_extra(self, layers: Layers, model: nn.Module, model_type: str) -> Fields:
         """What of a mixture of experts PEFT must be told as parameters: the stacked experts, and linear
@@ -291,12 +257,13 @@ class LoRA(LowRank):
         if not any(is_block(module) or is_stack(module) for module in model.modules()):
             return {}
         linear = {path for path, layer in layers.items() if layer.TARGET}
-        taken = {path for path in linear if path.rpartition(".")[2] in EXPERT_NAMES}
+        chosen = routers(model).keys()
+        taken = {path for path in linear if path in chosen or path.rpartition(".")[2] in EXPERT_NAMES}
         whole = [path for path, layer in layers.items() if isinstance(layer, Experts)]
-        parameters = [f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in PARTS]
-        # Mixtral's checkpoints still say block_sparse_moe, its modules no longer
-        names_in_peft = [sites.to_hf(path, model_type) for path in sorted(taken)]
-        parameters += [f"{name.replace('.block_sparse_moe.', '.mlp.')}.weight" for name in names_in_peft]
+        parameters = [
+            f"{sites.to_hf(path, model_type)}.{part}" for path in whole for part in parts(layers[path].base)
+        ]
+        parameters += [f"{sites.to_hf(path, model_type)}.weight" for path in sorted(taken)]
         if not parameters:
             return {}
         names = short_names(linear - taken, model, model_type).values()
@@ -304,30 +271,24 @@ class LoRA(LowRank):
 
     @classmethod
     def from_peft(cls, fields: Fields) -> Self:
-        own: dict[str, Any] = {
-            name: as_text(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
-        }
-        whole = fields.get("modules_to_save") or []
-        if not isinstance(whole, list):
-            raise AdapterError(f"modules_to_save={whole!r} is not a list of names")
-        own["modules_to_save"] = ",".join(whole)
         parameters = fields.get("target_parameters") or []
-        kinds = rf"(experts\.({'|'.join(PARTS)})|({'|'.join(EXPERT_NAMES)})\.weight)$"
+        stacks, single = "|".join({*PARTS, *UNGATED}), "|".join(("router", "router.proj", *EXPERT_NAMES))
+        kinds = rf"(experts\.({stacks})|({single})\.weight)$"
         if odd := [name for name in parameters if not re.search(rf"(^|\.){kinds}", name)]:
             raise AdapterError(f"target_parameters names {odd[0]}: only the matrices of experts are read")
         shared = cls.read_peft(fields)
         if parameters:
             shared["targets"] = f"{shared['targets']},experts" if fields.get("target_modules") else "experts"
-        return cls(**shared, **own)
+        return cls(**shared, lora_bias=bool(fields.get("lora_bias")))
 
 
-_STARTS_AT_ZERO = ("lora_b", "gate_up_b", "lora_embedding_a")
+_STARTS_AT_ZERO = ("lora_b", "gate_up_b", "lora_embedding_a", "head_lora_b")
 
 
 def _names(path: str, module: nn.Module, model_type: str) -> list[str]:
     """What PEFT calls what is adapted at `path`, where it looks it up in a pattern."""
     name = sites.to_hf(path, model_type)
-    return [f"{name}.{part}" for part in PARTS] if is_block(module) else [name]
+    return [f"{name}.{part}" for part in parts(module)] if is_block(module) else [name]
 
 
 def _targets(model: nn.Module, model_type: str, config: LoRA) -> list[str]:
@@ -350,35 +311,3 @@ def _targets(model: nn.Module, model_type: str, config: LoRA) -> list[str]:
 
 
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-
-
-def _all_matched(config: LoRA, paths: list[str]) -> None:
-    for name, text in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in parse(text, name):
-            if not any(fits(key, path) for path in paths):
-                raise ConfigError(f"lora: {name}: {key!r} matches no target")
-
-
-def _whole(modules: dict[str, nn.Module], config: LoRA, model_type: str) -> list[str]:
-    names = [name.strip() for name in config.modules_to_save.split(",") if name.strip()]
-    # PEFT's rule: a name is the end of a path, and "norm" names every input_layernorm too
-    found = {n: [p for p in modules if sites.to_hf(p, model_type).endswith(n)] for n in names}
-    if missing := [name for name, paths in found.items() if not paths]:
-        raise ConfigError(
-            f"lora: modules_to_save names {', '.join(missing)}, which this {model_type} model does not have"
-            " (a tied output head is the embedding)"
-        )
-    if "embed_out" in found:
-        raise UnsupportedError(
-            "modules_to_save: transformers 4 calls GPT-NeoX's head embed_out and transformers 5 lm_head, so "
-            "no adapter file fits both"
-        )
-    return [path for paths in found.values() for path in paths]
-
-
-def _refuse_tied(model: nn.Module, path: str, embeds: bool) -> None:
-    if embeds and sites.tied(model):
-        raise UnsupportedError(
-            f"modules_to_save: {path} is the output head too in this model, and PyTorch would train only one "
-            "of the two. Use LoRA on the embedding: targets=embed_tokens,..."
-        )

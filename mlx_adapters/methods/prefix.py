@@ -33,21 +33,19 @@ class Layer(prompt.PromptTable):
         return self.encoder()
 
     def start_cache(self, model: nn.Module, rows: int) -> list[Any]:
-        from mlx_lm.models.cache import KVCache
+        from mlx_lm.models.cache import make_prompt_cache
 
         layers, heads, width = self.keys.layers, self.keys.heads, self.keys.width
         table = self.now().astype(self.keys.dtype)
         count = table.shape[0]
         # [n, layers, 2, heads, width] -> [layers, 2, heads, n, width]
         states = table.reshape(count, layers, 2, heads, width).transpose(1, 2, 3, 0, 4)
-        caches = []
-        for layer in range(layers):
-            cache = KVCache()
+        caches: list[Any] = make_prompt_cache(model)
+        for layer, cache in enumerate(caches):
             cache.keys, cache.values = (
                 mx.broadcast_to(states[layer, which][None], (rows, heads, count, width)) for which in (0, 1)
             )
             cache.offset = count
-            caches.append(cache)
         return caches
 
 
@@ -157,7 +155,7 @@ def _activations(
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
     caches = make_prompt_cache(model)
-    odd = sorted({type(cache).__name__ for cache in caches if type(cache) is not KVCache})
+    odd = sorted({type(cache).__name__ for cache in caches if not isinstance(cache, KVCache)})
     if odd:
         raise UnsupportedError(
             f"prefix: a {model_type} model has layers that keep {', '.join(odd)} instead of all keys and "

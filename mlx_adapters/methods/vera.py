@@ -12,7 +12,6 @@ from mlx_adapters.methods.base import (
     LAYERS_HELP,
     TARGETS_HELP,
     AdapterLayer,
-    Method,
     Placed,
     dims,
     linear_like,
@@ -20,6 +19,7 @@ from mlx_adapters.methods.base import (
     plain_weight,
     resolve_targets,
 )
+from mlx_adapters.methods.beside import WHOLE, WithModules
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.peft_fields import COMMON, Fields
 
@@ -58,7 +58,7 @@ class Layer(AdapterLayer):
         return linear_like(self.base, plain_weight(self.base).astype(mx.float32) + update)
 
 
-class VeRA(Method):
+class VeRA(WithModules):
     """VeRA: vector-based random matrix adaptation. Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454
 
         y = W x + b * B (d * A drop(x))
@@ -79,9 +79,10 @@ class VeRA(Method):
         **dict.fromkeys(("r", "vera_dropout", "d_initial", "init_weights")),
         **dict.fromkeys(("projection_prng_key", "save_projection")),
         "bias": ("none",),
+        "modules_to_save": None,
     }
     AUTO_MODEL = False  # transformers' load_adapter refuses VeRA; PeftModel opens it
-    LAYERS = (Layer,)
+    LAYERS = (Layer, *WHOLE)
 
     rank: int = field(256, "rank of the shared random matrices")
     d_initial: float = field(0.1, "where the vector d starts")
@@ -96,7 +97,7 @@ class VeRA(Method):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"vera: dropout={self.dropout} must be at least 0 and below 1")
 
-    def place(self, model: nn.Module, model_type: str, paths: list[str] | None = None) -> Placed:
+    def place_layers(self, model: nn.Module, model_type: str, paths: list[str] | None) -> Placed:
         """A layer on each chosen linear layer, all with the same matrices, as large as the largest needs."""
         if paths is None:
             paths = resolve_targets(model, model_type, targets=self.targets, layers=self.layers)
@@ -119,7 +120,7 @@ class VeRA(Method):
             "save_projection": True,
             "fan_in_fan_out": False,
             "bias": "none",
-            "modules_to_save": None,
+            **self.modules_field(),
         }
 
     @classmethod
@@ -137,6 +138,7 @@ class VeRA(Method):
             dropout=float(fields.get("vera_dropout") or 0.0),
             projection_seed=fields.get("projection_prng_key") or 0,
             targets=peft_targets(fields),
+            **cls.read_modules(fields),
         )
 
 

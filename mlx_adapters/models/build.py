@@ -4,6 +4,7 @@ mlx-lm's own `load_model` reads every model*.safetensors in the folder; which fi
 `mlx_adapters.files.weights`' to say, so the tensors are given here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import names, torch_names
 from mlx_adapters.models.recurrent.install import in_chunks
 
 __all__ = ["build", "cast"]
@@ -29,7 +31,7 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
         raise UnsupportedError(f"{name}: config.json: field 'quantize_activations' is set, which is not read")
     try:
         model: nn.Module = model_class(args_class.from_dict(config))
-        weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
+        given, weights = weights, _sanitized(model, weights)
         if quantization := config.get("quantization"):
             _quantize(model, quantization, weights)
     except AdaptersError:
@@ -39,8 +41,30 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     _compare_names(name, dict(tree_flatten(model.parameters())), weights)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
+    fresh = functools.partial(_sanitized_anew, model_class, args_class, config)
+    model.tensor_names = names.from_config(config) or names.measure(
+        given, weights, fresh, packed=bool(config.get("quantization"))
+    )
+    if model.tensor_names is None or model.tensor_names.same:
+        # a folder in MLX's format: where its tensors came from is known of the family, or not at all
+        shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
+        known = torch_names.known_names(config["model_type"], shapes)
+        if known is not None and not known.same:
+            model.tensor_names = known
     in_chunks(model)
     return model
+
+
+def _sanitized(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The weights as the model file names them; `weights` stay as they are."""
+    found: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
+    return found
+
+
+def _sanitized_anew(
+    model_class: Any, args_class: Any, config: dict[str, Any], weights: dict[str, mx.array]
+) -> dict[str, mx.array]:
+    return _sanitized(model_class(args_class.from_dict(config)), weights)
 
 
 def cast(model: nn.Module, dtype: mx.Dtype, wanted: Callable[[str], bool] = lambda path: True) -> None:

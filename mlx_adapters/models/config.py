@@ -10,13 +10,16 @@ import contextlib
 import importlib
 import inspect
 import io
-import math
 from typing import Any
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.models import fields as measured_fields
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.corrections import corrected, ignored
+from mlx_adapters.models.reference import reference
+from mlx_adapters.models.rope import SCALED, original_length
+from mlx_adapters.models.saved_forms import decoded
 
 __all__ = ["classes", "normalise", "to_transformers"]
 
@@ -25,7 +28,6 @@ _NATIVE: dict[str, Config] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
-_SCALED = ("linear", "llama3", "yarn", "longrope", "mrope", "proportional")
 
 
 def normalise(config: Config) -> Config:
@@ -34,7 +36,7 @@ def normalise(config: Config) -> Config:
     Raises UnsupportedError naming the field that mlx-lm cannot honour, CheckpointError for a field that is
     missing or contradicts another. Applying it twice changes nothing.
     """
-    config = dict(config)
+    config = decoded(config)
     if config.get("model_file"):
         raise UnsupportedError(
             "config.json: field 'model_file' asks to run code from the checkpoint; refused"
@@ -44,30 +46,71 @@ def normalise(config: Config) -> Config:
             "config.json: field 'transformers_weights' names weight files of its own, which is not read here"
         )
     _refuse_foreign_quantization(config)
-    if isinstance(config.get("text_config"), dict):
-        if isinstance(config["text_config"].get("model_type"), str):
-            config["text_config"] = _both_rope_styles(dict(config["text_config"]), None)
-        return config
+    if isinstance(text := config.get("text_config"), dict):
+        return _wrapper(config, text)
     row = architecture(config["model_type"])
+    for field, other in row.variants:
+        if config.get(field):
+            config["model_type"], row = other, architecture(other)
+    config = _formed(config, row)
+    if row.file:
+        _bound(config)
+        config = _both_rope_styles(config, None)
+        measured_fields.check(config)
+        return config
     for old, name in row.renamed.items():
         if config.get(name) is None and config.get(old) is not None:
             config[name] = config[old]
     _bound(config)
     fields = _accepted(config)
-    for name, value in row.defaults.items():
+    for name, value in {**row.defaults, **measured_fields.defaults(config)}.items():
         config.setdefault(name, value)
     heads = config.get("num_attention_heads")
     if heads and "num_key_value_heads" in fields and config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
     config = _both_rope_styles(config, fields)
-    _refuse(config, fields, row)
+    if measured_fields.measured(config["model_type"]):
+        measured_fields.check(config)
+    else:
+        _refuse(config, fields, row)
     _require(config, fields)
+    return config
+
+
+def _wrapper(config: Config, text: Config) -> Config:
+    """A model around a language model, whose configuration is `text`."""
+    _bound(text)
+    if isinstance(text.get("model_type"), str):
+        text = _language_model(text)
+    if text.get("vocab_size") is not None:  # some model files look for it outside
+        config = config | {"vocab_size": text["vocab_size"]}
+    config = config | {"text_config": text}
+    measured_fields.check(config)
+    return config
+
+
+def _language_model(text: Config) -> Config:
+    """The configuration of a language model inside another: by its own rules where it has a model file."""
+    row = architecture(text["model_type"])
+    if not row.file:
+        try:
+            _plain_classes(text)
+        except UnsupportedError:  # a part of another model file
+            return _both_rope_styles(_formed(text, row), None)
+    return normalise(text)
+
+
+def _formed(config: Config, row: Architecture) -> Config:
+    """`config` with what the model file reads where transformers 5 saves it otherwise."""
+    for form in row.forms:
+        config = config | form(config)
     return config
 
 
 def to_transformers(config: Config) -> Config:
     """`config` as transformers 4 and 5 read it: both rope styles, and the type under both its names."""
     config = normalise(config)
+    config["model_type"] = architecture(config["model_type"]).called or config["model_type"]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {})
 
@@ -80,13 +123,15 @@ def classes(config: Config) -> tuple[Any, Any]:
 def _plain_classes(config: Config) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
-    if architecture(config["model_type"]).own:
+    row = architecture(config["model_type"])
+    if row.own:
         module = importlib.import_module(f"mlx_adapters.models.{config['model_type']}")
         return module.Model, module.ModelArgs
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
-            return _get_classes(config)
+            model, args = _get_classes(config | ({"model_type": row.file} if row.file else {}))
+        return model, _inside(args) if row.file else args
     except SystemExit:  # what mlx-lm's olmo does without a package of its own
         reason = " ".join(output.getvalue().split()) or "it gives no reason"
         raise UnsupportedError(
@@ -100,10 +145,23 @@ def _plain_classes(config: Config) -> tuple[Any, Any]:
         ) from None
 
 
+def _inside(args: Any) -> Any:
+    """The arguments of a wrapper's model file for a configuration of its language model alone."""
+
+    class Args(args):
+        @classmethod
+        def from_dict(cls, params: Config) -> Any:
+            inner = params if isinstance(params.get("text_config"), dict) else {"text_config": params}
+            return args.from_dict({"model_type": params["model_type"]} | inner)
+
+    return Args
+
+
 def _bound(config: Config) -> None:
     """Cap the number of layers: modules are allocated before any weight is compared."""
     for name, value in config.items():
-        if "layer" in name and isinstance(value, int) and value > _LAYERS:
+        # vocab_size_per_layer_input, for one, is no number of layers
+        if "layer" in name and "per_layer" not in name and isinstance(value, int) and value > _LAYERS:
             raise CheckpointError(
                 f"config.json: field {name!r} is {value}; at most {_LAYERS} layers are built"
             )
@@ -139,7 +197,7 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     theta = _agreed(
         "rope_theta", modern.get("rope_theta"), config.get("rope_theta"), config.get("rotary_emb_base")
     )
-    theta = theta if theta is not None else row.theta
+    theta = theta if theta is not None else reference(config["model_type"]).theta
     part = _agreed(
         "partial_rotary_factor",
         modern.get("partial_rotary_factor"),
@@ -157,8 +215,11 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     if part is not None:
         written["partial_rotary_factor"] = part
         written["rope_parameters"] = written["rope_parameters"] | {"partial_rotary_factor": part}
-    if fields is not None and "rope_local_base_freq" in fields:
-        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 10000.0)}
+    by_type = reference(config["model_type"]).rotation == "by layer type"
+    if row.scales_full_only or (fields is not None and by_type and "rope_parameters" not in fields):
+        usual = reference(config["model_type"]).theta or 10000.0
+        base = theta if row.scales_full_only else config.get("rope_local_base_freq", usual)
+        local = {"rope_type": "default", "rope_theta": base}
         written["rope_parameters"] = {
             "full_attention": written["rope_parameters"],
             "sliding_attention": local,
@@ -176,33 +237,16 @@ def _scaling(values: Config, config: Config) -> Config | None:
         return None
     others = {k: v for k, v in values.items() if k not in ("rope_theta", "partial_rotary_factor")}
     scaling = others | {"rope_type": kind, "type": kind}
-    if kind not in _SCALED:
+    fixed = kind == "dynamic" and scaling.get("alpha")  # Hunyuan's, which does not depend on the text
+    if kind not in SCALED and not fixed:
         raise UnsupportedError(
-            f"config.json: field 'rope_scaling' is of type {kind!r}, which mlx-lm computes differently from "
-            f"transformers. Supported: {', '.join(_SCALED)}"
+            f"config.json: field 'rope_scaling' is of type {kind!r}, which is not computed here. Supported: "
+            f"{', '.join(SCALED)}"
         )
-    if kind == "yarn":
-        _check_yarn(scaling, config)
-    if kind == "longrope" and scaling.get("short_factor") != scaling.get("long_factor"):
-        raise UnsupportedError(
-            "config.json: field 'rope_scaling' has a short_factor that differs from its long_factor; "
-            "mlx-lm uses only the long one. Use the model's variant for short contexts"
-        )
+    if kind in ("yarn", "longrope", "llama3"):
+        # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
+        scaling["original_max_position_embeddings"] = original_length(config, scaling)
     return scaling
-
-
-def _check_yarn(scaling: Config, config: Config) -> None:
-    # transformers takes the model's length when the original one is not given; mlx-lm takes 4096
-    if not scaling.get("original_max_position_embeddings"):
-        scaling["original_max_position_embeddings"] = config.get("max_position_embeddings")
-    factor, stated = scaling.get("factor") or 1.0, scaling.get("attention_factor")
-    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    if stated is not None and not math.isclose(stated, usual, rel_tol=1e-6):
-        raise UnsupportedError(
-            f"config.json: rope_scaling's attention_factor is {stated}; mlx-lm always uses {usual:.6g}"
-        )
-    if scaling.get("truncate") is False and architecture(config["model_type"]).yarn_truncates:
-        raise UnsupportedError("config.json: rope_scaling's truncate is false; mlx-lm always truncates")
 
 
 def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | None) -> Config:
@@ -210,7 +254,11 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     if fields is not None and "rope_parameters" in fields:
         return config
     full, local = modern.get("full_attention") or {}, modern.get("sliding_attention") or {}
-    if fields is not None and "rope_local_base_freq" not in fields:
+    apart = reference(config["model_type"]).rotation == "by layer type"
+    as_full = architecture(config["model_type"]).scales_full_only and (
+        local.get("rope_type", "default") == "default" and local.get("rope_theta") == full.get("rope_theta")
+    )
+    if fields is not None and "rope_local_base_freq" not in fields and not (apart or as_full):
         raise UnsupportedError(
             "config.json: field 'rope_parameters' differs by layer type, which mlx-lm does not read for "
             f"model_type {config['model_type']!r}"
@@ -218,7 +266,8 @@ def _per_layer_type(config: Config, modern: Config, fields: dict[str, bool] | No
     written: Config = {"rope_scaling": _scaling(full, config)}
     if full.get("rope_theta"):
         written["rope_theta"] = full["rope_theta"]
-    if local.get("rope_theta"):
+    reads = fields is None or "rope_local_base_freq" in fields
+    if local.get("rope_theta") and reads and not as_full:
         written["rope_local_base_freq"] = local["rope_theta"]
     return config | written
 
@@ -244,16 +293,20 @@ def _refuse(config: Config, fields: dict[str, bool], row: Architecture) -> None:
     for name, allowed in row.fixed.items():
         if config.get(name) not in allowed:
             raise ignored(name, config[name], f"{whose} {kind} always uses {allowed[-1]}")
-    if config.get("rope_scaling") and not fields.keys() & {"rope_scaling", "rope_parameters"}:
+    turned = reference(kind).rotation is not None  # `rope` corrects what mlx-lm does not read
+    reads = {"rope_scaling", "rope_parameters"}
+    if config.get("rope_scaling") and not turned and not fields.keys() & reads:
         raise ignored("rope_scaling", config["rope_scaling"], f"mlx-lm's {kind} ignores it")
     reads_theta = fields.keys() & {"rope_theta", "rotary_emb_base", "rope_parameters"}
-    if not reads_theta and config.get("rope_theta", 10000) != 10000:
+    if not turned and not reads_theta and config.get("rope_theta", 10000) != 10000:
         raise ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
     part = config.get("partial_rotary_factor")
     reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}
     if not (reads_part or row.rotates_part) and part not in (None, 1, 1.0):
         raise ignored("partial_rotary_factor", part, f"mlx-lm's {kind} always uses 1")
     heads, width, head_dim = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
+    if head_dim == config.get("qk_rope_head_dim"):
+        head_dim = None  # transformers calls the rotated part so where it is projected by itself
     if heads and width and head_dim and "head_dim" not in fields and head_dim != width // heads:
         raise ignored("head_dim", head_dim, f"mlx-lm's {kind} always uses {width // heads}")
     if row.refuse:

@@ -7,45 +7,40 @@ corrected raises UnsupportedError.
 
 import inspect
 import re
-from collections.abc import Callable, Container
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.architectures.row import Activation, Architecture, Config
+from mlx_adapters.models.activations import correct_activations
+from mlx_adapters.models.architectures.row import Architecture, Config
+from mlx_adapters.models.fields import ignored, measured
+from mlx_adapters.models.reference import reference
+from mlx_adapters.models.rope import correct_rotations
+from mlx_adapters.models.routing import correct_groups
+from mlx_adapters.models.state_space import limit_time_steps
+from mlx_adapters.models.windows import correct_windows, letters, pattern
 
 __all__ = [
-    "activation",
+    "clip_projections",
     "corrected",
+    "count_expert_layers",
     "drop_attention_biases",
+    "forget_absent_kinds",
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
     "mask_by_row",
+    "norm_factors_exactly",
     "refuse_chatglm2_ratio",
-    "refuse_uncapped",
     "replace_call",
     "rotate_part",
     "scale_attention",
+    "scale_by_one",
     "scale_embeddings_exactly",
     "shorten_window",
 ]
-
-Function = Callable[[mx.array], mx.array]
-
-_ACTIVATIONS: dict[str, tuple[str, Function]] = {
-    "silu": ("silu", nn.silu),
-    "swish": ("silu", nn.silu),
-    "gelu": ("gelu", nn.gelu),
-    "gelu_python": ("gelu", nn.gelu),
-    "gelu_new": ("tanh", nn.gelu_approx),
-    "gelu_fast": ("tanh", nn.gelu_approx),
-    "gelu_pytorch_tanh": ("tanh", nn.gelu_approx),
-    "relu": ("relu", nn.relu),
-    "relu2": ("relu2", nn.relu2),
-}
 
 # Fields that say whether a block's layers have biases, and where in the tree these layers are.
 _BIASES = {"attention_bias": "attn|attention", "mlp_bias": "mlp|feed_forward|ffn"}
@@ -53,27 +48,32 @@ _BIASES = {"attention_bias": "attn|attention", "mlp_bias": "mlp|feed_forward|ffn
 
 def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple[Any, Any]:
     """`model` and `args` (mlx-lm's classes), subclassed to honour what `config` says."""
-    windowed = _windowed_layers(config, row.window)
 
     class Args(args):
         @classmethod
         def from_dict(cls, params: Config) -> Any:
-            # with every layer windowed mlx-lm's own mixture finds no full layer; ours below needs none
-            if row.window == "unmixed" and windowed and all(windowed):
-                params = params | {"layer_types": None}
-            return args.from_dict(params)
+            params = _as_built(params, inspect.signature(args).parameters, row)
+            try:
+                return args.from_dict(params)
+            except ValueError:  # a scaling that the model file does not know, and `rope` does
+                if not params.get("rope_scaling") or not reference(params["model_type"]).rotation:
+                    raise
+                return args.from_dict(params | {"rope_scaling": None})
 
     class Model(model):
         def __init__(self, values: Any) -> None:
             nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen then
             super().__init__(values)
             _refuse_lost_biases(self, config, inspect.signature(args).parameters)
-            _correct(self, config, row, windowed)
+            _correct(self, config, row)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if row.rename_weights:
                 weights = row.rename_weights(weights)
-            return super().sanitize(weights) if hasattr(super(), "sanitize") else weights
+            if row.fold_weights:
+                weights = row.fold_weights(weights, config)
+            kept = _kept(weights, row)
+            return (super().sanitize(weights) if hasattr(super(), "sanitize") else weights) | kept
 
     Model.__name__ = Model.__qualname__ = model.__name__
     Model.__module__ = model.__module__
@@ -89,8 +89,11 @@ def replace_call(base: type, call: Callable[..., Any]) -> type:
 def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> None:
     """UnsupportedError for biases that the config has and the model, which does not read the field, has not.
 
-    Some model files do not read it because they always have them.
+    Some model files do not read it because they always have them. Where the fields were compared with
+    transformers, `fields` knows.
     """
+    if measured(config["model_type"]):
+        return
     for field, place in _BIASES.items():
         if not config.get(field) or field in fields:
             continue
@@ -99,64 +102,53 @@ def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> N
             raise ignored(field, config[field], f"mlx-lm's {config['model_type']} has no such biases")
 
 
-def _correct(model: Any, config: Config, row: Architecture, windowed: list[bool]) -> None:
-    for index, layer in enumerate(model.layers):
-        if row.ungated and row.widths:
+def _as_built(params: Config, fields: Mapping[str, inspect.Parameter], row: Architecture) -> Config:
+    """The configuration from which mlx-lm's file builds the modules that are right, or can be corrected."""
+    if row.as_built:
+        params = row.as_built(params)
+    types, about = params.get("layer_types"), reference(params["model_type"])
+    if about.rotation:  # a field of mlx-lm's alone: which numbers are turned together is the architecture's
+        params = {name: value for name, value in params.items() if name != "rope_traditional"}
+    if not isinstance(types, list):
+        return params
+    if about.window is None and about.rotation == "formula" and "sliding_attention" in types:
+        return params | {"layer_types": None}  # transformers' llama has no windows, mlx-lm's has
+    if about.window and about.window.layers == "all":
+        return params | {"layer_types": None}  # transformers' mistral does not read them
+    if "layer_types" in fields or "sliding_window_pattern" not in fields:
+        return params
+    if str in get_args(fields["sliding_window_pattern"].annotation):
+        return params | {"sliding_window_pattern": letters(params)}
+    return params | {"sliding_window_pattern": pattern(params)}
+
+
+def _kept(weights: dict[str, mx.array], row: Architecture) -> dict[str, mx.array]:
+    """The tensors that mlx-lm drops and a correction needs, flat, by their names here."""
+    found = {}
+    for name, array in weights.items():
+        for expression, kept in row.kept:
+            if match := re.fullmatch(expression, name):
+                found[match.expand(kept)] = array.reshape(-1)
+    return found
+
+
+def _correct(model: Any, config: Config, row: Architecture) -> None:
+    text = config
+    if isinstance(inner := config.get("text_config"), dict) and isinstance(inner.get("model_type"), str):
+        text = inner
+    if row.ungated and row.widths:
+        for layer in model.layers:
             _resize(layer.mlp, config, row.ungated, *row.widths)
-        if row.activation:
-            _activate(layer, config, row.activation, row.ungated)
-        if index < len(windowed) and windowed[index]:
-            layer.__class__ = _windowed(type(layer), config["sliding_window"])
     for correction in row.corrections:
         correction(model, config)
+    correct_activations(model, text)
+    correct_rotations(model, text)
+    correct_windows(model, text)
+    limit_time_steps(model, text)
+    correct_groups(model, text)
 
 
-# Activations and widths of the MLP -------------------------------------------------------------------------
-
-
-def _activate(layer: Any, config: Config, stated: Activation, ungated: tuple[str, str] | None) -> None:
-    name = config.get(stated.field) or stated.default
-    name = stated.misnamed.get(name, name)
-    computed, function = _activation(stated.field, name)
-    if computed == stated.computed:
-        return
-    mlp = getattr(layer, "mlp", None)
-    if ungated:
-        mlp.__class__ = _ungated(type(mlp), *ungated, function)
-    elif mlp is not None and all(part in mlp for part in ("gate_proj", "up_proj", "down_proj")):
-        mlp.__class__ = _gated(type(mlp), function)
-    else:
-        raise UnsupportedError(
-            f"config.json: field {stated.field!r} is {name!r}, but mlx-lm's {config['model_type']} uses "
-            f"{stated.computed}"
-        )
-
-
-def activation(config_field: str, name: str) -> Function:
-    """The function of an activation's name in a config; UnsupportedError names the field."""
-    return _activation(config_field, name)[1]
-
-
-def _activation(config_field: str, name: str) -> tuple[str, Function]:
-    if name not in _ACTIVATIONS:
-        raise UnsupportedError(
-            f"config.json: field {config_field!r} is {name!r}, which is not implemented in MLX here"
-        )
-    return _ACTIVATIONS[name]
-
-
-def _gated(base: type, function: Function) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
-        return self.down_proj(function(self.gate_proj(x)) * self.up_proj(x))
-
-    return replace_call(base, call)
-
-
-def _ungated(base: type, up: str, down: str, function: Function) -> type:
-    def call(self: Any, x: mx.array) -> mx.array:
-        return self[down](function(self[up](x)))
-
-    return replace_call(base, call)
+# Widths of the MLP ------------------------------------------------------------------------------------------
 
 
 def _resize(mlp: Any, config: Config, names: tuple[str, str], inner: str, width: str) -> None:
@@ -193,6 +185,23 @@ def _masked_by_row(base: Any) -> type:
         return base.__call__(self, x, mask, cache)
 
     return replace_call(base, call)
+
+
+def forget_absent_kinds(model: Any, config: Config) -> None:
+    """EXAONE 4: no mask for a kind of layers that there is none of."""
+    inner, count = model.model, len(model.layers)
+    if inner.swa_idx is not None and inner.swa_idx >= count:
+        inner.swa_idx = None
+    if inner.full_idx >= count:
+        inner.full_idx = 0
+
+
+def norm_factors_exactly(model: Any, config: Config) -> None:
+    """GLM-4 MoE Lite: norms between the low-rank factors of attention with 1e-6, whatever `rms_norm_eps` is."""
+    for layer in model.layers:
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if name in layer.self_attn:
+                layer.self_attn[name].eps = 1e-6
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:
@@ -251,57 +260,53 @@ def _exactly_scaled(base: Any) -> type:
     return replace_call(base, call)
 
 
-def _windowed_layers(config: Config, rule: str | None) -> list[bool]:
-    """Which layers see only the last `sliding_window` tokens in transformers and all of them in mlx-lm, by
-    the row's rule."""
-    window, count = config.get("sliding_window"), config.get("num_hidden_layers") or 0
-    if not window or rule is None:
-        return []
-    if window >= (config.get("max_position_embeddings") or float("inf")):
-        return []  # the window is never left
-    types = config.get("layer_types")
-    if rule == "upper" and not config.get("use_sliding_window"):
-        return []
-    if rule == "unmixed" and types and "full_attention" in types:
-        return []
-    if types:
-        return [layer == "sliding_attention" for layer in types]
-    if rule == "upper":
-        return [index >= config.get("max_window_layers", 28) for index in range(count)]
-    return [rule != "alternating" or index % 2 == 0 for index in range(count)]
+def clip_projections(model: Any, config: Config) -> None:
+    """OLMoE: queries, keys and values within +-`clip_qkv`, which mlx-lm does not read."""
+    if (limit := config.get("clip_qkv")) is None:
+        return
+    for layer in model.layers:
+        layer.self_attn.__class__ = _clipping(type(layer.self_attn), float(limit))
 
 
-def _windowed(base: Any, window: int) -> type:
-    """A decoder block that masks what lies `window` or more tokens back."""
-    from mlx_lm.models.base import create_attention_mask
+def _clipping(base: Any, limit: float) -> type:
+    from mlx_lm.models.base import scaled_dot_product_attention
 
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        past = _length(cache)
-        if past is None or past + x.shape[1] > window:
-            mask = create_attention_mask(x, cache, window_size=window, return_array=True)
-        return base.__call__(self, x, mask, cache)
+        rows, time, _ = x.shape
+        projected = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
+        queries, keys, values = (
+            mx.clip(part, -limit, limit).reshape(rows, time, heads, -1).transpose(0, 2, 1, 3)
+            for part, heads in zip(projected, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True)
+        )
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        seen = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        result: mx.array = self.o_proj(seen.transpose(0, 2, 1, 3).reshape(rows, time, -1))
+        return result
 
     return replace_call(base, call)
 
 
-def _length(cache: Any) -> int | None:
-    """Tokens in the cache, if that is known without asking the device."""
-    if cache is None:
-        return 0
-    for name in ("_idx", "offset"):
-        value = getattr(cache, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+# What a model file builds from a configuration -------------------------------------------------------------
+
+
+def count_expert_layers(config: Config) -> Config:
+    """Jamba: experts in every layer whose number leaves `expert_layer_offset`; mlx-lm adds the offset to the
+    number where it should take it off."""
+    period, offset = config["expert_layer_period"], config["expert_layer_offset"]
+    return config | {"expert_layer_offset": -offset % period}
+
+
+def scale_by_one(config: Config) -> Config:
+    """DeepSeek-V2: rotations without scaling, which mlx-lm's file always has."""
+    return (
+        config if config.get("rope_scaling") else config | {"rope_scaling": {"type": "yarn", "factor": 1.0}}
+    )
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------
-
-
-def refuse_uncapped(config: Config) -> None:
-    """Gemma 2: UnsupportedError where scores or logits are not capped."""
-    if not all(config.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
 
 
 def refuse_chatglm2_ratio(config: Config) -> None:
@@ -311,13 +316,6 @@ def refuse_chatglm2_ratio(config: Config) -> None:
     if config.get("rope_ratio", 1) != 1 and "chatglm2" in name:
         why = "ChatGLM2 divides positions by it, and ChatGLM3 does not"
         raise ignored("rope_ratio", config["rope_ratio"], why)
-
-
-def ignored(name: str, value: Any, why: str) -> UnsupportedError:
-    """The error for a field that the model file would silently ignore."""
-    return UnsupportedError(
-        f"config.json: field {name!r} is {value!r}, but {why}: the results would be silently wrong; refused"
-    )
 
 
 # The names of tensors --------------------------------------------------------------------------------------

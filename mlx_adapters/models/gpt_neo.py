@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.corrections import activation
+from mlx_adapters.models.activations import activation
 from mlx_adapters.models.positions import positions
 
 __all__ = ["Model", "ModelArgs"]

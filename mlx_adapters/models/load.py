@@ -75,7 +75,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
+    patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"] + ["ice_text.model"]
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types for "could not download"
@@ -191,7 +191,9 @@ def describe(loaded: LanguageModel) -> dict[str, Any]:
     """What an adapter must remember of its base, to refuse another one."""
     config = loaded.config
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    described = {key: config[key] for key in keys if config.get(key) is not None}
+    inner = config.get("text_config")
+    text = config | ({k: v for k, v in inner.items() if k != "model_type"} if isinstance(inner, dict) else {})
+    described = {key: text[key] for key in keys if text.get(key) is not None}
     about = remembered(config)
     if "source" in about:
         described["_name_or_path"] = about["source"]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 
-from mlx_adapters.models.corrections import activation
+from mlx_adapters.models.activations import activation
 from mlx_adapters.models.positions import positions
 
 __all__ = ["Model", "ModelArgs"]

@@ -6,6 +6,7 @@ shared or sent: Gradio's tunnel and its statistics are off.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_adapters.errors import ConfigError, UnsupportedError
 from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.requests import CompletionRequest, Message, RequestError
 
-__all__ = ["answer", "build", "side_by_side", "start"]
+__all__ = ["answer", "build", "opened", "side_by_side"]
 
 Turns = list[dict[str, Any]]
 
@@ -160,8 +161,12 @@ def build(
     return page
 
 
-def start(page: Any, *, host: str, port: int) -> str:
-    """Serve the page from threads of its own and return its address; ConfigError where the port is taken."""
+@contextmanager
+def opened(page: Any, *, host: str, port: int) -> Iterator[str]:
+    """Inside, the page is served from threads of its own at the address that it yields.
+
+    Raises ConfigError where the port is taken.
+    """
     try:
         _, address, _ = page.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -176,7 +181,10 @@ def start(page: Any, *, host: str, port: int) -> str:
         )
     except OSError:
         raise ConfigError(f"port {port} is taken: give another with --port") from None
-    return str(address)
+    try:
+        yield str(address)
+    finally:
+        page.close(verbose=False)
 
 
 def _text(content: Any) -> str:

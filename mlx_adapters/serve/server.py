@@ -11,14 +11,17 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.generate.stream import Delta
 from mlx_adapters.serve.engine import Engine, Stream
 from mlx_adapters.serve.requests import RequestError, parse
 
-__all__ = ["Server"]
+__all__ = ["Server", "serving"]
 
 _BODY = 1 << 20  # bytes: far more than a context holds
 _CONNECTIONS = 128
@@ -62,6 +65,27 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Silent: a client may go away, and everything else was answered with a status."""
+
+
+@contextmanager
+def serving(engine: Engine, host: str, port: int, *, max_tokens: int) -> Iterator[str]:
+    """Inside, requests are taken at the address that it yields; `engine.run`, in this thread, answers them.
+
+    Raises ConfigError where the port is taken or the host is not this machine's.
+    """
+    try:
+        server = Server(engine, host, port, max_tokens=max_tokens)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
+    # the arrays are the calling thread's: it answers, and HTTP goes to others
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        yield f"http://{shown}:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.drain(1.0)
+        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,11 +1,12 @@
 """A whole study: the cells that are left, in this process or side by side, and the report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import device
+from mlx_adapters.cpu.processes import run_each
 from mlx_adapters.errors import counted, writing_to
 from mlx_adapters.files.lock import locked
 from mlx_adapters.study import report
@@ -21,7 +22,7 @@ from mlx_adapters.study.cells import (
 )
 from mlx_adapters.study.grid import Cell, Study, read
 
-__all__ = ["alone", "budgets", "ended", "fitting", "left", "planned", "study"]
+__all__ = ["alone", "budgets", "fitting", "in_words", "left", "planned", "seconds", "side_by_side", "study"]
 
 
 def study(
@@ -121,6 +122,14 @@ def budgets(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return ["cell", "trainable", "lr", "budget", "batch", "seed"], lines
 
 
+def in_words(study: Study) -> str:
+    """How many cells a study has, and what they are trained and tested on."""
+    settings = study.settings
+    items = f"at most {counted(settings.limit, 'item')} each" if settings.limit else "all items"
+    cells = f"{counted(len(study.cells), 'cell')} on {study.model}"
+    return f"{cells}: trained on {settings.data}, tested on {settings.tasks}, {items}"
+
+
 def fitting(study: Study) -> tuple[int, int]:
     """(how many of the largest cell fit into the free memory, bytes of one)."""
     from mlx_adapters import methods
@@ -132,6 +141,27 @@ def fitting(study: Study) -> tuple[int, int]:
     predicted = plan.predict(study.model, method=method, config=largest.train)
     each = predicted.peak + plan.overhead([predicted])
     return max(1, device.free_memory() // each), each
+
+
+def side_by_side(
+    folder: Path, names: Sequence[str], command: Sequence[str], *, at_once: int, warn: Callable[[str], None]
+) -> None:
+    """Run these cells in processes, `at_once` at a time: each by the `command`, a module and its arguments,
+    with `--cell NAME`. `warn` gets a line where one starts and ends."""
+    module, *own = command
+    jobs = [(name, [*own, "--cell", name], cell_folder(folder, name) / "log.txt") for name in names]
+    stopping = "stopping: the cells save what they have"
+    for name, code in run_each(module, jobs, at_once=at_once, warn=warn, stopping=stopping):
+        if code is None:
+            warn(f"{name}: started")
+        else:
+            result = ended(folder, name, code)
+            warn(f"{name}: {result['status']}" + (f" ({result['error']})" if "error" in result else ""))
+
+
+def seconds(results: Sequence[Result]) -> float:
+    """What training and measuring these cells took."""
+    return sum(row.get("train_seconds", 0.0) + row.get("eval_seconds", 0.0) for row in results)
 
 
 def ended(folder: Path, name: str, code: int) -> Result:

@@ -44,16 +44,24 @@ class TrainConfig:
     on_bad_step: str = field("stop", "a step whose loss is not a number, or a spike: stop, or skip it")
     spike: float = field(0.0, "a loss this many times the mean of the last 20 steps is bad too; 0 for never")
     neftune: float = field(0.0, "NEFTune's alpha: noise on the embeddings while training")
+    router_aux_loss: float = field(
+        0.0, "weight of the loss that balances the experts of a mixture; transformers' router_aux_loss_coef"
+    )
     seed: int = field(0, "seed of initialisation, data order and dropout")
     cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
     template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
-    loss_on: str = field("completion", "completion, or all: the prompt too, as in the paper")
+    loss_on: str = field(
+        "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
+    )
     validation: int = field(0, "rows held out to measure the loss on")
     validate_every: int = field(50, "steps between two validations")
     patience: int | None = field(None, "stop after this many validations without a better loss; implies best")
     best: bool = field(False, "finish with the adapter of the best validation, not the last")
     save_every: int = field(50, "steps between two checkpoints")
     keep: int = field(2, "checkpoints kept")
+    columns: str | None = field(
+        None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
+    )
     limit: int | None = field(None, "use only the first N rows")
 
     def __post_init__(self) -> None:
@@ -64,7 +72,7 @@ class TrainConfig:
         ]
         problems += [
             f"{name}={getattr(self, name)} must be a finite number, 0 or more"
-            for name in ("lr", "weight_decay", "clip", "spike", "neftune")
+            for name in ("lr", "weight_decay", "clip", "spike", "neftune", "router_aux_loss")
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
         ]
         if self.schedule not in SCHEDULES:
@@ -81,6 +89,10 @@ class TrainConfig:
             problems.append("patience and best need rows to measure on: give validation too")
         if self.loss_on not in LOSS_ON:
             problems.append(unknown("value of loss-on", self.loss_on, LOSS_ON))
+        if self.router_aux_loss and self.gradient_checkpointing:
+            problems.append(
+                "router_aux_loss needs the routers' activations: leave gradient_checkpointing off"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
 

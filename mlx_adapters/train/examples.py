@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.data.layouts import column_names
 from mlx_adapters.data.overlap import item_hash, row_text, rows_texts
-from mlx_adapters.data.sources import FORMATS, Rows, load_rows, read_rows, rows_from_list
+from mlx_adapters.data.sources import Rows, load_rows, read_rows, rows_from_list
 from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
 from mlx_adapters.errors import DataError, counted
 from mlx_adapters.evaluate.tasks import load_file
@@ -24,15 +25,19 @@ Data = str | Path | Sequence[str | Path] | Sequence[dict[str, Any]] | Rows
 """Training data: a file, folder, hub id or set of the paper; several of them; or the rows themselves."""
 
 
-def rows_of(data: Data) -> Rows:
-    """All rows of `data`. Raises DataError, also where two files have rows of different forms."""
+def rows_of(data: Data, columns: str | None = None) -> Rows:
+    """All rows of `data`. Raises DataError, also where two files have rows of different forms.
+
+    `columns` names the rows' fields, as `prompt=question,completion=answer`.
+    """
     if isinstance(data, Rows):
         return data
+    names = column_names(columns)
     if isinstance(data, str | Path):
-        return load_rows(str(data))
+        return load_rows(str(data), columns=names)
     if all(isinstance(each, dict) for each in data):
         return rows_from_list([each for each in data if isinstance(each, dict)])
-    parts = [load_rows(str(each)) for each in data]
+    parts = [load_rows(str(each), columns=names) for each in data]
     for part in parts[1:]:
         if part.format != parts[0].format:
             raise DataError(
@@ -64,8 +69,8 @@ def excluded_hashes(files: Sequence[str | Path]) -> frozenset[str]:
 def _questions(file: Path) -> list[str]:
     first = next(read_rows(file), ("", None))[1] if file.is_file() else None
     first = first if isinstance(first, dict) else {}
-    form_of_training = any(set(fields) <= set(first) for fields in FORMATS.values())
-    if "answer" not in first or form_of_training:
+    trained = {"output", "completion", "response", "messages", "conversations", "text"}
+    if "answer" not in first or trained & {*first}:
         return rows_texts(load_rows(str(file)))
     _, items = load_file(file)
     return [row_text({"instruction": item.instruction, "input": item.input}, "instruction") for item in items]

@@ -28,6 +28,7 @@ from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimize
 from mlx_adapters.train.packing import packing
 from mlx_adapters.train.progress import INTERRUPTED, RECENT, Progress, Step
 from mlx_adapters.train.recompute import Recompute
+from mlx_adapters.train.router_loss import refuse_without_routers
 from mlx_adapters.train.shared_prefix import can_share, share_prefix
 from mlx_adapters.train.step import (
     GradientFn,
@@ -111,6 +112,8 @@ class Run:
         self.processes = processes or Processes()
         self.total = total_steps(examples, config, self.processes.size)
         self.warmup = warmup_steps(config, self.total)
+        if config.router_aux_loss:
+            refuse_without_routers(model)
         model.eval()
         self._wrappers: list[Callable[[GradientFn], GradientFn]] = []
         if config.packing:
@@ -134,6 +137,8 @@ class Run:
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
         if self.config.packing:
             fixed["cutoff"] = self.config.cutoff
+        if self.config.router_aux_loss:
+            fixed["router_aux_loss"] = self.config.router_aux_loss
         rows = self.config.batch_size * self.processes.size
         data = {"examples": len(self.examples), "data": _digest(self.examples)}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
@@ -191,7 +196,8 @@ class Run:
         self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
         self.model.eval()  # with dropout on, the probe would find no head that agrees
-        share = not self.config.neftune and not self.config.packing and can_share(self.model)
+        plain = not (self.config.neftune or self.config.packing or self.config.router_aux_loss)
+        share = plain and can_share(self.model)
         gradient = self.gradient_fn(split_head(self.model), share=share)
         update = make_update(self.optimizer, self.config.clip, compiled=self.compiles)
         self.model.train()
@@ -213,7 +219,7 @@ class Run:
 
     def gradient_fn(self, head: Head | None, *, share: bool) -> StepGradientFn:
         """The gradient of a step: the plain one, wrapped in what makes it cheaper."""
-        gradient = value_and_grad(self.model, head)
+        gradient = value_and_grad(self.model, head, router_aux_loss=self.config.router_aux_loss)
         for wrap in self._wrappers:
             gradient = wrap(gradient)
         if self.compiles:
@@ -324,6 +330,7 @@ class Run:
         """(epoch reached, the batches of one step), from the current step on."""
         position, epoch, size = 0, 0, self.config.accumulation
         options: dict[str, Any] = {"pad_id": self.pad_id, "multiple": self._multiple}
+        options |= {"whole": bool(self.config.router_aux_loss)}
         options |= {"packed": self.config.packing, "share": (self.processes.rank, self.processes.size)}
         while position < self.total:
             order = self._order(epoch)
@@ -347,7 +354,7 @@ class Run:
     def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
         fewer rows take less memory and stay nearer. A GPU wants all rows together."""
-        if not device.on_cpu():
+        if not device.on_cpu() or self.config.router_aux_loss:  # balance is a property of the batch
             return [group]
         longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
         rows = rows_per_pass(len(group), longest, self.processes.size)
@@ -356,5 +363,5 @@ class Run:
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.loss_start}:{example.ids}" for example in examples)
+    text = ";".join(f"{example.loss_start}{example.unlabelled or ''}:{example.ids}" for example in examples)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

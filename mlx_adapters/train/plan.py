@@ -9,6 +9,7 @@ Nothing is assumed about the architecture, the method or the precision. The rows
 longest length, so the prediction is for the largest batch of the run.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
@@ -29,8 +30,12 @@ from mlx_adapters.models import load as model
 from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
+from mlx_adapters.units import size
 
-__all__ = ["MemoryPlan", "Plan", "candidates", "overhead", "plan", "predict", "predict_all", "weigh"]
+__all__ = [
+    *("MemoryPlan", "Plan", "candidates", "cells", "command"),
+    *("overhead", "plan", "predict", "predict_all", "weigh"),
+]
 
 _SHORT, _LONG = 4, 6
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
@@ -110,6 +115,33 @@ def weigh(plans: list[Plan], memory: int | None = None) -> MemoryPlan:
     """The predictions of this process against `memory` bytes, by default those of this machine."""
     memory = device.total_memory() if memory is None else memory
     return MemoryPlan(memory=memory, process=overhead(plans), plans=plans)
+
+
+def cells(weighed: MemoryPlan) -> tuple[list[str], list[list[str]]]:
+    """(heads, lines) of a table of the predictions."""
+    heads = ["batch size", "gradient checkpointing", "arrays at the peak", "with the process"]
+    lines = [
+        [
+            str(one.batch_size),
+            "yes" if one.gradient_checkpointing else "no",
+            size(one.peak),
+            size(one.peak + weighed.process),
+            "yes" if weighed.fits(one) else "NO",
+        ]
+        for one in weighed.plans
+    ]
+    return [*heads, f"fits {size(weighed.memory)}"], lines
+
+
+def command(source: str, plan: Plan, *, method: str, fields: Sequence[str], loss_on: str) -> str:
+    """The command that trains as planned; what is the default is left out. `fields` are `name=value`."""
+    words = ["mlx-adapters", "train", source, "--data", "my.jsonl", "--output", "my-adapter"]
+    words += ["--batch-size", str(plan.batch_size), "--cutoff", str(plan.tokens)]
+    words += ["--gradient-checkpointing"] if plan.gradient_checkpointing else []
+    words += [] if method == "lora" else ["--method", method]
+    words += [word for field in fields for word in ("--set", field)]
+    words += [] if loss_on == "completion" else ["--loss-on", loss_on]
+    return shlex.join(words)
 
 
 def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:

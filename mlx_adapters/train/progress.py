@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.units import size
 
 __all__ = ["INTERRUPTED", "RECENT", "Progress", "Step", "StepOutcome"]
 
@@ -57,6 +58,20 @@ class Step:
     validation_loss: float | None = None
     skipped: bool = False
     stopped: str | None = None
+
+    def in_words(self) -> str:
+        """What people read beside a bar: loss, rate, speed and memory."""
+        speed = f"{self.tokens_per_second:.0f} tokens/s"
+        return f"loss {self.loss:.4f}  lr {self.lr:.2g}  {speed}  memory {size(self.memory)}"
+
+    def remarks(self) -> list[str]:
+        """What was special about the step, a sentence for each: a validation, a bad loss."""
+        found = []
+        if self.validation_loss is not None:
+            found.append(f"step {self.step}: validation loss {self.validation_loss:.4f}")
+        if self.skipped:
+            found.append(f"step {self.step}: skipped, its loss is {self.loss:.4f}")
+        return found
 
 
 @dataclass

@@ -20,12 +20,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_adapters.adapter.call import needs_cache
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.models.routers import recorded
 from mlx_adapters.train.caches import ExampleCache, KeysValues, prefix_cache
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.loss import Head, loss_sum
 from mlx_adapters.train.progress import StepOutcome
+from mlx_adapters.train.router_loss import balance
 
 __all__ = ["GradientFn", "StepGradientFn", "UpdateFn", "accumulate", "loss_fn", "make_update"]
 __all__ += ["train_step", "value_and_grad"]
@@ -48,23 +51,36 @@ def loss_fn(
     model: nn.Module,
     batch: Batch,
     head: Head | None,
+    router_aux_loss: float = 0.0,
 ) -> mx.array:
-    """Sum of the token losses of `batch`; `below` and `above` hold what precedes each row, if anything."""
+    """Sum of the token losses of `batch`; `below` and `above` hold what precedes each row, if anything.
+
+    With `router_aux_loss` as many times that share of the routers' balance as the batch has labels: the mean
+    over the labels is transformers' loss.
+    """
     model.update(parameters)
     cache: list[Any] | None = prefix_cache(below + above) or None
     if batch.example_start is not None:
         cache = [ExampleCache(batch.example_start)] * len(model.layers)
-    return loss_sum(model, batch, head=head, cache=cache)
+    if not router_aux_loss:
+        return loss_sum(model, batch, head=head, cache=cache)
+    assert batch.read is not None
+    needs_cache(model, batch.ids.shape[0])  # its trial is not to be recorded
+    with recorded(model) as choices:
+        loss = loss_sum(model, batch, head=head, cache=cache)
+    return loss + router_aux_loss * batch.weights.sum() * balance(choices, batch.read)
 
 
-def value_and_grad(model: nn.Module, head: Head | None) -> GradientFn:
+def value_and_grad(model: nn.Module, head: Head | None, *, router_aux_loss: float = 0.0) -> GradientFn:
     """`loss_fn` and its gradient. Raises UnsupportedError for a model that cannot be differentiated."""
 
     def gradient(parameters: Parameters, prefix: Prefix, batch: Batch) -> LossAndGradients:
         below, above = prefix
         differentiated = mx.value_and_grad(loss_fn, argnums=(0, 1))
         try:
-            found: LossAndGradients = differentiated(parameters, above, below, model, batch, head)
+            found: LossAndGradients = differentiated(
+                parameters, above, below, model, batch, head, router_aux_loss
+            )
         except ValueError as error:
             if "VJP" not in str(error):
                 raise

@@ -37,6 +37,7 @@ def _rows(trainer: Trainer) -> str:
         (encoded.dropped, "dropped: nothing to learn within the cutoff"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
+        (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
     )
     return text + "".join(f"; {count} {what}" for count, what in counts if count)
 

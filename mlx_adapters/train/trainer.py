@@ -179,7 +179,7 @@ class Trainer:
         try:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
-            rows = rows_of(data)
+            rows = rows_of(data, self.config.columns)
             self.notes = notes(rows)
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
@@ -238,7 +238,8 @@ class Trainer:
         """Encode the rows, attach the adapter, set up the loop."""
         config, processes = self.config, self.processes
         earlier = adapter.read_meta(start) if start else None
-        template = config.template or (earlier.template if earlier else "") or default_template(rows.format)
+        before = earlier.template if earlier else ""
+        template = config.template or before or default_template(rows.format, self.model.tokenizer)
         written = _time(self.output, resume, processes)
         self.encoded = encoded(rows, self.model, config, template=template, written=written)
         training, validation = split(self.encoded.examples, config)
@@ -278,6 +279,7 @@ class Trainer:
             seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
             training=self._record(rows, template),
         )
+        adapter.note(self.model.model, self.meta)
 
     def _record(self, rows: Rows, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""

@@ -170,9 +170,9 @@ def run(case: Case, name: str, root: Path, out: Path, *more: str) -> Result:
 def test_one_document_with_the_fields_of_the_help_and_the_figures_people_read(
     name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_adapters.cli import quickstart
+    from mlx_adapters.study import quickstart
 
-    monkeypatch.setattr(quickstart, "_has_torch", lambda: False)  # export's case compares with it
+    monkeypatch.setattr(quickstart, "has_torch", lambda: False)  # export's case compares with it
     case = CASES[name]
     found = json.loads(run(case, name, root, tmp_path / "json", "--json").stdout)
     help = " ".join(cli(*name.split(), "--help").stdout.split())

@@ -69,9 +69,9 @@ def test_notes_stand_above_the_bar_and_an_error_below() -> None:
     code = """
 import sys, time, warnings
 from mlx_adapters.cli.screen import complain, lines, say, track
-with lines("train", 3) as display:
+with lines("train", 3) as update:
     for step in (1, 2, 3):
-        display.update(step, f"loss {step}")
+        update(step, f"loss {step}")
         time.sleep(0.15)
         say(f"step {step}: a note")
         print(f"step {step}: a library's", file=sys.stderr)

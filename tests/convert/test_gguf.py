@@ -119,6 +119,7 @@ def hugging(name: str) -> str:
     return _name(Path("x.gguf"), name)
 
 
+@pytest.mark.slow
 def test_smollm_keeps_every_value(tmp_path: Path) -> None:
     file = smollm()
     kept, plain = (read_gguf(file, keep_quantized=keep) for keep in (True, False))

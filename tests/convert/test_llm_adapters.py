@@ -7,6 +7,7 @@ side follows from the last part of the name; `scaling` must be a float.
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 from adapted import IDS, bound, logits
+from cases import few
 from reference.bottleneck import attach
 from tiny import make_tiny
 
 from mlx_adapters import adapter, methods
-from mlx_adapters.convert import llm_adapters
+from mlx_adapters.convert import exchange, llm_adapters
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.methods import Parallel
 from mlx_adapters.models import load as model
 from mlx_adapters.models import sites
@@ -71,8 +73,9 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "fields"), CHOICES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "method", "fields"), few(((arch, *choice) for arch, choice in product(ARCHS, CHOICES)), every=3)
+)
 def test_the_fork_wraps_the_layers_we_wrapped(
     method: str, fields: dict[str, Any], arch: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -204,16 +207,15 @@ def written_by_the_fork(folder: Path, base: Path, fields: dict[str, Any], dtype:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"use_adapterp": True, "scaling": 4.0, "non_linearity": "relu"},
-        {"use_parallel_adapter": True, "scaling": "learned", "non_linearity": "gelu_new"},
-    ],
+CHOSEN = (
+    {},
+    {"use_adapterp": True, "scaling": 4.0, "non_linearity": "relu"},
+    {"use_parallel_adapter": True, "scaling": "learned", "non_linearity": "gelu_new"},
 )
-@pytest.mark.parametrize("arch", ARCHS)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("arch", "fields", "dtype"), few(product(ARCHS, CHOSEN, TYPES), every=4))
 def test_their_own_folder_computes_as_torch(
     arch: str, fields: dict[str, Any], dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -245,3 +247,76 @@ def test_their_own_folder_computes_as_torch(
     ours = adapter.read_tensors(tmp_path / "ours")
     assert kept.keys() == ours.keys()
     assert all(np.array_equal(np.array(ours[name]), kept[name].float().numpy()) for name in kept)
+
+
+# LoRA on parts of a fused projection ------------------------------------------------------------------------
+
+
+def grouped_file(folder: Path, arch: str, enable: list[bool], rank: int, place: Path) -> dict[str, Any]:
+    """The fork's folder of an adapter with `enable_lora` on every fused projection; returns its tensors."""
+    name = "c_attn" if arch == "gpt2" else "query_key_value"
+    fused = {path: shape for path, shape in hf_modules(folder).items() if path.endswith(name)}
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for path, (out, width) in fused.items():
+        rows, groups = out // len(enable), sum(enable)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(
+            rank * groups, width, generator=generator
+        )
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(
+            rows * groups, rank, 1, generator=generator
+        )
+    fields = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 6, "bias": "none"},
+        **{"enable_lora": enable, "fan_in_fan_out": True, "merge_weights": False, "inference_mode": True},
+        **{"lora_dropout": 0.05, "modules_to_save": None, "target_modules": [name]},
+        "base_model_name_or_path": "owner/base",
+    }
+    place.mkdir()
+    (place / "adapter_config.json").write_text(json.dumps(fields))
+    torch.save(tensors, place / "adapter_model.bin")
+    return tensors
+
+
+@pytest.mark.parametrize("enable", [[True, False, True], [False, True], [True] * 4], ids=str)
+@pytest.mark.parametrize("arch", ["bloom", "gpt2"])
+def test_grouped_lora_is_read_as_the_fork_computes_it(
+    arch: str, enable: list[bool], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against the formula in torch: a grouped convolution on A x, whose groups fill those that are on."""
+    if arch not in folders:
+        folders = {arch: tmp_path / "mlx"}
+        convert(make_tiny(arch, tmp_path / "hf"), folders[arch])
+    rank, folder = 2, folders[arch]
+    tensors = grouped_file(folder, arch, enable, rank, tmp_path / "theirs")
+    loaded = model.load(folder)
+    assert exchange.detect(tmp_path / "theirs") == "llm-adapters"
+    exchange.import_adapter(tmp_path / "theirs", tmp_path / "ours", loaded=loaded)
+    loaded.model.eval()
+    layers = adapter.layers(loaded.model)
+    assert len(layers) == len(tensors) / 2
+    for path, layer in layers.items():
+        name = f"base_model.model.{sites.to_hf(path, loaded.config['model_type'])}"
+        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        x = torch.randn(1, 5, a.shape[1], generator=torch.Generator().manual_seed(2))
+        after = torch.nn.functional.conv1d((x @ a.T).transpose(1, 2), b, groups=sum(enable)).transpose(1, 2)
+        rows = after.shape[-1] // sum(enable)
+        update = torch.zeros(1, 5, rows * len(enable))
+        for number, group in enumerate(i for i, on in enumerate(enable) if on):
+            update[..., group * rows : (group + 1) * rows] = after[..., number * rows : (number + 1) * rows]
+        given = mx.array(x.numpy())
+        expected = np.array(layer.base(given)) + 6 / rank * update.numpy()
+        np.testing.assert_allclose(np.array(layer(given)), expected, atol=1e-5 + 1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("enable", "said"),
+    [([False, False], "of which one is true"), ("yes", "not a list"), ([1, 0], "not a list")],
+)
+def test_lists_that_are_none_are_refused(
+    enable: Any, said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    grouped_file(folders["bloom"], "bloom", [True, False, True], 2, tmp_path / "a")
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(fields | {"enable_lora": enable}))
+    with pytest.raises(AdaptersError, match=said):
+        exchange.import_adapter(tmp_path / "a", tmp_path / "b", loaded=model.load(folders["bloom"]))

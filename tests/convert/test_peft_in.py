@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from adapted import IDS, bound, logits
-from tiny import make_tiny
 from typer.testing import CliRunner
 
 from mlx_adapters import adapter, methods
@@ -247,20 +246,6 @@ def test_a_broken_file_is_refused_with_the_cause(
     assert not (tmp_path / "ours").exists()
 
 
-def test_an_adapter_of_a_tied_head_is_named(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = make_tiny("llama", tmp_path, tie_word_embeddings=True)
-    network = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder), lora(target_modules=["q_proj", "lm_head"])
-    )
-    network.save_pretrained(tmp_path / "peft")
-    with pytest.raises(
-        AdapterError, match=r"adapts the output head lm_head, which .* token embedding itself"
-    ):
-        adapter.load(model.load(folder), tmp_path / "peft")
-
-
 def test_norms_that_mlx_keeps_otherwise_are_not_read(tmp_path: Path) -> None:
     """qwen3_next's are stored from zero; mlx-lm adds one when it reads a checkpoint."""
     import samples
@@ -304,19 +289,18 @@ FIELDS = [
         "auto_map",
     ),
     ("ia3", {"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'"),
-    ("lora", {"bias": "lora_only"}, "bias='lora_only'"),
-    ("lora", {"lora_bias": True}, "lora_bias=True"),
+    ("lora", {"bias": "head_only"}, "bias='head_only'"),
     ("lora", {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ("lora", {"kasa_config": {"beta": 1e-4}}, "kasa_config"),
     ("lora", {"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ("lora", {"layer_replication": [[0, 2]]}, "layer_replication"),
-    ("lora", {"trainable_token_indices": [3]}, "trainable_token_indices"),
+    ("lora", {"trainable_token_indices": ["a"]}, "not a list of token ids"),
     ("lora", {"target_parameters": ["mlp.weight"]}, "target_parameters"),
     ("lora", {"a_field_of_next_year": {"on": True}}, "a_field_of_next_year"),
     ("lora", {"modules_to_save": "lm_head"}, "not a list of names"),
-    ("dora", {"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ("dora", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ("ia3", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ("dora", {"lora_bias": True}, "lora_bias=True"),
+    ("ia3", {"modules_to_save": "lm_head"}, "not a list of names"),
+    ("ln_tuning", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ("vera", {"bias": "all"}, "bias='all'"),
     ("vera", {"save_projection": False}, "save_projection"),
     ("prompt", {"task_type": None}, "task_type"),

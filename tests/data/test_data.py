@@ -99,8 +99,10 @@ def test_prompt_is_exact(template: str, phase: Any, input: str) -> None:
 def test_chat_uses_the_tokenizers_template(tokenizer: Any) -> None:
     assert prompt_for("add", "3", template="chat", tokenizer=tokenizer) == "<s>user add\n\n3 </s> assistant "
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
-    prompt, completion = render({"messages": turns}, "messages", template="chat", tokenizer=tokenizer)
-    assert (prompt, completion) == ("<s>system s </s> user u </s> assistant ", "a")
+    (example,) = encode(_rows({"messages": turns}, fmt="messages"), tokenizer, template="chat").examples
+    start = example.loss_start
+    assert tokenizer.decode(example.ids[:start]) == "<s> <unk> <unk> </s> <unk> <unk> </s> <unk>"
+    assert tokenizer.decode(example.ids[start:]) == "a </s>"
 
 
 def test_render_of_each_format() -> None:
@@ -110,7 +112,14 @@ def test_render_of_each_format() -> None:
     pair = render({"prompt": "p", "completion": "c"}, "completion", template="plain", tokenizer=None)
     assert pair == ("p", "c")
     assert render({"text": "t"}, "text", template="plain", tokenizer=None) == ("", "t")
-    assert {default_template(fmt) for fmt in ("instruction", "messages", "text")} <= set(TEMPLATES)
+
+
+def test_the_template_of_a_model_that_has_one_is_the_default(tokenizer: Any, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    forms = ("instruction", "completion", "messages", "text")
+    chosen = [[default_template(form, each) for form in forms] for each in (tokenizer, _wrapped(tmp_path))]
+    assert chosen == [["chat", "chat", "chat", "plain"], ["alpaca", "plain", "chat", "plain"]]
+    assert {*chosen[0], *chosen[1]} <= set(TEMPLATES)
 
 
 def test_template_that_cannot_be_used(tokenizer: Any, tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_template_that_cannot_be_used(tokenizer: Any, tmp_path: Path) -> None:
     user = {"role": "user", "content": "a"}
     with pytest.raises(DataError, match=r"row 0: .*--template chat"):
         encode(_rows({"messages": [user, user]}, fmt="messages"), tokenizer, template="alpaca")
-    with pytest.raises(DataError, match=r"row 0: .*must be the assistant"):
+    with pytest.raises(DataError, match=r"row 0: .*the role must be 'assistant'"):
         encode(_rows({"messages": [user, user]}, fmt="messages"), tokenizer, template="chat")
     turns = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=r"row 0: .*no tools"):

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_adapters.data.layouts import layout_of
 from mlx_adapters.data.overlap import item_hash, row_text
-from mlx_adapters.data.sources import FORMATS, TRAINING_SETS, check_fields, load_rows, notes
+from mlx_adapters.data.sources import TRAINING_SETS, check_fields, load_rows, notes
 from mlx_adapters.errors import DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -61,7 +62,7 @@ def test_folder_gives_the_split_or_its_only_file(tmp_path: Path) -> None:
     _file(tmp_path, json.dumps(ROWS[:3]), "test.json")
     assert len(load_rows(str(tmp_path)).rows) == 2
     assert len(load_rows(str(tmp_path), split="test").rows) == 3
-    with pytest.raises(DataError, match=r"valid.json.*found mine.jsonl, test.json, train.jsonl"):
+    with pytest.raises(DataError, match=r"a file valid .*found mine.jsonl, test.json, train.jsonl"):
         load_rows(str(tmp_path), split="valid")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -98,11 +99,12 @@ def test_what_is_not_used_is_named_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_field_that_others_learn_from_is_not_dropped(row: dict[str, Any], field: str) -> None:
-    fmt = next(name for name, fields in FORMATS.items() if set(fields) <= set(row))
+    layout = layout_of(row)
+    fmt, read = layout.form, {*layout.needed.values()}
     with pytest.raises(DataError, match=f"field {field}"):
         check_fields(row, fmt)
     for nothing in (None, "", [], {}):
-        check_fields(row | dict.fromkeys(row.keys() - FORMATS[fmt], nothing), fmt)
+        check_fields(row | dict.fromkeys(row.keys() - read, nothing), fmt)
 
 
 def _with(row: Any, at: int = 6) -> str:
@@ -121,7 +123,7 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "not UTF-8": ("\n".join(LINES).encode("latin-1"), "not UTF-8"),
     "unknown fields": (json.dumps({"question": "a", "label": "b"}), r"line 1: .*question, label"),
     "missing field": (_with({"instruction": "a"}), r"line 7: .*'output'"),
-    "another format": (_with(PAIR), r"line 7: .*'instruction'"),
+    "another format": (_with(PAIR), r"line 7: is of the form completion, though line 1"),
     "half of a pair in a message": (
         json.dumps({"messages": [{"role": "user", "content": "\ud83d"}]}),
         r"line 1: .*'content'.*surrogate",
@@ -172,7 +174,7 @@ def test_a_training_set_that_is_not_here_comes_from_the_hub(
 ) -> None:
     asked = []
 
-    def hub(source: str, split: str) -> list[Any]:
+    def hub(source: str, split: str, *_: Any) -> list[Any]:
         asked.append((source, split))
         return ROWS
 

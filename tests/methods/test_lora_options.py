@@ -101,8 +101,13 @@ def test_every_array_gets_a_gradient_and_the_loss_falls(
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        ("tied", {"modules_to_save": "lm_head"}, "tied output head is the embedding"),
-        ("tied", {"modules_to_save": "embed_tokens"}, "output head too"),
+        ("llama", {"modules_to_save": "embed"}, "which this llama model does not have"),
+        ("llama", {"trainable_tokens": "64"}, "64 is no token"),
+        ("llama", {"trainable_tokens": "4,4"}, "an id twice"),
+        ("llama", {"trainable_tokens": "a"}, "write ids of tokens"),
+        ("llama", {"trainable_tokens": "4", "targets": "embed_tokens"}, "adapted as a whole too"),
+        ("tied", {"trainable_tokens": "lm_head=4"}, "of the head alone"),
+        ("llama", {"bias": "some"}, "bias"),
         ("llama", {"modules_to_save": "self_attn"}, "self_attn is a Attention: only linear"),
         ("gpt_neox", {"modules_to_save": "embed_out"}, "transformers 5 lm_head"),
         ("llama", {"rank_pattern": "q_porj=4"}, "q_porj"),

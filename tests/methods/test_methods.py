@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from adapted import IDS, attached, bound, logits
-from cases import ARCHITECTURES, METHODS, pairs, refusals
+from cases import ARCHITECTURES, METHODS, pairs, refusals, sampled
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(case: str, arch: str, folder
         attached(folders[arch], METHODS[case], trained=False)
 
 
-@pytest.mark.parametrize(("case", "arch"), pairs())
+@pytest.mark.parametrize(("case", "arch"), sampled(pairs()))
 class TestMethod:
     def test_a_fresh_adapter_is_the_base(self, case: str, arch: str, folders: dict[str, Path]) -> None:
         method = METHODS[case]
@@ -82,7 +82,7 @@ class TestMethod:
         assert (read.method, read.template) == (meta.method.as_saved(), "plain")
 
 
-@pytest.mark.parametrize(("case", "arch"), pairs(mergeable=True))
+@pytest.mark.parametrize(("case", "arch"), sampled(pairs(mergeable=True)))
 def test_merged_is_unmerged(case: str, arch: str, folders: dict[str, Path]) -> None:
     loaded, _ = attached(folders[arch], METHODS[case], trained=True)
     expected = logits(loaded)
@@ -100,7 +100,7 @@ def test_what_cannot_be_merged_says_so(case: str, folders: dict[str, Path]) -> N
         next(iter(adapter.layers(loaded.model).values())).merge()
 
 
-@pytest.mark.parametrize(("case", "arch"), pairs(peft=True))
+@pytest.mark.parametrize(("case", "arch"), sampled(pairs(peft=True)))
 def test_pytorch_computes_the_same(case: str, arch: str, folders: dict[str, Path], tmp_path: Path) -> None:
     loaded, meta = attached(folders[arch], METHODS[case], trained=True)
     adapter.save(loaded.model, tmp_path / "a", meta=meta)

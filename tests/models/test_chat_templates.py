@@ -9,7 +9,7 @@ from tiny import make_tiny
 from transformers import AutoTokenizer
 
 from mlx_adapters.data.sources import Rows
-from mlx_adapters.data.templates import chosen_template, conversation, prompt_for, render
+from mlx_adapters.data.templates import chosen_template, conversation, prompt_for
 from mlx_adapters.data.tokens import encode, prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.models.load import read_tokenizer
@@ -44,12 +44,13 @@ def test_the_ids_of_a_prompt_are_those_of_transformers(name: str, speakers: dict
         row = {"messages": [*turns, {"role": "assistant", "content": "3"}]}
         if turns is SYSTEM and "system" not in ROLES[name]:
             with pytest.raises(DataError, match="refuses these messages"):
-                render(row, "messages", template="chat", tokenizer=tokenizer)
+                encode(Rows([row], "messages", "here"), tokenizer, template="chat")
             continue
         right = theirs(folder, turns)
-        prompt, _ = render(row, "messages", template="chat", tokenizer=tokenizer)
-        assert prompt_ids(prompt, tokenizer) == right
-        (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
+        assert prompt_ids(conversation(turns, template="chat", tokenizer=tokenizer), tokenizer) == right
+        (example,) = encode(
+            Rows([row], "messages", "here"), tokenizer, template="chat", loss_on="last"
+        ).examples
         assert example.ids[: example.loss_start] == right
 
 
@@ -67,6 +68,8 @@ def test_thinking_is_as_the_template_has_it_unless_the_user_says(
         assert prompt_ids(asked, tokenizer) == right
         row = {"messages": [*ASKED, {"role": "assistant", "content": "3"}], "chat_template_kwargs": kwargs}
         (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
+        if tokenizer.decode(right).endswith("<think>\n"):  # the answer has no reasoning: nothing opens it
+            right = right[: right.index(tokenizer.convert_tokens_to_ids("<think>"))]
         assert example.ids[: example.loss_start] == right
         prompts.add(tuple(right))
     assert len(prompts) == 2
@@ -93,20 +96,18 @@ def test_a_variable_that_changes_nothing_is_refused(speakers: dict[str, Path]) -
         conversation(ASKED, template="alpaca", tokenizer=tokenizer, kwargs={"enable_thinking": True})
 
 
-def test_what_an_answer_has_beside_its_text_is_refused_where_the_template_writes_it(
+def test_what_an_answer_has_beside_its_text_is_learned_where_the_template_writes_it(
     speakers: dict[str, Path],
 ) -> None:
     tokenizer = read_tokenizer(speakers["thinks unless told"], {})
 
-    def encoded(**more: Any) -> Any:
+    def learned(**more: Any) -> str:
         row = {"messages": [*ASKED, {"role": "assistant", "content": "3", **more}]}
-        return encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
+        (example,) = encode(Rows([row], "messages", "here"), tokenizer, template="chat").examples
+        return str(tokenizer.decode(example.ids[example.loss_start :]))
 
-    assert encoded(id=7, reasoning_content="") == encoded()
-    with pytest.raises(DataError, match=r"here: row 0: .*'reasoning_content'"):
-        encoded(reasoning_content="he has 3")
-    with pytest.raises(DataError, match=r"here: row 0: .*not to be learned"):
-        encoded(weight=0)
+    assert learned(id=7, reasoning_content="") == learned() == "3<|im_end|>\n"
+    assert learned(reasoning_content="he has 3") == "<think>\nhe has 3\n</think>\n\n3<|im_end|>\n"
 
 
 @pytest.mark.parametrize("name", ["GLM-4", "TinyLlama", None])

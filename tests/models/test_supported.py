@@ -8,7 +8,6 @@ import support_table
 import trials
 
 from mlx_adapters import methods
-from mlx_adapters.cli.methods import _about
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import supported
 from mlx_adapters.models.supported import architectures
@@ -46,13 +45,21 @@ def test_the_table_has_every_architecture_and_every_other_name_of_one() -> None:
     assert set(table["files"].values()) <= set(architectures())
 
 
+def test_the_table_says_what_the_families_tests_compare() -> None:
+    assert supported._table()["compared"] == support_table.compared()
+    assert supported.supported("mamba", ["lora"])["compared"] is None  # only tried
+
+
 def test_an_architecture_under_another_name_is_found_and_a_wrong_name_is_told() -> None:
     found = supported.supported("kimi_k2", ["lora"])
-    assert found == supported.supported("deepseek_v3", ["lora"]) | {"architecture": "kimi_k2"}
+    assert found == supported.supported("deepseek_v3", ["lora"]) | {
+        "architecture": "kimi_k2",
+        "compared": None,
+    }
     with pytest.raises(UnsupportedError, match=r"'lama'\. Did you mean 'llama'"):
         supported.supported("lama", ["lora"])
 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_what_a_method_stands_on_is_found_on_a_model(method: str) -> None:
-    assert _about(method)["stands_on"] == trials.stands_on(method)
+    assert methods.about(method)["stands_on"] == trials.stands_on(method)

@@ -13,6 +13,8 @@ from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
 import mlx_adapters as ma
+from mlx_adapters.evaluate.run import Evaluator
+from mlx_adapters.generate.text import stream
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,42 @@ def test_the_loop_is_the_users(base: Path, tmp_path: Path) -> None:
     )
     losses = [step.loss for step in trainer]
     assert len(losses) == trainer.result.steps == 4
+
+
+def test_an_adapter_on_the_model_is_asked_through_its_own_template(base: Path, tmp_path: Path) -> None:
+    """Trained with `alpaca`: so is it asked, however it came onto the model."""
+    question = {"prompt": "tom has 3 apples", "max_tokens": 1}
+    model, data = ma.load(base), rows(tmp_path / "d.jsonl", output="x")
+    assert stream(model, **question).template == "plain"  # type: ignore[arg-type]
+    ma.attach(model, ma.LoRA(rank=2))
+    assert stream(model, **question).template == "plain"  # type: ignore[arg-type]
+    ma.detach(model)
+    trainer = ma.Trainer(model, data, ma.LoRA(rank=2), output=tmp_path / "desk", steps=1)
+    for _ in trainer:
+        pass
+    assert stream(model, **question).template == "alpaca"  # type: ignore[arg-type]
+    trainer.detach()
+    assert stream(model, **question).template == "plain"  # type: ignore[arg-type]
+    ma.load_adapter(model, tmp_path / "desk")
+    assert stream(model, **question).template == "alpaca"  # type: ignore[arg-type]
+    named = stream(model, template="plain", **question)  # type: ignore[arg-type]
+    assert named.template == "plain", "the user's own comes first"
+    assert Evaluator(model, str(rows(tmp_path / "t.jsonl", answer="x"))).asking.seen
+
+
+def test_an_import_leaves_the_model_bare(base: Path, tmp_path: Path) -> None:
+    model = ma.load(base)
+    ma.attach(model, ma.LoRA(rank=2))
+    ma.save(model, tmp_path / "theirs")
+    with pytest.raises(ma.AdaptersError, match="detach it first"):
+        ma.import_adapter(tmp_path / "theirs", tmp_path / "refused", model=model)
+    ma.detach(model)  # still there: the refusal took nothing off
+    names = [name for name, _ in model.model.named_modules()]
+    ma.import_adapter(tmp_path / "theirs", tmp_path / "ours", model=model)
+    assert [name for name, _ in model.model.named_modules()] == names
+    ma.load_adapter(model, tmp_path / "ours")
+    with pytest.raises(ma.AdaptersError):
+        ma.import_adapter(tmp_path / "d", tmp_path / "none", model=ma.load(base))
 
 
 def test_bits_and_the_cache(base: Path) -> None:

@@ -1,6 +1,6 @@
-"""One row per method and one per architecture: the tests run every pair."""
+"""One row per method and one per architecture: the slow tests run every pair, the others a sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,36 @@ def pairs(*, mergeable: bool = False, peft: bool | None = None) -> list[tuple[st
         if arch not in method.refused
         and (method.mergeable or not mergeable)
         and (peft is None or peft == methods.find(method.name).IN_PEFT)
+    ]
+
+
+def sampled(pairs: Sequence[tuple[str, str]], every: int = 5, always: str = "llama") -> list[Any]:
+    """The pairs as parameters: the slow run has all, the default run one in `every`, and all of `always`.
+
+    They are chosen along the diagonals of the table, so that each of either kind meets several of the other.
+    """
+    import pytest
+
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    return [
+        pytest.param(one, other)
+        if other == always or (rows.index(one) + columns.index(other)) % every == 0
+        else pytest.param(one, other, marks=pytest.mark.slow)
+        for one, other in pairs
+    ]
+
+
+def few(values: Iterable[Any], every: int) -> list[Any]:
+    """The values, or tuples of them, as parameters: the slow run has all, the default run one in `every`.
+
+    Of a product, every list whose length has no divisor in common with `every` is met in full.
+    """
+    import pytest
+
+    slow = pytest.mark.slow
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=slow if number % every else ())
+        for number, value in enumerate(values)
     ]
 
 

@@ -146,9 +146,9 @@ def run_file(folder: Path) -> None:
 
 
 def run_read(file: Path) -> None:
-    from mlx_adapters.cli.options import read_yaml
+    from mlx_adapters.files.documents import read_options
 
-    read_yaml(file, {"data", "method", "steps", "lr", "set"})
+    read_options(file, {"data", "method", "steps", "lr", "set"})
 
 
 def study_file(folder: Path) -> None:

@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 import mlx_adapters.models
 from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
 from mlx_adapters.models import config
+from mlx_adapters.models.architectures.table import architecture
 
 __all__ = ["IDS", "architectures", "file_of", "known", "sample", "sample_config"]
 
@@ -104,6 +105,8 @@ _PACKED = [f"model.layers.{i}.mlp.{name}_proj" for i in range(_LAYERS) for name 
 _OWN: dict[str, Fields] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
+    # the contexts of the texts end there
+    "chatglm6b": {"bos_token_id": 8, "gmask_token_id": 20, "mask_token_id": 21},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
@@ -247,7 +250,7 @@ def file_of(model_type: str) -> str:
     """The name of the model file that serves `model_type`: mlx-lm reads mistral as llama, for one."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    return str(MODEL_REMAPPING.get(model_type, model_type))
+    return architecture(model_type).file or str(MODEL_REMAPPING.get(model_type, model_type))
 
 
 def known(model_type: str) -> None:

@@ -108,6 +108,23 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
         "rope_scaling": {"type": "yarn", "factor": 2.0},
     },
+    "gpt_oss": _BASE
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granitemoe": _BASE
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
     "gemma3_text": _BASE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 256},
     "glm4": _BASE | {"head_dim": 8},
     **dict.fromkeys(("cohere", "smollm3"), _BASE),

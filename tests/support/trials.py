@@ -28,7 +28,16 @@ from mlx_adapters.models.discover import architecture_of
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.loop import Run
 
-__all__ = ["architectures", "attached", "fault", "stands_on", "support", "targets", "trial"]
+__all__ = [
+    "architectures",
+    "attached",
+    "fault",
+    "stands_on",
+    "support",
+    "targets",
+    "trial",
+    "without_step",
+]
 
 _LENGTHS = (IDS.shape[1], 5)  # tokens of the two rows of the step: the second is padded
 
@@ -63,7 +72,7 @@ def trial(model_type: str, method: str) -> str | None:
     try:
         network = attached(model_type, method)
         _change(network)
-        return _without_step(network)
+        return without_step(network)
     except Exception as error:
         return _plain(error)
 
@@ -122,8 +131,8 @@ def _change(network: nn.Module) -> None:
     )
 
 
-def _without_step(network: nn.Module) -> str | None:
-    """Take a step of training: why it is not the one to take, if it is not."""
+def without_step(network: nn.Module) -> str | None:
+    """Take a step of training with the adapter on `network`: why it is not the one to take, if it is not."""
     rows: list[list[int]] = IDS.tolist()  # type: ignore[assignment]
     expected = _loss(_in_pieces(network, IDS))
     before = dict(tree_flatten(network.trainable_parameters()))

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from cases import few
 from tiny import make_tiny
 from typer.testing import CliRunner
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "parallel", "prefix"])
+@pytest.mark.parametrize("method", few(["lora", "dora", "prefix", "parallel"], every=2))
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 64), (8, 128)])
 def test_prediction_is_within_15_percent(
@@ -100,14 +101,14 @@ def test_the_last_line_is_a_command_that_trains_what_fits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest batch without gradient checkpointing where that fits, else with it; the given settings."""
-    ask = ["plan", str(folder), "--batch-sizes", "2,5", "--tokens", "32", "--method", "parallel"]
+    ask = ["plan", str(folder), "--batch-sizes", "2,3", "--tokens", "32", "--method", "parallel"]
     ask += ["--set", "bottleneck_size=4", "--loss-on", "all"]
     rich = CliRunner().invoke(app, [*ask, "--memory", "64GB"])
     assert rich.exit_code == 0, rich.output
     program, *arguments = shlex.split(rich.stdout.splitlines()[-1])
     assert program == "mlx-adapters"
     assert "--gradient-checkpointing" not in arguments
-    assert arguments[arguments.index("--batch-size") + 1] == "5"
+    assert arguments[arguments.index("--batch-size") + 1] == "3"
     data = tmp_path / "my.jsonl"
     data.write_text('{"prompt": "tom has", "completion": "7"}\n' * 5)
     places = {"my.jsonl": str(data), "my-adapter": str(tmp_path / "out")}
@@ -117,13 +118,13 @@ def test_the_last_line_is_a_command_that_trains_what_fits(
     training = json.loads((tmp_path / "out" / "mlx_adapters.json").read_text())
     assert training["method"] == "parallel"
     assert training["config"]["bottleneck_size"] == 4
-    assert (training["training"]["batch_size"], training["training"]["cutoff"]) == (5, 32)
+    assert (training["training"]["batch_size"], training["training"]["cutoff"]) == (3, 32)
 
     monkeypatch.setattr(plan, "overhead", lambda plans: 0)  # what this process took before differs by more
     plans = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", "64GB"]).stdout)
     needed = {(one["gradient_checkpointing"], one["batch_size"]): one["peak"] for one in plans["plans"]}
-    assert needed[True, 5] < needed[False, 2]
-    limit = plans["process"] + (needed[True, 5] + needed[False, 2]) // 2
+    assert needed[True, 3] < needed[False, 2]
+    limit = plans["process"] + (needed[True, 3] + needed[False, 2]) // 2
     poor = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", str(limit)]).stdout)
     assert poor["command"] is None or "--gradient-checkpointing" in poor["command"]
 

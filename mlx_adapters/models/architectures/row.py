@@ -4,39 +4,34 @@ Methods, loss, packing, configuration and conversion ask a row, and never compar
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Activation", "AdapterHub", "Architecture", "Config", "Experts", "PeftGaps"]
+__all__ = ["AdapterHub", "Architecture", "Config", "Experts", "PeftGaps"]
 
 Config = dict[str, Any]
 """A `config.json` as read: its fields are the checkpoint's, so their types are not known here."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activation:
-    """The activation of an MLP: `field` of the configuration names it, `default` is transformers' where the
-    field is absent, and mlx-lm computes `computed` whatever the field says. `misnamed` corrects names that
-    transformers reads as others, too."""
-
-    field: str
-    default: str
-    computed: str
-    misnamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Experts:
-    """Experts that mlx-lm stacks below `path` in a block; transformers 5 has `mlp.experts` in all of these.
+    """Experts that mlx-lm stacks at `path` in a block, and transformers 5 at `there`.
 
-    `gate`, `up` and `down` are the checkpoint's names of one expert's matrices.
+    `gate`, `up` and `down` are the checkpoint's names of one expert's matrices. `interleaved`: rows of gate
+    and up take turns in PyTorch's one matrix of both, instead of up's following gate's. `router` is its path
+    in mlx-lm's block and in PyTorch's, where they differ. Experts that are not `gated` have no gate matrix.
     """
 
     path: str
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    there: str = "mlp.experts"
+    interleaved: bool = False
+    router: tuple[str, str] | None = None
+    gated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +107,10 @@ class Architecture:
     """The checkpoint's linear layers are transposed, which PEFT must be told."""
     rename_weights: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Renames a checkpoint's tensors into what mlx-lm's model file expects."""
+    fold_weights: Callable[[dict[str, Any], Config], dict[str, Any]] | None = None
+    """Changes a checkpoint's tensors by what the configuration says and mlx-lm does not fold into them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """(regular expression, MLX name) of the checkpoint's tensors that mlx-lm drops and a correction needs."""
     checked: bool = False
     """The tests compare a checkpoint written for transformers: with the one that transformers wrote, tensor
     by tensor, or opened by transformers, with every name found and the same logits."""
@@ -125,35 +124,41 @@ class Architecture:
     # Configuration
     own: bool = False
     """The model file is `mlx_adapters/models/MODEL_TYPE.py`; mlx-lm has none."""
+    file: str | None = None
+    """The model file of mlx-lm that serves the language model of a wrapper when it was saved alone."""
+    forms: tuple[Callable[[Config], Config], ...] = ()
+    """Give what the model file reads from a configuration as transformers saves it (`models.saved_forms`)."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """(field, architecture): where the configuration sets the field, the model is of that architecture, whose
+    checkpoints have this one's `model_type`."""
+    called: str = ""
+    """The `model_type` of its checkpoints, where that is another architecture's."""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """{name in some checkpoints: the name that the model file reads}."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """transformers' values of fields that old configurations leave out and mlx-lm fills in otherwise."""
-    theta: float | None = None
-    """The rotary base that transformers takes where a configuration has none; None leaves it absent."""
     rotary_part: float | None = None
     """transformers' default of partial_rotary_factor, where it is not the whole head."""
     rotary_names: tuple[str, str] | None = None
     """Older names of (rope_theta, partial_rotary_factor) that mlx-lm's model file reads."""
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Fields that the model file fixes, with the values it is right for; None stands for "absent"."""
-    yarn_truncates: bool = True
-    """mlx-lm truncates YaRN's range, whatever the configuration says."""
+    """Fields that the model file fixes, with the values it is right for; None stands for "absent". Only for
+    a model_type that `models.fields` has not compared with transformers."""
+    scales_full_only: bool = False
+    """Layers with a window rotate by the same base without any scaling, as the configuration says too."""
     refuse: Callable[[Config], None] | None = None
     """Raises UnsupportedError for what else the model file would compute differently."""
 
     # Corrections of mlx-lm's model file (`mlx_adapters.models.corrections`)
-    activation: Activation | None = None
     ungated: tuple[str, str] | None = None
-    """The two linear layers of an MLP without a gate."""
+    """The two linear layers of an MLP without a gate, whose width is corrected."""
     widths: tuple[str, str] | None = None
     """The configuration's fields of that MLP's width and of the model's, where mlx-lm assumes 4 to 1."""
     rotates_part: bool = False
-    """`corrections` rotate a part of each head, where mlx-lm rotates whole heads."""
-    window: Literal["all", "alternating", "upper", "unmixed"] | None = None
-    """Which layers see only the last `sliding_window` tokens in transformers, and all of them in mlx-lm:
-    all; every other one, from the first; those from `max_window_layers` on, if windows are used at all; or
-    all unless `layer_types` also names full ones, a mixture that mlx-lm computes itself."""
+    """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
+    heads, or by the model file, which reads it under another name."""
+    as_built: Callable[[Config], Config] | None = None
+    """The configuration from which mlx-lm's file builds the right modules."""
     corrections: tuple[Callable[[Any, Config], None], ...] = ()
     """Change a model right after it is built."""
 
@@ -182,7 +187,10 @@ class Architecture:
     def to_hf(self, path: str) -> str:
         """A path of the MLX module tree as the Hugging Face checkpoint writes it."""
         if self.experts and path.endswith("." + self.experts.path):
-            return path.removesuffix(self.experts.path) + "mlp.experts"
+            return path.removesuffix(self.experts.path) + self.experts.there
+        if self.experts and self.experts.router and path.endswith("." + self.experts.router[0]):
+            return path.removesuffix(self.experts.router[0]) + self.experts.router[1]
+        path = re.sub(r"\.switch_mlp$", ".experts", path)
         for mlx_name, hf_name in self.rename:
             if path.startswith(mlx_name):
                 return hf_name + path[len(mlx_name) :]
@@ -190,8 +198,11 @@ class Architecture:
 
     def from_hf(self, path: str) -> str:
         """The inverse of `to_hf`."""
-        if self.experts and path.endswith(".mlp.experts"):
-            return path.removesuffix("mlp.experts") + self.experts.path
+        if self.experts and path.endswith("." + self.experts.there):
+            return path.removesuffix(self.experts.there) + self.experts.path
+        if self.experts and self.experts.router and path.endswith("." + self.experts.router[1]):
+            return path.removesuffix(self.experts.router[1]) + self.experts.router[0]
+        path = re.sub(r"\.experts$", ".switch_mlp", path)
         for mlx_name, hf_name in self.rename:
             if path.startswith(hf_name):
                 return mlx_name + path[len(hf_name) :]

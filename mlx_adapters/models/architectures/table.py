@@ -5,11 +5,16 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 """
 
 from dataclasses import replace
-from typing import Any
 
-from mlx_adapters.models import corrections
+from mlx_adapters.models import (
+    corrections,
+    interleaved,
+    routing,
+    saved_forms,
+    saved_weights,
+    state_space,
+)
 from mlx_adapters.models.architectures.row import (
-    Activation,
     AdapterHub,
     Architecture,
     Experts,
@@ -18,12 +23,21 @@ from mlx_adapters.models.architectures.row import (
 
 __all__ = ["ARCHITECTURES", "architecture", "with_layers"]
 
-_SILU = Activation(field="hidden_act", default="silu", computed="silu")
-_GELU_NEW = Activation(field="activation_function", default="gelu_new", computed="tanh")
 _UNTIED = {"tie_word_embeddings": False}
-_ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
-_ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
 _EXPERTS = Experts("mlp.switch_mlp")
+_GEMMA_EXPERTS = Experts("experts.switch_glu", there="experts")
+_GRANITE_EXPERTS = Experts(
+    "block_sparse_moe.switch_mlp",
+    there="block_sparse_moe.experts",
+    router=("router.layer", "router"),
+)
+_MIXTRAL_EXPERTS = Experts(  # checkpoints still say block_sparse_moe, transformers' modules no longer
+    "block_sparse_moe.switch_mlp",
+    gate="w1",
+    up="w3",
+    down="w2",
+    router=("block_sparse_moe.gate", "mlp.gate"),
+)
 _MIXTURE = PeftGaps(routed=True, stacked=True)
 
 _LLAMA = Architecture(
@@ -38,10 +52,9 @@ _LLAMA = Architecture(
     pre_mlp="post_attention_layernorm",
     checked=True,
 )
-_LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, theta=10000.0, activation=_SILU, adapterhub=AdapterHub())
+_LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, adapterhub=AdapterHub())
 
 _GEMMA = replace(_LLAMA, scaled_embedding=True)
-_GEMMA_FIXED: dict[str, tuple[Any, ...]] = {**_ALWAYS_TIED, "use_bidirectional_attention": (None, False)}
 
 _BLOOM = Architecture(
     attn=("query_key_value", "self_attention.dense"),
@@ -67,44 +80,34 @@ _BLOOM_HUB = AdapterHub(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA_2, llm_adapters=True),
-    "mistral": replace(_LLAMA_2, window="unmixed"),
-    "qwen2": replace(_LLAMA_2, window="upper"),
-    "qwen3": replace(_LLAMA_2, window="upper"),
-    "smollm3": replace(_LLAMA, activation=_SILU),
-    "granite": replace(_LLAMA, activation=_SILU, theta=10000.0),
+    "mistral": _LLAMA_2,
+    "qwen2": _LLAMA_2,
+    "qwen3": _LLAMA_2,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
     "gemma": replace(
         _GEMMA,
-        theta=10000.0,
-        fixed=_GEMMA_FIXED,
-        activation=Activation(
-            field="hidden_act",
-            default="gelu_pytorch_tanh",
-            computed="gelu",
-            misnamed={"gelu": "gelu_pytorch_tanh"},  # a known mistake in the first Gemma configurations
-        ),
         adapterhub=AdapterHub(),
     ),
     "gemma2": replace(
         _GEMMA,
         pre_mlp="pre_feedforward_layernorm",
-        theta=10000.0,
         defaults={
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
             "query_pre_attn_scalar": 256,
         },
-        fixed=_GEMMA_FIXED,
-        refuse=corrections.refuse_uncapped,
-        activation=Activation(field="hidden_activation", default="gelu_pytorch_tanh", computed="tanh"),
-        window="alternating",
         corrections=(corrections.mask_by_row,),
         adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
     ),
     "gemma3_text": replace(
-        _GEMMA, pre_mlp="pre_feedforward_layernorm", corrections=(corrections.scale_embeddings_exactly,)
+        _GEMMA,
+        pre_mlp="pre_feedforward_layernorm",
+        forms=(saved_forms.sliding_pattern,),
+        corrections=(corrections.scale_embeddings_exactly,),
     ),
     "olmo2": replace(  # its norms come after the sublayers
-        _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED, theta=10000.0, activation=_SILU
+        _LLAMA, pre_attn=None, pre_mlp=None, defaults=_UNTIED
     ),
     "phi3": replace(
         _LLAMA_2,
@@ -113,7 +116,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         lora=("qkv_proj",),
         parallel=("qkv_proj",),
         ia3=("qkv_proj", "down_proj"),
-        window="all",
         adapterhub=AdapterHub(fused="qkv_proj", up="mlp.gate_up_proj"),
     ),
     "glm": replace(
@@ -135,11 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_out="fc2",
         pre_attn="input_layernorm",  # one norm serves both sublayers
         checked=True,
-        theta=10000.0,
         rotary_part=0.5,
-        fixed={"qk_layernorm": (None, False), **_ALWAYS_UNTIED},
-        activation=Activation(field="hidden_act", default="gelu_new", computed="tanh"),
-        ungated=("fc1", "fc2"),
         adapterhub=AdapterHub(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None, residual="none"),
     ),
     "gpt2": Architecture(
@@ -157,8 +155,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         rename_weights=corrections.gpt2_names,
         checked=True,
         renamed={"n_positions": "n_ctx"},
-        fixed={"add_cross_attention": (None, False), **_ALWAYS_TIED},
-        activation=_GELU_NEW,
         ungated=("c_fc", "c_proj"),
         widths=("n_inner", "n_embd"),
         corrections=(corrections.scale_attention,),
@@ -175,8 +171,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         pre_attn="ln_1",  # one norm serves both sublayers
         rename=(("model.", "transformer."),),
         checked=True,
-        fixed=_ALWAYS_UNTIED,
-        activation=_GELU_NEW,
         ungated=("fc_in", "fc_out"),
         widths=("n_inner", "n_embd"),
         adapterhub=AdapterHub(known=True, residual="with attention"),
@@ -192,11 +186,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("model.", "gpt_neox."),
         ),
         checked=True,
-        theta=10000.0,
         rotary_part=0.25,
         rotary_names=("rotary_emb_base", "rotary_pct"),
-        fixed=_ALWAYS_UNTIED,
-        activation=Activation(field="hidden_act", default="gelu", computed="tanh"),
         ungated=("dense_h_to_4h", "dense_4h_to_h"),
         widths=("intermediate_size", "hidden_size"),
         corrections=(corrections.drop_attention_biases,),
@@ -214,13 +205,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         _BLOOM,
         own=True,
         renamed={"num_hidden_layers": "num_layers", "padded_vocab_size": "vocab_size"},
+        variants=(("position_encoding_2d", "chatglm6b"),),
         fixed={
-            "position_encoding_2d": (None, False),
             "original_rope": (None, True),
             "pre_seq_len": (None,),
             "quantization_bit": (None, 0),
         },
         refuse=corrections.refuse_chatglm2_ratio,
+        llm_adapters=True,
+    ),
+    "chatglm6b": replace(
+        _BLOOM,
+        attn=("query_key_value", "attention.dense"),
+        attn_out="attention.dense",
+        own=True,
+        called="chatglm",
+        renamed={"num_hidden_layers": "num_layers"},
+        fixed={"pre_seq_len": (None,), "quantization_bit": (None, 0)},
         llm_adapters=True,
     ),
     "opt": Architecture(
@@ -273,82 +274,158 @@ ARCHITECTURES: dict[str, Architecture] = {
         llm_adapters=True,
     ),
     # Mixtures whose experts have names in the checkpoint that are known
-    "deepseek_v2": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
+    "deepseek_v2": Architecture(
+        as_built=corrections.scale_by_one, experts=_EXPERTS, checked=True, peft=_MIXTURE
+    ),
     "dots1": Architecture(experts=Experts("mlp.experts"), checked=True, peft=_MIXTURE),
     "glm4_moe": Architecture(experts=_EXPERTS, checked=True, peft=_MIXTURE),
     "mixtral": Architecture(
-        experts=Experts("block_sparse_moe.switch_mlp", gate="w1", up="w3", down="w2"),
+        experts=_MIXTRAL_EXPERTS,
         checked=True,
         defaults=_UNTIED,
-        theta=1e6,
-        activation=_SILU,
-        window="all",
         peft=_MIXTURE,
     ),
     "olmoe": Architecture(
-        experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
+        experts=_EXPERTS,
+        checked=True,
+        renamed={"num_local_experts": "num_experts"},
+        corrections=(corrections.clip_projections,),
+        peft=_MIXTURE,
     ),
     "qwen2_moe": Architecture(
         experts=_EXPERTS,
         checked=True,
         renamed={"num_local_experts": "num_experts"},
-        fixed={"norm_topk_prob": (None, False)},
+        corrections=(routing.normalise_chosen,),
         peft=PeftGaps(routed=True),
     ),
     "qwen3_moe": Architecture(
         experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
     ),
     # Fields of the configuration that mlx-lm reads otherwise
-    "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED, activation=_SILU),
+    "cohere": Architecture(checked=True),
     "gpt_bigcode": Architecture(
-        fixed={"scale_attn_weights": (None, True), **_ALWAYS_TIED},
-        activation=Activation(field="activation_function", default="gelu_pytorch_tanh", computed="gelu"),
-        ungated=("c_fc", "c_proj"),
+        forms=(saved_forms.four_times_wide,),
     ),
-    "gpt_oss": Architecture(yarn_truncates=False, peft=PeftGaps(absent=r"mlp\.router")),
+    "gpt_oss": Architecture(
+        experts=Experts("mlp.experts", interleaved=True),
+        rename_weights=interleaved.stacks,
+        peft=PeftGaps(routed=True),
+    ),
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
     "plamo3": Architecture(corrections=(corrections.shorten_window,)),
-    "stablelm": Architecture(
-        checked=True, theta=10000.0, rotary_part=0.25, fixed=_ALWAYS_UNTIED, activation=_SILU
-    ),
+    "stablelm": Architecture(checked=True, rotary_part=0.25),
     "starcoder2": Architecture(
         checked=True,
-        theta=10000.0,
-        activation=Activation(field="hidden_act", default="gelu_pytorch_tanh", computed="gelu"),
-        ungated=("c_fc", "c_proj"),
-        window="all",
     ),
     # Written for transformers, and nothing particular
     **dict.fromkeys(
-        ("cohere2", "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "nemotron", "seed_oss"),
+        ("ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "nemotron", "seed_oss"),
         Architecture(checked=True),
     ),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "step3p5"), Architecture(shifted_norms=True)),
+    **dict.fromkeys(("qwen3_5", "step3p5"), Architecture(shifted_norms=True)),
+    "qwen3_5_moe": Architecture(shifted_norms=True, rename_weights=saved_weights.joined_experts),
+    # Configurations that transformers saves otherwise than mlx-lm reads them
+    "apertus": Architecture(forms=(saved_forms.apertus_constants,)),
+    "cohere2": Architecture(checked=True, forms=(saved_forms.sliding_pattern,)),
+    "exaone4": Architecture(
+        forms=(saved_forms.exaone_window_letters,), corrections=(corrections.forget_absent_kinds,)
+    ),
+    "gemma3": Architecture(scaled_embedding=True),
+    "gemma3n": Architecture(scaled_embedding=True, corrections=(saved_weights.without_lent_keys,)),
+    "gemma3n_text": Architecture(
+        file="gemma3n",
+        scaled_embedding=True,
+        rename_weights=saved_weights.gemma3n_alone,
+        corrections=(saved_weights.without_lent_keys,),
+    ),
+    "gemma4": Architecture(scaled_embedding=True, experts=_GEMMA_EXPERTS, peft=_MIXTURE),
+    "gemma4_text": Architecture(
+        scaled_embedding=True,
+        experts=_GEMMA_EXPERTS,
+        forms=(saved_forms.gemma4_full_layers,),
+        peft=_MIXTURE,
+    ),
+    "lfm2": Architecture(forms=(saved_forms.lfm2_width,)),
+    "olmo_hybrid": Architecture(
+        rename_weights=saved_weights.renamed(
+            {
+                "attention_layer_norm": "input_layernorm",
+                "feedforward_layer_norm": "post_attention_layernorm",
+            }
+        )
+    ),
+    "olmo3": Architecture(scales_full_only=True),
+    "qwen3_5_text": Architecture(file="qwen3_5", shifted_norms=True, forms=(saved_forms.linear_interval,)),
+    "qwen3_5_moe_text": Architecture(
+        file="qwen3_5_moe",
+        shifted_norms=True,
+        forms=(saved_forms.linear_interval,),
+        rename_weights=saved_weights.joined_experts,
+    ),
     # Layers that PEFT does not open
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
-    "ernie4_5_moe": Architecture(peft=_MIXTURE),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid"), Architecture(peft=PeftGaps(absent=r"router\.layer"))),
-    "jamba": Architecture(peft=PeftGaps(absent=r"feed_forward\.router")),
+    "ernie4_5_moe": Architecture(
+        kept=((r"(.*\.mlp)\.moe_statics\.e_score_correction_bias", r"\1.e_score_correction_bias"),),
+        corrections=(routing.choose_with_bias,),
+        peft=_MIXTURE,
+    ),
+    "granitemoe": Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
+    "granitemoehybrid": Architecture(
+        experts=_GRANITE_EXPERTS,
+        forms=(
+            saved_forms.layer_names({"linear_attention": "mamba", "full_attention": "attention"}),
+            saved_forms.rotations_as_stated,
+        ),
+        peft=PeftGaps(routed=True),
+    ),
+    "jamba": Architecture(
+        as_built=corrections.count_expert_layers,
+        corrections=(routing.weigh_all_experts,),
+        # transformers reads the weight of dt_proj and passes PEFT's layer by
+        peft=PeftGaps(absent=r"mamba\.dt_proj", routed=True),
+    ),
     "kimi_linear": Architecture(peft=PeftGaps(absent=r"self_attn\.f_[ab]_proj", routed=True)),
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
-    "minimax": Architecture(peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
-    "nemotron_h": Architecture(peft=PeftGaps(absent=".*", state_space=True)),
-    "phimoe": Architecture(peft=PeftGaps(absent=r"block_sparse_moe\.gate")),
-    "qwen3_next": Architecture(shifted_norms=True, peft=_MIXTURE),
+    "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax_m2": Architecture(
+        experts=_MIXTRAL_EXPERTS,
+        forms=(saved_forms.minimax_m2_rotations,),
+        rotates_part=True,
+        peft=_MIXTURE,
+    ),
+    "nemotron_h": Architecture(
+        experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
+        peft=PeftGaps(routed=True, state_space=True),
+    ),
+    "phimoe": Architecture(
+        experts=replace(_MIXTRAL_EXPERTS, router=("block_sparse_moe.gate", "mlp.router")),
+        peft=PeftGaps(routed=True),
+    ),
+    "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
+    "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
-        (
-            *("afmoe", "deepseek_v3", "deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa"),
-            "longcat_flash",
-        ),
+        (*("afmoe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash"),),
         Architecture(peft=PeftGaps(stacked=True)),
     ),
-    **dict.fromkeys(
-        ("falcon_h1", "falcon_mamba", "mamba", "mamba2"), Architecture(peft=PeftGaps(state_space=True))
+    "glm4_moe_lite": Architecture(
+        corrections=(corrections.norm_factors_exactly,), peft=PeftGaps(stacked=True)
     ),
+    "falcon_h1": Architecture(
+        fold_weights=state_space.fold_multipliers,
+        corrections=(state_space.group_gated_norms,),
+        peft=PeftGaps(state_space=True),
+    ),
+    "mamba2": Architecture(
+        forms=(saved_forms.expanded_width,),
+        corrections=(state_space.group_gated_norms,),
+        peft=PeftGaps(state_space=True),
+    ),
+    **dict.fromkeys(("falcon_mamba", "mamba"), Architecture(peft=PeftGaps(state_space=True))),
 }
 
 _UNKNOWN = Architecture()

@@ -14,18 +14,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_adapters.cli.screen import say
+__all__ = ["Stopped", "answered", "instead", "listen", "telling"]
 
 _MOMENT = 0.1  # seconds
 _words = "stopping ..."
+_say: Callable[[str], None] = print
 _answered = 0.0  # when a handler ran last
 _told = False
 _listening = False
 
 
-def listen() -> None:
-    """From now on these signals raise KeyboardInterrupt, and where that takes time the user is told."""
-    global _listening
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C ended the work in good order, and the user has been told: nothing is left to say."""
+
+
+def listen(say: Callable[[str], None]) -> None:
+    """From now on these signals raise KeyboardInterrupt, and where that takes time `say` tells the user."""
+    global _listening, _say
+    _say = say
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -80,7 +86,7 @@ def _listen(descriptor: int) -> None:
         time.sleep(_MOMENT)
         if _answered < heard - _MOMENT and _words and not _told:
             _told = True
-            say(_words)
+            _say(_words)
 
 
 def _interrupt(number: int, frame: Any) -> None:

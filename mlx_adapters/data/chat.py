@@ -1,0 +1,165 @@
+"""A conversation as it is trained on: the text that the chat template writes, and which parts are learned.
+
+An answer is learned from where the generation prompt ends to the token that closes the turn, both found by
+letting the template render the messages up to that answer. So the model learns to write, after exactly the
+text it will be asked with, exactly what the template would have written. What stands behind the closing token
+(a line end, what Phi-3 writes once at the very end) is not part of an answer.
+
+Some templates write an earlier answer differently than the last: Qwen3 drops its thinking, gpt-oss ends it
+with another token. Such an answer is trained in a row of its own, which ends with it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mlx_adapters.errors import DataError
+from mlx_adapters.models.chat_template import chat_prompt
+from mlx_adapters.models.stop_tokens import turn_end
+
+__all__ = ["Conversation", "conversations"]
+
+Messages = Sequence[Mapping[str, Any]]
+_PROBE = "zqxj"  # an answer that occurs in no template
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One training text of a chat: `learned` are its answers as (begin, end) in characters. It is `closed`
+    where the last answer ends with the token that the template closes a turn with, and `empty` where an
+    answer has no text."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+    closed: bool
+    empty: bool
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer in the text `done` that ends with it: from `begin` to `content_end`, closed by `closing`."""
+
+    done: str
+    begin: int
+    content_end: int
+    closing: str
+    again: bool  # the generation prompt has text that the template leaves out of a conversation
+
+    @property
+    def end(self) -> int:
+        return self.content_end + len(self.closing)
+
+    @property
+    def empty(self) -> bool:
+        return not self.done[self.begin : self.content_end].strip()
+
+
+def conversations(
+    messages: Messages,
+    tokenizer: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    only: Collection[int] | None = None,
+) -> list[Conversation]:
+    """The training texts of one conversation: one, and one more for each answer that would be rewritten.
+
+    Args:
+        messages: objects with `role` and `content`; answers with `weight` 0 or `train` false are not learned.
+        tokenizer: it brings the chat template.
+        kwargs: the template's own variables.
+        only: indices of the messages that may be learned; by default all answers.
+
+    Raises:
+        DataError: no answer is to be learned, or the template refuses the messages.
+    """
+    learned = [
+        index
+        for index, message in enumerate(messages)
+        if index and _is_learned(message) and (only is None or index in only)
+    ]
+    if not learned:
+        raise DataError(
+            "no message is an answer to learn: the role must be 'assistant', after at least one other message"
+        )
+    kwargs, closing = dict(kwargs or {}), _turn_end(tokenizer, tokenizer.chat_template)
+    answers = [_answer(messages[: index + 1], tokenizer, kwargs, closing) for index in learned]
+    whole = answers[-1].done
+    together, apart = [], []
+    for answer in answers[:-1]:
+        if span := _found_in(whole, answer, closing):
+            together.append(span)
+        else:
+            apart.append(answer)
+    last, spans = answers[-1], (*together, (answers[-1].begin, answers[-1].end))
+    rows = [Conversation(one.done, ((one.begin, one.end),), bool(one.closing), one.empty) for one in apart]
+    empty = any(one.empty for one in answers if one not in apart)
+    return [*rows, Conversation(whole, spans, bool(last.closing), empty)]
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return (
+        message.get("role") == "assistant"
+        and message.get("weight", 1) != 0
+        and message.get("train") is not False
+    )
+
+
+@lru_cache(maxsize=4)
+def _turn_end(tokenizer: Any, template: str | None) -> str:
+    """The token that closes an answer, as text; empty where the template writes none."""
+    end = turn_end(tokenizer)
+    return "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
+
+
+def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closing: str) -> _Answer:
+    """Where the last of `messages` begins and ends in what the template writes for them."""
+    context = messages[:-1]
+    done = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
+    asked = str(chat_prompt(context, tokenizer, kwargs))
+    probe = str(
+        chat_prompt([*context, {"role": "assistant", "content": _PROBE}], tokenizer, kwargs, answer=False)
+    )
+    begin, again = _common(asked, probe), False
+    if begin < len(asked):
+        bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
+        # what opens reasoning is left out, or closed, where the template writes an answer without any
+        if not (_opens_thinking(asked[bare:]) and begin > bare):
+            more = asked[begin:]  # not in a conversation, but the model will be asked with it
+            done, probe = (asked + text[begin:] for text in (done, probe))
+            begin, again = begin + len(more), True
+    if not done.startswith(probe[:begin]):
+        raise DataError("the chat template writes the messages before an answer by what the answer is")
+    tail = probe.rpartition(_PROBE)[2]
+    content_end = (
+        len(done) - len(tail) if tail and done.endswith(tail) else _content_end(done, begin, closing)
+    )
+    closes = closing if closing and done.startswith(closing, content_end) else ""
+    return _Answer(done, begin, content_end, closes, again)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _opens_thinking(text: str) -> bool:
+    """Whether a generation prompt ends in reasoning that it leaves open."""
+    opened = text.rpartition("think")[0]
+    return bool(opened) and not opened.endswith("/")
+
+
+def _content_end(done: str, begin: int, closing: str) -> int:
+    """Where an answer's content ends whose tail is not that of other answers."""
+    found = done.rfind(closing, begin) if closing else -1
+    return found if found >= 0 else len(done.rstrip()) if done[begin:].strip() else len(done)
+
+
+def _found_in(whole: str, answer: _Answer, closing: str) -> tuple[int, int] | None:
+    """(begin, end) of an earlier answer in the whole conversation; None where it is another there."""
+    if answer.again or not whole.startswith(answer.done[: answer.content_end]):
+        return None
+    if closing and whole.startswith(closing, answer.content_end):
+        return answer.begin, answer.content_end + len(closing)
+    return None if closing else (answer.begin, answer.content_end)
