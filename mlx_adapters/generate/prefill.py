@@ -187,9 +187,9 @@ def read(model: nn.Module, rows: Sequence[Sequence[int]], prefix: Prefix | None 
     for first in range(0, ids.shape[1], _CHUNK):
         model(ids[:, first : first + _CHUNK], cache=batch)
         mx.eval([cache.state for cache in batch])
+    for cache in batch:  # without padding too: recurrent layers would keep a mask that hides nothing
+        cache.finalize()
     if any(padding):
-        for cache in batch:
-            cache.finalize()
         mx.eval([cache.state for cache in batch])
     return batch
 

@@ -12,7 +12,7 @@ from mlx_adapters.rebind import rebind
 
 __all__ = ["gated_delta_update", "in_chunks", "ssm_update"]
 
-_SHORT = 8  # tokens up to which one step each is as fast
+_SHORT = 8  # tokens that mlx-lm may as well take one by one
 
 
 def in_chunks(model: nn.Module) -> None:
