@@ -37,7 +37,16 @@ FAMILIES = [
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
             *("deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "granitemoe", "granitemoehybrid"),
-            *("lfm2_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
+            *(
+                "lfm2_moe",
+                "ernie4_5_moe",
+                "minimax_m2",
+                "mixtral",
+                "olmoe",
+                "phimoe",
+                "qwen2_moe",
+                "qwen3_moe",
+            ),
         )
     ),
 ]

@@ -382,7 +382,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
     "ernie4_5_moe": Architecture(
-        kept=((r"(.*\.mlp)\.moe_statics\.e_score_correction_bias", r"\1.e_score_correction_bias"),),
+        kept=((r"(.*\.mlp)\.(?:moe_statics\.)?e_score_correction_bias", r"\1.e_score_correction_bias"),),
         corrections=(routing.choose_with_bias,),
         peft=_MIXTURE,
     ),
