@@ -93,7 +93,7 @@ def completed(
     at: Callable[[str], tuple[int, float]],
     stacks: list[str],
 ) -> dict[str, dict[str, mx.array]]:
-    """`found` with both updates of each mixture, where a file has one: the other is zero.
+    """`found` with both updates of each mixture where a file is said to have one: the other is zero.
 
     PEFT gives the only update of a module the same names whichever stack it is of; `stacks` are its
     `target_parameters`, and `at` gives (rank, scale).
@@ -103,10 +103,13 @@ def completed(
         block = modules.get(path)
         if block is None or not is_block(block) or own.keys() != {"lora_a", "lora_b"}:
             continue
+        named = [part for part in parts(block) if any(sites.matches(stack, part) for stack in stacks)]
+        if len(named) != 1:
+            continue
         name = sites.to_hf(path, model_type)
         sizes = [at(f"{name}.{part}") for part in parts(block)]
         fresh = Experts(block, gate_up=sizes[0], down=sizes[1], dropout=0.0).tensors()
-        if not any(stack.rpartition(".")[2] == parts(block)[1] for stack in stacks):
+        if named[0] == parts(block)[0]:
             own = {"gate_up_a": own["lora_a"], "gate_up_b": own["lora_b"]}
         made[path] = {n: mx.zeros(array.shape) for n, array in fresh.items()} | own
     return made

@@ -37,7 +37,16 @@ FAMILIES = [
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
             *("deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "granitemoe", "granitemoehybrid"),
-            *("lfm2_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
+            *(
+                "lfm2_moe",
+                "ernie4_5_moe",
+                "minimax_m2",
+                "mixtral",
+                "olmoe",
+                "phimoe",
+                "qwen2_moe",
+                "qwen3_moe",
+            ),
         )
     ),
 ]
@@ -166,6 +175,17 @@ def test_one_stack_alone_is_read(stacks: list[str], tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(loaded), expected, atol=bound(expected))
     adapter.save(loaded.model, tmp_path / "ours", meta=meta)
     np.testing.assert_allclose(in_peft(source, tmp_path / "ours"), expected, atol=bound(expected))
+
+
+def test_a_file_that_lost_a_stack_is_not_completed(tmp_path: Path) -> None:
+    convert(make_family("gpt_oss", tmp_path), tmp_path / "mlx")
+    loaded, meta = attached(tmp_path / "mlx", Method("lora", {"targets": "experts"}), trained=True)
+    adapter.save(loaded.model, tmp_path / "a", meta=meta)
+    tensors = load_file(tmp_path / "a" / adapter.WEIGHTS)
+    kept = {name: array for name, array in tensors.items() if "base_layer" not in name}
+    save_file(kept, tmp_path / "a" / adapter.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"has no base_layer\.lora_A"):
+        adapter.load(model.load(tmp_path / "mlx"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("method", ["prompt", "ptuning"])

@@ -367,8 +367,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Layers that PEFT does not open
     **dict.fromkeys(("bailing_hybrid", "exaone", "nanochat"), Architecture(peft=PeftGaps(absent=".*"))),
     "dbrx": Architecture(peft=PeftGaps(absent=r"ffn\..*")),
+    # PEFT takes the two sides of its stacks for one another
+    **dict.fromkeys(("llama4", "llama4_text"), Architecture(peft=PeftGaps(absent="experts"))),
     "ernie4_5_moe": Architecture(
-        kept=((r"(.*\.mlp)\.moe_statics\.e_score_correction_bias", r"\1.e_score_correction_bias"),),
+        kept=((r"(.*\.mlp)\.(?:moe_statics\.)?e_score_correction_bias", r"\1.e_score_correction_bias"),),
         corrections=(routing.choose_with_bias,),
         peft=_MIXTURE,
     ),
