@@ -3,7 +3,6 @@
 import signal
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import AdaptersError, ConfigError, counted
+from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.files.documents import json_option
 from mlx_adapters.signals import telling
 
@@ -19,12 +18,6 @@ if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
     from mlx_adapters.generate.conversation import Conversation
     from mlx_adapters.models.load import LanguageModel
-
-_HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
-/compare        the next message answered by the base and by each adapter
-/reset          forget the conversation
-/save FILE      write the conversation as JSON
-/help           this; Ctrl-C stops an answer, Ctrl-D ends"""
 
 
 def command(
@@ -72,6 +65,8 @@ def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, *
 
 
 def _loop(chat: "Conversation") -> None:
+    from mlx_adapters.generate.conversation import HELP
+
     # a shell starts what it puts in the background with Ctrl-C ignored, and Python keeps that; Ctrl-C ends an
     # answer here, not the program: no message
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,8 +84,10 @@ def _loop(chat: "Conversation") -> None:
         if line == "/compare":
             compare = True
             say("the next message is answered by all")
+        elif line == "/help":
+            typer.echo(HELP)
         elif line.startswith("/"):
-            _order(chat, line)
+            say(chat.order(line))
         elif line:
             for name, answer in chat.compare(line) if compare else [("", chat.ask(line))]:
                 if compare:
@@ -109,29 +106,3 @@ def _write(answer: Generator[str]) -> None:
     except KeyboardInterrupt:  # the answer ends here
         answer.close()
     typer.echo()
-
-
-def _order(chat: "Conversation", line: str) -> None:
-    from mlx_adapters.files.writing import write_json
-
-    word, _, rest = line.partition(" ")
-    rest = rest.strip()
-    try:
-        if word == "/help":
-            typer.echo(_HELP)
-        elif word == "/adapter" and rest:
-            chat.use(None if rest == "off" else rest)
-            say(f"now: {chat.name}")
-        elif word == "/adapter":
-            say(f"adapters: {', '.join(chat.adapters) or 'none'}; now: {chat.name}")
-        elif word == "/reset":
-            chat.turns = []
-            chat.forget()
-            say("forgotten")
-        elif word == "/save" and rest:
-            write_json(Path(rest), chat.turns)
-            say(f"{rest}: {counted(len(chat.turns), 'turn')}")
-        else:
-            say(f"unknown command {word}: /help lists them")
-    except (AdaptersError, OSError) as error:
-        say(f"error: {error}")

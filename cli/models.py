@@ -22,15 +22,17 @@ def command(
     """
     from mlx_adapters import methods
     from mlx_adapters.models.architectures.table import with_layers
-    from mlx_adapters.models.supported import architectures, supported
+    from mlx_adapters.models.supported import architectures, compared, supported, targets
 
     chosen = names or (architectures() if everything else with_layers())
     results = [supported(name, methods.names()) for name in chosen]
 
     def words() -> None:
         _support(results)
-        _targets(results)
-        _compared(results)
+        for title, heads, rows in (targets(results), compared(results)):
+            if rows:
+                typer.echo(f"\n{title}:")
+                table(heads, rows)
 
     report(results, words)
 
@@ -47,24 +49,3 @@ def _support(results: list[dict[str, Any]]) -> None:
         table(heads, [list(row) for row in zip(names, *(columns[m] for m in methods), strict=True)])
     for number, reason in enumerate(reasons, start=1):
         typer.echo(f"{number:>3}  {reason}")
-
-
-def _targets(results: list[dict[str, Any]]) -> None:
-    known = {result["architecture"]: result["targets"] for result in results if result["targets"]}
-    if known:
-        typer.echo("\nDefault targets (--set targets=... chooses others):")
-        rows = [
-            [name, *(" ".join(few) or "-" for few in targets.values())] for name, targets in known.items()
-        ]
-        table(["architecture", *next(iter(known.values()))], rows)
-
-
-def _compared(results: list[dict[str, Any]]) -> None:
-    """What equals PyTorch, and what was tried only here: it takes a step, and reads a text alike every way."""
-    rows = []
-    for result in results:
-        found = result["compared"]
-        equal = [what.replace("_", " ") for what, reason in (found or {}).items() if reason is None]
-        rows.append([result["architecture"], ", ".join(equal) or ("nothing" if found else "only tried")])
-    typer.echo("\nCompared with transformers and PEFT, and equal to float32 rounding:")
-    table(["architecture", "equal"], rows)

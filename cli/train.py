@@ -91,10 +91,8 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
                 told = threads.count()
                 say(threads.in_words())
             update(step.step, step.in_words())
-            if step.validation_loss is not None:
-                say(f"step {step.step}: validation loss {step.validation_loss:.4f}")
-            if step.skipped:
-                say(f"step {step.step}: skipped, its loss is {step.loss:.4f}")
+            for sentence in step.remarks():
+                say(sentence)
             if step.stopped == "interrupted":
                 say(f"interrupted at step {step.step}: saved in {trainer.output}. {go_on}")
                 raise signals.Stopped

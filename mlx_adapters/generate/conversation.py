@@ -1,6 +1,7 @@
 """A conversation with a model and its adapters: what `chat` holds."""
 
 from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
@@ -9,7 +10,8 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import start_cache, virtual_ids
 from mlx_adapters.adapter.multi import activate, active
 from mlx_adapters.data.tokens import prompt_ids
-from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.errors import AdaptersError, ConfigError, counted
+from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.prefill import Cache
 from mlx_adapters.generate.sampling import fresh_seed, sampler
 from mlx_adapters.generate.stream import stream_tokens
@@ -17,7 +19,13 @@ from mlx_adapters.generate.text import Prompt, prompt_of, render
 from mlx_adapters.generate.using import meta_of
 from mlx_adapters.models.load import LanguageModel
 
-__all__ = ["Conversation"]
+__all__ = ["HELP", "Conversation"]
+
+HELP = """/adapter NAME   answer with that adapter; /adapter off: the base
+/compare        the next message answered by the base and by each adapter
+/reset          forget the conversation
+/save FILE      write the conversation as JSON
+/help           this; Ctrl-C stops an answer, Ctrl-D ends"""
 
 
 class Conversation:
@@ -58,6 +66,27 @@ class Conversation:
         self.forget()
         if self.adapters:
             self.use(next(iter(self.adapters)))
+
+    def order(self, line: str) -> str:
+        """Do what a line of `HELP` says, other than /compare and /help, and return what to tell the user."""
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        try:
+            if word == "/adapter" and rest:
+                self.use(None if rest == "off" else rest)
+                return f"now: {self.name}"
+            if word == "/adapter":
+                return f"adapters: {', '.join(self.adapters) or 'none'}; now: {self.name}"
+            if word == "/reset":
+                self.turns = []
+                self.forget()
+                return "forgotten"
+            if word == "/save" and rest:
+                write_json(Path(rest), self.turns)
+                return f"{rest}: {counted(len(self.turns), 'turn')}"
+        except (AdaptersError, OSError) as error:
+            return f"error: {error}"
+        return f"unknown command {word}: /help lists them"
 
     def forget(self) -> None:
         """Drop the cache, for example because another adapter has filled it."""

@@ -2,19 +2,21 @@
 that mlx-lm's model file reads.
 
 Each function takes the tensors of a checkpoint, of either kind, and gives those of the published kind; the
-row of an architecture names it as `rename_weights`.
+row of an architecture names it as `rename_weights`. One corrects the model where tensors are saved no more.
 """
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["gemma3n_alone", "gemma3n_shared_keys", "joined_experts", "renamed"]
+from mlx_adapters.models.architectures.row import Config
+
+__all__ = ["gemma3n_alone", "joined_experts", "renamed", "without_lent_keys"]
 
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-_OWN_KEYS = re.compile(r"\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_KEYS = ("k_proj", "v_proj", "k_norm")
 
 
 def renamed(parts: Mapping[str, str]) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
@@ -50,26 +52,34 @@ def joined_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 def gemma3n_alone(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Gemma 3n's language model alone, under the names that it has in the model of texts and images."""
     inside = "model.language_model."
-    return gemma3n_shared_keys(
-        {
-            name if name.startswith(inside) else inside + name.removeprefix("model."): array
-            for name, array in weights.items()
-            if not name.startswith("lm_head.")
-        }
-    )
+    return {
+        name if name.startswith(inside) else inside + name.removeprefix("model."): array
+        for name, array in weights.items()
+        if not name.startswith("lm_head.")
+    }
 
 
-def gemma3n_shared_keys(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Gemma 3n: zeros for the projections of layers that use another layer's keys and values.
+def without_lent_keys(model: Any, config: Config) -> None:
+    """Gemma 3n: no projections in layers that use another layer's keys and values.
 
-    The published checkpoint has such tensors, which nothing reads; transformers 5 does not save them.
+    The published checkpoint has such tensors, which nothing reads; transformers does not build them, and does
+    not save them. The keys are looked up in the cache, so the model always has one.
     """
-    layers = {int(found[1]) for name in weights if (found := _LAYER.search(name)) and "language" in name}
-    kept = {name: array for name, array in weights.items() if _OWN_KEYS.search(name)}
-    owners = {int(found[1]) for name in kept if (found := _OWN_KEYS.search(name))}
-    lent: dict[str, mx.array] = {}
-    for name, array in kept.items():
-        if (found := _OWN_KEYS.search(name)) and int(found[1]) == 0:
-            for index in layers - owners:
-                lent[_LAYER.sub(f".layers.{index}.", name, count=1)] = mx.zeros_like(array)
-    return weights | lent
+    lent = set()
+    for index, layer in enumerate(model.layers):
+        if layer.self_attn.is_kv_shared_layer:
+            lent |= {f".layers.{index}.self_attn.{name}." for name in _KEYS}
+            for name in _KEYS:
+                layer.self_attn.pop(name)
+    base = type(model)
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        found = base.sanitize(self, weights)
+        return {name: array for name, array in found.items() if not any(part in name for part in lent)}
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, **more: Any) -> mx.array:
+        made: mx.array = base.__call__(self, inputs, self.make_cache() if cache is None else cache, **more)
+        return made
+
+    model.__class__ = type(base.__name__, (base,), {"sanitize": sanitize, "__call__": call})
+    model._needs_cache = True  # what `adapter.call.needs_cache` finds of other models by trying

@@ -11,7 +11,7 @@ from mlx_adapters.errors import UnsupportedError, unknown
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.architectures.table import architecture
 
-__all__ = ["TABLE", "architectures", "cells", "side_by_side", "supported"]
+__all__ = ["TABLE", "architectures", "cells", "compared", "side_by_side", "supported", "targets"]
 
 TABLE = Path(__file__).with_name("supported.json")
 """`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
@@ -82,6 +82,29 @@ def side_by_side(columns: dict[str, list[str]], room: int) -> list[list[str]]:
         groups[-1].append(method)
         left -= width
     return groups
+
+
+def targets(results: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, column names, rows) of the default targets of each of the results of `supported`."""
+    known = {result["architecture"]: result["targets"] for result in results if result["targets"]}
+    rows = [[name, *(" ".join(few) or "-" for few in found.values())] for name, found in known.items()]
+    heads = ["architecture", *next(iter(known.values()), {})]
+    return "Default targets (--set targets=... chooses others)", heads, rows
+
+
+def compared(results: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, column names, rows) of what equals PyTorch. What was only tried takes a step here, and reads a
+    text alike every way."""
+    rows = []
+    for result in results:
+        found = result["compared"]
+        equal = [what.replace("_", " ") for what, reason in (found or {}).items() if reason is None]
+        rows.append([result["architecture"], ", ".join(equal) or ("nothing" if found else "only tried")])
+    return (
+        "Compared with transformers and PEFT, and equal to float32 rounding",
+        ["architecture", "equal"],
+        rows,
+    )
 
 
 @cache

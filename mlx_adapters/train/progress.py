@@ -64,6 +64,15 @@ class Step:
         speed = f"{self.tokens_per_second:.0f} tokens/s"
         return f"loss {self.loss:.4f}  lr {self.lr:.2g}  {speed}  memory {size(self.memory)}"
 
+    def remarks(self) -> list[str]:
+        """What was special about the step, a sentence for each: a validation, a bad loss."""
+        found = []
+        if self.validation_loss is not None:
+            found.append(f"step {self.step}: validation loss {self.validation_loss:.4f}")
+        if self.skipped:
+            found.append(f"step {self.step}: skipped, its loss is {self.loss:.4f}")
+        return found
+
 
 @dataclass
 class Progress:
