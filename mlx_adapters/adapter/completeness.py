@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.base import LINEARS, Method, plain_weight
 from mlx_adapters.methods.experts import EXPERT_NAMES, is_stack
+from mlx_adapters.methods.low_rank import LowRank
 from mlx_adapters.methods.modules import EMBEDDINGS
 from mlx_adapters.methods.peft_fields import is_target
 from mlx_adapters.methods.tied import HEAD
@@ -41,7 +42,9 @@ def check_tensors(
     `fields` are PEFT's, empty where PEFT does not have the method.
     """
     whole = method.whole_modules()
-    copies = _copies_of_base(grouped, whole, getattr(method, "bias", "none"), model.kind)
+    copies = _copies_of_base(
+        grouped, whole, method.bias if isinstance(method, LowRank) else "none", model.kind
+    )
     tied = sites.tied(model.network)
     heads = {path for path in copies if sites.is_head(path)} if tied else set()
     own = grouped.keys() - ({HEAD} if tied and whole is not None else set())  # `place` says if it can

@@ -67,9 +67,8 @@ class Method(ABC):
     """What saved folders, YAML and `--method` call it."""
     TITLE: ClassVar[str]
     AUTHORS: ClassVar[str]
-    """The authors of the paper, and its year."""
     PAPER: ClassVar[str]
-    """The paper's address."""
+    """The authors of the paper with its year, and its address."""
     PEFT_TYPE: ClassVar[str]
     """`peft_type` of `adapter_config.json`."""
     PEFT_FIELDS: ClassVar[Known | None] = None
