@@ -41,7 +41,8 @@ class Example:
 class Encoded:
     """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
     cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
-    one. `rewritten` earlier answers are examples of their own. `endless`: the tokenizer has no end token."""
+    one, `rewritten` earlier answers are examples of their own. `longest` is the longest before the cutoff, in
+    tokens. `endless`: the tokenizer has no end token."""
 
     examples: list[Example]
     truncated: int
@@ -49,6 +50,7 @@ class Encoded:
     empty: int = 0
     repeated: int = 0
     rewritten: int = 0
+    longest: int = 0
     endless: bool = False
 
 
@@ -137,6 +139,7 @@ def _add(
         example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
     done.empty += empty
     done.truncated += len(example.ids) > cutoff
+    done.longest = max(done.longest, len(example.ids))
     example = example.cut(cutoff)
     if example.supervised > 0:
         done.examples.append(example)

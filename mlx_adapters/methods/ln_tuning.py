@@ -1,7 +1,7 @@
 """LN tuning's layer and its options."""
 
 import copy
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,8 +28,9 @@ class Layer(AdapterLayer):
         self.own.unfreeze()
         self.own.update({name: mx.array(value).astype(mx.float32) for name, value in self.tensors().items()})
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.own(x).astype(x.dtype)
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        # the norms of state-space and linear-attention blocks are given a gate as well
+        return self.own(x, *args, **kwargs).astype(x.dtype)
 
     def tensors(self) -> dict[str, mx.array]:
         return {name: self.own[name] for name in self.TENSORS if name in self.own}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdapterError, ConfigError, UnsupportedError
 from mlx_adapters.fields import field
@@ -57,15 +58,29 @@ class Layer(AdapterLayer):
             return getattr(self["base"], name)
         raise AttributeError(name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        h = self.base(*args, **kwargs)
-        if not isinstance(h, mx.array):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.base(*args, **kwargs)
+        if isinstance(output, mx.array):
+            return self._edited(output)
+        if not self._leads(output):
             raise UnsupportedError(
-                f"loreft: a {type(self.base).__name__} returns more than a hidden state. Use lora or series"
+                f"loreft: a {type(self.base).__name__} returns its hidden state in parts. Use lora or series"
             )
+        return (self._edited(output[0]), *output[1:])
+
+    def _edited(self, h: mx.array) -> mx.array:
         r = orthonormal(self.rotate)
         edit = self.dropout(h @ (self.source - r).T + self.source_bias)
         return h + (edit @ r).astype(h.dtype)
+
+    def _leads(self, output: Any) -> bool:
+        """Whether the block returns its hidden state first, and then what later blocks read: keys, values,
+        positions. What holds arrays in an object of its own may hold a part of the residual stream."""
+        if not isinstance(output, tuple) or not isinstance(output[0], mx.array):
+            return False
+        kinds = (mx.array, int, float, type(None))
+        rest = all(isinstance(leaf, kinds) for _, leaf in tree_flatten(output[1:]))
+        return rest and output[0].shape[-1] == self.rotate.shape[1]
 
 
 class LoReFT(Method):

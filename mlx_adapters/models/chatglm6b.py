@@ -37,7 +37,7 @@ class ModelArgs(BaseModelArgs):
     hidden_size: int
     num_layers: int
     num_attention_heads: int
-    bos_token_id: int
+    bos_token_id: int = 130004
     inner_hidden_size: int | None = None
     layernorm_epsilon: float = 1e-5
     gmask_token_id: int | None = None

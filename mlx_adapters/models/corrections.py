@@ -18,6 +18,7 @@ from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
+from mlx_adapters.models.routing import correct_groups
 from mlx_adapters.models.state_space import limit_time_steps
 from mlx_adapters.models.windows import correct_windows, letters, pattern
 
@@ -31,8 +32,8 @@ __all__ = [
     "ignored",
     "mask_blocks_causally",
     "mask_by_row",
+    "norm_factors_exactly",
     "refuse_chatglm2_ratio",
-    "refuse_uncapped",
     "replace_call",
     "rotate_part",
     "scale_attention",
@@ -144,6 +145,7 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     correct_rotations(model, text)
     correct_windows(model, text)
     limit_time_steps(model, text)
+    correct_groups(model, text)
 
 
 # Widths of the MLP ------------------------------------------------------------------------------------------
@@ -192,6 +194,14 @@ def forget_absent_kinds(model: Any, config: Config) -> None:
         inner.swa_idx = None
     if inner.full_idx >= count:
         inner.full_idx = 0
+
+
+def norm_factors_exactly(model: Any, config: Config) -> None:
+    """GLM-4 MoE Lite: norms between the low-rank factors of attention with 1e-6, whatever `rms_norm_eps` is."""
+    for layer in model.layers:
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if name in layer.self_attn:
+                layer.self_attn[name].eps = 1e-6
 
 
 def mask_blocks_causally(model: Any, config: Config) -> None:
@@ -297,12 +307,6 @@ def scale_by_one(config: Config) -> Config:
 
 
 # What the configuration of one architecture says and its model file cannot ---------------------------------
-
-
-def refuse_uncapped(config: Config) -> None:
-    """Gemma 2: UnsupportedError where scores or logits are not capped."""
-    if not all(config.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise ignored("attn_logit_softcapping/final_logit_softcapping", None, "mlx-lm always caps both")
 
 
 def refuse_chatglm2_ratio(config: Config) -> None:

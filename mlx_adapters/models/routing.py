@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_adapters.models.architectures.row import Config
 
-__all__ = ["choose_with_bias", "normalise_chosen", "weigh_all_experts"]
+__all__ = ["choose_with_bias", "correct_groups", "normalise_chosen", "weigh_all_experts"]
 
 
 def weigh_all_experts(model: Any, config: Config) -> None:
@@ -71,3 +71,78 @@ def _normalising(base: type) -> type:
 
 def _largest(scores: mx.array, count: int) -> mx.array:
     return mx.stop_gradient(mx.argpartition(-scores, kth=count - 1, axis=-1)[..., :count])
+
+
+# Groups of experts -----------------------------------------------------------------------------------------
+
+_GATE = ("weight", "e_score_correction_bias", "top_k", "n_group", "topk_group")
+_GATE += ("routed_scaling_factor", "norm_topk_prob")
+
+
+def correct_groups(model: Any, config: Config) -> None:
+    """No expert of a group that was not chosen, and weights that add up to one for a single expert too.
+
+    mlx-lm gives the other groups' experts the score 0, which is more than a negative bias leaves of a chosen
+    one's. A router is ours where it agrees with mlx-lm's on scores above 0.
+    """
+    for module in model.modules():
+        if not all(hasattr(module, name) for name in _GATE):
+            continue
+        differs = (module.n_group or 1) > 1 or (module.top_k == 1 and module.norm_topk_prob)
+        if differs and _agrees(module):
+            module.__class__ = _of_groups(type(module))
+
+
+def _of_groups(base: type) -> type:
+    def call(self: Any, x: mx.array) -> Any:
+        return _choose(
+            x @ self.weight.T,
+            self.e_score_correction_bias,
+            self.top_k,
+            self.n_group or 1,
+            self.topk_group or 1,
+            self.routed_scaling_factor,
+            self.norm_topk_prob,
+        )
+
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+@mx.compile
+def _choose(
+    gates: mx.array, bias: mx.array, count: int, groups: int, kept: int, scale: float, normalised: bool
+) -> tuple[mx.array, mx.array]:
+    """(experts, weights): the `count` largest of sigmoid(gates) + bias, in the `kept` best of the groups."""
+    shares = mx.sigmoid(gates.astype(mx.float32))
+    scores = shares + bias
+    if dropped := groups - kept:
+        grouped = mx.unflatten(scores, axis=-1, shape=(groups, -1))
+        best = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)
+        worst = mx.argpartition(best, kth=dropped - 1, axis=-2)[..., :dropped, :]
+        grouped = mx.put_along_axis(grouped, mx.stop_gradient(worst), mx.array(-mx.inf), axis=-2)
+        scores = mx.flatten(grouped, -2, -1)
+    chosen = _largest(scores, count)
+    weights = mx.take_along_axis(shares, chosen, axis=-1)
+    if normalised:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return chosen, weights * scale
+
+
+def _agrees(module: Any) -> bool:
+    """Whether mlx-lm's router is the same function where no score is below 0."""
+    kind: Any = type(module)
+    copy = kind.__new__(kind)
+    copy.__dict__.update(module.__dict__)
+    dict.update(copy, module)
+    experts, width = module.weight.shape
+    copy.top_k = max(2, module.top_k)
+    dict.__setitem__(copy, "weight", mx.sin(mx.arange(experts * width) * 0.7).reshape(experts, width))
+    dict.__setitem__(copy, "e_score_correction_bias", 1.0 + 0.1 * mx.cos(mx.arange(experts)))
+    x = mx.cos(mx.arange(4 * width) * 0.3).reshape(1, 4, width)
+    try:
+        found = kind.__call__(copy, x)
+        ours = _of_groups(kind).__call__(copy, x)
+        pairs = [mx.put_along_axis(mx.zeros((1, 4, experts)), i, w, axis=-1) for i, w in (found, ours)]
+    except Exception:  # a model file's own kind of router
+        return False
+    return bool(mx.allclose(*pairs, rtol=1e-4, atol=1e-6))

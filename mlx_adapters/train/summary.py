@@ -8,6 +8,8 @@ from mlx_adapters.train.trainer import Trainer
 
 __all__ = ["summary"]
 
+_MANY_CUT = 0.05  # the share of rows that may lose their end without a word
+
 
 def summary(trainer: Trainer) -> list[str]:
     """What will be trained, on which rows, and what about them a user would not expect."""
@@ -20,6 +22,12 @@ def summary(trainer: Trainer) -> list[str]:
     ]
     if trainer.encoded.endless:
         sentences.append("the tokenizer has no end token: answers will not learn where to end")
+    cut, rows = trainer.encoded.truncated, len(trainer.encoded.examples) + trainer.encoded.dropped
+    if cut > _MANY_CUT * rows:
+        sentences.append(
+            f"{cut / rows:.0%} of the rows are over {trainer.config.cutoff} tokens and lose their end: "
+            f"--cutoff {trainer.encoded.longest} keeps all whole, and takes more memory"
+        )
     long = made_for(trainer.model.config)
     if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
         sentences.append(f"{over} rows are longer than the {long} tokens that the model was made for")

@@ -83,3 +83,23 @@ def test_statistics_count_what_training_will_see(places: tuple[Path, Path]) -> N
     assert found["cut"]["256"] == sum(length > 256 for length in lengths) / 4
     assert found["suggested_cutoff"] == 128, "the model was made for no more"
     assert "4 rows, 4 examples with the template chat" in run("stats", file, "--model", folder)
+
+
+def test_many_rows_that_are_cut_are_worth_a_sentence(tmp_path: Path) -> None:
+    from tiny import make_tiny
+
+    import mlx_adapters as ma
+    from mlx_adapters.train.summary import summary
+
+    loaded, rows = (
+        ma.load(make_tiny("llama", tmp_path)),
+        [{"prompt": "tom has 3", "completion": "4 " * 9}] * 20,
+    )
+    for cutoff, said in (
+        (8, ["100% of the rows are over 8 tokens and lose their end: --cutoff 13 keeps"]),
+        (13, []),
+    ):
+        trainer = ma.Trainer(loaded, rows, output=tmp_path / f"{cutoff}", steps=1, cutoff=cutoff)
+        found = [line for line in summary(trainer) if "lose their end" in line]
+        assert [line[: len(text)] for line, text in zip(found, said, strict=True)] == said
+        trainer.detach()

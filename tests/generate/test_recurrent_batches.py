@@ -23,7 +23,7 @@ CHOICES = [[5], [2, 3, 4], [9, 9, 9, 9, 1]]
         ("qwen3_5", True),
         ("lfm2", True),
         ("mamba2", True),
-        ("nemotron_h", None),
+        ("nemotron_h", True),
         ("falcon_h1", True),
         ("mamba", False),
         ("jamba", False),
@@ -32,7 +32,7 @@ CHOICES = [[5], [2, 3, 4], [9, 9, 9, 9, 1]]
         ("recurrent_gemma", False),
     ],
 )
-def test_a_batch_answers_as_each_prompt_alone(name: str, together: bool | None) -> None:
+def test_a_batch_answers_as_each_prompt_alone(name: str, together: bool) -> None:
     model = samples.sample(name)
     in_chunks(model)
     assert together in (None, splits(model)), (

@@ -7,14 +7,17 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
+import samples
 import torch
 from adapted import IDS, attached, bound, logits
 from cases import METHODS
 from mlx import nn
+from mlx.utils import tree_flatten
 from transformers import AutoModelForCausalLM
 from trials import trial
 
 from mlx_adapters import adapter, methods
+from mlx_adapters.adapter.call import call_model
 from mlx_adapters.convert import exchange
 from mlx_adapters.errors import AdaptersError, ConfigError, UnsupportedError
 from mlx_adapters.methods.loreft import orthonormal
@@ -140,15 +143,39 @@ def test_other_formats_refuse_it_by_name(form: str, folders: dict[str, Path], tm
     assert not (tmp_path / "b").exists()
 
 
-def test_a_block_that_returns_more_is_refused() -> None:
+def test_a_block_that_returns_more_keeps_the_rest() -> None:
     class Block(nn.Module):
-        def __call__(self, x: mx.array) -> tuple[mx.array, None]:
-            return x, None
+        def __call__(self, x: mx.array, rest: Any) -> Any:
+            return x, rest
 
     from mlx_adapters.methods.loreft import Layer
 
-    with pytest.raises(UnsupportedError, match="more than a hidden state"):
-        Layer(Block(), width=4, rank=2, dropout=0.0)(mx.ones((1, 4)))
+    layer, x = Layer(Block(), width=4, rank=2, dropout=0.0), mx.ones((1, 4))
+    for rest in (None, (mx.ones((1, 2)), 3), mx.zeros((1, 4))):
+        h, kept = layer(x, rest)
+        assert mx.array_equal(h, layer._edited(x)).item()
+        assert kept is rest
+        assert mx.abs(h - x).max().item() > 0
+    for rest in (object(), [object()]):  # a part of the residual stream may be in there
+        with pytest.raises(UnsupportedError, match="in parts"):
+            layer(x, rest)
+    with pytest.raises(UnsupportedError, match="in parts"):
+        Layer(Block(), width=6, rank=2, dropout=0.0)(x, None)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "rwkv7"])
+def test_it_trains_where_blocks_return_more(name: str) -> None:
+
+    model = samples.sample(name)
+    adapter.attach(model, methods.make("loreft", {"rank": 3}), model_type=name)
+    ids = samples.IDS
+
+    def loss() -> mx.array:
+        return nn.losses.cross_entropy(call_model(model, ids[:, :-1]), ids[:, 1:]).mean()
+
+    gradients = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
+    assert len(gradients) == 3 * len(model.layers)
+    assert all(mx.abs(gradient).max().item() > 0 for gradient in gradients.values())
 
 
 def test_several_share_a_base(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ FAST: list[tuple[str, Fields]] = [
     ("olmoe", {"clip_qkv": 0.3}),
     ("falcon_h1", {"key_multiplier": 0.5}),
     ("jamba", {"num_experts_per_tok": 1}),
+    ("glm4_moe", {"num_experts_per_tok": 1}),
 ]
 BROAD: list[tuple[str, Fields]] = [
     *(

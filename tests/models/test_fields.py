@@ -1,10 +1,13 @@
 """The table of configuration fields: made by one command, and what it calls wrong is refused by name."""
 
+import contextlib
+import json
 import re
+from typing import Any
 
 import pytest
 
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import fields
 
@@ -12,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from field_scan import bases, changes, outcome, scan  # noqa: E402
 from field_table import entry  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 QUICK = "gpt_neo"
 TEN = (
@@ -67,6 +71,21 @@ def test_what_would_be_silently_different_is_refused_by_name(model_type: str) ->
             assert "\n" not in str(raised.value)
 
 
+# transformers' own defaults, which are a released model's, that are refused: each is no released checkpoint's
+UNRELEASED = {"deepseek_v2": "rope_type", "phimoe": "attention_bias"}
+
+
+@pytest.mark.parametrize("model_type", [name for name in bases() if fields.measured(name)])
+def test_the_defaults_are_not_refused(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type).to_json_string(use_diff=False)
+    if model_type in UNRELEASED:
+        with pytest.raises(UnsupportedError, match=UNRELEASED[model_type]):
+            model_config.normalise(json.loads(config))
+        return
+    with contextlib.suppress(CheckpointError):  # what a released configuration has and the class has not
+        model_config.normalise(json.loads(config))
+
+
 @pytest.mark.parametrize("model_type", [name for name in bases() if fields.measured(name)])
 def test_what_is_refused_is_wrong(model_type: str) -> None:
     for base in bases()[model_type]:
@@ -74,3 +93,25 @@ def test_what_is_refused_is_wrong(model_type: str) -> None:
             model_config.normalise(base.written({}))
         except UnsupportedError:
             assert outcome(base) != "right"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("gpt_oss", {"attention_bias": True}),
+        ("phimoe", {"attention_bias": True}),
+        ("deepseek_v2", {"head_dim": 64}),
+        ("deepseek_v3", {"head_dim": 64}),
+        ("glm4_moe", {"num_experts_per_tok": 8}),
+        ("llama", {"partial_rotary_factor": 0.5}),  # transformers' llama does not read it
+    ],
+)
+def test_what_is_right_is_not_refused(model_type: str, change: dict[str, Any]) -> None:
+    fields.check(bases()[model_type][0].written(change) | change)
+
+
+def test_a_model_that_was_not_compared_is_told() -> None:
+    assert fields.remark("llama") is None
+    assert fields.remark("chatglm") is None  # transformers does not have it
+    (other, *_) = fields.table()["not compared"]
+    assert f"{other} was not compared" in str(fields.remark(other))

@@ -38,6 +38,9 @@ __all__ = ["Base", "bases", "changes", "outcome", "scan"]
 Fields = dict[str, Any]
 LENGTH = 32
 _PIECES = (0, 19, 31, 32)  # where the text is cut for the cache
+_ROUNDING = (
+    10  # bounds: recurrences round by up to 4; the smallest of true differences, GELU's two forms, is 16
+)
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -140,12 +143,13 @@ def _our_logits(folder: Path, drop: str | None, ids: np.ndarray, cached: bool) -
         weights |= mx.load(str(file))
     model: Any = build.build(config, weights, "here")
     x = mx.array(ids)
-    found = [np.array(model(x))]
+    found = [model(x)]
     if cached:
         cache_ = make_prompt_cache(model)
         pieces = itertools.pairwise(_PIECES)
-        found.append(np.concatenate([np.array(model(x[:, a:b], cache=cache_)) for a, b in pieces], axis=1))
-    return found
+        found.append(mx.concatenate([model(x[:, a:b], cache=cache_) for a, b in pieces], axis=1))
+    mx.eval(found)
+    return [np.array(logits) for logits in found]
 
 
 @contextlib.contextmanager
@@ -182,7 +186,7 @@ def _see(base: Base, case: Case) -> Seen:
         return Seen(case, "invalid", note=one_line(error)[:200])
     base.moved.setdefault(f"{case.label} {case.value}", theirs)
     reference = base.moved.get(case.reference or "base ")
-    moves = reference is None or _far(theirs, reference) > 10
+    moves = reference is None or _far(theirs, reference) > _ROUNDING
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         try:
             model.save_pretrained(folder)
@@ -192,9 +196,9 @@ def _see(base: Base, case: Case) -> Seen:
         except Exception as error:  # a field must not end the scan
             return Seen(case, "error", moves, f"{type(error).__name__}: {one_line(error)}"[:200])
     far = [_far(one, theirs) for one in ours]
-    if max(far) <= 1:
+    if max(far) <= _ROUNDING:
         return Seen(case, "right", moves)
-    return Seen(case, "wrong", moves, f"{max(far):.1f} bounds{', cached' if far[0] <= 1 else ''}")
+    return Seen(case, "wrong", moves, f"{max(far):.1f} bounds{', cached' if far[0] <= _ROUNDING else ''}")
 
 
 def _scan_base(base: Base, ropes: bool = True) -> list[Seen]:
@@ -267,7 +271,7 @@ def scan(model_type: str) -> list[list[Seen]]:
         found: list[list[Seen]] = []
         for base in bases()[model_type]:
             found.append(_scan_base(base, ropes=not any(seen[0].outcome == "right" for seen in found)))
-        if not any(seen[0].outcome == "right" for seen in found):
+        if not any(seen[0].outcome in ("right", "refused") for seen in found):
             better = _repaired(bases()[model_type][0])
             found += [_scan_base(better)] if better else []
     return found

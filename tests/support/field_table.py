@@ -44,7 +44,10 @@ def entry(scans: list[list[Seen]]) -> dict[str, Any]:
         if seen[0].outcome == "right":
             for one in seen[1:]:
                 by_label.setdefault(one.case.label, []).append(one)
-    alike, idle, fields, defaults, aliases = [], [], {}, {}, {}
+    alike: list[str] = []
+    idle: list[str] = []
+    aliases: dict[str, str] = {}
+    fields, defaults = {}, {}
     for label, seen_of_it in sorted(by_label.items()):
         tried = [one for one in seen_of_it if one.outcome != "invalid"]
         given = [one for one in tried if one.case.value != ABSENT]

@@ -25,6 +25,11 @@ _NOT_ABOUT_IT = re.compile(
     r"torch_dtype|model_type|pretraining_tp|use_mamba_kernels|.*_grad_.*|rescale_prenorm_residual|"
     r"quantization.*|summary_.*|tokenizer_class|transformers_version|rope_parameters|rope_scaling"
 )
+# Another of these is another shape, and weights of another shape are refused when they are loaded
+_SIZES = re.compile(
+    r"(?!.*(window|chunk|block|group|head|expert)).*(size|rank)$|max_position_embeddings|num_(hidden_)?layers|"
+    r"num_(attention|key_value)_heads|n_(head|layer|embd|positions|inner|ctx)"
+)
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2")
 # Fields that hold one of a few words, by the last part of their names
 _WORDS = {
@@ -62,24 +67,32 @@ def cases(config: Any, arguments: type) -> Iterator[Case]:
     own = {field.name: field for field in dataclasses.fields(config)}
     known = own.keys() | config.attribute_map.keys() | set(config.attribute_map.values())
     theirs = {name: str(field.type) for name, field in own.items() if name not in general}
+    signature = inspect.signature(arguments).parameters
+    # an older name that transformers' class reads stands for a field that the base has already
+    source = inspect.getsource(type(config))
     ours = {
         name: str(parameter.annotation)
-        for name, parameter in inspect.signature(arguments).parameters.items()
-        if name not in known and name not in general
+        for name, parameter in signature.items()
+        if name not in known and name not in general and not re.search(rf"\b{name}\b", source)
     }
+    needed = {name for name, value in signature.items() if value.default is inspect.Parameter.empty}
     for name, kind in {**theirs, **ours}.items():
-        if _NOT_ABOUT_IT.fullmatch(name):
+        if _NOT_ABOUT_IT.fullmatch(name) or _SIZES.fullmatch(name):
             continue
-        now = getattr(config, name, None)
+        now = _now(config, name)
         if name not in theirs and now is None:
             now = _default(arguments, name)
         for value in _values(name, kind, now, config):
             gates = _gates(name, value, config)
             yield Case(name, value, {name: value, **gates}, now=now, alias=aliases.get(name))
-        if name in theirs and name not in {"num_hidden_layers", "vocab_size"}:
+        if name in theirs:
             default = own[name].default
             sized = isinstance(default, int) and default > 16  # a size, or a model too large to try
-            if not sized and (default is None or isinstance(default, bool | int | float | str)):
+            if (
+                not sized
+                and name not in needed
+                and (default is None or isinstance(default, bool | int | float | str))
+            ):
                 yield Case(name, ABSENT, {name: default}, drop=name)
     yield from _ropes(config)
 
@@ -91,6 +104,13 @@ def _gates(name: str, value: Any, config: Any) -> Fields:
     if getattr(config, "sliding_window", 0) is None and "sliding" in str((name, value)):
         gates |= {} if name == "sliding_window" else {"sliding_window": 5}
     return gates
+
+
+def _now(config: Any, name: str, otherwise: Any = None) -> Any:
+    try:
+        return getattr(config, name, otherwise)
+    except Exception:  # it has another value in every layer
+        return otherwise
 
 
 def _default(arguments: type, name: str) -> Any:
@@ -123,7 +143,8 @@ def _candidates(name: str, kind: str, now: Any, config: Any) -> list[Any]:
     if now is None and "list" in kind:
         return _lists_for(name, config)
     if "window" in name or "chunk_size" in name:
-        return [5, 9, config.max_position_embeddings, *absent]
+        longest = _now(config, "max_position_embeddings")
+        return [5, 9, *([longest] if longest else []), *absent]
     if isinstance(now, int) or (now is None and "int" in kind and "float" not in kind):
         return [*_whole(name, now), *absent]
     if isinstance(now, float) or (now is None and "float" in kind):
@@ -166,7 +187,7 @@ def _whole(name: str, now: int | None) -> list[Any]:
     if re.search(r"eps$|multiplier|scal", name):
         return [now + 2, max(1, now // 2), 3 * now + 1]
     if now > 12:
-        return [2 * now, now // 2]
+        return [2 * now]
     return [now + 1, now - 1, 2 * now] if now > 0 else [1, 2]
 
 
@@ -190,16 +211,10 @@ _KINDS: dict[str, tuple[Fields, tuple[Fields, ...]]] = {
         {"factor": 4.0, "original_max_position_embeddings": 200},
         (
             {"truncate": False},
-            {"truncate": True},
             {"attention_factor": 1.3},
             {"beta_fast": 4.0},
-            {"beta_fast": 1.0},
-            {"beta_fast": 32.0},
             {"beta_slow": 3.0},
-            {"beta_slow": 0.5},
-            {"beta_slow": 1.0},
             {"mscale": 0.7, "mscale_all_dim": 0.4},
-            {"mscale": 1.0, "mscale_all_dim": 1.0},
             {"mscale": 0.7},
             {"mscale_all_dim": 0.4},
         ),
@@ -209,12 +224,16 @@ _KINDS: dict[str, tuple[Fields, tuple[Fields, ...]]] = {
 }
 
 
+# What an absent one is
+_USUAL = {"truncate": True, "beta_fast": 32.0, "beta_slow": 1.0, "partial_rotary_factor": 1.0}
+
+
 def _ropes(config: Any) -> Iterator[Case]:
-    now = getattr(config, "rope_parameters", None)
+    now = _now(config, "rope_parameters")
     if not isinstance(now, dict):
         return
     more: Fields = {}
-    if getattr(config, "head_dim", 0) is None:  # transformers' scaled ropes do not compute it
+    if _now(config, "head_dim", 0) is None:  # transformers' scaled ropes do not compute it
         more = {"head_dim": config.hidden_size // config.num_attention_heads}
     parts = {kind: values for kind, values in now.items() if isinstance(values, dict)}
     if not parts:
@@ -246,7 +265,9 @@ def _rope(label: str, now: Fields, config: Any) -> Iterator[Case]:
         yield Case(f"{label}.rope_type", kind, fields, now=now.get("rope_type", "default"))
         for change in changes:
             name, value = "+".join(change), next(iter(change.values()))
-            yield Case(f"{label}.{kind}.{name}", value, {**fields, **change}, f"{label}.rope_type {kind}")
+            changed, base_of_it = {**fields, **change}, f"{label}.rope_type {kind}"
+            usual = _USUAL.get(name, ...)
+            yield Case(f"{label}.{kind}.{name}", value, changed, base_of_it, now=usual)
 
 
 def _longrope(label: str, fields: Fields, dims: int) -> Iterator[Case]:
@@ -265,6 +286,6 @@ def _factors(dims: int, step: float) -> list[float]:
 
 def _rotated(config: Any, now: Fields) -> int:
     names = ("qk_rope_head_dim", "head_dim")
-    width = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    width = next((_now(config, name) for name in names if _now(config, name)), None)
     width = width or config.hidden_size // config.num_attention_heads
     return int(width * now.get("partial_rotary_factor", 1.0))

@@ -105,6 +105,8 @@ _PACKED = [f"model.layers.{i}.mlp.{name}_proj" for i in range(_LAYERS) for name 
 _OWN: dict[str, Fields] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
+    # the contexts of the texts end there
+    "chatglm6b": {"bos_token_id": 8, "gmask_token_id": 20, "mask_token_id": 21},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},

@@ -142,7 +142,8 @@ class Architecture:
     rotary_names: tuple[str, str] | None = None
     """Older names of (rope_theta, partial_rotary_factor) that mlx-lm's model file reads."""
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Fields that the model file fixes, with the values it is right for; None stands for "absent"."""
+    """Fields that the model file fixes, with the values it is right for; None stands for "absent". Only for
+    a model_type that `models.fields` has not compared with transformers."""
     scales_full_only: bool = False
     """Layers with a window rotate by the same base without any scaling, as the configuration says too."""
     refuse: Callable[[Config], None] | None = None

@@ -5,7 +5,6 @@ of an architecture whose layers are discovered; a model file of mlx-lm without a
 """
 
 from dataclasses import replace
-from typing import Any
 
 from mlx_adapters.models import (
     corrections,
@@ -25,8 +24,6 @@ from mlx_adapters.models.architectures.row import (
 __all__ = ["ARCHITECTURES", "architecture", "with_layers"]
 
 _UNTIED = {"tie_word_embeddings": False}
-_ALWAYS_UNTIED = {"tie_word_embeddings": (None, False)}
-_ALWAYS_TIED = {"tie_word_embeddings": (None, True)}
 _EXPERTS = Experts("mlp.switch_mlp")
 _GEMMA_EXPERTS = Experts("experts.switch_glu", there="experts")
 _GRANITE_EXPERTS = Experts(
@@ -58,7 +55,6 @@ _LLAMA = Architecture(
 _LLAMA_2 = replace(_LLAMA, defaults=_UNTIED, adapterhub=AdapterHub())
 
 _GEMMA = replace(_LLAMA, scaled_embedding=True)
-_GEMMA_FIXED: dict[str, tuple[Any, ...]] = {**_ALWAYS_TIED, "use_bidirectional_attention": (None, False)}
 
 _BLOOM = Architecture(
     attn=("query_key_value", "self_attention.dense"),
@@ -91,7 +87,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _LLAMA,
     "gemma": replace(
         _GEMMA,
-        fixed=_GEMMA_FIXED,
         adapterhub=AdapterHub(),
     ),
     "gemma2": replace(
@@ -102,8 +97,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "final_logit_softcapping": 30.0,
             "query_pre_attn_scalar": 256,
         },
-        fixed=_GEMMA_FIXED,
-        refuse=corrections.refuse_uncapped,
         corrections=(corrections.mask_by_row,),
         adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
     ),
@@ -111,11 +104,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GEMMA,
         pre_mlp="pre_feedforward_layernorm",
         forms=(saved_forms.sliding_pattern,),
-        fixed={
-            "attn_logit_softcapping": (None,),
-            "final_logit_softcapping": (None,),
-            "use_bidirectional_attention": (None, False),
-        },
         corrections=(corrections.scale_embeddings_exactly,),
     ),
     "olmo2": replace(  # its norms come after the sublayers
@@ -150,7 +138,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         pre_attn="input_layernorm",  # one norm serves both sublayers
         checked=True,
         rotary_part=0.5,
-        fixed={"qk_layernorm": (None, False), **_ALWAYS_UNTIED},
         adapterhub=AdapterHub(out="dense", up="mlp.fc1", down="mlp.fc2", pre_mlp=None, residual="none"),
     ),
     "gpt2": Architecture(
@@ -168,7 +155,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         rename_weights=corrections.gpt2_names,
         checked=True,
         renamed={"n_positions": "n_ctx"},
-        fixed={"add_cross_attention": (None, False), **_ALWAYS_TIED},
         ungated=("c_fc", "c_proj"),
         widths=("n_inner", "n_embd"),
         corrections=(corrections.scale_attention,),
@@ -185,7 +171,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         pre_attn="ln_1",  # one norm serves both sublayers
         rename=(("model.", "transformer."),),
         checked=True,
-        fixed=_ALWAYS_UNTIED,
         ungated=("fc_in", "fc_out"),
         widths=("n_inner", "n_embd"),
         adapterhub=AdapterHub(known=True, residual="with attention"),
@@ -203,7 +188,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         checked=True,
         rotary_part=0.25,
         rotary_names=("rotary_emb_base", "rotary_pct"),
-        fixed=_ALWAYS_UNTIED,
         ungated=("dense_h_to_4h", "dense_4h_to_h"),
         widths=("intermediate_size", "hidden_size"),
         corrections=(corrections.drop_attention_biases,),
@@ -319,10 +303,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=_EXPERTS, checked=True, renamed={"num_local_experts": "num_experts"}, peft=_MIXTURE
     ),
     # Fields of the configuration that mlx-lm reads otherwise
-    "cohere": Architecture(checked=True, fixed=_ALWAYS_TIED),
+    "cohere": Architecture(checked=True),
     "gpt_bigcode": Architecture(
         forms=(saved_forms.four_times_wide,),
-        fixed={"scale_attn_weights": (None, True), "multi_query": (None, True), **_ALWAYS_TIED},
     ),
     "gpt_oss": Architecture(
         experts=Experts("mlp.experts", interleaved=True),
@@ -332,7 +315,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo": Architecture(fixed={"clip_qkv": (None,)}),
     "phi3small": Architecture(corrections=(corrections.mask_blocks_causally,)),
     "plamo3": Architecture(corrections=(corrections.shorten_window,)),
-    "stablelm": Architecture(checked=True, rotary_part=0.25, fixed=_ALWAYS_UNTIED),
+    "stablelm": Architecture(checked=True, rotary_part=0.25),
     "starcoder2": Architecture(
         checked=True,
     ),
@@ -417,7 +400,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "nemotron_h": Architecture(
         experts=Experts("mixer.switch_mlp", there="mixer.experts", gated=False),
-        fixed={"mamba_hidden_act": (None, "silu")},
         peft=PeftGaps(routed=True, state_space=True),
     ),
     "phimoe": Architecture(
@@ -427,11 +409,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(shifted_norms=True, forms=(saved_forms.linear_interval,), peft=_MIXTURE),
     "exaone_moe": Architecture(forms=(saved_forms.sparse_layers,), peft=PeftGaps(stacked=True)),
     **dict.fromkeys(
-        (
-            *("afmoe", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
-            "longcat_flash",
-        ),
+        (*("afmoe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash"),),
         Architecture(peft=PeftGaps(stacked=True)),
+    ),
+    "glm4_moe_lite": Architecture(
+        corrections=(corrections.norm_factors_exactly,), peft=PeftGaps(stacked=True)
     ),
     "falcon_h1": Architecture(
         fold_weights=state_space.fold_multipliers,

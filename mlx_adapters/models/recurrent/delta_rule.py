@@ -11,9 +11,6 @@ g_(j+1) .. g_i for j <= i, and d_i the product of g_1 .. g_i:
 
 (I + A)^-1 does not depend on S: it is found for all chunks at once, and only two products a chunk wait for
 the chunk before. Memory grows with the length times the chunk, not with a state per token.
-
-Gates are multiplied as sums of their logarithms, each sum over its own stretch: a difference of two sums
-from the start of the chunk would lose what a gate near 0 has pushed out of the precision.
 """
 
 from collections.abc import Iterator
@@ -21,9 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["CHUNK", "gated_delta"]
+from mlx_adapters.models.recurrent import chunks
 
-CHUNK = 64
+__all__ = ["gated_delta", "unit_lower_inverse"]
 
 
 def gated_delta(
@@ -35,7 +32,7 @@ def gated_delta(
     state: mx.array | None = None,
     mask: mx.array | None = None,
     *,
-    chunk: int = CHUNK,
+    chunk: int = chunks.CHUNK,
 ) -> tuple[mx.array, mx.array]:
     """The outputs of the gated delta rule, and the state after the last token.
 
@@ -53,43 +50,20 @@ def gated_delta(
     Returns:
         Outputs [rows, time, value heads, value width] in the type of `q`, and the state in that of `state`.
     """
-    rows, time, heads, width = k.shape
-    values = v.shape[2:]
-    kind = mx.float64 if v.dtype == mx.float64 else mx.float32
-    stored = kind if state is None else state.dtype
-    chunk = min(chunk, 1 << (time - 1).bit_length())
-    count = -(-time // chunk)
-    group = values[0] // heads
-
+    layout = chunks.Layout(k, v, chunk)
     log_g = log_g.reshape(*log_g.shape[:3], -1)
     if mask is not None:
         hidden = mask[..., None]
         beta = mx.where(hidden, beta, 0)
         log_g = mx.where(hidden[..., None], log_g, 0)
-
-    def chunks(x: mx.array, own: int, *rest: int) -> mx.array:
-        """[chunks, rows, key heads, value heads of each, time in chunk, ...], padded with zeros."""
-        x = mx.pad(x.astype(kind), [(0, 0), (0, count * chunk - time), *[(0, 0)] * (x.ndim - 2)])
-        x = x.reshape(rows, count, chunk, heads, own, *rest)
-        return x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
-
     pieces = _chunk_terms(
-        chunks(q, 1, width),
-        chunks(k, 1, width),
-        chunks(v, group, values[1]),
-        chunks(log_g, group, log_g.shape[3]),
-        chunks(beta, group),
+        layout.split(q), layout.split(k), layout.split(v), layout.split(log_g), layout.split(beta)
     )
-    if state is None:
-        start = mx.zeros((rows, heads, group, width, values[1]), kind)
-    else:
-        start = state.astype(kind).reshape(rows, heads, group, values[1], width).swapaxes(-1, -2)
-    y, last = _through_chunks(start, *pieces)
-    y = y.transpose(1, 0, 4, 2, 3, 5).reshape(rows, count * chunk, *values)[:, :time]
+    y, last = chunks.through_chunks(layout.start(state), *pieces)
+    y = layout.joined(y)
     if mask is not None:
         y = mx.where(mask[..., None, None], y, 0)
-    last = last.swapaxes(-1, -2).reshape(rows, values[0], values[1], width)
-    return y.astype(q.dtype), last.astype(stored)
+    return y.astype(q.dtype), layout.end(last, state)
 
 
 def _chunk_terms(
@@ -97,7 +71,7 @@ def _chunk_terms(
 ) -> tuple[mx.array, ...]:
     """What needs no state, of all chunks at once: (b v after the inverse, b d k after it, D * q k^T, d q,
     D_last k, d_last). `log_g` [.., time in chunk, 1 or key width]."""
-    products = _products if log_g.shape[-1] == 1 else _products_by_channel
+    products = chunks.products if log_g.shape[-1] == 1 else _products_by_channel
     inner, outer = products(q, k, log_g), products(k, k, log_g)
     start = mx.exp(mx.cumsum(log_g, axis=-2))
     rest = mx.exp(mx.cumsum(log_g, axis=-2, reverse=True, inclusive=False))
@@ -105,14 +79,6 @@ def _chunk_terms(
     inverse: Any = unit_lower_inverse(beta * outer)
     u, w = inverse @ (beta * v), inverse @ (beta * start * k)
     return u, w, inner, start * q, rest * k, start[..., -1:, :].swapaxes(-1, -2)
-
-
-def _products(x: mx.array, k: mx.array, log_g: mx.array) -> mx.array:
-    """D_ij x_i.k_j for j <= i, else 0; one gate a token."""
-    length = log_g.shape[-2]
-    rows, columns = mx.arange(length)[:, None], mx.arange(length)
-    sums = mx.cumsum(mx.where(rows > columns, log_g, 0), axis=-2)
-    return mx.where(rows >= columns, mx.exp(sums), 0) * (x @ k.swapaxes(-1, -2))
 
 
 def _products_by_channel(x: mx.array, k: mx.array, log_g: mx.array) -> mx.array:
@@ -137,20 +103,6 @@ def _joined_blocks(size: int) -> Iterator[tuple[int, mx.array]]:
         block = index // half
         yield half, (block[:, None] == block + 1) & (block % 2 == 0)
         half *= 2
-
-
-def _through_chunks(
-    state: mx.array, u: mx.array, w: mx.array, inner: mx.array, q: mx.array, k: mx.array, decay: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The outputs of all chunks, one after the other, and the last state [.., key width, value width]."""
-    # mx.split, not slices: the gradient of each slice would be as large as the whole array
-    parts = zip(*(mx.split(x, x.shape[0]) for x in (u, w, inner, q, k, decay)))
-    outputs = []
-    for u, w, inner, q, k, decay in ([x[0] for x in part] for part in parts):
-        u = u - w @ state
-        outputs.append(q @ state + inner @ u)
-        state = decay * state + k.swapaxes(-1, -2) @ u
-    return mx.stack(outputs), state
 
 
 @mx.custom_function
