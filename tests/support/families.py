@@ -93,13 +93,19 @@ def _randomise(model: Any) -> None:
 
 
 def opened(folder: Path, *, told: bool = False) -> Any:
-    """The model in `folder` in transformers, in the class that it was saved as, ready to compare with; with
-    `told` also what transformers says of missing and unexpected names."""
+    """The model in `folder` in transformers, ready to compare with; with `told` also what transformers says of
+    missing and unexpected names.
+
+    It has the class that AutoModelForCausalLM gives, which is PEFT's too, or that which it was saved as.
+    """
     import torch
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     _leave_out_towers()
-    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    config = json.loads((folder / "config.json").read_text())
+    (saved,) = config["architectures"]
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"], saved)
     network, said = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

@@ -114,6 +114,7 @@ FAMILIES: dict[str, Fields] = {
     "granite": BASE
     | rope(1e7)
     | {
+        "intermediate_size": 128,
         "embedding_multiplier": 2.0,
         "logits_scaling": 1.5,
         "residual_multiplier": 0.5,
@@ -124,7 +125,7 @@ FAMILIES: dict[str, Fields] = {
     | {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "intermediate_size": 32,
+        "intermediate_size": 64,
         "embedding_multiplier": 2.0,
         "logits_scaling": 1.5,
         "residual_multiplier": 0.5,
