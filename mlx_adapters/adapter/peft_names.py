@@ -29,7 +29,8 @@ def sized(
     """LoRA of a file of PEFT's with the rank and the scale of each layer here, by the rule of PEFT there."""
     given = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     made: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    stacks = {name for name in map(_low_rank, tensors) if name and name.endswith(".base_layer")}
+    of_stacks = (".base_layer", ".experts")
+    stacks = {name for name in map(_low_rank, tensors) if name and name.endswith(of_stacks)}
     for key, array in tensors.items():
         name = _low_rank(key)
         if name is None or {name, f"{name}.base_layer"} & stacks:
