@@ -103,8 +103,8 @@ def save(
         tree = tree_of(network, meta.base["model_type"])
         linear = [path.removesuffix(".base") for path in sites.linears(network)]
         told = with_fields(fields, written, tree, linear)
-        known = meta.method.PEFT_FIELDS or {}
-        if told.get("rank_pattern") and "rank_pattern" not in known:
+        fields_known = meta.method.PEFT_FIELDS or {}
+        if told.get("rank_pattern") and "rank_pattern" not in fields_known:
             raise AdapterError(
                 f"{meta.method.NAME} on parts of one layer of PyTorch ({next(iter(told['rank_pattern']))}) would "
                 "need a rank of its own there: adapt that with lora"
@@ -182,7 +182,7 @@ def own_tensors(
         return inward(
             arrays,
             tree,
-            at=getattr(meta.method, "at", None) if meta.names else None,
+            at=meta.method.at if meta.names and isinstance(meta.method, LowRank) else None,
             only=meta.names.get("paths"),
         )
 
