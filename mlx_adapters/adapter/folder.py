@@ -185,7 +185,7 @@ def own_tensors(
         return inward(
             arrays,
             tree,
-            at=getattr(meta.method, "at", None) if meta.names else None,
+            at=meta.method.at if meta.names and isinstance(meta.method, LowRank) else None,
             only=meta.names.get("paths"),
         )
 
