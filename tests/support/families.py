@@ -93,8 +93,8 @@ def _randomise(model: Any) -> None:
 
 
 def opened(folder: Path, *, told: bool = False) -> Any:
-    """The model in `folder` in transformers, ready to compare with; with `told` also what transformers says of
-    missing and unexpected names.
+    """The model in `folder` in transformers, ready to compare with; with `told` also what transformers says
+    of missing and unexpected names.
 
     It has the class that AutoModelForCausalLM gives, which is PEFT's too, or that which it was saved as.
     """

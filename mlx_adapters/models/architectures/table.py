@@ -393,7 +393,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "laguna": Architecture(peft=PeftGaps(absent=r"mlp\.gate\.proj|shared_expert\.\w+")),
     "lfm2_moe": Architecture(peft=replace(_MIXTURE, absent=r"feed_forward\.(?:gate|up|down)_proj")),
     "mellum": Architecture(peft=PeftGaps(routed=True)),
-    "minimax": Architecture(experts=_MIXTRAL_EXPERTS, peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm")),
+    "minimax": Architecture(
+        experts=_MIXTRAL_EXPERTS,
+        forms=(saved_forms.refuse_lightning_attention,),
+        peft=replace(_MIXTURE, absent=r"self_attn\.[qk]_norm"),
+    ),
     "minimax_m2": Architecture(
         experts=_MIXTRAL_EXPERTS,
         forms=(saved_forms.minimax_m2_rotations,),
