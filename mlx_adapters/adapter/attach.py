@@ -10,9 +10,10 @@ from mlx_adapters.adapter.folder import build, place
 from mlx_adapters.adapter.meta import AdapterMeta
 from mlx_adapters.adapter.tree import adapter_set, attached, install, must_be_bare, remove
 from mlx_adapters.errors import AdapterError, UnsupportedError
-from mlx_adapters.methods.base import AdapterLayer, Method
+from mlx_adapters.methods.base import AdapterLayer, Method, Placed
 from mlx_adapters.models.load import LanguageModel, describe
 from mlx_adapters.models.recurrent.install import in_chunks
+from mlx_adapters.models.torch_tree import tree_of
 
 __all__ = ["attach", "detach", "load"]
 
@@ -53,8 +54,23 @@ def attach(
     network.freeze()
     in_chunks(network)  # a bare model may come from `mlx_lm.load`
     placed = place(method, network, base["model_type"], paths)
+    _must_be_known(network, base["model_type"], placed)
     install(network, placed, AdapterMeta(method=method, base=base))
     return {path: module for path, module in placed.items() if isinstance(module, AdapterLayer)}
+
+
+def _must_be_known(model: nn.Module, model_type: str, placed: Placed) -> None:
+    """AdapterError, before it is trained, for a layer whose adapter could not be written."""
+    tree = tree_of(model, model_type)
+    for path, layer in placed.items():
+        if not isinstance(layer, AdapterLayer) or layer.ROOTED or not layer.TARGET:
+            continue
+        own = all(suffix.endswith(".experts") for suffix in layer.TENSORS.values())
+        if not own and not tree.spots(path):
+            raise AdapterError(
+                f"{path}: what its weight is made of in the checkpoint is not known, so no adapter of it can "
+                "be written. Leave this layer out, or convert the original checkpoint"
+            )
 
 
 def _described(model: nn.Module, model_type: str | None) -> dict[str, Any]:

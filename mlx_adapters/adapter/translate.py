@@ -286,7 +286,7 @@ def _mixed(path: str, modules: list[str]) -> str:
 
 
 def _vera(module: str) -> str:
-    return f"{module}: is several layers here, each with the first rows of vera's shared B: not read"
+    return f"{module}: is several layers here, and vera gives each of them the first rows of its B: not read"
 
 
 def _partly(module: str, name: str, tree: TorchTree) -> str:
