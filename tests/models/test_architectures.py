@@ -12,7 +12,7 @@ from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture,
 from mlx_adapters.models.discover import architecture_of
 
 ROOT = Path(__file__).parents[2]
-TABLE = "mlx_adapters/models/architectures/table.py"
+ROWS = {f"mlx_adapters/models/architectures/{name}.py" for name in ("discovered", "table")}
 # Besides the rows and the files of the models that mlx-lm lacks.
 EXCEPTIONS = {
     "convert/gguf.py": "the architectures of llama.cpp, whose names are GGUF's and happen to be the same",
@@ -37,7 +37,7 @@ def naming() -> dict[str, list[str]]:
     texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
     found = {file: sorted(set(literals(text))) for file, text in texts.items()}
     own = {f"mlx_adapters/models/{name}.py" for name, row in ARCHITECTURES.items() if row.own}
-    return {file: names for file, names in found.items() if names and file not in own | {TABLE}}
+    return {file: names for file, names in found.items() if names and file not in own | ROWS}
 
 
 def test_only_rows_name_an_architecture() -> None:
