@@ -87,7 +87,10 @@ KNOWN: Exceptions = {
         "four_bits": "no gradient reaches 4 of 20 arrays, e.g. model.layers.0.block_sp",
         "dora": "no gradient reaches 6 of 30 arrays, e.g. model.layers.0.block_sp",
     },
-    "qwen3_5_moe": {"dora": "ValueError: Target module Qwen3_5MoeTopKRouter() is not supported"},
+    "qwen3_5_moe": {
+        "fused": "the fused model in transformers: logits differ by 6.4e-05 (bound",
+        "dora": "ValueError: Target module Qwen3_5MoeTopKRouter() is not supporte",
+    },
     "qwen3_5_moe_text": {"dora": "ValueError: Target module Qwen3_5MoeTopKRouter() is not supporte"},
 }
 """Wrong, or ends in an error that is not ours: what is seen. Nothing may stay here."""
