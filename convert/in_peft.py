@@ -16,6 +16,8 @@ __all__ = ["closed"]
 
 # Models of text and images: transformers has model.language_model.layers there.
 _INSIDE = "language_model."
+# What plain LoRA adapts as a parameter where a module of transformers' own chooses the experts.
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|router|router\.layer)$")
 _ON_LAYERS = ("lora", "dora", "ia3", "vera", "ln_tuning")
 
 
@@ -43,6 +45,6 @@ def _is_closed(method: str, row: Architecture, path: str, measured: bool) -> boo
         return True
     if method in ("lora", "ln_tuning"):
         return False
-    if name == "gate" and row.peft.routed:
+    if row.peft.routed and _ROUTER.search(path):
         return True
     return method == "dora" and row.peft.stacked and name in EXPERT_NAMES

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_adapters import adapter
 from mlx_adapters.convert.against_torch import auto_class, quiet_transformers
-from mlx_adapters.errors import AdapterError, AdaptersError
+from mlx_adapters.errors import AdapterError, AdaptersError, one_line
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import load as models
 from mlx_adapters.models.names import into_config
@@ -83,10 +83,8 @@ def _names(network: Any, folder: Path) -> tuple[list[str], list[str]]:
         warnings.simplefilter("ignore")
         try:
             wrapped = get_peft_model(network, config)
-        except ValueError as error:
-            raise AdapterError(
-                f"{folder}: PEFT does not open it: {' '.join(str(error).split())[:200]}"
-            ) from None
+        except Exception as error:  # where a layer is none that it knows, whatever comes of that
+            raise AdapterError(f"{folder}: PEFT does not open it ({one_line(error)[:200]})") from None
         keys = set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
     own = {
         name

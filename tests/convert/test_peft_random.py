@@ -22,7 +22,14 @@ FAMILIES = ("llama", "qwen3_5_text", "gemma3", "gpt_oss", "granitemoehybrid")
 SAMPLE, ALL = 3, 40
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# by default one whose names are the same in PyTorch, and one whose names are measured
+CHOSEN = [
+    pytest.param(name, marks=() if name in ("llama", "qwen3_5_text") else pytest.mark.slow)
+    for name in FAMILIES
+]
+
+
+@pytest.fixture(scope="module", params=CHOSEN)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = make_family(request.param, tmp_path_factory.mktemp("random"))
     try:
