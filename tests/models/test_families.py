@@ -7,7 +7,7 @@ known. Both fail here when they are no longer so.
 
 import pytest
 from families import FAMILIES, WRAPPERS
-from family_exceptions import KNOWN, REFUSED, exception
+from family_exceptions import KNOWN, REFUSED, SOMETIMES, exception
 from family_trials import CLAIMS, Family
 
 from mlx_adapters.errors import AdaptersError
@@ -52,6 +52,8 @@ def test_a_claim_holds_or_is_refused_in_one_line(
         assert refusal is not None, f"refused, and not in the list: {error}"
         assert refusal in str(error), f"refused, but for another reason: {error}"
     elif error is not None:
+        if (name, claim) in SOMETIMES and "no gradient reaches" in str(error):
+            pytest.xfail(str(error))
         assert fault is not None, f"not known to be wrong: {type(error).__name__}: {error}"
         pytest.xfail(fault)
     else:

@@ -3,7 +3,7 @@
 {family: {claim, or "every": words}}. `test_families.py` fails where an entry is missing, or no longer needed.
 """
 
-__all__ = ["KNOWN", "REFUSED", "exception"]
+__all__ = ["KNOWN", "REFUSED", "SOMETIMES", "exception"]
 
 Exceptions = dict[str, dict[str, str]]
 
@@ -16,19 +16,13 @@ _NOT_OPENED = "PEFT does not open it"
 _NO_LORA = "PEFT opens no lora on"
 _UNWRITTEN = "is written for transformers is not known here"
 _LIGHTNING = "lightning attention"
-_NO_NORMS = "PEFT opens no ln_tuning on"
 
 REFUSED: Exceptions = {
     "apertus": {"fused": _UNWRITTEN},
     "cohere2": {"prefix": _LOST},
     "deepseek_v2": {"dora": _NO_DORA, "prefix": _SHAPES},
     "deepseek_v3": {"fused": _UNWRITTEN, "dora": _NO_DORA, "prefix": _SHAPES},
-    "ernie4_5_moe": {
-        "converted": "e_score_correction",
-        "four_bits": "e_score_correction",
-        "fused": "e_score_correction",
-        "dora": _NO_DORA,
-    },
+    "ernie4_5_moe": {"fused": "e_score_correction", "dora": _NO_DORA},
     "exaone4": {"prefix": _LOST},
     "exaone_moe": {"dora": _NO_DORA, "prefix": _LOST},
     "falcon_h1": {
@@ -43,8 +37,8 @@ REFUSED: Exceptions = {
     "gemma3n": {"fused": _UNWRITTEN, "prefix": _LOST},
     "gemma3n_text": {"prefix": _LOST},
     "gemma4": {"dora": _NO_DORA, "prefix": _LOST},
-    "gemma4_text": {"prefix": _LOST},
-    "gemma4_text:experts": {"ln_tuning": _NOT_OPENED, "prefix": _LOST},
+    "gemma4_text": {"dora": _NO_DORA, "prefix": _LOST},
+    "gemma4_text:experts": {"dora": _NO_DORA, "ln_tuning": _NOT_OPENED, "prefix": _LOST},
     "glm4_moe": {"dora": _NO_DORA},
     "gpt_oss": {"dora": _NO_DORA, "series": _STACKED, "prefix": _LOST},
     "granitemoe": {"dora": _NO_DORA, "series": _STACKED},
@@ -65,21 +59,24 @@ REFUSED: Exceptions = {
     "olmoe": {"dora": _NO_DORA, "series": _STACKED},
     "phimoe": {"series": _STACKED},
     "qwen2_moe": {"dora": _NO_DORA},
-    "qwen3_5": {"prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_moe": {"dora": _NOT_OPENED, "prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_moe_text": {"dora": _NOT_OPENED, "fused": _UNWRITTEN, "prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_text": {"fused": _UNWRITTEN, "prefix": _LOST, "ln_tuning": _NO_NORMS},
+    "qwen3_5": {"prefix": _LOST},
+    "qwen3_5_moe": {"dora": _NOT_OPENED, "prefix": _LOST},
+    "qwen3_5_moe_text": {"dora": _NOT_OPENED, "prefix": _LOST},
+    "qwen3_5_text": {"fused": _UNWRITTEN, "prefix": _LOST},
     "qwen3_moe": {"dora": _NO_DORA, "series": _STACKED},
     "qwen3_moe:yarn": {"dora": _NO_DORA, "series": _STACKED},
-    "qwen3_next": {"dora": _NO_DORA, "prefix": _LOST, "ln_tuning": _NO_NORMS},
+    "qwen3_next": {"dora": _NO_DORA, "prefix": _LOST},
 }
 """Refused by an error of ours: these words are in it."""
 
 KNOWN: Exceptions = {
-    "phimoe": {"dora": "no gradient reaches 6 of 30 arrays, e.g. model.layers.0.block_sp"},
     "qwen3_5_moe": {"fused": "the fused model in transformers: logits differ by 6.4e-05 (bound"},
+    "qwen3_next": {"ln_tuning": "ln_tuning in torch: logits differ by 9.9e-05 (bound 5.6e-05)"},
 }
 """Wrong, or ends in an error that is not ours: what is seen. Nothing may stay here."""
+
+SOMETIMES = {("phimoe", claim) for claim in ("dora", "four_bits")}
+"""Claims that hold or not by the numbers drawn: a router that no other expert comes near has no gradient."""
 
 
 def exception(listed: Exceptions, family: str, claim: str) -> str | None:
