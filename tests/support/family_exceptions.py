@@ -16,7 +16,6 @@ _NOT_OPENED = "PEFT does not open it"
 _NO_LORA = "PEFT opens no lora on"
 _UNWRITTEN = "is written for transformers is not known here"
 _LIGHTNING = "lightning attention"
-_NO_NORMS = "PEFT opens no ln_tuning on"
 
 REFUSED: Exceptions = {
     "apertus": {"fused": _UNWRITTEN},
@@ -65,19 +64,21 @@ REFUSED: Exceptions = {
     "olmoe": {"dora": _NO_DORA, "series": _STACKED},
     "phimoe": {"series": _STACKED},
     "qwen2_moe": {"dora": _NO_DORA},
-    "qwen3_5": {"prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_moe": {"dora": _NOT_OPENED, "prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_moe_text": {"dora": _NOT_OPENED, "fused": _UNWRITTEN, "prefix": _LOST, "ln_tuning": _NO_NORMS},
-    "qwen3_5_text": {"fused": _UNWRITTEN, "prefix": _LOST, "ln_tuning": _NO_NORMS},
+    "qwen3_5": {"prefix": _LOST},
+    "qwen3_5_moe": {"dora": _NOT_OPENED, "prefix": _LOST},
+    "qwen3_5_moe_text": {"dora": _NOT_OPENED, "fused": _UNWRITTEN, "prefix": _LOST},
+    "qwen3_5_text": {"fused": _UNWRITTEN, "prefix": _LOST},
     "qwen3_moe": {"dora": _NO_DORA, "series": _STACKED},
     "qwen3_moe:yarn": {"dora": _NO_DORA, "series": _STACKED},
-    "qwen3_next": {"dora": _NO_DORA, "prefix": _LOST, "ln_tuning": _NO_NORMS},
+    "qwen3_next": {"dora": _NO_DORA, "prefix": _LOST},
 }
 """Refused by an error of ours: these words are in it."""
 
 KNOWN: Exceptions = {
     "phimoe": {"dora": "no gradient reaches 6 of 30 arrays, e.g. model.layers.0.block_sp"},
     "qwen3_5_moe": {"fused": "the fused model in transformers: logits differ by 6.4e-05 (bound"},
+    # rounding at one token: torch's own float32 is 7.7e-05 away from its float64
+    "qwen3_next": {"ln_tuning": "ln_tuning in torch: logits differ by 9.9e-05 (bound 5.6e-05)"},
 }
 """Wrong, or ends in an error that is not ours: what is seen. Nothing may stay here."""
 
