@@ -287,9 +287,10 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         )
     arrays, moved = own_tensors(folder, meta, model_type, model)
     fields = read_fields(folder)
-    if moved and not meta.names and isinstance(meta.method, LowRank):
+    from_torch = not (folder / META).exists()  # a method written here keeps its fields as they are
+    if moved and from_torch and isinstance(meta.method, LowRank):
         meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
-    if moved and not meta.names and isinstance(meta.method, IA3):
+    if moved and from_torch and isinstance(meta.method, IA3):
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
@@ -306,7 +307,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
             Model(model, model_type, name),
             method=method,
             fields=fields if method.PEFT_FIELDS is not None else {},
-            from_torch=not (folder / META).exists(),
+            from_torch=from_torch,
         )
     model.freeze()
     # biases that train by themselves are wherever the base has one

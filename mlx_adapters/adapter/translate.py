@@ -6,7 +6,7 @@ through such a change raises an AdapterError that names the tensor.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -76,9 +76,14 @@ def outward(
         made[module], size = _joined(module, pieces, tree, at)
         if size is not None:
             sizes[module] = size
-    plain = all(len(p) == 1 and (p[0][0].simple or not p[0][0].parts) for p in spots.values())
+    plain = all(_plain([spot for spot, _ in pieces]) for pieces in spots.values())
     same = all(modules == (to_hf(path, tree.model_type),) for path, modules in moved.items())
     return Written(made, sizes, {} if plain and same else moved)
+
+
+def _plain(spots: Sequence[Spot]) -> bool:
+    """Whether a module of PyTorch is one module here, with the same rows and values."""
+    return len(spots) == 1 and (spots[0].simple or not spots[0].parts)
 
 
 def _joined(
@@ -193,8 +198,8 @@ def inward(
 ) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors of a file under the names that they would have if PyTorch had the modules here.
 
-    Also {path here: module of PyTorch}, for those that were renamed or changed. `at` gives the (rank, scale)
-    of an adapter written here, and `only` its paths, where a module of PyTorch has others beside them.
+    Also {path here: module of PyTorch}, empty where all names and rows are the same. `at` gives the (rank,
+    scale) of an adapter written here, and `only` its paths, where a module of PyTorch has others beside them.
     """
     groups: dict[str, Group] = {}
     made: dict[str, mx.array] = {}
@@ -220,7 +225,8 @@ def inward(
             origin[spot.path] = module
             name = to_hf(spot.path, tree.model_type)
             made |= {f"{PREFIX}{name}.{suffix}": array for suffix, array in own.items()}
-    return made, origin
+    same = all(to_hf(path, tree.model_type) == module for path, module in origin.items())
+    return made, {} if same and all(_plain(own) for own in spots.values()) else origin
 
 
 def _module(key: str, tree: TorchTree) -> tuple[str, str, tuple[Spot, ...]] | None:
