@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.generate import prefill
 from mlx_adapters.models import corrections, limits, sites
+from mlx_adapters.models.architectures import table
 from mlx_adapters.models.architectures.table import with_layers
 from mlx_adapters.models.discover import architecture_of, discover
 
@@ -80,19 +82,38 @@ def test_a_text_is_read_alike_at_once_token_by_token_and_in_a_batch(name: str) -
     assert trials.fault(name) is None
 
 
+def _without(module: Any, fix: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(module, fix, value)
+
+
+def _gemma3n_without_cache(patch: pytest.MonkeyPatch) -> None:
+    """Its row gives it a cache; `needs_cache` would find that it needs one."""
+    patch.setitem(table.ARCHITECTURES, "gemma3n", replace(table.architecture("gemma3n"), corrections=()))
+    patch.setattr(virtual, "needs_cache", lambda *_: False)
+
+
 @pytest.mark.parametrize(
-    ("name", "module", "fix", "without", "said"),
+    ("name", "undo", "said"),
     [
-        ("phi3small", corrections, "_causal", lambda base: base, "otherwise at once than token by token"),
-        ("gemma3n", virtual, "needs_cache", lambda *_: False, "otherwise at once than token by token"),
-        ("mamba", prefill, "_reads_rows_apart", lambda model: True, "a padded batch gives other answers"),
+        (
+            "phi3small",
+            _without(corrections, "_causal", lambda base: base),
+            "otherwise at once than token by token",
+        ),
+        ("gemma3n", _gemma3n_without_cache, "otherwise at once than token by token"),
+        (
+            "mamba",
+            _without(prefill, "_reads_rows_apart", lambda _: True),
+            "a padded batch gives other answers",
+        ),
     ],
+    ids=["phi3small", "gemma3n", "mamba"],
 )
 def test_what_mlx_lm_computes_wrong_is_told_for_every_method(
-    name: str, module: Any, fix: str, without: Any, said: str, monkeypatch: pytest.MonkeyPatch
+    name: str, undo: Callable[[pytest.MonkeyPatch], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it would be without our corrections, or with an mlx-lm that has another such fault."""
-    monkeypatch.setattr(module, fix, without)
+    undo(monkeypatch)
     reasons = trials.support(name)
     assert set(reasons) == set(methods.names())
     assert all(reason and said in reason for reason in reasons.values())
@@ -246,12 +267,15 @@ def cli(*arguments: str) -> str:
 
 def test_models_prints_cells_reasons_and_targets() -> None:
     said = cli("models", "llama", "gemma3_text", "mixtral")
-    row = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
-    assert row["llama"][0] == "q_proj", "the last table is that of the targets"
+    cells, targets, compared = re.split(r"\n(?:Default targets|Compared with) .*\n", said)
     assert "developing" not in said
-    assert re.search(r"\n  llama( +yes)+ *\n", said)
-    assert re.search(r"\n +\d+  .*RotatingKVCache", said)
-    assert re.search(r"\n +\d+  .*experts are stacked", said)
+    assert re.search(r"\n  llama( +yes)+ *\n", cells)
+    assert re.search(r"\n +\d+  .*RotatingKVCache", cells)
+    assert re.search(r"\n +\d+  .*experts are stacked", cells)
+    assert re.search(r"\n  llama +q_proj v_proj ", targets)
+    equal = {line.split()[0]: line for line in compared.splitlines() if line.strip()}
+    assert "prefix" in equal["llama"]
+    assert "prefix" not in equal["gemma3_text"], "refused, so not compared"
 
 
 def test_models_as_json_has_a_cell_for_each_method() -> None:

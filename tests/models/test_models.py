@@ -299,8 +299,10 @@ def test_old_names_of_fields() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "chatglm", "position_encoding_2d": True}, "position_encoding_2d"),
         ({"model_type": "chatglm", "pre_seq_len": 128}, "pre_seq_len"),
+        # ChatGLM-6B: with P-tuning, and quantized in its own format
+        ({"model_type": "chatglm", "position_encoding_2d": True, "pre_seq_len": 128}, "pre_seq_len"),
+        ({"model_type": "chatglm", "position_encoding_2d": True, "quantization_bit": 4}, "quantization_bit"),
         (
             {"model_type": "chatglm", "_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16},
             "rope_ratio.*ChatGLM2",
@@ -315,7 +317,7 @@ def test_what_is_not_computed_is_refused_by_name(fields: dict[str, Any], said: s
 @pytest.mark.parametrize(
     ("arch", "fields", "said"),
     [
-        ("opt", {"activation_function": "mish"}, "activation_function"),
+        ("opt", {"activation_function": "laplace"}, "activation_function"),
         ("gpt_neo", {"attention_layers": ["global", "near"]}, "attention_layers"),
         ("gpt_neo", {"attention_layers": None, "attention_types": [[["local"], 3]]}, "attention_types"),
     ],

@@ -80,9 +80,11 @@ def test_it_is_read_as_transformers_reads_it(pair: tuple[Path, Any]) -> None:
     row = rows()[0]
     with torch.no_grad():
         expected = theirs(torch.tensor([row])).logits.numpy()
-    found = np.array(call_model(network, mx.array([row])))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(np.array(network(mx.array([row]))) - expected).max() > 0.1
+    for read in (call_model, type(network).__call__):  # the second one is given no cache, and makes its own
+        found = np.array(read(network, mx.array([row])))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    with pytest.raises(AttributeError, match="k_proj"):  # what mlx-lm's reads without one is not there
+        network.model(mx.array([row]))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "recomputed blocks"])
