@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import tiny
+import torch
 from families import FAMILIES, WRAPPERS, make_family, model_type_of
 
 from mlx_adapters.models.torch_names import TABLE
