@@ -67,7 +67,8 @@ def layout_of(row: Any) -> Layout:
     for layout in _LAYOUTS:
         needed = {*layout.needed.values()}
         if needed & {*row} and (missing := sorted(needed - {*row})):
-            raise DataError(f"field {missing[0]!r} is missing; found {found}")
+            hint = f". --columns {missing[0]}=NAME takes another" if {*row} - known_fields(layout) else ""
+            raise DataError(f"field {missing[0]!r} is missing; found {found}{hint}")
     forms = "; ".join("+".join(layout.needed.values()) for layout in _LAYOUTS)
     raise DataError(
         f"unknown fields ({found}). Known: {forms}. Others are named by --columns prompt=NAME,completion=NAME"

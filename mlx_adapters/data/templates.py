@@ -39,10 +39,11 @@ def check(template: str | None) -> None:
         raise ConfigError(unknown("template", template, TEMPLATES))
 
 
-def default_template(form: str, tokenizer: Any) -> str:
+def default_template(form: str, tokenizer: Any = None) -> str:
     """The template for rows of a form when the user names none: the model's own, where it has one, since that
     is how it will be asked."""
-    if form == "messages" or (form != "text" and tokenizer.has_chat_template):
+    has_own = tokenizer is not None and tokenizer.has_chat_template
+    if form == "messages" or (form != "text" and has_own):
         return "chat"
     return "alpaca" if form == "instruction" else "plain"
 

@@ -152,7 +152,12 @@ def _measured(rope: Any) -> Measured | None:
         second = first + (1 if traditional else half)
         cosines, sines = turned[first, first], turned[first, second]
         factors = np.hypot(cosines, sines)
-        if np.allclose(factors, factors[0], 1e-5) and np.allclose(turned[second, first], -sines, 1e-5):
+        whole = np.allclose((turned**2).sum(-1), factors[0] ** 2, 1e-5)  # nothing goes to another place
+        if (
+            whole
+            and np.allclose(factors, factors[0], 1e-5)
+            and np.allclose(turned[second, first], -sines, 1e-5)
+        ):
             angles = np.arctan2(sines, cosines)
             return Measured(
                 dims=dims, traditional=traditional, angles=tuple(angles.tolist()), factor=float(factors[0])

@@ -131,9 +131,20 @@ def test_a_malformed_line_is_named_by_number(model: Path, tmp_path: Path) -> Non
 
 
 def test_unknown_fields_of_a_row(model: Path, tmp_path: Path) -> None:
-    said = train(model, rows(tmp_path / "d.jsonl", {"question": "?", "reply": "!"}), tmp_path / "a")
-    assert "question, reply" in said
-    assert "instruction" in said
+    said = train(model, rows(tmp_path / "d.jsonl", {"query": "?", "reply": "!"}), tmp_path / "a")
+    assert "query, reply" in said
+    assert "instruction+output" in said
+    assert "--columns" in said
+
+
+def test_a_row_of_which_one_field_is_known(model: Path, tmp_path: Path) -> None:
+    """The other one may have another name, which an option says."""
+    file = rows(tmp_path / "d.jsonl", {"question": "?", "reply": "!"})
+    said = train(model, file, tmp_path / "a")
+    assert "line 1: field 'answer' is missing; found question, reply" in said
+    assert "--columns answer=NAME" in said
+    shown = ["data", "show", str(file), "--model", str(model), "--columns", "answer=reply"]
+    assert CliRunner().invoke(app, shown).exit_code == 0
 
 
 def test_a_row_that_lacks_a_field(model: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def asked(shell: str, line: str) -> str:
     ("line", "expected", "others"),
     [
         ("mlx-adapters qui", ["quickstart"], ["train"]),
-        ("mlx-adapters data ", ["overlap"], ["train"]),
+        ("mlx-adapters data ", ["overlap", "show", "stats"], ["quickstart"]),
         ("mlx-adapters train --method lo", ["lora", "loreft"], ["dora"]),
         ("mlx-adapters eval m --task gsm8k,SV", ["gsm8k,SVAMP"], ["boolq"]),
         ("mlx-adapters train --grad", ["--gradient-checkpointing"], ["--lr"]),

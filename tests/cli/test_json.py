@@ -138,6 +138,23 @@ CASES = {
         "DATA.jsonl SVAMP --data-dir SETS",
         lambda d: [f"{d[0]['test']} {d[0]['total']} {len(d[0]['seen'])} {len(d[0]['near'])}"],
     ),
+    "data show": Case(
+        "DATA.jsonl --model MODEL --rows 2",
+        lambda d: [f"row {one['row']}: {one['tokens']} tokens, {one['supervised']} supervised" for one in d]
+        + [text for one in d for text, _ in one["pieces"]],
+    ),
+    "data stats": Case(
+        "DATA.jsonl --model MODEL",
+        lambda d: [
+            f"{d['rows']} rows, {d['examples']} examples with the template {d['template']}",
+            f"{d['tokens']} tokens, {d['supervised'] / d['tokens']:.0%} supervised",
+            f"{d['repeated']} repeated, {d['empty']} with an empty answer",
+            *(f"{length} ({share} %)" for share, length in d["lengths"].items()),
+            *(f"{share:.1%} at {cutoff}" for cutoff, share in d["cut"].items()),
+            f"{d['histogram'][-1][0]} {'█' * 30} {d['histogram'][-1][1]}",
+            f"--cutoff {d['suggested_cutoff']}",
+        ],
+    ),
     "info": Case(
         "A",
         lambda d: [

@@ -107,13 +107,15 @@ _OWN: dict[str, Fields] = {
     "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
     # the contexts of the texts end there
     "chatglm6b": {"bos_token_id": 8, "gmask_token_id": 20, "mask_token_id": 21},
+    "cohere2": {"layer_types": [_SLIDING, _FULL]},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": _YARN, "topk_method": "greedy"},
-    "exaone4": {"sliding_window_pattern": "LG"},
+    "exaone4": {"sliding_window_pattern": "LG", "layer_types": [_SLIDING, _FULL]},
     "exaone_moe": {"is_moe_layer": [False, True], "layer_types": [_SLIDING, _FULL]},
+    "gemma3_text": {"layer_types": [_SLIDING, _FULL]},
     "gemma3n": {
         **_SHARED,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
@@ -199,6 +201,7 @@ _OWN: dict[str, Fields] = {
     # it names the unused ones of its own 100352 tokens
     "phi3small": {"vocab_size": 100352, "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
     "plamo": {"n_shared_head": 2},
+    "plamo3": {"layer_types": [_SLIDING, _FULL]},
     "prism_hadamard_qwen35": {
         **dict.fromkeys(("hidden_size", "intermediate_size"), 128),
         **dict.fromkeys(("head_dim", "linear_value_head_dim"), 64),
