@@ -14,7 +14,7 @@ from mlx_adapters.cli.screen import say
 _MODEL = "MLX model folder for --verify [default: the one it was trained on]"
 
 
-@reporting("path", "format", "tensors", "bytes", "base", "verify")
+@reporting("path", "format", "tensors", "bytes", "base", "opened", "verify")
 def command(
     adapter: Adapter,
     dst: NewFolder,

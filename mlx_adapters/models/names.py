@@ -42,8 +42,8 @@ class Part:
 
     `rows` of the source, (start, stop, step), become the next rows of the MLX tensor, times `scale`, plus
     `shift`; `along` is another axis of the MLX tensor that is cut instead of the first. `axes` holds for each
-    axis of the MLX tensor that of the source. With `stacked` there is one
-    source for each index of the first axis, and `*` in the name of `source` stands for it.
+    axis of the MLX tensor that of the source. With `stacked` there is one source for each index of the first
+    axis, and `*` in the name of `source` stands for it.
     """
 
     source: str
@@ -58,11 +58,6 @@ class Part:
     def count(self) -> int:
         """The number of rows; 0 for all of them."""
         return len(range(*self.rows)) if self.rows else 0
-
-    @property
-    def renamed_only(self) -> bool:
-        """Whether the tensor is the source's under another name."""
-        return self == Part(source=self.source)
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,8 @@ class Names:
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """Where the MLX tensor `name` comes from."""
-        numbers = _NUMBER.findall(name)
         found = self.tensors.get(template(name), ())
-        return tuple(replace(part, source=fill(part.source, numbers)) for part in found)
+        return tuple(replace(part, source=fill(part.source, numbers_of(name))) for part in found)
 
 
 def template(name: str) -> str:
@@ -157,7 +151,7 @@ def measure(
     try:
         # an array that was multiplied in place is the same object, with other values
         ones = {} if packed else sanitize(_marks(given, lambda i, s: mx.array(1.0)))
-        odd = {template(n) for n in _samples(list(plain), made) if n not in ones or _first(ones[n]) != 1}
+        odd = {template(n) for n in _samples(list(plain), made) if n not in ones or _changed(ones[n])}
         plain = plain if packed else {n: source for n, source in plain.items() if template(n) not in odd}
         changed = _samples([name for name in made if name not in plain], made)
         found: dict[str, tuple[Part, ...]] = {n: (Part(source=source),) for n, source in plain.items()}
@@ -170,6 +164,17 @@ def measure(
 def _first(array: mx.array) -> float:
     value: Any = array[(0,) * array.ndim].item()
     return float(value)
+
+
+def _changed(ones: mx.array) -> bool:
+    """Whether a tensor that was ones holds another value along one of its axes."""
+    lines = (ones[_across(ones.ndim, axis)] for axis in range(max(ones.ndim, 1)))
+    return any(mx.any(line != 1).item() for line in lines)
+
+
+def _across(axes: int, axis: int) -> tuple[Any, ...]:
+    """The index of the first line along one of the axes of a tensor."""
+    return tuple(slice(None) if n == axis else 0 for n in range(axes))
 
 
 def _marks(given: Weights, mark: Callable[[int, tuple[int, ...]], mx.array]) -> Weights:
@@ -200,8 +205,7 @@ def _marked(
         def mark(number: int, shape: tuple[int, ...]) -> mx.array:
             if axis >= len(shape):
                 return mx.array(0.0)
-            view = [1] * len(shape)
-            view[axis] = shape[axis]
+            view = [size if n == axis else 1 for n, size in enumerate(shape)]
             return mx.arange(shape[axis], dtype=mx.float32).reshape(view)
 
         return mark
@@ -243,10 +247,10 @@ class _Line:
     places: np.ndarray  # [axes of the source, elements]
 
 
-def _line(passes: list[mx.array], where: Callable[[mx.array], mx.array], axes: int) -> _Line | None:
+def _line(passes: list[mx.array], where: tuple[Any, ...], axes: int) -> _Line | None:
     """None where the elements are not each one of the source's, which has `axes`."""
     zero, one, number, *places, noise = (
-        np.array(where(array).astype(mx.float32)).ravel() for array in passes
+        np.array(array[where].astype(mx.float32)).ravel() for array in passes
     )
     scale = one - zero
     safe = np.where(scale == 0, 1, scale)
@@ -265,15 +269,12 @@ def _origin(passes: list[mx.array], order: list[str], shapes: dict[str, tuple[in
     if not shape:
         return ()
 
-    def across(axis: int) -> Callable[[mx.array], mx.array]:
-        index = [slice(None) if n == axis else 0 for n in range(len(shape))]
-        return lambda array: array[tuple(index)]
-
     zero, one, first = (_first(array) for array in passes[:3])
     number = round((first - zero) / (one - zero)) if one != zero else -1
     if not 0 <= number < len(order):
         return ()
-    found = [_line(passes, across(axis), len(shapes[order[number]])) for axis in range(len(shape))]
+    depth = len(shapes[order[number]])
+    found = [_line(passes, _across(len(shape), axis), depth) for axis in range(len(shape))]
     lines = [line for line in found if line is not None]
     if len(lines) < len(found) or any((line.scale == 0).any() for line in lines):
         return ()  # it holds values that are not the checkpoint's
@@ -393,8 +394,7 @@ def _compact(found: dict[str, tuple[Part, ...]], made: Weights, given: Weights) 
 
 def _general(part: Part, name: str) -> Part:
     """`part` of the tensor `name`, with a template as source."""
-    numbers = _NUMBER.findall(name)
     general = template(part.source)
-    if fill(general, numbers) != part.source:
-        general = part.source  # the checkpoint counts otherwise
+    if fill(general, numbers_of(name)) != part.source:
+        return part  # the checkpoint counts otherwise
     return replace(part, source=general)

@@ -56,6 +56,13 @@ def in_place(w: Weights) -> Weights:
     return w
 
 
+def in_place_but_the_first(w: Weights) -> Weights:
+    for name, array in w.items():
+        if name.endswith("one.weight"):
+            array *= mx.array([1.0] * 3 + [0.5] * 3)[:, None]
+    return w
+
+
 def turned(w: Weights) -> Weights:
     return w | {f"{P}conv.weight": w[f"{P}conv.weight"].moveaxis(2, 1)}
 
@@ -96,6 +103,10 @@ CASES: list[tuple[Callable[[Weights], Weights], dict[str, tuple[Part, ...]]]] = 
         },
     ),
     (in_place, {f"{P}one.weight": (part("one", scale=3.0),), f"{P}fused.weight": (part("fused"),)}),
+    (
+        in_place_but_the_first,
+        {f"{P}one.weight": (part("one", rows=(0, 3, 1)), part("one", rows=(3, 6, 1), scale=0.5))},
+    ),
     (turned, {f"{P}conv.weight": (part("conv", axes=(0, 2, 1)),)}),
     (stacked, {f"{P}switch.up.weight": (part("experts.*.up", stacked=3),)}),
     (lambda w: {f"{P}x.weight": w[f"{P}one.weight"] @ mx.ones((4, 4))}, {f"{P}x.weight": ()}),

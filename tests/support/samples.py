@@ -213,6 +213,7 @@ _OWN: dict[str, Fields] = {
         "modules": [{"path": path, "embedding": False, "dtype": "float16", "block": 0} for path in _PACKED],
     },
     "qwen3_5": {"num_experts": 0},
+    "qwen3_next": {"layer_types": [_LINEAR, _FULL]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rwkv7": dict.fromkeys(
         ("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8

@@ -13,12 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from families import FAMILIES, WRAPPERS, make_family, model_type_of
 
 from mlx_adapters.models.torch_names import TABLE
 
 __all__ = ["entry", "written"]
+
+_TINY = {"dots1": tiny._FIELDS["dots1"]}  # compared with transformers, and none of the families
+_FIELDS = FAMILIES | WRAPPERS | _TINY
 
 
 def entry(name: str) -> tuple[str, dict[str, Any]]:
@@ -28,7 +32,7 @@ def entry(name: str) -> tuple[str, dict[str, Any]]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = model_type_of(name)
-    config = AutoConfig.for_model(kind, **deepcopy(FAMILIES.get(name) or WRAPPERS[name]))
+    config = AutoConfig.for_model(kind, **deepcopy(_FIELDS[name]))
     config.get_text_config().pad_token_id = None
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     with torch.device("meta"):
@@ -55,7 +59,8 @@ def _tensors(name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as place:
         try:
-            loaded = load.load(make_family(name, Path(place)), lazy=True)
+            make = tiny.make_tiny if name in _TINY else make_family
+            loaded = load.load(make(name, Path(place)), lazy=True)
         except AdaptersError as error:
             print(f"{name}: {error}")
             return {}
@@ -66,7 +71,7 @@ def _tensors(name: str) -> dict[str, Any]:
 def written() -> dict[str, Any]:
     """The whole table."""
     found: dict[str, Any] = {}
-    for name in [*FAMILIES, *WRAPPERS]:
+    for name in _FIELDS:
         try:
             found[model_type_of(name)] = entry(name)[1]
         except Exception as error:
