@@ -26,9 +26,10 @@ from mlx_adapters.adapter.call import apart, call_model
 from mlx_adapters.cpu import exponential
 from mlx_adapters.cpu.quantized import dequantize
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import sites
 
-__all__ = ["Head", "loss_sum", "split_head"]
+__all__ = ["Head", "loss_sum", "split_head", "undifferentiable"]
 
 # Logits of a chunk of the vocabulary. On a CPU a few arrays of so many stay in the cache; a GPU wants larger
 # products.
@@ -235,3 +236,13 @@ def _heads(model: nn.Module, backbone: Any) -> list[nn.Module]:
         if hasattr(backbone, name):
             found.append(getattr(backbone, name))
     return [layer for layer in found if isinstance(layer, nn.Module)]  # talkie's head is a bare array
+
+
+def undifferentiable(model: nn.Module, error: ValueError) -> Exception:
+    """What to raise for an error of differentiating `model`: UnsupportedError where it is the model's own."""
+    if "VJP" not in str(error):
+        return error
+    name = type(model).__module__.rpartition(".")[2]
+    return UnsupportedError(
+        f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
+    )

@@ -7,13 +7,18 @@ the softmax of the router's logits: the gradient reaches P alone. As in transfor
 and padding does not count.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_adapters.adapter.call import needs_cache
+from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.routers import BLOCKS, Choice, routers
+from mlx_adapters.models.routers import BLOCKS, Choice, recorded, routers
+from mlx_adapters.train.loss import loss_sum
 
-__all__ = ["balance", "refuse_without_routers"]
+__all__ = ["balance", "refuse_without_routers", "balanced_sum"]
 
 
 def balance(choices: list[Choice], read: mx.array) -> mx.array:
@@ -49,3 +54,15 @@ def refuse_without_routers(model: nn.Module) -> None:
             f"router_aux_loss: the router's logits are not found in this {name} model, whose router is no "
             "linear layer beside the experts. Leave it off"
         )
+
+
+def balanced_sum(
+    model: nn.Module, batch: Batch, *, head: Any, cache: list[Any] | None, share: float
+) -> mx.array:
+    """`loss_sum`, and `share` of the routers' balance as many times as the batch has labels: their mean is
+    transformers' loss."""
+    assert batch.read is not None
+    needs_cache(model, batch.ids.shape[0])  # its trial is not to be recorded
+    with recorded(model) as choices:
+        loss = loss_sum(model, batch, head=head, cache=cache)
+    return loss + share * batch.weights.sum() * balance(choices, batch.read)

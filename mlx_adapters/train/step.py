@@ -20,15 +20,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_adapters.adapter.call import needs_cache
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.errors import UnsupportedError
-from mlx_adapters.models.routers import recorded
 from mlx_adapters.train.caches import ExampleCache, KeysValues, prefix_cache
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.loss import Head, loss_sum
+from mlx_adapters.train.loss import Head, loss_sum, undifferentiable
 from mlx_adapters.train.progress import StepOutcome
-from mlx_adapters.train.router_loss import balance
+from mlx_adapters.train.router_loss import balanced_sum
 
 __all__ = ["GradientFn", "StepGradientFn", "UpdateFn", "accumulate", "loss_fn", "make_update"]
 __all__ += ["train_step", "value_and_grad"]
@@ -53,22 +50,14 @@ def loss_fn(
     head: Head | None,
     router_aux_loss: float = 0.0,
 ) -> mx.array:
-    """Sum of the token losses of `batch`; `below` and `above` hold what precedes each row, if anything.
-
-    With `router_aux_loss` as many times that share of the routers' balance as the batch has labels: the mean
-    over the labels is transformers' loss.
-    """
+    """Sum of the token losses of `batch`; `below` and `above` hold what precedes each row, if anything."""
     model.update(parameters)
     cache: list[Any] | None = prefix_cache(below + above) or None
     if batch.example_start is not None:
         cache = [ExampleCache(batch.example_start)] * len(model.layers)
-    if not router_aux_loss:
-        return loss_sum(model, batch, head=head, cache=cache)
-    assert batch.read is not None
-    needs_cache(model, batch.ids.shape[0])  # its trial is not to be recorded
-    with recorded(model) as choices:
-        loss = loss_sum(model, batch, head=head, cache=cache)
-    return loss + router_aux_loss * batch.weights.sum() * balance(choices, batch.read)
+    if router_aux_loss:
+        return balanced_sum(model, batch, head=head, cache=cache, share=router_aux_loss)
+    return loss_sum(model, batch, head=head, cache=cache)
 
 
 def value_and_grad(model: nn.Module, head: Head | None, *, router_aux_loss: float = 0.0) -> GradientFn:
@@ -77,16 +66,11 @@ def value_and_grad(model: nn.Module, head: Head | None, *, router_aux_loss: floa
     def gradient(parameters: Parameters, prefix: Prefix, batch: Batch) -> LossAndGradients:
         below, above = prefix
         differentiated = mx.value_and_grad(loss_fn, argnums=(0, 1))
+        arguments = (parameters, above, below, model, batch, head, router_aux_loss)
         try:
-            found: LossAndGradients = differentiated(
-                parameters, above, below, model, batch, head, router_aux_loss
-            )
+            found: LossAndGradients = differentiated(*arguments)
         except ValueError as error:
-            if "VJP" not in str(error):
-                raise
-            name = type(model).__module__.rpartition(".")[2]
-            problem = f"mlx-lm's {name} model cannot be differentiated, so nothing trains on it ({error})"
-            raise UnsupportedError(problem) from None
+            raise undifferentiable(model, error) from None
         return found
 
     return gradient
@@ -111,7 +95,6 @@ def accumulate(gradient: GradientFn) -> StepGradientFn:
 def make_update(optimizer: optim.Optimizer, clip: float, *, compiled: bool = False) -> UpdateFn:
     """The update as a function (weights, optimizer state, summed gradients, summed loss, number of labels,
     max_loss) -> (weights, optimizer state, mean loss, norm of the mean gradient, whether the step was good).
-
     A step is bad where the loss or the norm is not finite, or the loss is above `max_loss`.
     """
 
