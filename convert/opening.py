@@ -43,8 +43,7 @@ def check_opens(folder: Path, base: Path | None) -> str:
     except AdaptersError:
         raise
     except Exception as error:  # whatever transformers raises for a model it does not have
-        reason = " ".join(str(error).split())[:120]
-        return f"{NOT_COMPARED}: transformers does not make its base ({reason})"
+        return f"{NOT_COMPARED}: transformers does not make its base ({one_line(error)[:120]})"
     missing, unexpected = _names(network, folder)
     kind = type(network).__name__
     if unexpected:

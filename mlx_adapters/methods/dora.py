@@ -6,13 +6,11 @@ from typing import ClassVar, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import field
 from mlx_adapters.methods.base import (
     LAYERS_HELP,
     TARGETS_HELP,
     AdapterLayer,
-    OnEmbedding,
     Placed,
     dims,
     linear_like,
@@ -23,7 +21,7 @@ from mlx_adapters.methods.beside import WHOLE
 from mlx_adapters.methods.biases import BiasLayer, bias_of, shifted
 from mlx_adapters.methods.dropout import Dropout
 from mlx_adapters.methods.low_rank import SHARED_FIELDS, LowRank
-from mlx_adapters.methods.modules import EMBEDDINGS
+from mlx_adapters.methods.modules import EMBEDDINGS, EmbeddingLayer
 from mlx_adapters.methods.peft_fields import Fields
 from mlx_adapters.methods.tokens import HeadTokens, TokenRows
 from mlx_adapters.models import sites
@@ -88,49 +86,33 @@ class Layer(AdapterLayer):
         return linear_like(self.base, weight, self.get("bias"))
 
 
-class OnTable(OnEmbedding):
+class OnTable(EmbeddingLayer):
     """An embedding whose columns have a learned length: m * V / ||V||, V = E + scale * (B A)^T.
 
     A [rank, vocabulary] starts at zero, B [width, rank] at random. A tied output head stays the base's.
     """
 
     TENSORS: ClassVar[dict[str, str]] = {
-        "lora_embedding_a": "lora_embedding_A",
-        "lora_embedding_b": "lora_embedding_B",
+        **EmbeddingLayer.TENSORS,
         "magnitude": "lora_magnitude_vector.weight",
     }
     ALIASES: ClassVar[dict[str, str]] = Layer.ALIASES
     READS_WEIGHT: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, tied: bool) -> None:
-        super().__init__()
-        width, vocabulary = dims(base)
-        self.base = base
-        self.scale = scale
-        self.tied = tied
-        self.lora_embedding_a = mx.zeros((rank, vocabulary))
-        self.lora_embedding_b = mx.random.normal((width, rank))
+        super().__init__(base, rank=rank, scale=scale, tied=tied)
         self.magnitude = mx.linalg.norm(plain_weight(base).astype(mx.float32), axis=0)
 
     def __call__(self, ids: mx.array) -> mx.array:
         y = self.base(ids)
-        gain = self.magnitude / mx.stop_gradient(mx.linalg.norm(self._table(), axis=0))
+        gain = self.magnitude / mx.stop_gradient(mx.linalg.norm(super().table(), axis=0))
         low = (self.lora_embedding_a.T[ids] * self.scale) @ self.lora_embedding_b.T
         return y + ((gain - 1) * y + gain * low).astype(y.dtype)
 
-    def _table(self) -> mx.array:
-        update = (self.lora_embedding_b @ self.lora_embedding_a).T
-        return plain_weight(self.base).astype(mx.float32) + self.scale * update
-
-    def merge(self) -> nn.Module:
-        """A plain embedding with the trained table; ConfigError where the head shares its weight."""
-        if self.tied:
-            raise ConfigError(
-                "an update of a tied embedding cannot be merged: the output head would get it too"
-            )
-        merged, table = nn.Embedding(1, 1), self._table()
-        merged.weight = table * (self.magnitude / mx.linalg.norm(table, axis=0))
-        return merged
+    def table(self) -> mx.array:
+        """The embedding's weight as trained, float32 [vocabulary, width]."""
+        table = super().table()
+        return table * (self.magnitude / mx.linalg.norm(table, axis=0))
 
 
 class DoRA(LowRank):

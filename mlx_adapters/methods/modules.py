@@ -39,15 +39,19 @@ class EmbeddingLayer(OnEmbedding):
         low = self.lora_embedding_a.T[ids] * self.scale
         return y + (low @ self.lora_embedding_b.T).astype(y.dtype)
 
+    def table(self) -> mx.array:
+        """The embedding's weight with the update in it, float32 [vocabulary, width]."""
+        update = (self.lora_embedding_b @ self.lora_embedding_a).T
+        return plain_weight(self.base).astype(mx.float32) + self.scale * update
+
     def merge(self) -> nn.Module:
-        """A plain embedding with the update in it; ConfigError where the head shares its weight."""
+        """A plain embedding with the trained table; ConfigError where the head shares its weight."""
         if self.tied:
             raise ConfigError(
                 "an update of a tied embedding cannot be merged: the output head would get it too"
             )
         merged = nn.Embedding(1, 1)
-        update = (self.lora_embedding_b @ self.lora_embedding_a).T
-        merged.weight = plain_weight(self.base).astype(mx.float32) + self.scale * update
+        merged.weight = self.table()
         return merged
 
 

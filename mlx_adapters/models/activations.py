@@ -16,6 +16,7 @@ import numpy as np
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.architectures.row import Config
 from mlx_adapters.models.reference import reference
+from mlx_adapters.rebind import replace_call
 
 __all__ = ["Activation", "activation", "correct_activations"]
 
@@ -232,7 +233,7 @@ def _computing(base: Any, form: Form, function: Function) -> type:
         return result
 
     call = ungated if not gate else gated if up else merged
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 # Stacked experts -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ corrected raises UnsupportedError.
 
 import inspect
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from mlx_adapters.models.rope import correct_rotations
 from mlx_adapters.models.routing import correct_groups
 from mlx_adapters.models.state_space import limit_time_steps
 from mlx_adapters.models.windows import correct_windows, letters, pattern
+from mlx_adapters.rebind import replace_call
 
 __all__ = [
     "clip_projections",
@@ -34,7 +35,6 @@ __all__ = [
     "mask_by_row",
     "norm_factors_exactly",
     "refuse_chatglm2_ratio",
-    "replace_call",
     "rotate_part",
     "scale_attention",
     "scale_by_one",
@@ -78,12 +78,6 @@ def corrected(model: Any, args: Any, config: Config, row: Architecture) -> tuple
     Model.__name__ = Model.__qualname__ = model.__name__
     Model.__module__ = model.__module__
     return Model, Args
-
-
-def replace_call(base: type, call: Callable[..., Any]) -> type:
-    """A subclass of `base` under its name that computes `call(self, ...)`: set as a module's `__class__`, it
-    changes that module alone."""
-    return type(base.__name__, (base,), {"__call__": call})
 
 
 def _refuse_lost_biases(model: Any, config: Config, fields: Container[str]) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models.architectures.row import Config
+from mlx_adapters.models.blocks import layer_index
 from mlx_adapters.models.reference import reference
-from mlx_adapters.models.windows import layer_index, layer_types
+from mlx_adapters.models.windows import layer_types
 
 __all__ = ["SCALED", "correct_rotations", "original_length"]
 
@@ -91,7 +92,7 @@ def correct_rotations(model: Any, config: Config) -> None:
         return
     types, turning = layer_types(config), 0
     for path, holder in model.named_modules():
-        index = layer_index(path)
+        index = layer_index(f"{path}.")  # that of a block itself too
         kind = types[index] if index is not None and index < len(types) else None
         for name, rope in list(holder.children().items()):
             if not isinstance(rope, nn.Module) or not _ROTARY.search(type(rope).__name__):

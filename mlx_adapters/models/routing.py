@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_adapters.models.architectures.row import Config
+from mlx_adapters.rebind import replace_call
 
 __all__ = ["choose_with_bias", "correct_groups", "normalise_chosen", "weigh_all_experts"]
 
@@ -24,7 +25,7 @@ def _sharing(base: type) -> type:
         weights = mx.take_along_axis(shares, chosen, axis=-1)
         return (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 def choose_with_bias(model: Any, config: Config) -> None:
@@ -45,7 +46,7 @@ def _biased(base: type, least: float) -> type:
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 def normalise_chosen(model: Any, config: Config) -> None:
@@ -66,7 +67,7 @@ def _normalising(base: type) -> type:
         y = (self.switch_mlp(x, chosen) * weights[..., None].astype(x.dtype)).sum(axis=-2)
         return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 def _largest(scores: mx.array, count: int) -> mx.array:
@@ -107,7 +108,7 @@ def _of_groups(base: type) -> type:
             self.norm_topk_prob,
         )
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 @mx.compile

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.architectures.row import Architecture
 from mlx_adapters.models.architectures.table import architecture
+from mlx_adapters.models.blocks import layer_index
 
 __all__ = [
     "Site",
@@ -52,7 +53,6 @@ _TWISTS = (
 )
 # gemma3n and kimi_k3 do not call these layers: they read their weights
 _READ = re.compile(r"\.altup\.|_res_proj$")
-_LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)\.")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,12 +140,6 @@ def twisted_head(model: nn.Module) -> bool:
     """Whether a field of the model's configuration caps or scales the logits behind the output head."""
     arguments = getattr(model, "args", None)
     return any(getattr(arguments, name, None) for name in _TWISTS)
-
-
-def layer_index(path: str) -> int | None:
-    """The number of the decoder block that `path` lies in; None outside the blocks."""
-    found = _LAYER.search(path)
-    return int(found.group(1)) if found else None
 
 
 def to_hf(path: str, model_type: str) -> str:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from mlx_adapters.models.architectures.row import Config
 from mlx_adapters.models.reference import reference
+from mlx_adapters.rebind import replace_call
 
 __all__ = ["fold_multipliers", "group_gated_norms", "limit_time_steps"]
 
@@ -25,12 +26,7 @@ def limit_time_steps(model: Any, config: Config) -> None:
         limits = (config.get("time_step_min", config.get("mamba_dt_min", 0.001)), math.inf)
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
-            module.time_step_limit = tuple(_number(value) for value in limits)
-
-
-def _number(value: Any) -> float:
-    """A number of a configuration; transformers 5 writes infinity as an object."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
+            module.time_step_limit = tuple(float(value) for value in limits)
 
 
 def group_gated_norms(model: Any, config: Config) -> None:
@@ -50,7 +46,7 @@ def _grouped(base: type, groups: int) -> type:
         x = mx.fast.rms_norm(mx.unflatten(x, -1, (groups, -1)), None, eps).flatten(-2) * self.weight
         return x if gate is None or first else nn.silu(gate) * x
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 def fold_multipliers(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:

@@ -6,7 +6,6 @@ are whole.
 """
 
 import inspect
-import re
 from typing import Any
 
 import mlx.core as mx
@@ -14,17 +13,11 @@ import mlx.core as mx
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.architectures.row import Config
 from mlx_adapters.models.reference import Window, reference
+from mlx_adapters.rebind import replace_call
 
-__all__ = ["correct_windows", "layer_index", "layer_types", "letters", "pattern"]
+__all__ = ["correct_windows", "layer_types", "letters", "pattern"]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-_LAYER = re.compile(r"(?:^|\.)(?:\w*layers|h|blocks)\.(\d+)(?:\.|$)")
-
-
-def layer_index(path: str) -> int | None:
-    """The number of the decoder block at or above `path`; None outside the blocks."""
-    found = _LAYER.search(path)
-    return int(found.group(1)) if found else None
 
 
 def layer_types(config: Config) -> list[str]:
@@ -134,8 +127,6 @@ def _whole_caches(base: Any) -> type:
 def _masked(base: Any, window: int | None) -> type:
     """A block that sees the last `window` tokens, or all of them: it makes its own mask."""
     from mlx_lm.models.base import create_attention_mask
-
-    from mlx_adapters.models.corrections import replace_call
 
     signature = inspect.signature(base.__call__)
 

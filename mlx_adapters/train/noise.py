@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import sites
+from mlx_adapters.rebind import replace_call
 
 __all__ = ["add_noise"]
 
@@ -35,4 +36,4 @@ def add_noise(model: nn.Module, alpha: float) -> None:
         bound = alpha / math.sqrt(embedded.shape[-2] * embedded.shape[-1])
         return embedded + mx.random.uniform(-bound, bound, embedded.shape).astype(embedded.dtype)
 
-    table.__class__ = type(base.__name__, (base,), {"__call__": call})
+    table.__class__ = replace_call(base, call)

@@ -17,6 +17,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models import sites
+from mlx_adapters.rebind import replace_call
 from mlx_adapters.train.caches import ExampleCache
 from mlx_adapters.train.step import GradientFn, LossAndGradients, Parameters, Prefix
 
@@ -96,7 +97,7 @@ def _rotary(base: type, rows: _Rows) -> type:
         turned = base.__call__(self, tokens, offset=position.reshape(-1))
         return turned.reshape(count, time, heads, width).transpose(0, 2, 1, 3)
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
 
 
 def _learned(base: type, rows: _Rows) -> type:
@@ -106,4 +107,4 @@ def _learned(base: type, rows: _Rows) -> type:
         result: mx.array = base.__call__(self, ids)
         return result
 
-    return type(base.__name__, (base,), {"__call__": call})
+    return replace_call(base, call)
