@@ -18,7 +18,7 @@ from mlx_adapters.errors import DataError
 from mlx_adapters.models.chat_template import chat_prompt
 from mlx_adapters.models.stop_tokens import turn_end
 
-__all__ = ["Conversation", "conversations"]
+__all__ = ["Conversation", "closing_token", "conversations"]
 
 Messages = Sequence[Mapping[str, Any]]
 _PROBE = "zqxj"  # an answer that occurs in no template
@@ -82,7 +82,7 @@ def conversations(
         raise DataError(
             "no message is an answer to learn: the role must be 'assistant', after at least one other message"
         )
-    kwargs, closing = dict(kwargs or {}), _turn_end(tokenizer, tokenizer.chat_template)
+    kwargs, (_, closing) = dict(kwargs or {}), closing_token(tokenizer, tokenizer.chat_template)
     answers = [_answer(messages[: index + 1], tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
     together, apart = [], []
@@ -106,10 +106,11 @@ def _is_learned(message: Mapping[str, Any]) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _turn_end(tokenizer: Any, template: str | None) -> str:
-    """The token that closes an answer, as text; empty where the template writes none."""
+def closing_token(tokenizer: Any, template: str | None) -> tuple[int | None, str]:
+    """The token that closes an answer in the chat `template` of `tokenizer`, and its text; None and "" where
+    the template writes none. It is found once, by rendering the template."""
     end = turn_end(tokenizer)
-    return "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
+    return end, "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
 
 
 def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closing: str) -> _Answer:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
-from mlx_adapters.data.chat import Conversation, conversations
+from mlx_adapters.data.chat import Conversation, closing_token, conversations
 from mlx_adapters.data.sources import Rows, check_fields
 from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
-from mlx_adapters.models.stop_tokens import turn_end
 
 __all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
 
@@ -165,7 +164,8 @@ def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Ex
         while first >= end:
             begin, end = next(spans)
         labels.append(last > begin and first < end)
-    closing = None if text.closed else turn_end(tokenizer) or end_id(tokenizer)
+    end_of_turn, _ = closing_token(tokenizer, tokenizer.chat_template)
+    closing = None if text.closed else end_of_turn or end_id(tokenizer)
     if closing is not None and ids[-1] != closing:
         keep = len(labels) - labels[::-1].index(True) if True in labels else len(labels)
         # in place of a line end behind the answer

@@ -16,19 +16,13 @@ from typing import Any
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.names import Names, Part, from_record, template
 
-__all__ = ["TABLE", "known_names", "torch_class", "torch_name"]
+__all__ = ["TABLE", "known_names", "torch_name"]
 
 TABLE = Path(__file__).with_name("torch_names.json")
 """`names`: {model_type: its `class`, the `prefix` of the base model in it, the names `beside` it, and
 `tensors`, where mlx-lm's come from in a tiny checkpoint of the family (`names.as_record`), and `rules`, each
 a pattern and what takes its place, or a scope, a pattern and what takes its place below it}."""
 _BACK = re.compile(r"\\(.)")
-
-
-def torch_class(model_type: str) -> str | None:
-    """The class that PyTorch opens such a checkpoint with; None where the table does not have it."""
-    entry = _table().get(model_type)
-    return entry["class"] if entry else None
 
 
 @cache

@@ -1,7 +1,5 @@
 """The gated delta rule in chunks against mlx-lm's one step per token."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,18 +8,13 @@ import numpy as np
 import pytest
 import samples
 from mlx_lm.models.gated_delta import gated_delta_ops
+from recurrences import accurate_exp, padded, slopes
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.models.recurrent import install
 from mlx_adapters.models.recurrent.delta_rule import gated_delta, unit_lower_inverse
 
 ROWS, KEY_HEADS, VALUE_HEADS, KEYS, VALUES = 2, 2, 4, 16, 8
-_exp = mx.exp
-
-
-def accurate_exp(x: mx.array) -> mx.array:
-    """MLX's exponential of float64 is right to 1e-6 only, its power to 1e-15."""
-    return mx.power(mx.array(math.e, mx.float64), x) if x.dtype == mx.float64 else _exp(x)
 
 
 def given(time: int, kind: mx.Dtype, vector: bool) -> tuple[list[mx.array], mx.array]:
@@ -43,28 +36,12 @@ def given(time: int, kind: mx.Dtype, vector: bool) -> tuple[list[mx.array], mx.a
         beta,
         random.standard_normal((ROWS, VALUE_HEADS, VALUES, KEYS)),
     ]
-    mask = np.ones((ROWS, time), bool)
-    mask[0, time - time // 3 :] = False
-    mask[1, : time // 5] = False
-    return [mx.array(array, dtype=kind) for array in arrays], mx.array(mask)
+    return [mx.array(array, dtype=kind) for array in arrays], padded(time)
 
 
 def step_by_step(q: Any, k: Any, v: Any, log_g: Any, beta: Any, state: Any, mask: Any) -> Any:
     y, last = gated_delta_ops(q, k, v, mx.exp(log_g), beta, state, mask)
     return mx.where(mask[..., None, None], y, 0), last
-
-
-def slopes(function: Callable[..., Any], arrays: list[mx.array], mask: mx.array) -> list[mx.array]:
-    """Outputs, last state, and the gradients of a sum that weighs each number of both differently."""
-
-    def weighed(*arrays: mx.array) -> mx.array:
-        total = mx.array(0.0, arrays[0].dtype)
-        for number, result in enumerate(function(*arrays, mask)):
-            weight = np.random.default_rng(number).standard_normal(result.shape)
-            total = total + (result * mx.array(weight, dtype=result.dtype)).sum()
-        return total
-
-    return [*function(*arrays, mask), *mx.grad(weighed, argnums=tuple(range(6)))(*arrays)]
 
 
 @pytest.mark.parametrize("vector", [False, True], ids=["gate per head", "gate per channel"])

@@ -1,7 +1,5 @@
 """Mamba-2's state space in chunks, against one step per token and against mlx-lm's chunks."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,17 +7,12 @@ import numpy as np
 import pytest
 import samples
 from mlx_lm.models import ssm
+from recurrences import accurate_exp, padded, slopes
 
 from mlx_adapters.models.recurrent.install import in_chunks, ssm_update
 from mlx_adapters.models.recurrent.state_space import state_space
 
 ROWS, GROUPS, HEADS, WIDTH, SIZE = 2, 2, 4, 8, 16
-_exp = mx.exp
-
-
-def accurate_exp(x: mx.array) -> mx.array:
-    """MLX's exponential of float64 is right to 1e-6 only, its power to 1e-15."""
-    return mx.power(mx.array(math.e, mx.float64), x) if x.dtype == mx.float64 else _exp(x)
 
 
 def given(time: int, kind: mx.Dtype) -> tuple[list[mx.array], mx.array]:
@@ -32,10 +25,7 @@ def given(time: int, kind: mx.Dtype) -> tuple[list[mx.array], mx.array]:
         random.standard_normal((ROWS, time, GROUPS, SIZE)),
         random.standard_normal((ROWS, HEADS, WIDTH, SIZE)),
     ]
-    mask = np.ones((ROWS, time), bool)
-    mask[0, time - time // 3 :] = False
-    mask[1, : time // 5] = False
-    return [mx.array(array, dtype=kind) for array in arrays], mx.array(mask)
+    return [mx.array(array, dtype=kind) for array in arrays], padded(time)
 
 
 def step_by_step(x: Any, log_a: Any, b: Any, c: Any, state: Any, mask: Any) -> tuple[mx.array, mx.array]:
@@ -46,19 +36,6 @@ def step_by_step(x: Any, log_a: Any, b: Any, c: Any, state: Any, mask: Any) -> t
         state = mx.where(mask[:, t, None, None, None], new, state)
         outputs.append((state * c[:, t, :, None]).sum(axis=-1))
     return mx.stack(outputs, axis=1), state
-
-
-def slopes(function: Callable[..., Any], arrays: list[mx.array], mask: mx.array) -> list[mx.array]:
-    """Outputs, last state, and the gradients of a sum that weighs each number of both differently."""
-
-    def weighed(*arrays: mx.array) -> mx.array:
-        total = mx.array(0.0, arrays[0].dtype)
-        for number, result in enumerate(function(*arrays, mask)):
-            weight = np.random.default_rng(number).standard_normal(result.shape)
-            total = total + (result * mx.array(weight, dtype=result.dtype)).sum()
-        return total
-
-    return [*function(*arrays, mask), *mx.grad(weighed, argnums=tuple(range(5)))(*arrays)]
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(mx.float64, 1e-10), (mx.float32, 1e-5)])
