@@ -302,7 +302,7 @@ def _refuse(config: Config, fields: dict[str, bool], row: Architecture) -> None:
         raise ignored("rope_theta", config["rope_theta"], f"mlx-lm's {kind} always uses 10000")
     part = config.get("partial_rotary_factor")
     reads_part = fields.keys() & {"partial_rotary_factor", "rotary_pct", "rope_parameters"}
-    if not (reads_part or row.rotates_part) and part not in (None, 1, 1.0):
+    if not reads_part and part not in (None, 1, 1.0):
         raise ignored("partial_rotary_factor", part, f"mlx-lm's {kind} always uses 1")
     heads, width, head_dim = (config.get(n) for n in ("num_attention_heads", "hidden_size", "head_dim"))
     if head_dim == config.get("qk_rope_head_dim"):

@@ -163,7 +163,6 @@ DISCOVERED: dict[str, Architecture] = {
     "minimax_m2": Architecture(
         experts=_MIXTRAL_EXPERTS,
         forms=(saved_forms.minimax_m2_rotations,),
-        rotates_part=True,
         peft=_MIXTURE,
     ),
     "nemotron_h": Architecture(

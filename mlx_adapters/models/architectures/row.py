@@ -154,9 +154,6 @@ class Architecture:
     """The two linear layers of an MLP without a gate, whose width is corrected."""
     widths: tuple[str, str] | None = None
     """The configuration's fields of that MLP's width and of the model's, where mlx-lm assumes 4 to 1."""
-    rotates_part: bool = False
-    """A part of each head is rotated as the configuration says: by `corrections` where mlx-lm rotates whole
-    heads, or by the model file, which reads it under another name."""
     as_built: Callable[[Config], Config] | None = None
     """The configuration from which mlx-lm's file builds the right modules."""
     corrections: tuple[Callable[[Any, Config], None], ...] = ()

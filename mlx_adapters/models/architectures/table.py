@@ -102,7 +102,6 @@ _WITH_LAYERS: dict[str, Architecture] = {
         mlp=("gate_up_proj", "down_proj"),
         defaults=_UNTIED,
         rotary_part=0.5,
-        rotates_part=True,
         corrections=(corrections.rotate_part,),
         adapterhub=AdapterHub(up="mlp.gate_up_proj"),
     ),
