@@ -38,8 +38,8 @@ def command(
     **given: Any,
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""
+    from mlx_adapters.evaluate import score
     from mlx_adapters.evaluate.run import Evaluator
-    from mlx_adapters.evaluate.score import columns, none_right, row
 
     config = EvalConfig(**{name: value for name, value in given.items() if value is not None})
     evaluator = Evaluator(
@@ -55,9 +55,8 @@ def command(
     reading = evaluator.asking.reading
 
     def words() -> None:
-        heads = columns(found.settings["decoding"], reading)
-        table(heads, [row(score, reading) for score in found.scores])
-        for line in filter(None, map(none_right, found.scores)):
+        table(*score.table(found.scores, found.settings["decoding"], reading))
+        for line in filter(None, map(score.none_right, found.scores)):
             typer.echo(line)
 
     report(found.settings | {"scores": found.scores}, words)
