@@ -114,6 +114,7 @@ def _train(
 ) -> None:
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
+    from mlx_adapters.train.callbacks import Tokenizing
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.examples import excluded_hashes, rows_of
     from mlx_adapters.train.summary import summary
@@ -128,7 +129,8 @@ def _train(
     rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
-    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)
+    given |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
+    trainer = Trainer(loaded, rows, method, **given)
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
     if given["resume"]:

@@ -34,6 +34,10 @@ class Example:
         """How many tokens have a label."""
         return max(0, len(self.ids) - self.loss_start) - sum(end - begin for begin, end in self.unlabelled)
 
+    def as_text(self) -> str:
+        """What a run's digest is taken of."""
+        return f"{self.loss_start}{self.unlabelled or ''}:{self.ids}"
+
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         inside = tuple((begin, min(end, length)) for begin, end in self.unlabelled if begin < length)
