@@ -30,7 +30,7 @@ _PROCESSES = "processes of this machine that share every batch: faster on a CPU"
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, arg("model folder or hub id")] = None,
-    data: Annotated[str | None, opt(".json or .jsonl file, folder, or hub id")] = None,
+    data: Annotated[list[str] | None, opt("file, folder, or hub id; may be repeated")] = None,
     output: Annotated[Path | None, opt("new folder for the adapter")] = None,
     method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
     set_: options.Settings = None,
@@ -49,7 +49,7 @@ def command(
     """Train an adapter on a frozen base model."""
     from mlx_adapters.cpu.processes import in_ring, run_ring
 
-    named = {"model": model, "data": data, "output": output and str(output), "method": method}
+    named = {"model": model, "data": data or None, "output": output and str(output), "method": method}
     training = {field.name for field in fields_of(TrainConfig)}
     file = read_options(config, {*named, *training, "set"})
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)

@@ -63,6 +63,10 @@ class TrainConfig:
         None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
     )
     limit: int | None = field(None, "use only the first N rows")
+    weights: str | None = field(
+        None,
+        "with several --data: their shares of what is learned, as 3,1 [default: every row once an epoch]",
+    )
 
     def __post_init__(self) -> None:
         problems = [

@@ -17,6 +17,7 @@ from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
 from mlx_adapters.data.batches import MULTIPLE, Batch, each_batch, make_batch, rows_per_pass
+from mlx_adapters.data.mixture import Weighted
 from mlx_adapters.data.picked import id_rows, lengths_of
 from mlx_adapters.data.token_cache import StoredExamples
 from mlx_adapters.data.tokens import Example
@@ -144,6 +145,8 @@ class Run:
             fixed["cutoff"] = self.config.cutoff
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
+        if isinstance(self.examples, Weighted):
+            fixed["mixture"] = self.examples.described
         rows = self.config.batch_size * self.processes.size
         data = {"examples": len(self.examples), "data": self._data}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
