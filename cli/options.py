@@ -83,8 +83,8 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
         parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for field in dataclasses.fields(config_class):
             default = "" if field.default is None else f" [default: {field.default}]"
-            name = f"--{field.name.replace('_', '-')}"
-            option = opt(field.metadata["help"] + default, name, values=FIELDS.get(field.name, ()))
+            flags = [f"--{n.replace('_', '-')}" for n in (field.name, field.metadata["was"]) if n]
+            option = opt(field.metadata["help"] + default, *flags, values=FIELDS.get(field.name, ()))
             kind = _plain(hints[field.name]) | None
             keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None)
             parameters.append(keyword.replace(annotation=Annotated[kind, option]))

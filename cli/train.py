@@ -1,7 +1,6 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
 import sys
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, lines, say
 from mlx_adapters.errors import ConfigError, counted
-from mlx_adapters.fields import merged, parse_fields, settings
+from mlx_adapters.fields import current, merged, names, parse_fields, settings
 from mlx_adapters.files.documents import read_options
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import duration
@@ -50,8 +49,7 @@ def command(
     from mlx_adapters.cpu.processes import in_ring, run_ring
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
-    training = {field.name for field in fields_of(TrainConfig)}
-    file = read_options(config, {*named, *training, "set"})
+    file = current(TrainConfig, read_options(config, {*named, *names(TrainConfig), "set"}))
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
     if missing := [name for name in ("model", "data", "output") if name not in chosen]:
         raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
@@ -63,7 +61,7 @@ def command(
     fields = merged(fields, settings([*(set_ or []), *pairs]))
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
-    values = merged({k: v for k, v in file.items() if k in training}, given)
+    values = merged({k: v for k, v in file.items() if k not in {*named, "set"}}, given)
     run_config = parse_fields(TrainConfig, values, where=f"train ({config})" if config else "train")
     if processes > 1:
         run_config = run_config.shared(processes)

@@ -6,18 +6,40 @@ Imports nothing heavy: the command line reads these declarations before it knows
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
 
-__all__ = ["field", "merged", "parse_fields", "settings"]
+__all__ = ["current", "field", "merged", "names", "parse_fields", "settings"]
 
 T = TypeVar("T")
 
 
-def field(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that the command line, YAML and docs show."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def field(default: Any, help: str, *, was: str = "") -> Any:
+    """A dataclass field with the help text that the command line, YAML and docs show. `was` is its name in
+    earlier versions, which is still understood."""
+    return dataclasses.field(default=default, metadata={"help": help, "was": was})
+
+
+def names(config_class: type) -> set[str]:
+    """The names of a dataclass's fields, those of earlier versions among them."""
+    return {*_renamed(config_class), *(field.name for field in dataclasses.fields(config_class))}
+
+
+def current(config_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the fields' names of today. ConfigError for a field under two names."""
+    now = _renamed(config_class)
+    for old, new in now.items():
+        if old in settings and new in settings:
+            raise ConfigError(f"{old} and {new} are two names of one field: leave out {old}")
+    return {now.get(name, name): value for name, value in settings.items()}
+
+
+def _renamed(config_class: type) -> dict[str, str]:
+    """{name in earlier versions: name of today} of the fields that have another one now."""
+    fields = dataclasses.fields(config_class)
+    return {field.metadata["was"]: field.name for field in fields if field.metadata.get("was")}
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +68,7 @@ def parse_fields(config_class: type[T], settings: dict[str, Any], *, where: str)
     annotated = typing.get_type_hints(config_class)
     hints = {field.name: annotated[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     problems, values = [], {}
-    for name, raw in settings.items():
+    for name, raw in current(config_class, settings).items():
         if name not in hints:
             problems.append(unknown(f"field of {where}", name, hints))
             continue

@@ -38,14 +38,14 @@ class Example:
 
 @dataclass
 class Encoded:
-    """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
-    cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
-    one, `rewritten` earlier answers are examples of their own. `longest` is the longest before the cutoff, in
-    tokens. `endless`: the tokenizer has no end token."""
+    """Examples, and what is odd about the rows: `truncated` were longer than the max length, `dropped` have
+    nothing to learn, `empty` have no answer, `repeated` are the same as an earlier one, `rewritten` earlier
+    answers are examples of their own. `longest` is the longest row in tokens, whole. `endless`: the tokenizer
+    has no end token."""
 
     examples: list[Example]
-    truncated: int
-    dropped: int
+    truncated: int = 0
+    dropped: int = 0
     empty: int = 0
     repeated: int = 0
     rewritten: int = 0
@@ -75,10 +75,8 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def encode(
-    rows: Rows, tokenizer: Any, *, template: str, cutoff: int = 256, loss_on: str = "completion"
-) -> Encoded:
-    """Encode training rows; what ends an answer is learned unless the row was cut at `cutoff` tokens.
+def encode(rows: Rows, tokenizer: Any, *, template: str, loss_on: str = "completion") -> Encoded:
+    """Encode training rows whole (`long_rows.fitted` cuts them); what ends an answer is learned.
 
     With the template `chat` a row is a conversation, encoded whole as the chat template writes it. With the
     others prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges,
@@ -88,7 +86,6 @@ def encode(
         rows: what `load_rows` returns.
         tokenizer: the model's.
         template: a name of `TEMPLATES`.
-        cutoff: tokens of the longest row.
         loss_on: `completion` (all answers of a conversation), `last` (its last answer) or `all` (the prompt
             too, as in the paper).
 
@@ -97,7 +94,7 @@ def encode(
     """
     if loss_on not in LOSS_ON:
         raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
-    done = Encoded([], 0, 0, endless=end_id(tokenizer) is None)
+    done = Encoded([], endless=end_id(tokenizer) is None)
     seen: set[Any] = set()
     for index, row in enumerate(rows.rows):
         try:
@@ -109,9 +106,9 @@ def encode(
         done.repeated += texts[-1] in seen
         seen.add(texts[-1])
         for text in texts:
-            _add(done, text, tokenizer, cutoff, loss_on)
+            _add(done, text, tokenizer, loss_on)
     if not done.examples:
-        raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
+        raise DataError(f"{rows.origin}: no row has a token to learn")
     return done
 
 
@@ -129,17 +126,13 @@ def _texts(
     return conversations(messages, tokenizer, kwargs, only=only)
 
 
-def _add(
-    done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, cutoff: int, loss_on: str
-) -> None:
+def _add(done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, loss_on: str) -> None:
     if isinstance(text, Conversation):
         example, empty = conversation_example(text, tokenizer, loss_on), text.empty
     else:
         example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
     done.empty += empty
-    done.truncated += len(example.ids) > cutoff
     done.longest = max(done.longest, len(example.ids))
-    example = example.cut(cutoff)
     if example.supervised > 0:
         done.examples.append(example)
     else:

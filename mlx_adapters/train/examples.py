@@ -79,9 +79,9 @@ def _questions(file: Path) -> list[str]:
 def encoded(
     rows: Rows, model: LanguageModel, config: TrainConfig, *, template: str, written: datetime
 ) -> Encoded:
-    """The rows as examples. `written` is the time for templates that write a date."""
+    """The rows as whole examples. `written` is the time for templates that write a date."""
     with written_at(written):
-        found = encode(rows, model.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
+        found = encode(rows, model.tokenizer, template=template, loss_on=config.loss_on)
     check_ids(model.model, (example.ids for example in found.examples), model.tokenizer)
     return found
 

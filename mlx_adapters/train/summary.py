@@ -25,8 +25,8 @@ def summary(trainer: Trainer) -> list[str]:
     cut, rows = trainer.encoded.truncated, len(trainer.encoded.examples) + trainer.encoded.dropped
     if cut > _MANY_CUT * rows:
         sentences.append(
-            f"{cut / rows:.0%} of the rows are over {trainer.config.cutoff} tokens and lose their end: "
-            f"--cutoff {trainer.encoded.longest} keeps all whole, and takes more memory"
+            f"{cut / rows:.0%} of the rows are over {trainer.config.max_length} tokens: --max-length "
+            f"{trainer.encoded.longest} keeps all whole, and takes more memory"
         )
     long = made_for(trainer.model.config)
     if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
@@ -41,13 +41,13 @@ def _rows(trainer: Trainer) -> str:
     encoded = trainer.encoded
     counts = (
         (trainer.excluded, "left out because they stand in the excluded files"),
-        (encoded.truncated, f"cut at {trainer.config.cutoff} tokens"),
-        (encoded.dropped, "dropped: nothing to learn within the cutoff"),
+        (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
         (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
     )
-    return text + "".join(f"; {count} {what}" for count, what in counts if count)
+    text += "".join(f"; {count} {what}" for count, what in counts if count)
+    return text + (f"; {encoded.in_words}" if encoded.in_words else "")
 
 
 def _length(run: Run) -> list[str]:

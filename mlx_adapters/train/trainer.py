@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe, fingerprint
-from mlx_adapters.train import checkpoint, classes, metrics
+from mlx_adapters.train import classes, metrics
 from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
@@ -35,8 +34,10 @@ from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, 
 from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
-from mlx_adapters.train.loop import CHECKPOINTS, Run
+from mlx_adapters.train.loop import Run
+from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.resumed import time_of
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
@@ -240,15 +241,19 @@ class Trainer:
         earlier = adapter.read_meta(start) if start else None
         before = earlier.template if earlier else ""
         template = config.template or before or default_template(rows.format, self.model.tokenizer)
-        written = _time(self.output, resume, processes)
-        self.encoded = encoded(rows, self.model, config, template=template, written=written)
-        training, validation = split(self.encoded.examples, config)
+        written = time_of(self.output, resume, processes)
+        whole = encoded(rows, self.model, config, template=template, written=written)
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
         self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
+        earlier_run = self.output if resume else None
+        config, reasons = settled(config, whole, self.model, earlier=earlier_run, processes=processes)
+        self.config, self.notes = config, self.notes + reasons
+        self.encoded = fitted(rows, whole, self.model, config)
+        training, validation = split(self.encoded.examples, config)
         self.run = Run(
             self.model.model,
             training,
@@ -388,13 +393,3 @@ def _attached(
     method = methods.make(method, {}) if isinstance(method, str) else method
     method = method.with_tokenizer(model.tokenizer)
     return method, list(adapter.attach(model, method))
-
-
-def _time(output: Path, resume: bool, processes: Processes) -> datetime:
-    """When the rows are written, for templates that write a date: now, or as the run that is resumed had it.
-    The first process decides, for another may be past midnight."""
-    saved = checkpoint.setting(output / CHECKPOINTS, "written") if resume and processes.writes else None
-    moment = datetime.fromisoformat(saved) if isinstance(saved, str) else datetime.now()
-    parts = processes.from_first(mx.array(moment.timetuple()[:6], dtype=mx.int32)).tolist()
-    year, month, day, hour, minute, second = parts
-    return datetime(year, month, day, hour, minute, second)
