@@ -4,8 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mlx_adapters.cli.complete import FORMATS
 from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
@@ -29,6 +27,7 @@ def command(
     """
     from mlx_adapters import adapter as adapters
     from mlx_adapters.convert import exchange, peft
+    from mlx_adapters.next_steps import after_export
 
     meta = adapters.read_meta(adapter)
     folder = exchange.base_to_verify(meta, format, model) if verify else None
@@ -39,10 +38,8 @@ def command(
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
-        for line in exchange.in_words(done, meta):
-            typer.echo(line)
-        if verdict:
-            typer.echo(str(verdict))
+        text = "\n".join([*exchange.in_words(done, meta), *([str(verdict)] if verdict else [])])
+        typer.echo("\n".join([text, *after_export(done, meta)]))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
     report(asdict(done) | {"verify": checked}, words, passed=not verdict or verdict.passed)

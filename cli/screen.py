@@ -83,6 +83,11 @@ def picture(rows: Sequence[Any], *, err: bool = False) -> None:
     typer.echo(text.get() if coloured else plain(in_marks(rows)), nl=False, err=err)
 
 
+def ended(text: str, following: Iterable[str]) -> None:
+    """A result on stdout, and below it what may come next: lines that are ready to be pasted."""
+    typer.echo("\n".join([*filter(None, [text]), "Next:", *(f"    {line}" for line in following)]))
+
+
 @contextmanager
 def lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Yields `update(done, text)`: a live bar with the time left on a terminal, a plain line now and then

@@ -11,7 +11,7 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.complete import DTYPES, LOGGERS, methods
 from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import be_quiet, lines, say
+from mlx_adapters.cli.screen import be_quiet, ended, lines, picture, say
 from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.fields import current, merged, names, parse_fields, settings
 from mlx_adapters.files.documents import read_options
@@ -42,6 +42,7 @@ def command(
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
     processes: Annotated[int, opt(_PROCESSES, min=1)] = 1,
     log: Annotated[list[str] | None, opt("also to tensorboard, wandb or trackio", values=LOGGERS)] = None,
+    show_example: Annotated[bool, opt("print the first row as it is trained", "--show-example")] = False,
     dtype: Annotated[str | None, opt("compute in float32, float16 or bfloat16", values=DTYPES)] = None,
     **given: Any,
 ) -> None:
@@ -67,7 +68,13 @@ def command(
         run_config = run_config.shared(processes)
         if not in_ring():
             raise typer.Exit(run_ring("mlx_adapters.cli.app", sys.argv[1:], processes, warn=say))
-    given = {"start": adapter, "resume": resume, "log": log or [], **vars(run_config)}
+    given = {
+        "show_example": show_example,
+        "start": adapter,
+        "resume": resume,
+        "log": log or [],
+        **vars(run_config),
+    }
     _train(chosen, fields, exclude or [], dtype, given)
 
 
@@ -112,11 +119,13 @@ def _train(
 ) -> None:
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
+    from mlx_adapters.next_steps import after_train
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.examples import excluded_hashes, rows_of
-    from mlx_adapters.train.summary import summary
+    from mlx_adapters.train.summary import first_row, summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
+    show_example = given.pop("show_example")
     output, together = Path(chosen["output"]), processes()
     method = methods.make(chosen["method"], fields)  # a typing error is told before the model loads
     if together.writes:
@@ -129,6 +138,8 @@ def _train(
     trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
+    if show_example:
+        picture(first_row(trainer), err=True)
     if given["resume"]:
         say(f"resuming after step {trainer.run.step}")
     run(trainer)
@@ -137,11 +148,9 @@ def _train(
     result = trainer.result
 
     def words() -> None:
-        done = f"trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
+        done = f"{output}: trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
         if result.loss is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result.loss:.4f} at step {result.step}"
-        typer.echo(f"{output}: {done}. Next:")
-        typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
-        typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
+        ended(done, after_train(chosen["model"], chosen["data"], rows, output, trainer.meta))
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)

@@ -57,9 +57,10 @@ def show_rows(source: str | Path | Rows, model: str | Path, **options: Any) -> l
 
 
 def as_trained(
-    row: int, example: Example, tokenizer: Any, max_length: int, long_rows: str = "cut"
+    row: int, example: Example, tokenizer: Any, max_length: int | None = None, long_rows: str = "cut"
 ) -> list[Shown]:
-    """An example of that row as it is trained: in one piece, or in its chunks."""
+    """An example of that row as it is trained, in one piece or in its chunks; without a max length whole."""
+    max_length = len(example.ids) if max_length is None else max_length
     special = frozenset(getattr(tokenizer, "all_special_ids", ()))
     trained = shortened(example, max_length, long_rows, special)
     if long_rows == "split":

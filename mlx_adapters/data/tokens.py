@@ -54,7 +54,8 @@ class Sink(Protocol):
 class Encoded:
     """Examples, and what is odd about the rows: `truncated` were longer than the max length, `dropped` have
     nothing to learn, `empty` have no answer, `rewritten` earlier answers are examples of their own. `longest`
-    is the longest row in tokens, whole. `endless`: the tokenizer has no end token. `texts` holds eight bytes of a hash of each row's text."""
+    is the longest row in tokens, whole. `endless`: the tokenizer has no end token. `texts` holds eight bytes
+    of a hash of each row's text."""
 
     examples: Sequence[Example]
     truncated: int = 0

@@ -86,7 +86,7 @@ def encoded(
     return found
 
 
-def split(examples: list[Example], config: TrainConfig) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], config: TrainConfig) -> tuple[Sequence[Example], Sequence[Example]]:
     """(to train on, held out for validation), drawn by the seed: not a run of neighbours in the file."""
     if config.validation == 0:
         return examples, []
