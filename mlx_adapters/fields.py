@@ -4,42 +4,40 @@ Imports nothing heavy: the command line reads these declarations before it knows
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
 
-__all__ = ["current", "field", "merged", "names", "parse_fields", "settings"]
+__all__ = ["current", "field", "merged", "parse_fields", "settings", "synonyms"]
 
 T = TypeVar("T")
 
 
-def field(default: Any, help: str, *, was: str = "") -> Any:
-    """A dataclass field with the help text that the command line, YAML and docs show. `was` is its name in
-    earlier versions, which is still understood."""
-    return dataclasses.field(default=default, metadata={"help": help, "was": was})
+def field(default: Any, help: str, *also: str) -> Any:
+    """A dataclass field with the help text that the command line, YAML and docs show; `also` are other names
+    of its option, which other programs or earlier versions have for it."""
+    return dataclasses.field(default=default, metadata={"help": help, "also": also})
 
 
-def names(config_class: type) -> set[str]:
-    """The names of a dataclass's fields, those of earlier versions among them."""
-    return {*_renamed(config_class), *(field.name for field in dataclasses.fields(config_class))}
+def synonyms(config_class: type) -> dict[str, str]:
+    """{another name of a field: the field}."""
+    fields = dataclasses.fields(config_class)
+    return {name: field.name for field in fields for name in field.metadata.get("also", ())}
 
 
 def current(config_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the fields' names of today. ConfigError for a field under two names."""
-    now = _renamed(config_class)
-    for old, new in now.items():
-        if old in settings and new in settings:
-            raise ConfigError(f"{old} and {new} are two names of one field: leave out {old}")
-    return {now.get(name, name): value for name, value in settings.items()}
-
-
-def _renamed(config_class: type) -> dict[str, str]:
-    """{name in earlier versions: name of today} of the fields that have another one now."""
-    fields = dataclasses.fields(config_class)
-    return {field.metadata["was"]: field.name for field in fields if field.metadata.get("was")}
+    """The settings under the fields' own names. ConfigError for a field under two names."""
+    others, found = synonyms(config_class), dict[str, Any]()
+    for name, value in settings.items():
+        if (own := others.get(name, name)) in found:
+            raise ConfigError(f"{own} is given under two names: leave one of them out")
+        found[own] = value
+    return found
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -51,9 +49,12 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
-    """`["rank=8", ...]` as a mapping; ConfigError for an entry without `=`."""
+    """`["rank=8,alpha=16", ...]` as a mapping; ConfigError for an entry without `=`.
+
+    A value may hold commas too: a new name begins where a word and `=` follow one.
+    """
     found = {}
-    for pair in pairs:
+    for pair in chain.from_iterable(re.split(r",(?=\s*[A-Za-z_]+=)", text) for text in pairs):
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {pair!r}: write it as name=value")

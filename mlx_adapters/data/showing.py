@@ -28,7 +28,7 @@ class Preview:
     loss_on: str = field("completion", "as `train --loss-on`: completion, last or all")
     columns: str | None = field(None, "as `train --columns`: names of the rows' fields")
     max_length: int | None = field(
-        None, "longest row in tokens, as `train --max-length` [default: the model's]", was="cutoff"
+        None, "longest row in tokens, as `train --max-length` [default: the model's]", "cutoff"
     )
     long_rows: str = field("cut", "as `train --long-rows`: cut, left, split or drop")
     rows: int = field(3, "how many rows are shown")

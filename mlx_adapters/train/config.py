@@ -20,20 +20,22 @@ COMPILE = ("auto", "on", "off")
 class TrainConfig:
     """One run. Epochs and rate default to the paper's."""
 
-    epochs: int | None = field(None, "passes over the data [default: 3, more for few rows]")
-    steps: int | None = field(None, "optimizer steps; overrides epochs")
+    epochs: int | None = field(
+        None, "passes over the data [default: 3, more for few rows]", "num_train_epochs"
+    )
+    steps: int | None = field(None, "optimizer steps; overrides epochs", "iters", "max_steps")
     batch_size: int = field(8, "rows per forward pass")
-    accumulation: int = field(1, "forward passes per optimizer step")
+    accumulation: int = field(1, "forward passes per optimizer step", "gradient_accumulation_steps")
     packing: bool = field(False, "fill rows of `max_length` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(
-        False, "compute blocks again instead of keeping their activations: less memory"
+        False, "compute blocks again instead of keeping their activations: less memory", "grad_checkpoint"
     )
     compile: str = field(
         "auto", "compile the step: on, off or auto (on a GPU); on a CPU it takes g++ and memory"
     )
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments, for example momentum=0.9,betas=0.9:0.95")
-    lr: float = field(3e-4, "peak learning rate")
+    lr: float = field(3e-4, "peak learning rate", "learning_rate")
     rates: str | None = field(
         None, "learning-rate multipliers by an array's name or path: lora_b=16,*.0.*=0.5"
     )
@@ -50,7 +52,9 @@ class TrainConfig:
     )
     seed: int = field(0, "seed of initialisation, data order and dropout")
     max_length: int | None = field(
-        None, "longest row in tokens [default: all rows whole, as far as model and memory go]", was="cutoff"
+        None,
+        "longest row in tokens [default: all rows whole, as far as model and memory go]",
+        *("cutoff", "max_seq_length"),
     )
     long_rows: str = field(
         "cut", "longer rows: cut their end, left (of the prompt), split (rows of text), or drop them"
