@@ -167,9 +167,17 @@ def described(found: Statistics) -> list[str]:
         f"{edge:>{wide},} {'█' * max(round(_BAR * count / most), count > 0):{_BAR}} {count:,}"
         for edge, count in found.histogram
     ]
-    lengths = ", ".join(f"{length:,} ({percent} %)" for percent, length in found.lengths.items())
-    cut = ", ".join(f"{share:.1%} over {length}" for length, share in found.cut.items())
-    long = f" At {found.max_length} tokens: {found.long_rows}." if found.long_rows else ""
+    names = {50: "median", 100: "longest"}
+    lengths = ", ".join(
+        f"{names.get(percent, f'{percent} %')} {length:,}" for percent, length in found.lengths.items()
+    )
+    longer = [f"{share:.1%} over {length:,}" for length, share in found.cut.items() if share > 0]
+    last = [f"longer rows: {', '.join(longer)}"] if longer else []
+    last += [f"at a max length of {found.max_length:,}: {found.long_rows}"] if found.long_rows else []
+    if found.suggested_max_length < found.lengths[100]:
+        last.append(f"--max-length {found.suggested_max_length} keeps 99 % of the rows whole")
+    else:
+        last.append("without --max-length, train keeps all rows whole as far as memory goes")
     return [
         f"{found.rows:,} rows, {found.examples:,} examples with the template {found.template}",
         f"{found.tokens:,} tokens, {share:.0%} supervised",
@@ -179,6 +187,5 @@ def described(found: Statistics) -> list[str]:
         f"{'up to':>{wide}} examples",
         *bars,
         "",
-        f"longer rows: {cut}.{long}",
-        f"--max-length {found.suggested_max_length} keeps 99 % of the rows whole",
+        *last,
     ]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Preview", "Shown", "Statistics", "in_colour", "in_marks"]
 
-# How the kinds of pieces are told apart, with colours and without; both are legible on light and on dark.
-_STYLES = {"learned": "bold green", "cut": "strike red"}
+# How the kinds of pieces are told apart, with colours and without. Of the eight colours magenta is the only
+# one that the common palettes show clearly on white and on black; what is cut is dim, in brackets.
+_STYLES = {"learned": "bold magenta", "cut": "dim"}
 _MARKS = {"context": "{}", "learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
 
 
@@ -96,7 +97,7 @@ class Statistics:
 
 def in_marks(rows: Sequence[Shown]) -> str:
     """The rows as text in which marks tell what is learned, and a line that says which."""
-    legend = "⟦ ⟧ is learned, ⟨cut: ⟩ is left out, the rest is context that the model reads"
+    legend = "⟦ ⟧ is learned, ⟨cut: ⟩ is left out, the rest is read as context"
     return "\n".join([*(f"{row}".removesuffix("\n") + "\n" for row in rows), legend]) + "\n"
 
 
@@ -108,9 +109,9 @@ def in_colour(rows: Sequence[Shown]) -> "Text":
     for row in rows:
         whole.append(f"{row.head}\n", "bold")
         for text, kind in row.pieces:
+            text = _MARKS[kind].format(text.rstrip("\n")) if kind == "cut" else text
             whole.append(plain(text), _STYLES.get(kind))
         whole.rstrip()
         whole.append("\n\n")
-    whole.append("green", _STYLES["learned"]).append(" is learned, ")
-    whole.append("struck through", _STYLES["cut"]).append(" is left out, ")
-    return whole.append("the rest is context that the model reads")
+    whole.append("magenta", _STYLES["learned"])
+    return whole.append(" is learned, ⟨cut: ⟩ is left out, the rest is read as context")
