@@ -30,7 +30,7 @@ _PROCESSES = "processes of this machine that share every batch: faster on a CPU"
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, arg("model folder or hub id")] = None,
-    data: Annotated[str | None, opt(".json or .jsonl file, folder, or hub id")] = None,
+    data: Annotated[list[str] | None, opt("file, folder, or hub id; may be repeated")] = None,
     output: Annotated[Path | None, opt("new folder for the adapter")] = None,
     method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
     set_: options.Settings = None,
@@ -47,7 +47,7 @@ def command(
     """Train an adapter on a frozen base model."""
     from mlx_adapters.cpu.processes import in_ring, run_ring
 
-    named = {"model": model, "data": data, "output": output and str(output), "method": method}
+    named = {"model": model, "data": data or None, "output": output and str(output), "method": method}
     known = {field.name for field in fields_of(TrainConfig)} | {*synonyms(TrainConfig), *named, "set"}
     file = current(TrainConfig, read_options(config, known))
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
@@ -117,6 +117,7 @@ def _train(
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
     from mlx_adapters.next_steps import after_train
+    from mlx_adapters.train.callbacks import Tokenizing
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.examples import excluded_hashes, rows_of
     from mlx_adapters.train.summary import first_row, summary
@@ -132,7 +133,8 @@ def _train(
     rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
-    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)
+    given |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
+    trainer = Trainer(loaded, rows, method, **given)
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
     if show_example:

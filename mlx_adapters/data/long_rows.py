@@ -6,18 +6,20 @@ repeats the last eighth of the one before as context, so that every token has it
 the row out.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mlx_adapters.data.mixture import Weighted
+from mlx_adapters.data.picked import Examples, id_rows, lengths_of
+from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import Encoded, Example
 from mlx_adapters.errors import ConfigError, DataError
 
 __all__ = ["LONG_ROWS", "Fitted", "fitted", "left_out", "shortened"]
 
-LONG_ROWS = ("cut", "left", "split", "drop")
 _OVERLAP = 8  # a chunk repeats this part of the one before
 _LEAST_CHUNK = 16  # tokens
 
@@ -69,46 +71,70 @@ def fitted(
             "hold. Use --long-rows left, cut or drop, or a larger --max-length"
         )
     special = frozenset(getattr(tokenizer, "all_special_ids", ()))
-    places: list[tuple[int, int]] = []
-    for index, example in enumerate(encoded.examples):
-        if len(example.ids) <= max_length:
-            places.append((index, 0))
-            continue
-        parts = shortened(example, max_length, long_rows, special)
-        learned = [(index, part) for part, one in enumerate(parts) if one.supervised > 0]
-        made.truncated += 1
-        made.chunks += len(learned)
-        made.dropped += not learned and long_rows != "drop"
-        places += learned
-    view = _Shortened(encoded.examples, places, lambda one: shortened(one, max_length, long_rows, special))
-    made.examples = list(view) if isinstance(encoded.examples, list) else view
-    if not places:
+
+    def shorten(one: Example) -> list[Example]:
+        return [part for part in shortened(one, max_length, long_rows, special) if part.supervised > 0]
+
+    def change(examples: Sequence[Example]) -> tuple[Sequence[Example], np.ndarray]:
+        return _changed(made, examples, shorten)
+
+    if isinstance(encoded.examples, Weighted):
+        made.examples = encoded.examples.replaced(change)
+    else:
+        made.examples, _ = change(encoded.examples)
+    if not len(made.examples):
         raise DataError(
             f"{origin}: no row has a token to learn within {max_length} tokens. Raise --max-length"
         )
     return made
 
 
-class _Shortened(Sequence[Example]):
-    """Examples of a sequence, the long ones in parts; nothing but their `places` is in memory: the index of
-    the example and the part."""
+def _changed(
+    made: Fitted, examples: Sequence[Example], shorten: Callable[[Example], list[Example]]
+) -> tuple[Sequence[Example], np.ndarray]:
+    """(the examples, the long ones as `shorten` makes them, the index of that which each is of); `made` gets
+    the counts."""
+    lengths = lengths_of(examples)
+    counts = np.ones(len(examples), np.int64)
+    shorter: dict[int, list[int]] = {}
+    for index in np.flatnonzero(lengths > made.max_length).tolist():
+        parts = [len(part.ids) for part in shorten(examples[index])]
+        shorter[index], counts[index] = parts, len(parts)
+    made.truncated = len(shorter)
+    made.chunks = sum(map(len, shorter.values()))
+    made.dropped += 0 if made.long_rows == "drop" else sum(not parts for parts in shorter.values())
+    indices = np.repeat(np.arange(len(examples)), counts)
+    view = _Shortened(examples, indices, shorten, shorter)
+    return (list(view) if isinstance(examples, list) else view), indices
+
+
+class _Shortened(Examples):
+    """Examples of a sequence on disk, the long ones in parts. Each is of the example with that of `indices`;
+    `shorter` has the lengths of the parts of those that are long."""
 
     def __init__(
         self,
         examples: Sequence[Example],
-        places: Sequence[tuple[int, int]],
-        parts: Callable[[Example], list[Example]],
+        indices: np.ndarray,
+        shorten: Callable[[Example], list[Example]],
+        shorter: Mapping[int, list[int]],
     ) -> None:
-        self.examples, self.places, self.parts = examples, np.array(places, np.int64), parts
+        self._examples, self._indices, self._shorten, self._shorter = examples, indices, shorten, shorter
+        self._firsts = np.searchsorted(indices, indices)
+        self.lengths = lengths_of(examples)[indices]
+        for index, parts in shorter.items():
+            first = int(np.searchsorted(indices, index))
+            self.lengths[first : first + len(parts)] = parts
+        ids = [id for row in id_rows(examples) if row for id in (min(row), max(row))]
+        self.bounds = (min(ids), max(ids)) if ids else None
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        number, part = self.places[index].tolist()
-        return self.parts(self.examples[number])[part]
+    def read(self, index: int) -> Example:
+        """As of `Examples`."""
+        number = int(self._indices[index])
+        example = self._examples[number]
+        if number not in self._shorter:
+            return example
+        return self._shorten(example)[index - int(self._firsts[index])]
 
 
 def shortened(

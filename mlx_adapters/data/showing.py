@@ -13,8 +13,10 @@ from mlx_adapters.files.streams import plain
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Preview", "Shown", "Statistics", "in_colour", "in_marks"]
+__all__ = ["LONG_ROWS", "Preview", "Shown", "Statistics", "in_colour", "in_marks"]
 
+LONG_ROWS = ("cut", "left", "split", "drop")
+"""What becomes of rows longer than the max length: see `data/long_rows.py`."""
 # How the kinds of pieces are told apart, with colours and without. Of the eight colours magenta is the only
 # one that the common palettes show clearly on white and on black; what is cut is dim, in brackets.
 _STYLES = {"learned": "bold magenta", "cut": "dim"}

@@ -15,7 +15,7 @@ from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
+__all__ = ["LOSS_ON", "SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
 LOSS_ON = ("completion", "last", "all")
 
@@ -33,6 +33,10 @@ class Example:
     def supervised(self) -> int:
         """How many tokens have a label."""
         return max(0, len(self.ids) - self.loss_start) - sum(end - begin for begin, end in self.unlabelled)
+
+    def as_text(self) -> str:
+        """What a run's digest is taken of."""
+        return f"{self.loss_start}{self.unlabelled or ''}:{self.ids}"
 
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
@@ -70,6 +74,10 @@ class Encoded:
     def repeated(self) -> int:
         """How many rows are the same as an earlier one."""
         return len(self.texts) - len(np.unique(self.texts))
+
+
+SUMMED = ("truncated", "dropped", "empty", "rewritten")
+"""The counts of `Encoded` that add up over several sources."""
 
 
 def end_id(tokenizer: Any) -> int | None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from mlx_adapters.data.long_rows import LONG_ROWS
+from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
@@ -73,6 +73,10 @@ class TrainConfig:
         None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
     )
     limit: int | None = field(None, "use only the first N rows")
+    weights: str | None = field(
+        None,
+        "with several --data: their shares of what is learned, as 3,1 [default: every row once an epoch]",
+    )
 
     def __post_init__(self) -> None:
         problems = [

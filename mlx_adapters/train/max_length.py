@@ -20,18 +20,22 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
+from mlx_adapters.adapter.reading import META
 from mlx_adapters.data import long_rows
 from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.data.long_rows import Fitted
+from mlx_adapters.data.picked import lengths_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.tokens import Encoded
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.blocks import layer_index
 from mlx_adapters.models.limits import made_for, positions
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.resumed import earlier_length
+from mlx_adapters.train.loop import CHECKPOINTS
 
 __all__ = ["PACKED", "estimate", "fitted", "settled", "within_memory"]
 
@@ -67,9 +71,9 @@ def settled(
     if config.max_length is not None:
         return config, []
     processes = processes or Processes()
-    before = earlier_length(earlier) if earlier and processes.writes else None
+    before = _earlier_length(earlier) if earlier and processes.writes else None
     if before is not None:
-        tokens, reason = before, "as before"
+        tokens, reason = before, "that of the run that is resumed"
     else:
         tokens, reason = _chosen(config, encoded, model, processes.size, memory)
     tokens = int(processes.from_first(mx.array(tokens, dtype=mx.int32)).item())
@@ -101,13 +105,28 @@ def _chosen(
             needed = max(_BEFORE, most)
             parts = device.on_cpu() or config.batch_size == 1  # rows are computed one by one then
             reason = "memory" if parts else f"memory for batches of {config.batch_size}"
-    if cut := sum(len(example.ids) > needed for example in encoded.examples):
+    if cut := int((lengths_of(encoded.examples) > needed).sum()):
         reason += f"; {cut} of {rows} are longer: --long-rows says what becomes of them"
         if reason.startswith("memory"):
             smaller = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
             smaller += [] if parts else ["a smaller --batch-size"]
             reason += f", {' or '.join(smaller)} leaves room for more" if smaller else ""
     return needed, reason
+
+
+def _earlier_length(output: Path) -> int | None:
+    """The max length of the run in `output`, in tokens; None where it has no checkpoint."""
+    folder = output / CHECKPOINTS
+    if checkpoint.latest(folder) is None:
+        return None
+    saved: Any = checkpoint.setting(folder, "max_length")
+    if not isinstance(saved, int):  # earlier versions say it where the adapter is saved, if at all
+        try:
+            record = from_json((output / META).read_text(encoding="utf-8"))["training"]
+            saved = record.get("max_length", record.get("cutoff"))
+        except Exception:  # whatever a file that is missing or damaged raises
+            saved = None
+    return saved if isinstance(saved, int) else _BEFORE
 
 
 def within_memory(
