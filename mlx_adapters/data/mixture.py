@@ -7,7 +7,7 @@ is learned over several epochs, and a small one with a large weight is repeated 
 follows from the seed and the epoch alone, which is why a run can be resumed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -108,6 +108,13 @@ class Weighted(Examples):
     def pick(self, indices: np.ndarray) -> "Weighted":
         """Those of these indices."""
         return Weighted(pick(self._examples, indices), self._sources[indices], self._weights)
+
+    def replaced(
+        self, change: Callable[[Sequence[Example]], tuple[Sequence[Example], np.ndarray]]
+    ) -> "Weighted":
+        """With examples that `change` makes of these: (examples, the indices of those they are made of)."""
+        made, indices = change(self._examples)
+        return Weighted(made, self._sources[indices], self._weights)
 
     @property
     def described(self) -> str:

@@ -123,8 +123,8 @@ def prepare(
     written: datetime,
     told: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Prepared:
-    """The rows as examples, in memory or on disk. `written` is the time for templates that write a date; of
-    many rows `told` hears how many are done, and how many there are."""
+    """The rows as whole examples, in memory or on disk. `written` is the time for templates that write a date;
+    of many rows `told` hears how many are done, and how many there are."""
     parts = rows.parts or (rows,)
     found = [_prepared(part, model, config, template, written, told) for part in parts]
     whole = found[0] if len(found) == 1 else _joined(found, rows)
@@ -145,7 +145,7 @@ def _prepared(
     told: Callable[[int, int], None],
 ) -> Prepared:
     """The examples of one source."""
-    options: dict[str, Any] = {"template": template, "cutoff": config.cutoff, "loss_on": config.loss_on}
+    options: dict[str, Any] = {"template": template, "loss_on": config.loss_on}
     if isinstance(rows.rows, FileRows):
         found, facts, note = tokenized_once(rows, model.tokenizer, written=written, told=told, **options)
         return Prepared(found, facts, [*notes(replace(rows, unread=facts.unread)), note])

@@ -112,7 +112,7 @@ class Run:
         check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
         lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
         longest = int(lengths.max(initial=0)) + before_text(model)
-        check_length(model, longest, advice="cut it (--cutoff)")
+        check_length(model, longest, advice="cut it (--max-length)")
         limit = positions(model)  # padding may not go past it either
         self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
@@ -141,8 +141,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        if self.config.packing:
-            fixed["cutoff"] = self.config.cutoff
+        if self.config.max_length:  # packing fills rows up to it; of other runs, how the rows were cut
+            fixed["max_length"] = self.config.max_length
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
         if isinstance(self.examples, Weighted):

@@ -35,6 +35,7 @@ from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
+from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Step
 from mlx_adapters.train.written import written_time
 
@@ -242,15 +243,19 @@ class Trainer:
         written = written_time(self.output / CHECKPOINTS, resume, processes)
         told = tell_tokens(self.callbacks)
         prepared = prepare(rows, self.model, config, template=template, written=written, told=told)
-        self.encoded, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
+        whole, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
         self.excluded += facts.left_out
-        training, validation = split(self.encoded.examples, config)
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
         self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
+        earlier_run = self.output if resume else None
+        config, reasons = settled(config, whole, self.model, earlier=earlier_run, processes=processes)
+        self.config, self.notes = config, self.notes + reasons
+        self.encoded = fitted(rows, whole, self.model, config)
+        training, validation = split(self.encoded.examples, config)
         self.run = Run(
             self.model.model,
             training,
