@@ -4,8 +4,10 @@ Imports nothing heavy: the command line reads these declarations before it knows
 """
 
 import dataclasses
+import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
@@ -90,6 +92,8 @@ def _parse(raw: Any, hint: Any) -> Any:
         return raw
     if hint is str and isinstance(raw, (list, tuple)):
         return ",".join(map(str, raw))
+    if hint is str and isinstance(raw, Mapping):  # as it is written on a command line
+        return json.dumps(raw, ensure_ascii=False)
     raise ValueError
 
 

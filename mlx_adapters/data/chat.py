@@ -18,7 +18,7 @@ from mlx_adapters.errors import DataError
 from mlx_adapters.models.chat_template import chat_prompt
 from mlx_adapters.models.stop_tokens import turn_end
 
-__all__ = ["Conversation", "closing_token", "conversations"]
+__all__ = ["Conversation", "closing_token", "conversations", "left_open"]
 
 Messages = Sequence[Mapping[str, Any]]
 _PROBE = "zqxj"  # an answer that occurs in no template
@@ -111,6 +111,21 @@ def closing_token(tokenizer: Any, template: str | None) -> tuple[int | None, str
     the template writes none. It is found once, by rendering the template."""
     end = turn_end(tokenizer)
     return end, "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
+
+
+def left_open(tokenizer: Any) -> str:
+    """What the generation prompt opens at its end, a `<think>`, although the template writes answers without
+    reasoning without it: they are not trained behind it. Empty where it opens nothing of the kind."""
+    question = [{"role": "user", "content": "a"}]
+    try:
+        asked = str(chat_prompt(question, tokenizer))
+        answered = [*question, {"role": "assistant", "content": _PROBE}]
+        begin = _common(asked, str(chat_prompt(answered, tokenizer, answer=False)))
+        bare = _common(str(chat_prompt(question, tokenizer, answer=False)), asked)
+    except DataError:  # a template that does not write such a question
+        return ""
+    opens = begin < len(asked) and _opens_thinking(asked[bare:]) and begin > bare
+    return asked[begin:] if opens else ""
 
 
 def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closing: str) -> _Answer:

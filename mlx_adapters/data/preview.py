@@ -9,7 +9,7 @@ import numpy as np
 from mlx_adapters.data.layouts import column_names
 from mlx_adapters.data.showing import Preview, Shown, Statistics
 from mlx_adapters.data.sources import Rows, load_rows
-from mlx_adapters.data.templates import default_template
+from mlx_adapters.data.templates import asked, default_template
 from mlx_adapters.data.tokens import Example, encode
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import locate, read_config, read_tokenizer
@@ -35,7 +35,7 @@ def shown(source: str | Path | Rows, model: str | Path, settings: Preview = _USU
         AdaptersError: the data or the tokenizer cannot be read, or a row does not fit the template.
     """
     rows, tokenizer, _ = _opened(source, model, settings)
-    template = settings.template or default_template(rows.format, tokenizer)
+    template, tokenizer = _written(rows, tokenizer, settings)
     found = []
     for index, row in enumerate(rows.rows[: settings.rows]):
         one = Rows([row], rows.format, f"{rows.origin} (row {index})")
@@ -57,6 +57,13 @@ def _opened(source: str | Path | Rows, model: str | Path, settings: Preview) -> 
     return rows, read_tokenizer(folder, config), made_for(config)
 
 
+def _written(rows: Rows, tokenizer: Any, settings: Preview) -> tuple[str, Any]:
+    """(the template of the rows, the tokenizer that writes them)."""
+    usual = default_template(rows.format, tokenizer)
+    way = asked(settings.template, settings.chat_template_kwargs, fallback=usual)
+    return way.template, way.on(tokenizer)
+
+
 def example_pieces(example: Example, tokenizer: Any, cutoff: int) -> list[tuple[str, str]]:
     """(text, `context`, `learned` or `cut`) of the parts of an example."""
     kinds = ["context" if index < example.loss_start else "learned" for index in range(len(example.ids))]
@@ -70,7 +77,7 @@ def example_pieces(example: Example, tokenizer: Any, cutoff: int) -> list[tuple[
 def statistics(source: str | Path | Rows, model: str | Path, settings: Preview = _USUAL) -> Statistics:
     """Count what the rows of `source` become; the arguments and errors are those of `shown`."""
     rows, tokenizer, longest = _opened(source, model, settings)
-    template = settings.template or default_template(rows.format, tokenizer)
+    template, tokenizer = _written(rows, tokenizer, settings)
     done = encode(rows, tokenizer, template=template, cutoff=_WHOLE, loss_on=settings.loss_on)
     lengths = np.array([len(example.ids) for example in done.examples])
     cutoffs = sorted({*_CUTOFFS, settings.cutoff})

@@ -14,7 +14,10 @@ __all__ = ["Preview", "Shown", "Statistics"]
 class Preview:
     """How rows would be trained; the defaults are those of training."""
 
-    template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: as training chooses]")
+    template: str | None = field(
+        None, "alpaca, llm-adapters, chat, plain or a FILE.jinja [default: as training chooses]"
+    )
+    chat_template_kwargs: str | None = field(None, "as `train --chat-template-kwargs`")
     loss_on: str = field("completion", "as `train --loss-on`: completion, last or all")
     columns: str | None = field(None, "as `train --columns`: names of the rows' fields")
     cutoff: int = field(256, "longest row in tokens, as `train --cutoff`")

@@ -38,7 +38,12 @@ class EvalConfig:
     choices: str = field(
         "label", "what --decoding likelihood scores: label (the paper's answer) or text (lm-eval's cloze)"
     )
-    template: str | None = field(None, "prompt template [default: the adapter's, else alpaca]")
+    template: str | None = field(
+        None, "prompt template, or a FILE.jinja [default: the adapter's, else alpaca]"
+    )
+    chat_template_kwargs: str | None = field(
+        None, "chat template variables, as JSON [default: the adapter's]"
+    )
     force_template: bool = field(False, "allow another template than the adapter's")
     prompt: str | None = field(
         None, "question of your own file, made from its fields: '{text} Options: {options}'"

@@ -74,7 +74,6 @@ class _Questions:
     engine: Engine
     top_p: float
     seed: int | None
-    template_kwargs: dict[str, Any]
 
     def requests(
         self, models: list[str], messages: Turns, limit: float, heat: float
@@ -88,7 +87,6 @@ class _Questions:
                 temperature=float(heat),
                 top_p=self.top_p,
                 seed=self.seed,
-                template_kwargs=self.template_kwargs,
             )
             for model in models
         ]
@@ -122,12 +120,11 @@ def build(
     temperature: float,
     top_p: float,
     seed: int | None,
-    template_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """The page as Gradio's Blocks; the arguments are what its controls start with, and what every question
     is asked with."""
     gr = _gradio()
-    questions = _Questions(engine, top_p, seed, template_kwargs or {})
+    questions = _Questions(engine, top_p, seed)
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nBase and adapters on this machine. Nothing leaves it.")
         with gr.Row():

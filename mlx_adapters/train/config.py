@@ -49,7 +49,12 @@ class TrainConfig:
     )
     seed: int = field(0, "seed of initialisation, data order and dropout")
     cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
-    template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
+    template: str | None = field(
+        None, "alpaca, llm-adapters, chat, plain or a FILE.jinja [default: what suits the data]"
+    )
+    chat_template_kwargs: str | None = field(
+        None, """chat template variables, as JSON: '{"enable_thinking": false}'; those of a row win"""
+    )
     loss_on: str = field(
         "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
     )

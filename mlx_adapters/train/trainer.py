@@ -21,7 +21,6 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.overlap import rows_texts, seen_hashes
 from mlx_adapters.data.sources import Rows, digest, notes
-from mlx_adapters.data.templates import default_template
 from mlx_adapters.errors import OutputError, TrainingError, writing_to
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
@@ -37,6 +36,7 @@ from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
 from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.wording import written_with
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
@@ -237,11 +237,9 @@ class Trainer:
     def _prepare(self, rows: Rows, method: Method | str, start: Path | None, resume: bool) -> None:
         """Encode the rows, attach the adapter, set up the loop."""
         config, processes = self.config, self.processes
-        earlier = adapter.read_meta(start) if start else None
-        before = earlier.template if earlier else ""
-        template = config.template or before or default_template(rows.format, self.model.tokenizer)
-        written = _time(self.output, resume, processes)
-        self.encoded = encoded(rows, self.model, config, template=template, written=written)
+        earlier, written = adapter.read_meta(start) if start else None, _time(self.output, resume, processes)
+        template, chat, spoken = written_with(rows, self.model, config, earlier)
+        self.encoded = encoded(rows, spoken, config, template=template, written=written)
         training, validation = split(self.encoded.examples, config)
         mx.random.seed(config.seed)
         base = describe(self.model)
@@ -262,6 +260,7 @@ class Trainer:
                 "method": chosen.NAME,
                 "fields": asdict(chosen),
                 "template": template,
+                **chat.identity,
                 "loss_on": config.loss_on,
                 "written": written.isoformat(),
                 "base": fingerprint(self.model.path),
@@ -275,6 +274,7 @@ class Trainer:
             method=chosen,
             base=base,
             template=template,
+            chat=chat,
             loss_on=config.loss_on,
             seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
             training=self._record(rows, template),

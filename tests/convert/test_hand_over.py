@@ -208,7 +208,7 @@ def test_the_server_and_the_chat_prompt_a_fused_model_so(tiny: Path, tmp_path: P
         if place == folder:  # without a template of its own or the tokenizer's, chat falls back to alpaca too
             chat = Conversation(replace(loaded, config=remember(loaded.config, template="plain")))
             chat.turns = [question]
-            assert chat.prompt().ids == prompt_ids("tom has", loaded.tokenizer)
+            assert chat.question().ids == prompt_ids("tom has", loaded.tokenizer)
 
 
 # LLM-Adapters -----------------------------------------------------------------------------------------------
