@@ -10,14 +10,12 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import AdaptersError, ConfigError
-from mlx_adapters.files.documents import json_option
+from mlx_adapters.errors import AdaptersError
 from mlx_adapters.signals import telling
 
 if TYPE_CHECKING:
-    from mlx_adapters.adapter import AdapterMeta
     from mlx_adapters.generate.conversation import Conversation
-    from mlx_adapters.models.load import LanguageModel
+    from mlx_adapters.serve import Engine
 
 
 def command(
@@ -34,33 +32,28 @@ def command(
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
     from mlx_adapters.adapter.multi import load_named
-    from mlx_adapters.data.templates import check
+    from mlx_adapters.data.templates import wanted_template
     from mlx_adapters.generate.conversation import Conversation
 
-    check(template)
-    if web and template is not None:
-        raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    kwargs = json_option(chat_template_kwargs, "--chat-template-kwargs")
+    given: dict[str, Any] = {"template": template, "chat_template_kwargs": chat_template_kwargs}
+    wanted_template(template)  # a typing error is told before the model loads
     loaded, metas = load_named(model, adapter or (), base="base")
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if web:
-        _page(loaded, metas, port, seed=seed, template_kwargs=kwargs, **settings)
+        from mlx_adapters.serve import Engine
+
+        _page(Engine(loaded, metas, name="base", **given), port, seed=seed, **settings)
         return
     with telling(""):
-        chat = Conversation(
-            loaded, metas, template=template, seed=seed, chat_template_kwargs=kwargs, **settings
-        )
-        _loop(chat)
+        _loop(Conversation(loaded, metas, seed=seed, **given, **settings))
 
 
-def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
+def _page(engine: "Engine", port: int, **settings: Any) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
     from mlx_adapters.cli.serve import until_stopped
-    from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, opened
 
-    engine = Engine(loaded, metas, name="base")
-    page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
+    page = build(engine, title=f"{engine.loaded.path.name} with mlx-adapters", **settings)
     until_stopped(engine, opened(page, host="127.0.0.1", port=port), "answers as")
 
 

@@ -7,7 +7,6 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import live, report, reporting
-from mlx_adapters.files.documents import json_option
 
 _KEYS = ("text", "template", "prompt_tokens", "tokens", "finish_reason")
 
@@ -34,7 +33,7 @@ def command(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        chat_template_kwargs=json_option(chat_template_kwargs, "--chat-template-kwargs"),
+        chat_template_kwargs=chat_template_kwargs,
     )
     for piece in answer:
         live(piece)

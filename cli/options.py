@@ -58,7 +58,7 @@ NewFolder = Annotated[Path, arg("new folder to write")]
 AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
 Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
 Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
-_TEMPLATE = "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]"
+_TEMPLATE = "prompt template, or a FILE.jinja [default: the adapter's, else chat if there is one, else plain]"
 Template = Annotated[str | None, opt(_TEMPLATE, values=templates)]
 ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
 DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]

@@ -112,8 +112,8 @@ def default_template(form: str, tokenizer: Any = None) -> str:
 def chosen_template(*names: str | None, tokenizer: Any = None) -> str:
     """The first of `names` that is set: the user's template, then the adapter's, then a fused adapter's.
 
-    Without any a question gets `chat` where its `tokenizer` has a chat template, else `plain`. A test set, for
-    which no tokenizer is passed, gets `alpaca`, so that the numbers of all base models compare with the
+    Without any a question gets `chat` where its `tokenizer` has a chat template, else `plain`. A test set,
+    for which no tokenizer is passed, gets `alpaca`, so that the numbers of all base models compare with the
     paper's.
     """
     fallback = "alpaca" if tokenizer is None else "chat" if tokenizer.has_chat_template else "plain"

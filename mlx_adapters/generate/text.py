@@ -58,7 +58,7 @@ def render(
     template: str | ChatTemplate | None = None,
     chat_template_kwargs: str | Mapping[str, Any] | None = None,
 ) -> Question:
-    """The prompt of a conversation, up to where the answer begins; the other arguments are those of `way_of`."""
+    """The prompt of a conversation, up to where the answer begins; the rest is as in `way_of`."""
     found = way_of(loaded, adapter, template, chat_template_kwargs)
     tokenizer = found.on(loaded.tokenizer)
     text = conversation(messages, template=found.template, tokenizer=tokenizer)
@@ -73,9 +73,9 @@ def way_of(
 ) -> Asked:
     """How questions are written.
 
-    The template is the one asked for, a name or a file, else the adapter's, else that of an adapter fused into
-    the model, else `chat` where the tokenizer has a chat template, else `plain`. The chat template and its
-    variables are those that the adapter was trained with; `chat_template_kwargs` win over them.
+    The template is the one asked for, a name or a file, else the adapter's, else that of an adapter fused
+    into the model, else `chat` where the tokenizer has a chat template, else `plain`. The chat template and
+    its variables are those that the adapter was trained with; `chat_template_kwargs` win over them.
     """
     of_adapter = [(adapter.template, adapter.chat)] if adapter else []
     known = (*of_adapter, (loaded.template, loaded.chat))

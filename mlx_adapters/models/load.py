@@ -63,7 +63,7 @@ class LanguageModel:
 
     @property
     def chat(self) -> ChatTemplate:
-        """The chat template's variables that a fused adapter was trained with; its text is the tokenizer's."""
+        """How chats were written for an adapter fused into the model; the text is the tokenizer's."""
         return own_template.fused(self.config)
 
 

@@ -18,7 +18,16 @@ from mlx_adapters.models.chat_template import chat_writer, names, unread
 from mlx_adapters.models.origin import recorded
 from mlx_adapters.models.stop_tokens import turn_end
 
-__all__ = ["FILE", "OWN", "ChatTemplate", "from_record", "fused", "read_template", "template_file", "variables"]
+__all__ = [
+    "FILE",
+    "OWN",
+    "ChatTemplate",
+    "from_record",
+    "fused",
+    "read_template",
+    "template_file",
+    "variables",
+]
 
 FILE = "chat_template.jinja"
 """Where transformers looks for a chat template, in the folder of a tokenizer."""
@@ -85,7 +94,10 @@ class ChatTemplate:
     @property
     def identity(self) -> dict[str, str]:
         """What a run that is resumed must share; empty where the tokenizer alone writes the chats."""
-        facts = {"chat_template": self.digest, "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True)}
+        facts = {
+            "chat_template": self.digest,
+            "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True),
+        }
         return {name: value for name, value in facts.items() if value not in ("", "{}")}
 
     def record(self) -> dict[str, Any]:
@@ -105,7 +117,7 @@ OWN = ChatTemplate()
 
 
 def from_record(record: Any, text: str = "", origin: str = "") -> ChatTemplate:
-    """The chat template of `text` with what `ChatTemplate.record` had returned. TypeError for another form."""
+    """The chat template of `text` with what `ChatTemplate.record` had returned; TypeError for others."""
     made = ChatTemplate(text, **({} if record is None else record), origin=origin)
     if not (isinstance(made.kwargs, dict) and isinstance(made.unasked, str) and isinstance(made.stops, dict)):
         raise TypeError("chat: not an object of kwargs, unasked and stops")
@@ -154,9 +166,7 @@ def _check_syntax(tokenizer: Any, origin: str) -> None:
     try:
         chat_writer(tokenizer)([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"{origin}: line {error.lineno}: is no Jinja template ({error.message})"
-        ) from None
+        raise ConfigError(f"{origin}: line {error.lineno}: is no Jinja template ({error.message})") from None
     except Exception:  # what it says to these messages is asked with the user's own
         return
 

@@ -1,4 +1,4 @@
-"""How the rows of a run are written: the prompt template, and for chats the chat template and its variables."""
+"""How the rows of a run are written: the prompt template, the chat template and its variables."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,8 @@ def written_with(
 ) -> tuple[str, ChatTemplate, LanguageModel]:
     """(the prompt template, how chats are written, the model with the tokenizer that writes them).
 
-    The run's settings count, then those of the adapter that training continues from (`earlier`), then those of
-    an adapter fused into the model, then what suits the data. The second part is stored with the adapter, so
-    that it is asked as it was trained.
+    The run's settings count, then those of the adapter that training continues from (`earlier`), then what
+    suits the data. The second part is stored with the adapter, so that it is asked as it was trained.
     """
     usual = default_template(rows.format, model.tokenizer)
     before = (earlier.template, earlier.chat) if earlier else ("", ChatTemplate())
