@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_adapters.errors import ConfigError, DataError, unknown
+from mlx_adapters.files.documents import json_option
 from mlx_adapters.models.chat_template import chat_prompt
-from mlx_adapters.models.own_template import OWN, ChatTemplate, read_template, template_file, variables
+from mlx_adapters.models.own_template import OWN, ChatTemplate, read_template, template_file
 
 __all__ = [
     "TEMPLATES",
@@ -79,7 +80,7 @@ def asked(
     Raises:
         ConfigError: an unknown name, a file that cannot be read, or variables for another template than chat.
     """
-    given = variables(kwargs)
+    given = json_option(kwargs, "chat_template_kwargs")
     found = wanted if isinstance(wanted, ChatTemplate) else wanted_template(wanted)
     earlier, chat = next(((name, how) for name, how in known if name or how != OWN), ("", OWN))
     if isinstance(found, ChatTemplate):

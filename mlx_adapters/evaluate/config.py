@@ -9,6 +9,7 @@ from typing import Any
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.evaluate.protocol import chosen
 from mlx_adapters.fields import field
+from mlx_adapters.files.documents import json_option
 
 __all__ = ["CHOICES", "DECODINGS", "EvalConfig"]
 
@@ -55,6 +56,7 @@ class EvalConfig:
         for name in ("limit", "batch_size", "max_tokens", "num_beams"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        json_option(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.choices not in CHOICES:
             raise ConfigError(unknown("value of --choices", self.choices, CHOICES))
 

@@ -49,7 +49,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.loaded, self.batch_size = loaded, batch_size
-        self.tokenizer, self.chat = loaded.tokenizer, chat.on(loaded.tokenizer)
+        self.tokenizer = chat.on(loaded.tokenizer)
         self.max_length = (made_for(loaded.config) or _LONGEST) - before_text(loaded.model)
 
     @property
@@ -80,9 +80,9 @@ class HarnessModel(TemplateLM):
     ) -> str:
         """The conversation as the model's own template writes it, or the one that the adapter learned."""
         if add_generation_prompt:
-            return chat_prompt(chat_history, self.chat)
-        kwargs = getattr(self.chat, "chat_template_kwargs", {})
-        text: str = chat_writer(self.chat)(
+            return chat_prompt(chat_history, self.tokenizer)
+        kwargs = getattr(self.tokenizer, "chat_template_kwargs", {})
+        text: str = chat_writer(self.tokenizer)(
             chat_history, tokenize=False, continue_final_message=True, **kwargs
         )
         return text

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, reading
-from mlx_adapters.files.documents import json_option
 from mlx_adapters.files.writing import write_whole
 from mlx_adapters.models.chat_template import chat_writer, names, unread
 from mlx_adapters.models.origin import recorded
@@ -26,7 +25,6 @@ __all__ = [
     "fused",
     "read_template",
     "template_file",
-    "variables",
 ]
 
 FILE = "chat_template.jinja"
@@ -148,15 +146,6 @@ def read_template(file: Path, kind: type[AdaptersError] = ConfigError) -> str:
     if not text.strip():
         raise kind(f"{file}: is empty, so no message would be written")
     return text
-
-
-def variables(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The variables that a user gives a chat template, as a mapping or as JSON; ConfigError for others."""
-    if given is None or isinstance(given, str):
-        return json_option(given, "--chat-template-kwargs")
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"chat_template_kwargs: {given!r:.60} is not a mapping of names to values")
-    return dict(given)
 
 
 def _check_syntax(tokenizer: Any, origin: str) -> None:

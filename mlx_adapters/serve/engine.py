@@ -20,12 +20,12 @@ from mlx_adapters.adapter.multi import activate, active
 from mlx_adapters.cpu import threads
 from mlx_adapters.data.templates import wanted_template
 from mlx_adapters.errors import AdaptersError, DataError
+from mlx_adapters.files.documents import json_option
 from mlx_adapters.generate.sampling import fresh_seed, penalties, sampler
 from mlx_adapters.generate.stream import Delta, stream_tokens
 from mlx_adapters.generate.text import Question, render, way_of
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
-from mlx_adapters.models.own_template import variables
 from mlx_adapters.serve.requests import CompletionRequest, RequestError
 
 __all__ = ["Engine", "Stream"]
@@ -65,7 +65,10 @@ class Engine:
         chat_template_kwargs: str | Mapping[str, Any] | None = None,
     ) -> None:
         loaded.model.eval()
-        self.template, self.kwargs = wanted_template(template), variables(chat_template_kwargs)
+        self.template, self.kwargs = (
+            wanted_template(template),
+            json_option(chat_template_kwargs, "chat_template_kwargs"),
+        )
         self.loaded, self.metas, self.name, self.parallel = loaded, dict(metas), name, parallel
         self._check_templates()
         self.context = made_for(loaded.config)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
+from mlx_adapters.files.documents import json_option
 
 __all__ = ["BAD_STEP", "COMPILE", "OPTIMIZER_NAMES", "SCHEDULES", "TrainConfig"]
 
@@ -19,20 +20,22 @@ COMPILE = ("auto", "on", "off")
 class TrainConfig:
     """One run. Epochs, rate and cutoff default to the paper's."""
 
-    epochs: int | None = field(None, "passes over the data [default: 3, more for few rows]")
-    steps: int | None = field(None, "optimizer steps; overrides epochs")
+    epochs: int | None = field(
+        None, "passes over the data [default: 3, more for few rows]", "num_train_epochs"
+    )
+    steps: int | None = field(None, "optimizer steps; overrides epochs", "iters", "max_steps")
     batch_size: int = field(8, "rows per forward pass")
-    accumulation: int = field(1, "forward passes per optimizer step")
+    accumulation: int = field(1, "forward passes per optimizer step", "gradient_accumulation_steps")
     packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(
-        False, "compute blocks again instead of keeping their activations: less memory"
+        False, "compute blocks again instead of keeping their activations: less memory", "grad_checkpoint"
     )
     compile: str = field(
         "auto", "compile the step: on, off or auto (on a GPU); on a CPU it takes g++ and memory"
     )
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments, for example momentum=0.9,betas=0.9:0.95")
-    lr: float = field(3e-4, "peak learning rate")
+    lr: float = field(3e-4, "peak learning rate", "learning_rate")
     rates: str | None = field(
         None, "learning-rate multipliers by an array's name or path: lora_b=16,*.0.*=0.5"
     )
@@ -48,7 +51,9 @@ class TrainConfig:
         0.0, "weight of the loss that balances the experts of a mixture; transformers' router_aux_loss_coef"
     )
     seed: int = field(0, "seed of initialisation, data order and dropout")
-    cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
+    cutoff: int = field(
+        256, "longest row in tokens; longer ones lose their end", "max_length", "max_seq_length"
+    )
     template: str | None = field(
         None, "alpaca, llm-adapters, chat, plain or a FILE.jinja [default: what suits the data]"
     )
@@ -98,6 +103,7 @@ class TrainConfig:
             problems.append(
                 "router_aux_loss needs the routers' activations: leave gradient_checkpointing off"
             )
+        json_option(self.chat_template_kwargs, "--chat-template-kwargs")
         if problems:
             raise ConfigError("; ".join(problems))
 
