@@ -103,7 +103,7 @@ def _prompt(template: str, chat: ChatTemplate, setup: str = "") -> str:
         code += f'with open("{LOCAL}/{FILE}", encoding="utf-8") as file:\n'
         code += "    tokenizer.chat_template = file.read()\n"
     if chat.kwargs:
-        said += f" with the variables {', '.join(f'`{_cell(name)}`' for name in chat.kwargs)}"
+        said += f" with the variables {', '.join(f'`{_code(name)}`' for name in chat.kwargs)}"
     code += f'messages = [{{"role": "user", "content": {json.dumps(_INSTRUCTION)}}}]\n'
     code += "prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True"
     code += f", **{chat.kwargs!r})" if chat.kwargs else ")"
@@ -117,7 +117,7 @@ def _answer(meta: AdapterMeta, base: str) -> str:
     """How an answer is asked for in PyTorch, up to the tokens that ended answers in training."""
     if not meta.chat.stops:
         return ""
-    names = ", ".join(f"`{_cell(token)}` ({number})" for token, number in meta.chat.stops.items())
+    names = ", ".join(f"`{_code(token)}` ({number})" for token, number in meta.chat.stops.items())
     chat = meta.template == "chat"
     code = "from transformers import GenerationConfig\n\n" if chat else _ASKS.format(base=base)
     # a chat template writes the tokenizer's first token itself
@@ -132,14 +132,19 @@ GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained({base})\n"
 _IMPORTED = f"from transformers import AutoTokenizer\n\n{_TOKENIZER}"
 _ASKS = f"from transformers import AutoTokenizer, GenerationConfig\n\n{_TOKENIZER}"
-_GENERATE = f"""ends = GenerationConfig.from_pretrained("{LOCAL}")
-tokens = model.generate(**inputs, generation_config=ends, max_new_tokens=256)
+_GENERATE = f"""ends = GenerationConfig.from_pretrained("{LOCAL}", max_new_tokens=256)
+tokens = model.generate(**inputs, generation_config=ends)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
 def _cell(value: Any) -> str:
     """A value as one cell of a table, or part of a line."""
     return " ".join(str(value).replace("|", "\\|").replace("`", "'").split())
+
+
+def _code(text: str) -> str:
+    """What stands between backticks in a line."""
+    return " ".join(text.replace("`", "'").split())
 
 
 def _precision(meta: AdapterMeta) -> str:
