@@ -26,6 +26,7 @@ __all__ = [
     "default_template",
     "messages_of",
     "prompt_for",
+    "question_of",
     "render",
     "wanted_template",
 ]
@@ -132,12 +133,17 @@ def prompt_for(
         return _alpaca(instruction, input)
     if template == "llm-adapters":
         return _seed(instruction, input, phase)
-    text = f"{instruction}\n\n{input}" if input else instruction
+    messages = question_of(instruction, input)
     if template == "plain":
-        return text
+        return messages[0]["content"]
     if template == "chat":
-        return chat_prompt([{"role": "user", "content": text}], tokenizer)
+        return chat_prompt(messages, tokenizer)
     raise ConfigError(unknown("template", template, TEMPLATES))
+
+
+def question_of(instruction: str, input: str = "") -> list[dict[str, str]]:
+    """An instruction as the conversation that it begins."""
+    return [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
 
 
 def conversation(

@@ -10,8 +10,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_adapters.data.chat import before_answer
 from mlx_adapters.data.overlap import item_hash, relation, row_text
-from mlx_adapters.data.templates import Asked, prompt_for
+from mlx_adapters.data.templates import Asked, prompt_for, question_of
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.answers import EXTRACTIONS, RULES, Extraction, correct, extract
@@ -118,7 +119,7 @@ def _likeliest(
         prompts = {i: f"Question: {one.question}\nAnswer:" for i, one in choices.items()}
         encoded = {i: _cloze(prompts[i], one, tokenizer) for i, one in choices.items()}
     else:
-        prompts = {i: _prompt(item, asking.template, tokenizer) for i, item in items.items()}
+        prompts = {i: _prompt(item, asking.template, tokenizer, closed=True) for i, item in items.items()}
         says = "The answer is ({})." if task.kind == "letter" else "the correct answer is {}"
         encoded = {
             i: (
@@ -157,7 +158,10 @@ def _labelled(items: Sequence[Item], task: Task) -> list[Item]:
     return found
 
 
-def _prompt(item: Item, template: str, tokenizer: TokenizerWrapper) -> str:
+def _prompt(item: Item, template: str, tokenizer: TokenizerWrapper, *, closed: bool = False) -> str:
+    """The text of a question; `closed`: up to where an answer stands, with no reasoning left open."""
+    if closed and template == "chat":
+        return before_answer(question_of(item.instruction, item.input), tokenizer)
     return prompt_for(item.instruction, item.input, template=template, tokenizer=tokenizer, phase="eval")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_adapters.errors import ConfigError, DataError
 
-__all__ = ["Rendered", "chat_prompt", "chat_writer", "names", "unread", "written_at"]
+__all__ = ["Rendered", "assistant_marks", "chat_prompt", "chat_writer", "names", "unread", "written_at"]
 
 
 class Rendered(str):
@@ -88,6 +88,35 @@ def chat_prompt(
         raise DataError(f"{_named(tokenizer)}: its chat template cannot be used ({error})") from None
     unasked = getattr(tokenizer, "chat_prompt_unasked", "") if answer else ""
     return Rendered(text.removesuffix(unasked))
+
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def assistant_marks(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, kwargs: Mapping[str, Any], text: str
+) -> list[tuple[int, int]] | None:
+    """The parts of `text`, which is what the template writes for `messages`, that it marks by
+    `{% generation %}`, as (begin, end) in characters; None where the template has no such marks.
+
+    They are transformers' `return_assistant_tokens_mask`, so a token that is partly marked counts whole.
+    """
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    if not getattr(inner, "is_fast", False) or not tokenizer.chat_template:
+        return None
+    if not _MARKS.search(tokenizer.get_chat_template(tools=kwargs.get("tools"))):
+        return None
+    found = chat_writer(tokenizer)(
+        list(messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **_dated(tokenizer, kwargs.get("tools")),
+        **{**getattr(tokenizer, "chat_template_kwargs", {}), **kwargs},
+    )
+    places = inner(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    pairs = zip(places, found["assistant_masks"], strict=True)
+    return [(begin, end) for (begin, end), marked in pairs if marked]
 
 
 def _named(tokenizer: Any) -> str:

@@ -1,10 +1,9 @@
 """How the rows of a run are written: the prompt template, the chat template and its variables."""
 
 from dataclasses import replace
-from typing import Any
 
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.chat import left_open
+from mlx_adapters.data.chat import has_reasoning, left_open
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import asked, default_template
 from mlx_adapters.models.load import LanguageModel
@@ -41,9 +40,4 @@ def written_with(
 
 def _any_reasoning(rows: Rows) -> bool:
     """Whether an answer of the rows comes with reasoning."""
-    return any(_reasons(message) for row in rows.rows for message in row.get("messages") or ())
-
-
-def _reasons(message: Any) -> bool:
-    told = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
-    return bool(told) or "</think>" in str(message.get("content") or "")
+    return any(has_reasoning(message) for row in rows.rows for message in row.get("messages") or ())
