@@ -102,9 +102,7 @@ def conversations(
         empty = any(answers[each].empty for each in spans) if last else one.empty
         rows.append(Conversation(one.done, parts, bool(one.closing), empty))
     if not any(row.learned for row in rows):
-        raise DataError(
-            "the chat template marks nothing of the answers by {% generation %}, so none is learned"
-        )
+        raise DataError("the chat template's {% generation %} marks no part of the answers: none is learned")
     return rows
 
 
@@ -116,10 +114,8 @@ def _marks(
     marks = assistant_marks(messages, tokenizer, kwargs, answer.done[:before] + answer.done[answer.begin :])
     if marks is None:
         return None
-    moved = (
-        (begin + answer.more * (begin >= before), end + answer.more * (end > before)) for begin, end in marks
-    )
-    return list(moved)
+    more = answer.more  # they stand behind what was put before the answer
+    return [(begin + more * (begin >= before), end + more * (end > before)) for begin, end in marks]
 
 
 def _marked(
@@ -208,7 +204,8 @@ def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closi
         raise DataError("the chat template writes the messages before an answer by what the answer is")
     if thought not in done:
         raise DataError(
-            "the chat template does not write the reasoning of an answer, so it would not be learned: leave it "
+            "the chat template does not write the reasoning of an answer, which would not be learned: leave "
+            "it "
             "out of the rows, or give a --template that writes it"
         )
     tail = probe.rpartition(_PROBE)[2]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from mlx_adapters.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ class Rendered(str):
     """Text that a chat template wrote: every special token is in it, so encoding it adds none."""
 
 
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 _moment: ContextVar[datetime | None] = ContextVar("moment", default=None)
@@ -45,9 +46,9 @@ def _dated(tokenizer: Any, tools: Any) -> dict[str, str]:
     if moment is None or not tokenizer.chat_template:
         return {}
     template = tokenizer.get_chat_template(tools=tools)
-    if not _TODAY.search(template):
+    if not TODAY.search(template):
         return {}
-    written = _TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
+    written = TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
     return {"chat_template": written}
 
 
@@ -115,8 +116,9 @@ def assistant_marks(
         **{**getattr(tokenizer, "chat_template_kwargs", {}), **kwargs},
     )
     places = inner(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    pairs = zip(places, found["assistant_masks"], strict=True)
-    return [(begin, end) for (begin, end), marked in pairs if marked]
+    pairs = zip(found["assistant_masks"], places, strict=True)
+    runs = [list(run) for marked, run in groupby(pairs, key=lambda pair: pair[0]) if marked]
+    return [(run[0][1][0], run[-1][1][1]) for run in runs]
 
 
 def _named(tokenizer: Any) -> str:

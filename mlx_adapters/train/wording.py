@@ -40,4 +40,9 @@ def written_with(
 
 def _any_reasoning(rows: Rows) -> bool:
     """Whether an answer of the rows comes with reasoning."""
-    return any(has_reasoning(message) for row in rows.rows for message in row.get("messages") or ())
+    return any(
+        has_reasoning(message)
+        for part in rows.parts or (rows,)
+        for row in part.rows
+        for message in row.get("messages") or ()
+    )

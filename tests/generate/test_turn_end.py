@@ -1,4 +1,4 @@
-"""A base without a chat template learns two-turn dialogues, and stops by itself where a turn ends, everywhere."""
+"""A base learns two-turn dialogues, and stops by itself where a turn ends: in every command and in torch."""
 
 import http.client
 import json
