@@ -213,7 +213,7 @@ def test_the_command_counts_all_sixteen_sets(
     assert "wrong" not in shown
     monkeypatch.setattr(ask, "generate_texts", Says(*(texts(task.kind) for task in SETS)))
     found = json.loads(cli(*run, "--json").stdout)
-    assert found["reading"] == "strict 2"
+    assert found["reading"] == "strict 3"
     for task, score in zip(SETS, found["scores"], strict=True):
         counted = {"task": task.name, "correct": 1, "total": 3, "paper_correct": 1, "unanswered": 1}
         assert counted.items() <= score.items()
