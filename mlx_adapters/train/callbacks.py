@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mlx_adapters.train.progress import Step
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.trainer import TrainResult
+    from mlx_adapters.train.result import TrainResult
 
 __all__ = ["Callback", "StopTraining", "callbacks_of", "continues"]
 

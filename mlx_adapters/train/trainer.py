@@ -9,7 +9,7 @@ for step in Trainer(load("model"), "data.jsonl", "lora", output="adapter", epoch
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,45 +37,13 @@ from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
 from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.result import TrainResult, result_of
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 _CALLBACK = "a callback ended it"
 _SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        adapter: the folder of the saved adapter.
-        method: the method's name.
-        loss: of the step whose adapter was saved: mean cross entropy per supervised token, in nats.
-        validation_loss: the same of the validation rows, where that step was followed by a validation.
-        step: the step whose adapter was saved: the last, or that of the best validation.
-        steps: how many steps the run took, with those before it was resumed.
-        seconds: from the first step to the last, with validation, without those before it was resumed.
-        metrics: one row per step, as in `metrics.jsonl`.
-        stopped: why the run ended early; None where it did not.
-        trainable: how many parameters the adapter has.
-        parameters: how many the model has with it.
-        rows: how many rows were trained on.
-    """
-
-    adapter: Path
-    method: str
-    loss: float | None
-    validation_loss: float | None
-    step: int
-    steps: int
-    seconds: float
-    metrics: list[dict[str, Any]]
-    stopped: str | None
-    trainable: int
-    parameters: int
-    rows: int
 
 
 def train(
@@ -339,16 +307,13 @@ class Trainer:
                         f"{self.output}: {step} steps have not changed the adapter, which is saved as it "
                         f"began. Give more --steps, or a higher --lr than {self.config.lr:g}"
                     )
-        row = next((row for row in rows if row["step"] == step), {})
-        return TrainResult(
+        return result_of(
+            rows,
             adapter=self.output,
             method=self.meta.method.NAME,
-            loss=row.get("loss"),
-            validation_loss=row.get("validation_loss"),
             step=step,
             steps=run.step,
             seconds=seconds,
-            metrics=rows,
             stopped=stopped,
             trainable=self.trainable,
             parameters=self.parameters,
