@@ -22,11 +22,12 @@ from mlx_adapters.units import duration
 if TYPE_CHECKING:
     from mlx_adapters.train.trainer import Trainer
 
-_KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss", "validation_loss")
+_KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
+_MEASURED = ("validation_loss", "validation_loss_before", "accuracy", "accuracy_before")
 _PROCESSES = "processes of this machine that share every batch: faster on a CPU"
 
 
-@reporting("output", *_KEYS)
+@reporting("output", *_KEYS, *_MEASURED)
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, arg("model folder or hub id")] = None,
@@ -86,6 +87,7 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
         trainer.stop()
 
     with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
+        trainer.say, trainer.watch.tell = say, lambda doing: update(trainer.run.step, doing)
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
@@ -99,9 +101,8 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
             if step.stopped:
                 say(f"stopped at step {step.step}: {step.stopped}")
     result = trainer.result
-    if trainer.processes.writes and result.step != result.steps:
-        best = trainer.run.progress.best_loss
-        say(f"the adapter is that of step {result.step}, validation loss {best:.4f}")
+    for sentence in result.remarks() if trainer.processes.writes else ():
+        say(sentence)
     return result.seconds
 
 
@@ -146,4 +147,4 @@ def _train(
         typer.echo(f"    mlx-adapters eval {chosen['model']} --adapter {output} --task SVAMP --data-dir DIR")
         typer.echo(f"    mlx-adapters export {output} DST --base OWNER/NAME")
 
-    report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)
+    report({"output": output} | {key: getattr(result, key) for key in _KEYS + _MEASURED}, words)

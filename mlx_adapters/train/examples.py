@@ -34,7 +34,7 @@ def rows_of(data: Data, columns: str | None = None) -> Rows:
         return data
     names = column_names(columns)
     if isinstance(data, str | Path):
-        return load_rows(str(data), columns=names)
+        return replace(load_rows(str(data), columns=names), sources=(str(data),))
     if all(isinstance(each, dict) for each in data):
         return rows_from_list([each for each in data if isinstance(each, dict)])
     parts = [load_rows(str(each), columns=names) for each in data]
@@ -45,7 +45,8 @@ def rows_of(data: Data, columns: str | None = None) -> Rows:
                 f"form {parts[0].format}. Train on files of one form"
             )
     rows = [row for part in parts for row in part.rows]
-    return Rows(rows, parts[0].format, ", ".join(part.origin for part in parts))
+    origin = ", ".join(part.origin for part in parts)
+    return Rows(rows, parts[0].format, origin, sources=tuple(map(str, data)))
 
 
 def select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
@@ -86,18 +87,15 @@ def encoded(
     return found
 
 
-def split(examples: list[Example], config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out for validation), drawn by the seed: not a run of neighbours in the file."""
-    if config.validation == 0:
+def split(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(to train on, `count` held out for validation), drawn by the seed: not neighbours in the file."""
+    if count == 0:
         return examples, []
-    if config.validation >= len(examples):
+    if count >= len(examples):
         rows = counted(len(examples), "row")
-        raise DataError(f"validation={config.validation} leaves nothing of {rows} to train on")
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    return (
-        [examples[i] for i in sorted(order[config.validation :])],
-        [examples[i] for i in order[: config.validation]],
-    )
+        raise DataError(f"validation={count} leaves nothing of {rows} to train on")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
 
 
 def pad_id(model: LanguageModel) -> int:

@@ -31,17 +31,19 @@ from mlx_adapters.train import checkpoint, classes, metrics
 from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, rows_of, select, split
+from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, rows_of, select
 from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
-from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
 from mlx_adapters.train.result import TrainResult, result_of
+from mlx_adapters.train.validation import parts_of
+from mlx_adapters.train.watching import watch
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"
+METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _CALLBACK = "a callback ended it"
 _SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
 
@@ -115,6 +117,9 @@ class Trainer:
         trainable: how many parameters the adapter has.
         parameters: how many the model has with it.
         notes: what a user may want to know, as sentences.
+        validation: what the loss is measured on, in words; None where it is not.
+        watch: what else is measured while training.
+        say: set it to be told what was measured before the first step.
 
     Raises:
         ConfigError, DataError, OutputError, UnsupportedError: the model is then as it was.
@@ -140,6 +145,7 @@ class Trainer:
         self.processes = processes or Processes()
         self.callbacks = callbacks_of(callbacks)
         self._result: TrainResult | None = None
+        self.say: Callable[[str], None] = lambda sentence: None
         self._lock, self._holds_lock = ExitStack(), False
         self._restore_classes, self._attached = classes.remember(model.model), False
         if self.processes.writes:
@@ -210,7 +216,11 @@ class Trainer:
         template = config.template or before or default_template(rows.format, self.model.tokenizer)
         written = _time(self.output, resume, processes)
         self.encoded = encoded(rows, self.model, config, template=template, written=written)
-        training, validation = split(self.encoded.examples, config)
+        parts = parts_of(rows, self.encoded, self.model, config, template=template, written=written)
+        self.validation, validation = parts.words, parts.validation
+        self.notes += parts.notes
+        options: Any = {"template": template, "form": rows.format, "processes": processes}
+        self.watch = watch(self.model, config, validation, **options)
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
@@ -219,12 +229,13 @@ class Trainer:
         self.trainable, self.parameters = adapter.count(self.model.model)
         self.run = Run(
             self.model.model,
-            training,
+            parts.training,
             validation,
             config=config,
             pad_id=pad_id(self.model),
             folder=self.output,
             processes=processes,
+            watch=self.watch,
             rates=chosen.lr_multipliers() or None,
             identity={
                 "method": chosen.NAME,
@@ -233,6 +244,7 @@ class Trainer:
                 "loss_on": config.loss_on,
                 "written": written.isoformat(),
                 "base": fingerprint(self.model.path),
+                **self.watch.identity,
             },
         )
         if processes.writes:
@@ -268,7 +280,8 @@ class Trainer:
         else:
             self.notes.append(f"{self.output}: has no checkpoint yet, starting from the beginning")
         if self.processes.writes:
-            metrics.forget_after(self.output / METRICS, self.run.step)
+            for name in (METRICS, SAMPLES):
+                metrics.forget_after(self.output / name, self.run.step)
 
     def _hold_lock(self) -> None:
         """Keep other runs out of the folder until this one ends."""
@@ -277,9 +290,12 @@ class Trainer:
             self._lock.callback(setattr, self, "_holds_lock", False)
             self._holds_lock = True
 
-    def _log(self, step: Step) -> None:
+    def _log(self, step: Measured) -> None:
         for logger in self._loggers:
             logger.log(step)
+        if step.step == 0:
+            for sentence in step.remarks():
+                self.say(sentence)
 
     def _told(self, step: Step) -> Step:
         """The step that the callbacks were told of; where one of them ends the run, `stopped`."""
@@ -300,7 +316,8 @@ class Trainer:
             rows = metrics.read(self.output / METRICS)
             if stopped not in _SAVED:
                 with writing_to(self.output / PLOT):
-                    title = f"{self.meta.method.NAME} on {self.model.path.name}"
+                    data = self.meta.training["data"].rpartition("/")[2]
+                    title = f"{self.meta.method.NAME} on {self.model.path.name}\n{data}"
                     metrics.plot(rows, self.output / PLOT, title=title)
                 if not run.moved:
                     raise TrainingError(

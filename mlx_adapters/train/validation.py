@@ -1,0 +1,185 @@
+"""Validation: which rows the loss is measured on, and the loss on them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from mlx_adapters.data.batches import MULTIPLE, batches
+from mlx_adapters.data.layouts import column_names
+from mlx_adapters.data.reading import KINDS, is_data
+from mlx_adapters.data.sources import GENERATED, TRAINING_SETS, VALIDATION, Rows, load_rows
+from mlx_adapters.data.tokens import Encoded, Example
+from mlx_adapters.errors import DataError, counted
+from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.examples import encoded, split
+from mlx_adapters.train.loss import loss_sum, split_head
+
+__all__ = ["Parts", "parts_of", "validate"]
+
+_FOUND = 200  # rows of a validation file that nobody named: all of a large one would take long
+_HUB = re.compile(r"(?P<name>[^:/@]+/[^:/@]+)(?P<config>:[^/@]+)?(?:/[^@]+)?(?P<revision>@.+)?")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The examples to train on and those to measure the loss on; `words` say where the latter come from, and
+    `notes` what a user would not expect of them."""
+
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    words: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def parts_of(
+    rows: Rows,
+    examples: Encoded,
+    model: LanguageModel,
+    config: TrainConfig,
+    *,
+    template: str,
+    written: datetime,
+) -> Parts:
+    """Hold rows out, or read others, as `config.validation` says.
+
+    Args:
+        rows: the training rows, and where they come from.
+        examples: the same, encoded.
+        model: whose tokenizer encodes the validation rows, like the training rows.
+        template: that of the run.
+        written: the time for templates that write a date.
+
+    Raises:
+        DataError: there are no such rows, or none are left to train on.
+    """
+    wanted = config.validation
+    if isinstance(wanted, float):
+        wanted = max(1, round(wanted * len(examples.examples)))
+    if isinstance(wanted, int):
+        training, validation = split(examples.examples, wanted, config.seed)
+        text = f"validation on {counted(len(validation), 'row')} of the data, held out by the seed"
+        return _compared(training, validation, text if wanted else None)
+    found = _found(rows, config) if wanted is None else _named(str(wanted), rows, config)
+    if not found:
+        return Parts(examples.examples, (), None, tuple(_beside(rows)))
+    limit = config.validation_limit or (_FOUND if wanted is None else None)
+    others, words = list[Example](), list[str]()
+    for part in found:
+        used = _drawn(part, limit, config.seed)
+        done = encoded(used, model, config, template=template, written=written)
+        others += done.examples
+        drawn = f", drawn by the seed from {len(part.rows)}" if len(used.rows) < len(part.rows) else ""
+        cut = f", {done.truncated} cut at {config.cutoff} tokens" if done.truncated else ""
+        words.append(f"{counted(len(used.rows), 'row')} of {part.origin}{drawn}{cut}")
+    return _compared(examples.examples, others, f"validation on {' and '.join(words)}")
+
+
+def validate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    processes: Processes | None = None,
+    multiple: int = MULTIPLE,
+) -> float:
+    """Mean loss per supervised token over all `examples`, without dropout."""
+    processes = processes or Processes()
+    was_training = model.training
+    model.eval()
+    head = split_head(model)
+    total, count = 0.0, 0
+    share = (processes.rank, processes.size)
+    batch_size *= processes.size
+    options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
+    for batch in batches(examples, batch_size=batch_size, **options):
+        value = loss_sum(model, batch, head=head, gradient=False)
+        total += float(processes.sums([value], {})[0][0])
+        count += batch.supervised
+    model.train(was_training)
+    return total / max(1, count)
+
+
+def _found(rows: Rows, config: TrainConfig) -> list[Rows]:
+    """The validation sets of data folders, which nobody has to name."""
+    names = column_names(config.columns)
+    folders = [Path(source) for source in rows.sources if Path(source).is_dir()]
+    found = [(folder, name) for folder in folders if (name := _own(folder)) is not None]
+    return [load_rows(str(folder), split=name, columns=names) for folder, name in found]
+
+
+def _named(wanted: str, rows: Rows, config: TrainConfig) -> list[Rows]:
+    """The rows of a file or folder, of a part of the data, or of a dataset of the hub."""
+    columns = column_names(config.columns)
+    if Path(wanted).exists():
+        own = _own(Path(wanted)) if Path(wanted).is_dir() else None
+        return [load_rows(wanted, split=own or "train", columns=columns)]
+    if not re.fullmatch(r"[\w-]+", wanted):
+        return [load_rows(wanted, split="validation", columns=columns)]
+    sources = [part for source in rows.sources if (part := _part(source, wanted)) is not None]
+    if sources:
+        return [load_rows(source, split=wanted, columns=columns) for source in sources]
+    if wanted in TRAINING_SETS or wanted == GENERATED:
+        return [load_rows(wanted, columns=columns)]
+    raise DataError(
+        f"validation={wanted}: is no file, and no part of {', '.join(rows.sources) or rows.origin}. Give a "
+        "number of rows, a fraction (0.05), a file or folder, or the name of a part"
+    )
+
+
+def _own(folder: Path) -> str | None:
+    """The name of the validation set in a data folder."""
+    return next((name for name in VALIDATION if _has(folder, name)), None)
+
+
+def _has(folder: Path, part: str) -> bool:
+    """Whether a data folder, or one that `datasets` saved, has a part of that name."""
+    if (folder / "dataset_dict.json").is_file():
+        return (folder / part).is_dir()
+    return any(file.name.partition(".")[0] == part and is_data(file) for file in folder.iterdir())
+
+
+def _part(source: str, part: str) -> str | None:
+    """The source that has `part`: a folder, or a dataset of the hub without the part that it was given."""
+    path = Path(source)
+    if path.exists() or source.startswith((".", "/", "~")) or is_data(path):
+        return source if path.is_dir() and _has(path, part) else None
+    found = _HUB.fullmatch(source)
+    return f"{found['name']}{found['config'] or ''}{found['revision'] or ''}" if found else None
+
+
+def _beside(rows: Rows) -> list[str]:
+    """A note where a validation set lies beside the training file and nothing is measured on."""
+    file = Path(rows.origin)
+    beside = [file.with_name(f"{name}{kind}") for name in VALIDATION for kind in KINDS]
+    if file.stem != "train" or not (sets := [one for one in beside if one.is_file()]):
+        return []
+    return [f"{sets[0]} is not used: --validation {sets[0]} measures on it"]
+
+
+def _drawn(rows: Rows, limit: int | None, seed: int) -> Rows:
+    if limit is None or limit >= len(rows.rows):
+        return rows
+    order = np.random.default_rng(seed).permutation(len(rows.rows))[:limit]
+    return replace(rows, rows=[rows.rows[index] for index in sorted(order)])
+
+
+def _compared(training: Sequence[Example], validation: Sequence[Example], words: str | None) -> Parts:
+    """The parts, with a note where rows of one are in the other."""
+    measured = {tuple(example.ids) for example in validation}
+    lengths = {len(ids) for ids in measured}
+    trained = {ids for e in training if len(e.ids) in lengths and (ids := tuple(e.ids)) in measured}
+    shared = sum(tuple(example.ids) in trained for example in validation)
+    note = (
+        f"{shared} of the {counted(len(validation), 'validation row')} are among the training rows too: on "
+        "these the loss tells what was learned by heart"
+    )
+    return Parts(training, validation, words, (note,) if shared else ())
