@@ -103,7 +103,8 @@ def _losses(axes: Any, rows: Sequence[Row]) -> None:
     if measured:
         axes.plot(*zip(*measured, strict=True), color=_ORANGE, marker="o", linewidth=2, label="validation")
     axes.set(ylabel="loss per token", ylim=(0, None))
-    axes.legend(frameon=False)
+    if taken or measured:
+        axes.legend(frameon=False)
 
 
 def _accuracies(axes: Any, rows: Sequence[Row]) -> None:

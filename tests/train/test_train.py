@@ -162,7 +162,9 @@ def test_record_and_plot(tmp_path: Path) -> None:
     steps = list(Run(tiny(), examples(), examples(3, seed=9), config=config(validate_every=3)))
     for step in steps:
         metrics.append(file, [step.record()])
-    metrics.append(file, [replace(steps[-1], loss=0.5).record()])  # a resumed run repeats a step: the later one counts
+    metrics.append(
+        file, [replace(steps[-1], loss=0.5).record()]
+    )  # a resumed run repeats a step: the later one counts
     with file.open("a") as stream:
         stream.write('{"step": 7, "lo')  # a killed run
     rows = metrics.read(file)
