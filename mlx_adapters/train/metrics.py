@@ -67,6 +67,7 @@ def plot(rows: Sequence[Row], file: Path, *, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     asked = [row for row in rows if row.get("accuracy") is not None]
     with pyplot.rc_context(_STYLE):
@@ -84,6 +85,7 @@ def plot(rows: Sequence[Row], file: Path, *, title: str) -> None:
             _accuracies(axes[1], asked)
         axes[0].set_title(title, loc="left")
         axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for each in axes:
             each.grid(alpha=0.25)
             each.spines[["top", "right"]].set_visible(False)
