@@ -14,7 +14,7 @@ from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, lines, say
 from mlx_adapters.errors import ConfigError, counted
-from mlx_adapters.fields import merged, parse_fields, settings
+from mlx_adapters.fields import merged, parse_fields, settings, synonyms
 from mlx_adapters.files.documents import read_options
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import duration
@@ -36,9 +36,6 @@ def command(
     method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
     set_: options.Settings = None,
     adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's")] = None,
-    targets: Annotated[str | None, opt("short for --set targets=...")] = None,
-    layers: Annotated[str | None, opt("short for --set layers=...")] = None,
-    dropout: Annotated[float | None, opt("short for --set dropout=...")] = None,
     config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
     exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
@@ -51,17 +48,15 @@ def command(
     from mlx_adapters.cpu.processes import in_ring, run_ring
 
     named = {"model": model, "data": data, "output": output and str(output), "method": method}
-    training = {field.name for field in fields_of(TrainConfig)}
+    training = {field.name for field in fields_of(TrainConfig)} | {*synonyms(TrainConfig)}
     file = read_options(config, {*named, *training, "set"})
     chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
     if missing := [name for name in ("model", "data", "output") if name not in chosen]:
         raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
-    shorts = {"targets": targets, "layers": layers, "dropout": dropout}
-    pairs = [f"{name}={value}" for name, value in shorts.items() if value is not None]
     fields = file.get("set") or {}
     if not isinstance(fields, dict):
         raise ConfigError(f"{config}: key 'set' must be a mapping of the method's fields")
-    fields = merged(fields, settings([*(set_ or []), *pairs]))
+    fields = merged(fields, settings(set_ or []))
     if adapter is not None and (fields or method is not None):
         raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
     values = merged({k: v for k, v in file.items() if k in training}, given)

@@ -29,20 +29,22 @@ NOTHING_TO_JUDGE = "patience and best need rows to measure on: give validation, 
 class TrainConfig:
     """One run. Epochs, rate and cutoff default to the paper's."""
 
-    epochs: int | None = field(None, "passes over the data [default: 3, more for few rows]")
-    steps: int | None = field(None, "optimizer steps; overrides epochs")
+    epochs: int | None = field(
+        None, "passes over the data [default: 3, more for few rows]", "num_train_epochs"
+    )
+    steps: int | None = field(None, "optimizer steps; overrides epochs", "iters", "max_steps")
     batch_size: int = field(8, "rows per forward pass")
-    accumulation: int = field(1, "forward passes per optimizer step")
+    accumulation: int = field(1, "forward passes per optimizer step", "gradient_accumulation_steps")
     packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(
-        False, "compute blocks again instead of keeping their activations: less memory"
+        False, "compute blocks again instead of keeping their activations: less memory", "grad_checkpoint"
     )
     compile: str = field(
         "auto", "compile the step: on, off or auto (on a GPU); on a CPU it takes g++ and memory"
     )
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments, for example momentum=0.9,betas=0.9:0.95")
-    lr: float = field(3e-4, "peak learning rate")
+    lr: float = field(3e-4, "peak learning rate", "learning_rate")
     rates: str | None = field(
         None, "learning-rate multipliers by an array's name or path: lora_b=16,*.0.*=0.5"
     )
@@ -58,7 +60,9 @@ class TrainConfig:
         0.0, "weight of the loss that balances the experts of a mixture; transformers' router_aux_loss_coef"
     )
     seed: int = field(0, "seed of initialisation, data order and dropout")
-    cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
+    cutoff: int = field(
+        256, "longest row in tokens; longer ones lose their end", "max_length", "max_seq_length"
+    )
     template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
     loss_on: str = field(
         "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
