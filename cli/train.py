@@ -72,6 +72,7 @@ def command(
 def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     """Train with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130. Returns seconds."""
     from mlx_adapters.cpu import threads
+    from mlx_adapters.train.callbacks import Started
     from mlx_adapters.train.interrupt import stop_on_interrupt
 
     words, told = "stopping after this step ...", threads.most()
@@ -81,8 +82,9 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
             say(words)
         trainer.stop()
 
+    trainer.callbacks.append(Started(say))
     with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
-        trainer.say, trainer.watch.tell = say, lambda doing: update(trainer.run.step, doing)
+        trainer.watch.tell = lambda doing: update(trainer.run.step, doing)
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
@@ -110,6 +112,7 @@ def _train(
 ) -> None:
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
+    from mlx_adapters.train.callbacks import Tokenizing
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.examples import excluded_hashes, rows_of
     from mlx_adapters.train.summary import summary
@@ -124,7 +127,8 @@ def _train(
     rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(chosen["model"], dtype=dtype)
-    trainer = Trainer(loaded, rows, method, output=output, exclude=hashes, processes=together, **given)
+    given |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
+    trainer = Trainer(loaded, rows, method, **given)
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
     if given["resume"]:

@@ -1,16 +1,20 @@
 """From rows to the examples of a run: which rows count, how they become text, which are held out."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_adapters.data.large import FileRows
 from mlx_adapters.data.layouts import column_names
-from mlx_adapters.data.overlap import item_hash, row_text, rows_texts
-from mlx_adapters.data.sources import Rows, load_rows, read_rows, rows_from_list
+from mlx_adapters.data.overlap import item_hash, row_text, rows_texts, seen_hashes
+from mlx_adapters.data.picked import id_rows, pick
+from mlx_adapters.data.sources import Rows, digest, load_rows, notes, read_rows, rows_from_list
+from mlx_adapters.data.token_cache import Facts
+from mlx_adapters.data.tokenized import tokenized_once
 from mlx_adapters.data.tokens import Encoded, Example, encode, end_id
 from mlx_adapters.errors import DataError, counted
 from mlx_adapters.evaluate.tasks import load_file
@@ -19,7 +23,9 @@ from mlx_adapters.models.limits import check_ids, vocabulary
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.train.config import TrainConfig
 
-__all__ = ["Data", "encoded", "excluded_hashes", "pad_id", "rows_of", "select", "split"]
+__all__ = ["Data", "Prepared", "excluded_hashes", "pad_id", "prepare", "rows_of", "select", "split"]
+
+_FEW = 10_000  # rows of a large set that are taken into memory where no more are wanted
 
 Data = str | Path | Sequence[str | Path] | Sequence[dict[str, Any]] | Rows
 """Training data: a file, folder, hub id or set of the paper; several of them; or the rows themselves."""
@@ -50,9 +56,23 @@ def rows_of(data: Data, columns: str | None = None) -> Rows:
 
 
 def select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
-    """(the rows to train on, how many were left out): without those whose question's hash is in `exclude`."""
-    kept = [row for row in rows.rows if item_hash(row_text(row, rows.format)) not in exclude]
-    excluded = len(rows.rows) - len(kept)
+    """(the rows to train on, how many were left out): without those whose question's hash is in `exclude`.
+
+    Rows that stay on disk are chosen when they are read; how many were left out is known then.
+    """
+
+    def wanted(row: dict[str, Any]) -> bool:
+        return item_hash(row_text(row, rows.format)) not in exclude
+
+    if isinstance(rows.rows, FileRows):
+        chosen = rows.rows.only(wanted if exclude else None, config.limit, repr(sorted(exclude)))
+        if config.limit is None or config.limit > _FEW:
+            return replace(rows, rows=chosen), 0
+        kept, excluded = list(chosen), chosen.left_out
+        rows = replace(rows, unread=tuple(sorted(chosen.unread)))
+    else:
+        kept = [row for row in rows.rows if wanted(row)]
+        excluded = len(rows.rows) - len(kept)
     kept = kept[: config.limit]
     if not kept:
         raise DataError(
@@ -77,17 +97,40 @@ def _questions(file: Path) -> list[str]:
     return [row_text({"instruction": item.instruction, "input": item.input}, "instruction") for item in items]
 
 
-def encoded(
-    rows: Rows, model: LanguageModel, config: TrainConfig, *, template: str, written: datetime
-) -> Encoded:
-    """The rows as examples. `written` is the time for templates that write a date."""
-    with written_at(written):
-        found = encode(rows, model.tokenizer, template=template, cutoff=config.cutoff, loss_on=config.loss_on)
-    check_ids(model.model, (example.ids for example in found.examples), model.tokenizer)
-    return found
+@dataclass(frozen=True)
+class Prepared:
+    """The examples of a run, what is odd about the rows, what is known of them, and what to tell the user."""
+
+    encoded: Encoded
+    facts: Facts
+    notes: list[str]
 
 
-def split(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+def prepare(
+    rows: Rows,
+    model: LanguageModel,
+    config: TrainConfig,
+    *,
+    template: str,
+    written: datetime,
+    told: Callable[[int, int], None] = lambda done, rows: None,
+) -> Prepared:
+    """The rows as examples, in memory or on disk. `written` is the time for templates that write a date; of
+    many rows `told` hears how many are done, and how many there are."""
+    options: dict[str, Any] = {"template": template, "cutoff": config.cutoff, "loss_on": config.loss_on}
+    if isinstance(rows.rows, FileRows):
+        found, facts, note = tokenized_once(rows, model.tokenizer, written=written, told=told, **options)
+        said = [note]
+    else:
+        with written_at(written):
+            found = encode(rows, model.tokenizer, **options)
+        facts = Facts(len(rows.rows), digest(rows.rows), seen_hashes(rows_texts(rows)), rows.unread)
+        said = []
+    check_ids(model.model, id_rows(found.examples), model.tokenizer)
+    return Prepared(found, facts, [*notes(replace(rows, unread=facts.unread)), *said])
+
+
+def split(examples: Sequence[Example], count: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """(to train on, `count` held out for validation), drawn by the seed: not neighbours in the file."""
     if count == 0:
         return examples, []
@@ -95,7 +138,7 @@ def split(examples: list[Example], count: int, seed: int) -> tuple[list[Example]
         rows = counted(len(examples), "row")
         raise DataError(f"validation={count} leaves nothing of {rows} to train on")
     order = np.random.default_rng(seed).permutation(len(examples))
-    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
+    return pick(examples, np.sort(order[count:])), pick(examples, order[:count])
 
 
 def pad_id(model: LanguageModel) -> int:

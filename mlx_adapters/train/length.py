@@ -42,7 +42,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 def epoch_groups(
     examples: Sequence[Example], config: TrainConfig, processes: int, epoch: int
-) -> list[list[list[int]]]:
+) -> Sequence[list[list[int]]]:
     """The batches of an epoch, of all processes: rows, each the examples it holds."""
     return groups(
         examples,

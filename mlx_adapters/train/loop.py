@@ -4,16 +4,21 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
 from mlx_adapters.data.batches import MULTIPLE, Batch, make_batch, rows_per_pass
+from mlx_adapters.data.picked import id_rows, lengths_of
+from mlx_adapters.data.token_cache import StoredExamples
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.models.limits import check_ids, check_length, positions
@@ -81,9 +86,9 @@ class Run:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / CHECKPOINTS if folder else None
-        rows = [example.ids for example in (*examples, *validation)]
-        check_ids(model, [*rows, [pad_id]])
-        longest = max(map(len, rows), default=0) + before_text(model)
+        check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
+        lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
+        longest = int(lengths.max(initial=0)) + before_text(model)
         check_length(model, longest, advice="cut it (--cutoff)")
         limit = positions(model)  # padding may not go past it either
         self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
@@ -118,8 +123,12 @@ class Run:
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
         rows = self.config.batch_size * self.processes.size
-        data = {"examples": len(self.examples), "data": _digest(self.examples)}
+        data = {"examples": len(self.examples), "data": self._data}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
+
+    @cached_property
+    def _data(self) -> str:
+        return _digest(self.examples)
 
     @property
     def compiles(self) -> bool:
@@ -340,7 +349,7 @@ class Run:
                 yield epoch + min(1.0, (first + size) / len(order)), step
             epoch += 1
 
-    def _order(self, epoch: int) -> list[list[list[int]]]:
+    def _order(self, epoch: int) -> Sequence[list[list[int]]]:
         return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
     def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
@@ -355,5 +364,9 @@ class Run:
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.loss_start}{example.unlabelled or ''}:{example.ids}" for example in examples)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if isinstance(examples, StoredExamples):
+        return examples.digest
+    found = hashlib.sha256()
+    for number, example in enumerate(examples):
+        found.update(f"{';' if number else ''}{example.as_text()}".encode())
+    return found.hexdigest()[:16]

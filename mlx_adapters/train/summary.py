@@ -1,5 +1,6 @@
 """What a run is about to do, in sentences."""
 
+from mlx_adapters.data.picked import lengths_of
 from mlx_adapters.errors import counted
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.train.length import EPOCHS, epochs
@@ -30,7 +31,7 @@ def summary(trainer: Trainer) -> list[str]:
             f"--cutoff {trainer.encoded.longest} keeps all whole, and takes more memory"
         )
     long = made_for(trainer.model.config)
-    if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
+    if long and (over := int((lengths_of(trainer.run.examples) > long).sum())):
         sentences.append(f"{over} rows are longer than the {long} tokens that the model was made for")
     return sentences + _length(trainer.run)
 

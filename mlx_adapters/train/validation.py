@@ -10,16 +10,18 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.data.batches import MULTIPLE, batches
+from mlx_adapters.data.batches import MULTIPLE, each_batch
 from mlx_adapters.data.layouts import column_names
+from mlx_adapters.data.overlap import item_hash, rows_texts
+from mlx_adapters.data.picked import Joined
 from mlx_adapters.data.reading import KINDS, is_data
 from mlx_adapters.data.sources import GENERATED, TRAINING_SETS, VALIDATION, Rows, load_rows
-from mlx_adapters.data.tokens import Encoded, Example
+from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import DataError, counted
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.examples import encoded, split
+from mlx_adapters.train.examples import Prepared, prepare, split
 from mlx_adapters.train.loss import loss_sum, split_head
 
 __all__ = ["Parts", "parts_of", "validate"]
@@ -41,7 +43,7 @@ class Parts:
 
 def parts_of(
     rows: Rows,
-    examples: Encoded,
+    prepared: Prepared,
     model: LanguageModel,
     config: TrainConfig,
     *,
@@ -52,7 +54,7 @@ def parts_of(
 
     Args:
         rows: the training rows, and where they come from.
-        examples: the same, encoded.
+        prepared: their examples, and what is known of them.
         model: whose tokenizer encodes the validation rows, like the training rows.
         template: that of the run.
         written: the time for templates that write a date.
@@ -60,26 +62,31 @@ def parts_of(
     Raises:
         DataError: there are no such rows, or none are left to train on.
     """
-    wanted = config.validation
+    wanted, examples = config.validation, prepared.encoded.examples
     if isinstance(wanted, float):
-        wanted = max(1, round(wanted * len(examples.examples)))
+        wanted = max(1, round(wanted * len(examples)))
     if isinstance(wanted, int):
-        training, validation = split(examples.examples, wanted, config.seed)
+        training, validation = split(examples, wanted, config.seed)
         text = f"validation on {counted(len(validation), 'row')} of the data, held out by the seed"
-        return _compared(training, validation, text if wanted else None)
+        shared = _learned(_both(training, validation), len(validation), "are among the training rows too")
+        return Parts(training, validation, text if wanted else None, shared)
     found = _found(rows, config) if wanted is None else _named(str(wanted), rows, config)
     if not found:
-        return Parts(examples.examples, (), None, tuple(_beside(rows)))
+        return Parts(examples, (), None, tuple(_beside(rows)))
     limit = config.validation_limit or (_FOUND if wanted is None else None)
-    others, words = list[Example](), list[str]()
+    seen, others, words, known, total = frozenset(prepared.facts.seen), [], [], 0, 0
     for part in found:
         used = _drawn(part, limit, config.seed)
-        done = encoded(used, model, config, template=template, written=written)
-        others += done.examples
+        done = prepare(used, model, config, template=template, written=written).encoded
+        others.append(done.examples)
         drawn = f", drawn by the seed from {len(part.rows)}" if len(used.rows) < len(part.rows) else ""
         cut = f", {done.truncated} cut at {config.cutoff} tokens" if done.truncated else ""
         words.append(f"{counted(len(used.rows), 'row')} of {part.origin}{drawn}{cut}")
-    return _compared(examples.examples, others, f"validation on {' and '.join(words)}")
+        known += sum(item_hash(text) in seen for text in rows_texts(used))
+        total += len(used.rows)
+    validation = others[0] if len(others) == 1 else Joined(others)
+    notes = _learned(known, total, "have the question of a training row")
+    return Parts(examples, validation, f"validation on {' and '.join(words)}", notes)
 
 
 def validate(
@@ -100,7 +107,7 @@ def validate(
     share = (processes.rank, processes.size)
     batch_size *= processes.size
     options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
-    for batch in batches(examples, batch_size=batch_size, **options):
+    for batch in each_batch(examples, batch_size=batch_size, **options):
         value = loss_sum(model, batch, head=head, gradient=False)
         total += float(processes.sums([value], {})[0][0])
         count += batch.supervised
@@ -168,18 +175,19 @@ def _beside(rows: Rows) -> list[str]:
 def _drawn(rows: Rows, limit: int | None, seed: int) -> Rows:
     if limit is None or limit >= len(rows.rows):
         return rows
-    order = np.random.default_rng(seed).permutation(len(rows.rows))[:limit]
-    return replace(rows, rows=[rows.rows[index] for index in sorted(order)])
+    chosen = {*np.random.default_rng(seed).permutation(len(rows.rows))[:limit].tolist()}
+    return replace(rows, rows=[row for index, row in enumerate(rows.rows) if index in chosen])
 
 
-def _compared(training: Sequence[Example], validation: Sequence[Example], words: str | None) -> Parts:
-    """The parts, with a note where rows of one are in the other."""
+def _both(training: Sequence[Example], validation: Sequence[Example]) -> int:
+    """How many validation examples are training examples too; not looked for where they lie on disk."""
+    if not isinstance(training, list):
+        return 0
     measured = {tuple(example.ids) for example in validation}
-    lengths = {len(ids) for ids in measured}
-    trained = {ids for e in training if len(e.ids) in lengths and (ids := tuple(e.ids)) in measured}
-    shared = sum(tuple(example.ids) in trained for example in validation)
-    note = (
-        f"{shared} of the {counted(len(validation), 'validation row')} are among the training rows too: on "
-        "these the loss tells what was learned by heart"
-    )
-    return Parts(training, validation, words, (note,) if shared else ())
+    trained = {ids for example in training if (ids := tuple(example.ids)) in measured}
+    return sum(tuple(example.ids) in trained for example in validation)
+
+
+def _learned(known: int, total: int, how: str) -> tuple[str, ...]:
+    note = f"{known} of the {total} validation rows {how}: on these the loss tells what was learned by heart"
+    return (note,) if known else ()

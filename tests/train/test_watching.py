@@ -13,6 +13,7 @@ from mlx_adapters.evaluate.run import evaluate
 from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
 from mlx_adapters.train import metrics
+from mlx_adapters.train.callbacks import Started
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.progress import Measured, Progress, Sample, Step
 from mlx_adapters.train.summary import summary
@@ -54,7 +55,7 @@ def watched(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     options = OPTIONS | files | every
     trainer = Trainer(model.load(folders["llama"]), ROWS, METHOD, output=root / "out", **options)
     said, steps = list[str](), []
-    trainer.say = said.append
+    trainer.callbacks.append(Started(said.append))
     for step in trainer:
         steps.append(step)
         if step.step == 10:
@@ -111,7 +112,7 @@ def test_a_resumed_run_measures_the_rest(watched: Watched, folders: dict[str, Pa
     with pytest.raises(TrainingError, match="rows that decide which step is best was"):
         Trainer(loaded, ROWS, METHOD, output=output, resume=True, **other)
     resumed = Trainer(loaded, ROWS, METHOD, output=output, resume=True, **watched.options)
-    resumed.say = said.append
+    resumed.callbacks.append(Started(said.append))
     assert next(iter(resumed)).step == 17
     for _ in resumed:
         pass
@@ -137,7 +138,7 @@ def test_what_is_measured_is_said(watched: Watched) -> None:
     assert f"validation on 2 rows of {watched.options['validation']}, every 15 steps" in said
     assert "accuracy on 5 items of test, every 10 steps" in said
     assert [note for note in watched.trainer.notes if "validation" in note] == [
-        "1 of the 2 validation rows are among the training rows too: on these the loss tells what was "
+        "1 of the 2 validation rows have the question of a training row: on these the loss tells what was "
         "learned by heart"
     ]
 
