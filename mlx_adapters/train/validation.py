@@ -14,7 +14,7 @@ from mlx_adapters.data.batches import MULTIPLE, each_batch
 from mlx_adapters.data.layouts import column_names
 from mlx_adapters.data.overlap import item_hash, rows_texts
 from mlx_adapters.data.picked import Joined
-from mlx_adapters.data.reading import KINDS, is_data
+from mlx_adapters.data.reading import is_data
 from mlx_adapters.data.sources import GENERATED, TRAINING_SETS, VALIDATION, Rows, load_rows
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import DataError, counted
@@ -151,7 +151,13 @@ def _has(folder: Path, part: str) -> bool:
     """Whether a data folder, or one that `datasets` saved, has a part of that name."""
     if (folder / "dataset_dict.json").is_file():
         return (folder / part).is_dir()
-    return any(file.name.partition(".")[0] == part and is_data(file) for file in folder.iterdir())
+    return _file(folder, part) is not None
+
+
+def _file(folder: Path, part: str) -> Path | None:
+    """The file of a data folder that holds a part."""
+    found = (file for file in folder.iterdir() if file.name.partition(".")[0] == part and is_data(file))
+    return min(found, default=None)
 
 
 def _part(source: str, part: str) -> str | None:
@@ -164,12 +170,11 @@ def _part(source: str, part: str) -> str | None:
 
 
 def _beside(rows: Rows) -> list[str]:
-    """A note where a validation set lies beside the training file and nothing is measured on."""
-    file = Path(rows.origin)
-    beside = [file.with_name(f"{name}{kind}") for name in VALIDATION for kind in KINDS]
-    if file.stem != "train" or not (sets := [one for one in beside if one.is_file()]):
-        return []
-    return [f"{sets[0]} is not used: --validation {sets[0]} measures on it"]
+    """A note where a validation set lies beside a training file, and nothing is measured on it."""
+    files = [Path(source) for source in rows.sources or (rows.origin,)]
+    files = [file for file in files if file.name.partition(".")[0] == "train" and file.is_file()]
+    sets = [_file(file.parent, name) for file in files if (name := _own(file.parent)) is not None]
+    return [f"{one} is not used: --validation {one} measures on it" for one in sets]
 
 
 def _drawn(rows: Rows, limit: int | None, seed: int) -> Rows:
