@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.data.picked import lengths_of
+from mlx_adapters.data.picked import Examples, lengths_of
 from mlx_adapters.data.tokens import Example
 
 __all__ = ["MULTIPLE", "Batch", "Groups", "batches", "each_batch", "groups", "make_batch", "rows_per_pass"]
@@ -167,6 +167,8 @@ def groups(
         return []
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(examples)) if shuffle else np.arange(len(examples))
+    if shuffle and isinstance(examples, Examples) and (drawn := examples.drawn(seed, epoch)) is not None:
+        order = drawn[order]
     lengths = lengths_of(examples)[order]
     members, starts = order, np.arange(len(order) + 1)
     if pack:

@@ -30,6 +30,14 @@ class Examples(Sequence[Example]):
         """The example number `index`, from 0 on."""
         raise NotImplementedError
 
+    def pick(self, indices: np.ndarray) -> "Examples":
+        """Those of these indices, in this order."""
+        return Picked(self, indices)
+
+    def drawn(self, seed: int, epoch: int) -> np.ndarray | None:
+        """Which examples an epoch has; None for all of them once."""
+        return None
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -39,7 +47,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return Picked(self, np.arange(len(self))[index])
+            return self.pick(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self.read(index % len(self))
@@ -93,5 +101,5 @@ def id_rows(examples: Sequence[Example]) -> Iterable[Sequence[int]]:
 def pick(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
     """The examples of these indices: a list of a list, a `Picked` of what lies on disk."""
     if isinstance(examples, Examples):
-        return Picked(examples, indices)
+        return examples.pick(indices)
     return [examples[index] for index in indices]

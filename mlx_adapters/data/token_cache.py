@@ -33,7 +33,7 @@ import numpy as np
 
 from mlx_adapters.cpu.blas import cache
 from mlx_adapters.data.picked import Examples
-from mlx_adapters.data.tokens import Encoded, Example
+from mlx_adapters.data.tokens import SUMMED, Encoded, Example
 from mlx_adapters.errors import writing_to
 from mlx_adapters.files.documents import from_json
 
@@ -145,7 +145,7 @@ class Writer:
             _part(folder, name).replace(folder / name)
 
 
-_COUNTS = ("truncated", "dropped", "empty", "rewritten", "longest", "endless")
+_COUNTS = (*SUMMED, "longest", "endless")
 
 
 def folder_of(key: str) -> Path:

@@ -15,7 +15,7 @@ from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
+__all__ = ["LOSS_ON", "SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
 LOSS_ON = ("completion", "last", "all")
 
@@ -56,10 +56,10 @@ class Sink(Protocol):
 
 @dataclass
 class Encoded:
-    """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
-    cutoff, `dropped` had nothing left to learn, `empty` have no answer, `rewritten` earlier answers are
-    examples of their own. `longest` is the longest before the cutoff, in tokens. `endless`: the tokenizer has
-    no end token. `texts` holds eight bytes of a hash of each row's text."""
+    """Examples, and what is odd about the rows: `truncated` were longer than the max length, `dropped` have
+    nothing to learn, `empty` have no answer, `rewritten` earlier answers are examples of their own. `longest`
+    is the longest row in tokens, whole. `endless`: the tokenizer has no end token. `texts` holds eight bytes
+    of a hash of each row's text."""
 
     examples: Sequence[Example]
     truncated: int = 0
@@ -74,6 +74,10 @@ class Encoded:
     def repeated(self) -> int:
         """How many rows are the same as an earlier one."""
         return len(self.texts) - len(np.unique(self.texts))
+
+
+SUMMED = ("truncated", "dropped", "empty", "rewritten")
+"""The counts of `Encoded` that add up over several sources."""
 
 
 def end_id(tokenizer: Any) -> int | None:
@@ -103,12 +107,11 @@ def encode(
     tokenizer: Any,
     *,
     template: str,
-    cutoff: int = 256,
     loss_on: str = "completion",
     into: Sink | None = None,
     told: Callable[[int], None] = lambda done: None,
 ) -> Encoded:
-    """Encode training rows; what ends an answer is learned unless the row was cut at `cutoff` tokens.
+    """Encode training rows whole (`long_rows.fitted` cuts them); what ends an answer is learned.
 
     With the template `chat` a row is a conversation, encoded whole as the chat template writes it. With the
     others prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges,
@@ -118,7 +121,6 @@ def encode(
         rows: what `load_rows` returns.
         tokenizer: the model's.
         template: a name of `TEMPLATES`.
-        cutoff: tokens of the longest row.
         loss_on: `completion` (all answers of a conversation), `last` (its last answer) or `all` (the prompt
             too, as in the paper).
         into: where the examples go; by default into a list. They are gone through once.
@@ -142,12 +144,11 @@ def encode(
         done.rewritten += len(found) - 1
         for example, empty in found:
             done.empty += empty
-            done.truncated += len(example.ids) > cutoff
             done.longest = max(done.longest, len(example.ids))
-            _keep(example.cut(cutoff), done, sink)
+            _keep(example, done, sink)
         told(index + 1)
     if not len(sink):
-        raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
+        raise DataError(f"{rows.origin}: no row has a token to learn")
     done.texts = np.frombuffer(hashes, np.uint64) if hashes else done.texts
     return done
 

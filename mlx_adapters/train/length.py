@@ -49,7 +49,7 @@ def epoch_groups(
         batch_size=config.batch_size * processes,
         seed=config.seed,
         epoch=epoch,
-        pack=config.cutoff if config.packing else None,
+        pack=config.max_length if config.packing else None,
     )
 
 

@@ -17,6 +17,7 @@ from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
 from mlx_adapters.data.batches import MULTIPLE, Batch, make_batch, rows_per_pass
+from mlx_adapters.data.mixture import Weighted
 from mlx_adapters.data.picked import id_rows, lengths_of
 from mlx_adapters.data.token_cache import StoredExamples
 from mlx_adapters.data.tokens import Example
@@ -89,7 +90,7 @@ class Run:
         check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
         lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
         longest = int(lengths.max(initial=0)) + before_text(model)
-        check_length(model, longest, advice="cut it (--cutoff)")
+        check_length(model, longest, advice="cut it (--max-length)")
         limit = positions(model)  # padding may not go past it either
         self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
@@ -118,10 +119,12 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        if self.config.packing:
-            fixed["cutoff"] = self.config.cutoff
+        if self.config.max_length:  # packing fills rows up to it; of other runs, how the rows were cut
+            fixed["max_length"] = self.config.max_length
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
+        if isinstance(self.examples, Weighted):
+            fixed["mixture"] = self.examples.described
         rows = self.config.batch_size * self.processes.size
         data = {"examples": len(self.examples), "data": self._data}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity

@@ -35,6 +35,7 @@ from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
+from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
 from mlx_adapters.train.result import TrainResult, result_of
 from mlx_adapters.train.validation import parts_of
@@ -214,23 +215,27 @@ class Trainer:
         written = written_time(self.output / CHECKPOINTS, resume, processes)
         told = tell_tokens(self.callbacks)
         prepared = prepare(rows, self.model, config, template=template, written=written, told=told)
-        self.encoded, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
+        whole, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
         self.excluded += facts.left_out
-        parts = parts_of(rows, prepared, self.model, config, template=template, written=written)
-        self.validation, validation = parts.words, parts.validation
-        self.notes += parts.notes
-        options: Any = {"template": template, "form": rows.format, "processes": processes}
-        self.watch = watch(self.model, config, validation, **options)
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
         self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
+        earlier_run = self.output if resume else None
+        config, reasons = settled(config, whole, self.model, earlier=earlier_run, processes=processes)
+        self.config, self.notes = config, self.notes + reasons
+        self.encoded = fitted(rows, whole, self.model, config)
+        how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
+        parts = parts_of(rows, self.encoded.examples, self.model, config, **how)
+        self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
+        options: dict[str, Any] = {"template": template, "form": rows.format, "processes": processes}
+        self.watch = watch(self.model, config, parts.validation, **options)
         self.run = Run(
             self.model.model,
             parts.training,
-            validation,
+            parts.validation,
             config=config,
             pad_id=pad_id(self.model),
             folder=self.output,

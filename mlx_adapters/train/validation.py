@@ -1,7 +1,7 @@
 """Validation: which rows the loss is measured on, and the loss on them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_adapters.data.batches import MULTIPLE, each_batch
 from mlx_adapters.data.layouts import column_names
+from mlx_adapters.data.long_rows import Fitted, fitted
 from mlx_adapters.data.overlap import item_hash, rows_texts
 from mlx_adapters.data.picked import Joined
 from mlx_adapters.data.reading import is_data
@@ -21,7 +22,7 @@ from mlx_adapters.errors import DataError, counted
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.examples import Prepared, prepare, split
+from mlx_adapters.train.examples import prepare, split
 from mlx_adapters.train.loss import loss_sum, split_head
 
 __all__ = ["Parts", "parts_of", "validate"]
@@ -43,26 +44,28 @@ class Parts:
 
 def parts_of(
     rows: Rows,
-    prepared: Prepared,
+    examples: Sequence[Example],
     model: LanguageModel,
     config: TrainConfig,
     *,
     template: str,
     written: datetime,
+    seen: Iterable[str] = (),
 ) -> Parts:
     """Hold rows out, or read others, as `config.validation` says.
 
     Args:
         rows: the training rows, and where they come from.
-        prepared: their examples, and what is known of them.
+        examples: the same, encoded.
         model: whose tokenizer encodes the validation rows, like the training rows.
         template: that of the run.
         written: the time for templates that write a date.
+        seen: what `seen_hashes` finds in the training rows.
 
     Raises:
         DataError: there are no such rows, or none are left to train on.
     """
-    wanted, examples = config.validation, prepared.encoded.examples
+    wanted = config.validation
     if isinstance(wanted, float):
         wanted = max(1, round(wanted * len(examples)))
     if isinstance(wanted, int):
@@ -74,15 +77,15 @@ def parts_of(
     if not found:
         return Parts(examples, (), None, tuple(_beside(rows)))
     limit = config.validation_limit or (_FOUND if wanted is None else None)
-    seen, others, words, known, total = frozenset(prepared.facts.seen), [], [], 0, 0
+    trained, others, words, known, total = frozenset(seen), [], [], 0, 0
     for part in found:
         used = _drawn(part, limit, config.seed)
-        done = prepare(used, model, config, template=template, written=written).encoded
+        done = _encoded(used, model, config, template, written)
         others.append(done.examples)
         drawn = f", drawn by the seed from {len(part.rows)}" if len(used.rows) < len(part.rows) else ""
-        cut = f", {done.truncated} cut at {config.cutoff} tokens" if done.truncated else ""
-        words.append(f"{counted(len(used.rows), 'row')} of {part.origin}{drawn}{cut}")
-        known += sum(item_hash(text) in seen for text in rows_texts(used))
+        long = f", {done.in_words}" if done.in_words else ""
+        words.append(f"{counted(len(used.rows), 'row')} of {part.origin}{drawn}{long}")
+        known += sum(item_hash(text) in trained for text in rows_texts(used))
         total += len(used.rows)
     validation = others[0] if len(others) == 1 else Joined(others)
     notes = _learned(known, total, "have the question of a training row")
@@ -113,6 +116,16 @@ def validate(
         count += batch.supervised
     model.train(was_training)
     return total / max(1, count)
+
+
+def _encoded(
+    rows: Rows, model: LanguageModel, config: TrainConfig, template: str, written: datetime
+) -> Fitted:
+    """Rows of a validation file as training encodes its own."""
+    one = replace(config, weights=None)  # they are those of the training data
+    whole = prepare(rows, model, one, template=template, written=written).encoded
+    own = {"form": rows.format, "origin": rows.origin, "tokenizer": model.tokenizer}
+    return fitted(whole, config.max_length or whole.longest, config.long_rows, **own)
 
 
 def _found(rows: Rows, config: TrainConfig) -> list[Rows]:

@@ -171,7 +171,7 @@ def test_train_says_what_it_does(model: Path, tmp_path: Path) -> None:
     test = rows(tmp_path / "test.jsonl", 2)
     # fmt: off
     said = cli("train", model, "--data", data, "--output", tmp_path / "a", "--steps", 2, "--validation", 3,
-               "--exclude", test, "--cutoff", 40, "--set", "rank=2").stderr
+               "--exclude", test, "--max-length", 40, "--set", "rank=2").stderr
     # fmt: on
     assert "12 rows of the form instruction" in said
     assert "q_proj, v_proj" in said

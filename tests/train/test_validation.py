@@ -31,8 +31,10 @@ def loaded(folders: dict[str, Path]) -> model.LanguageModel:
 def parts(loaded: model.LanguageModel, data: Any, **options: Any) -> Parts:
     config, written = TrainConfig(**options), datetime(2026, 1, 1)
     rows = rows_of(data, config.columns)
-    prepared = prepare(rows, loaded, config, template="plain", written=written)
-    return parts_of(rows, prepared, loaded, config, template="plain", written=written)
+    how: Any = {"template": "plain", "written": written}
+    prepared = prepare(rows, loaded, config, **how)
+    examples, seen = prepared.encoded.examples, prepared.facts.seen
+    return parts_of(rows, examples, loaded, config, seen=seen, **how)
 
 
 def texts(loaded: model.LanguageModel, found: Parts) -> list[str]:
@@ -64,7 +66,7 @@ def test_equal_rows_on_both_sides_are_counted(loaded: model.LanguageModel) -> No
 def test_a_file_is_measured_on_like_the_training_rows(loaded: model.LanguageModel, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "mine.jsonl", [*OTHER, ROWS[0]])
     data = jsonl(tmp_path / "rows.jsonl", ROWS)
-    found = parts(loaded, data, validation=str(file), cutoff=6)
+    found = parts(loaded, data, validation=str(file), max_length=6)
     assert len(found.training) == 30
     assert found.words == f"validation on 6 rows of {file}, 1 cut at 6 tokens"
     assert found.notes == (
