@@ -91,7 +91,8 @@ def written() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _FIELDS:
         try:
-            found[model_type_of(name)] = entry(name)[1]
+            own, before = entry(name)[1], found.get(model_type_of(name), {}).get("reads", ())
+            found[model_type_of(name)] = own | {"reads": sorted({*before, *own["reads"]})}
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:100]}")
     return {"transformers": metadata.version("transformers"), "names": dict(sorted(found.items()))}
