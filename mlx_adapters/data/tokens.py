@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_adapters.data.chat import Conversation, closing_token, conversations
+from mlx_adapters.data.showing import LOSS_ON
 from mlx_adapters.data.sources import Rows, check_fields
 from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
-
-LOSS_ON = ("completion", "last", "all")
+__all__ = ["SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
 
 @dataclass(frozen=True)
