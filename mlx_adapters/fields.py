@@ -89,6 +89,8 @@ def _parse(raw: Any, hint: Any) -> Any:
             if type(None) in hint.__args__:
                 return None
             raise ValueError
+        if type(raw) in hint.__args__ and not isinstance(raw, str):  # of `int | float` 1.0 is not 1
+            return raw
         for kind in hint.__args__:
             try:
                 if kind is not type(None):
