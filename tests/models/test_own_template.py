@@ -1,4 +1,4 @@
-"""A chat template of one's own and its variables: given once, stored with the adapter, and used everywhere."""
+"""A chat template of one's own and its variables: given once, stored with the adapter, used everywhere."""
 
 import json
 import re
@@ -11,8 +11,10 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 import mlx_adapters as ma
+from mlx_adapters import adapter
 from mlx_adapters.adapter import read_meta
 from mlx_adapters.cli.app import app
+from mlx_adapters.data.preview import show_rows
 from mlx_adapters.data.templates import asked
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.models import load as models
@@ -49,6 +51,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("own")
     base = make_tiny("llama", root, vocab_size=400)
     make_speaker("thinks unless told", base)
+    for part in ("config.json", "generation_config.json"):
+        fields = json.loads((base / part).read_text()) | {"eos_token_id": 1}
+        (base / part).write_text(json.dumps(fields))
     (file := root / "own.jinja").write_text(TEXT)
     row = {"messages": [*ASKED, {"role": "assistant", "content": "7"}]}
     (root / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -64,7 +69,7 @@ def test_the_adapter_keeps_the_text_the_variables_and_the_ends(trained: Trained)
     assert (meta.template, meta.chat) == ("chat", ChatTemplate(TEXT, KWARGS, "", meta.chat.stops))
     assert sorted(meta.chat.stops) == ["<|endoftext|>", "<|im_end|>"]
     ma.load_adapter(loaded := ma.load(trained.base), trained.adapter)
-    ma.save_adapter(loaded, copy := trained.adapter.with_name("copy"))
+    adapter.save(loaded, copy := trained.adapter.with_name("copy"))
     assert read_meta(copy).chat == meta.chat
 
 
@@ -153,7 +158,7 @@ def test_a_row_s_variables_win_over_the_run_s(trained: Trained, tmp_path: Path) 
     rows = [{"messages": messages}, {"messages": messages, "chat_template_kwargs": {"date": "2 May"}}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     options = {"template": str(tmp_path / "own.jinja"), "chat_template_kwargs": KWARGS}
-    shown = ma.show_rows(tmp_path / "rows.json", trained.base, **options)
+    shown = show_rows(tmp_path / "rows.json", trained.base, **options)
     for one, date in zip(shown, ("1 May", "2 May"), strict=True):
         assert [kind for _, kind in one.pieces] == ["context", "learned", "context"]
         assert [text for text, _ in one.pieces[:2]] == [
