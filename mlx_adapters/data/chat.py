@@ -10,7 +10,7 @@ with another token. Such an answer is trained in a row of its own, which ends wi
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,8 @@ __all__ = ["Conversation", "closing_token", "conversations"]
 
 Messages = Sequence[Mapping[str, Any]]
 _PROBE = "zqxj"  # an answer that occurs in no template
+_BY_ANSWER = "the chat template writes the messages before an answer by what the answer is"
+_SHORT = 100  # characters that a template may write between a question and an answer
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,15 @@ class _Answer:
     content_end: int
     closing: str
     again: bool  # the generation prompt has text that the template leaves out of a conversation
+    ended: bool = False  # its content ends the turn: gpt-oss closes a tool call with a token of its own
 
     @property
     def end(self) -> int:
         return self.content_end + len(self.closing)
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.closing) or self.ended
 
     @property
     def empty(self) -> bool:
@@ -83,7 +90,7 @@ def conversations(
             "no message is an answer to learn: the role must be 'assistant', after at least one other message"
         )
     kwargs, (_, closing) = dict(kwargs or {}), closing_token(tokenizer, tokenizer.chat_template)
-    answers = [_answer(messages[: index + 1], tokenizer, kwargs, closing) for index in learned]
+    answers = [_answer(messages, index, tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
     together, apart = [], []
     for answer in answers[:-1]:
@@ -92,9 +99,9 @@ def conversations(
         else:
             apart.append(answer)
     last, spans = answers[-1], (*together, (answers[-1].begin, answers[-1].end))
-    rows = [Conversation(one.done, ((one.begin, one.end),), bool(one.closing), one.empty) for one in apart]
+    rows = [Conversation(one.done, ((one.begin, one.end),), one.closed, one.empty) for one in apart]
     empty = any(one.empty for one in answers if one not in apart)
-    return [*rows, Conversation(whole, spans, bool(last.closing), empty)]
+    return [*rows, Conversation(whole, spans, last.closed, empty)]
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
@@ -113,10 +120,12 @@ def closing_token(tokenizer: Any, template: str | None) -> tuple[int | None, str
     return end, "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
 
 
-def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closing: str) -> _Answer:
-    """Where the last of `messages` begins and ends in what the template writes for them."""
-    context = messages[:-1]
-    done = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
+def _answer(
+    messages: Messages, index: int, tokenizer: Any, kwargs: Mapping[str, Any], closing: str
+) -> _Answer:
+    """Where message `index` begins and ends in what the template writes up to it."""
+    context = messages[:index]
+    done = str(chat_prompt(messages[: index + 1], tokenizer, kwargs, answer=False))
     asked = str(chat_prompt(context, tokenizer, kwargs))
     probe = str(
         chat_prompt([*context, {"role": "assistant", "content": _PROBE}], tokenizer, kwargs, answer=False)
@@ -126,17 +135,48 @@ def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closi
         bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
         # what opens reasoning is left out, or closed, where the template writes an answer without any
         if not (_opens_thinking(asked[bare:]) and begin > bare):
-            more = asked[begin:]  # not in a conversation, but the model will be asked with it
-            done, probe = (asked + text[begin:] for text in (done, probe))
-            begin, again = begin + len(more), True
-    if not done.startswith(probe[:begin]):
-        raise DataError("the chat template writes the messages before an answer by what the answer is")
+            own = begin if begin >= bare else _behind(asked, probe)
+            if not done.startswith(probe[:own]):
+                raise DataError(_BY_ANSWER)
+            done, probe = (asked + text[own:] for text in (done, probe))  # as the model will be asked
+            begin, again = len(asked), True
+    elif not done.startswith(asked):  # it asks for an answer without reasoning, and this one has some
+        bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
+        begin = max(bare, _common(asked, done))
+    if not done.startswith(asked[:begin]):
+        raise DataError(_BY_ANSWER)
     tail = probe.rpartition(_PROBE)[2]
     content_end = (
         len(done) - len(tail) if tail and done.endswith(tail) else _content_end(done, begin, closing)
     )
-    closes = closing if closing and done.startswith(closing, content_end) else ""
-    return _Answer(done, begin, content_end, closes, again)
+    if closing and done.startswith(closing, content_end):
+        return _Answer(done, begin, content_end, closing, again)
+    if messages[index].get("tool_calls"):
+        call = _Answer(done.rstrip(), begin, len(done.rstrip()), "", again)
+        return _ended_call(call, messages[: index + 2], tokenizer, kwargs)
+    return _Answer(done, begin, content_end, "", again)
+
+
+def _ended_call(call: _Answer, messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> _Answer:
+    """A tool call that is not closed as other answers are: by a token of its own (gpt-oss), by the one that
+    opens the tool's answer, the last of `messages` (GLM), or by none."""
+    special = tuple(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if not call.done.endswith(special) and messages[-1].get("role") == "tool" and not call.again:
+        longer = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
+        follows = longer[len(call.done) :] if longer.startswith(call.done) else ""
+        found = max((token for token in special if follows.startswith(token)), key=len, default="")
+        if found:
+            return replace(call, done=call.done + found, closing=found)
+    return replace(call, ended=True)
+
+
+def _behind(asked: str, probe: str) -> int:
+    """Where in `probe` begins what stands behind `asked`, though the messages before are written otherwise
+    (Mistral-Nemo has the system message in the last question, and not at all where an answer follows): behind
+    the longest end of `asked` that is there."""
+    back, head = asked[::-1], probe[: probe.rfind(_PROBE)]
+    ends = range(max(0, len(head) - _SHORT), len(head) + 1)
+    return max(ends, key=lambda end: (_common(back, head[:end][::-1]), end))
 
 
 def _common(one: str, other: str) -> int:
@@ -161,6 +201,9 @@ def _found_in(whole: str, answer: _Answer, closing: str) -> tuple[int, int] | No
     """(begin, end) of an earlier answer in the whole conversation; None where it is another there."""
     if answer.again or not whole.startswith(answer.done[: answer.content_end]):
         return None
+    if answer.ended:
+        return answer.begin, answer.content_end
+    closing = answer.closing or closing
     if closing and whole.startswith(closing, answer.content_end):
         return answer.begin, answer.content_end + len(closing)
     return None if closing else (answer.begin, answer.content_end)

@@ -6,7 +6,6 @@ The hub's client reads its environment once, so all commands run in one process 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def arguments(command: str, root: Path, which: Path | str, name: str) -> list[st
 
 
 @pytest.fixture(scope="module")
-def by_id(root: Path) -> Iterator[dict[str, Any]]:
+def by_id(root: Path) -> dict[str, Any]:
     """What every command gives where the adapter is a hub id, of PEFT's old kind: {name: [code, output]}."""
     hub = Hub(root / "old", root)
     given = {name: arguments(command, root, ID, name) for name, command in COMMANDS.items()}
@@ -96,7 +95,7 @@ def by_id(root: Path) -> Iterator[dict[str, Any]]:
     hub.server.shutdown()
     hub.server.server_close()
     assert done.returncode == 0, done.stderr
-    yield json.loads(done.stdout.partition("FOUND")[2])
+    return json.loads(done.stdout.partition("FOUND")[2])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
