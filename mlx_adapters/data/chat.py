@@ -149,24 +149,44 @@ def _answer(
     content_end = (
         len(done) - len(tail) if tail and done.endswith(tail) else _content_end(done, begin, closing)
     )
+    if calls := messages[index].get("tool_calls"):
+        _must_write(calls, done[begin:])
     if closing and done.startswith(closing, content_end):
         return _Answer(done, begin, content_end, closing, again)
-    if messages[index].get("tool_calls"):
+    if calls:
         call = _Answer(done.rstrip(), begin, len(done.rstrip()), "", again)
         return _ended_call(call, messages[: index + 2], tokenizer, kwargs)
     return _Answer(done, begin, content_end, "", again)
+
+
+def _must_write(calls: Any, text: str) -> None:
+    """DataError where the text of an answer is without its tool calls: many templates leave them out."""
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"the chat template does not write tool calls ({name}), so the answer would be without: take "
+                "another template, or leave such rows out"
+            )
 
 
 def _ended_call(call: _Answer, messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> _Answer:
     """A tool call that is not closed as other answers are: by a token of its own (gpt-oss), by the one that
     opens the tool's answer, the last of `messages` (GLM), or by none."""
     special = tuple(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    if not call.done.endswith(special) and messages[-1].get("role") == "tool" and not call.again:
-        longer = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
-        follows = longer[len(call.done) :] if longer.startswith(call.done) else ""
-        found = max((token for token in special if follows.startswith(token)), key=len, default="")
-        if found:
-            return replace(call, done=call.done + found, closing=found)
+    if call.done.endswith(special) or call.again:
+        return replace(call, ended=True)
+    answered = (
+        messages if messages[-1].get("role") == "tool" else [*messages, {"role": "tool", "content": ""}]
+    )
+    try:
+        longer = str(chat_prompt(answered, tokenizer, kwargs, answer=False))
+    except DataError:  # a template that has no such role
+        longer = ""
+    follows = longer[len(call.done) :] if longer.startswith(call.done) else ""
+    if found := max((token for token in special if follows.startswith(token)), key=len, default=""):
+        return replace(call, done=call.done + found, closing=found)
     return replace(call, ended=True)
 
 

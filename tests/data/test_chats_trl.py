@@ -13,6 +13,7 @@ from learned import TWO_TURNS, encoded, labels
 from spoken_as_published import speaker
 
 from mlx_adapters.data.tokens import Example
+from mlx_adapters.errors import DataError
 from mlx_adapters.models.chat_template import chat_prompt
 from mlx_adapters.models.embedded import local_embedded_model
 from mlx_adapters.models.load import read_tokenizer
@@ -123,7 +124,7 @@ def differences(ours: Example, ids: list[int], learned: list[bool], tokenizer: A
     """The kinds of DIFFERENCES between an example and TRL's; an AssertionError for any other."""
     found, mine = set(), labels(ours)
     if len(ours.ids) == len(ids) + 1:
-        assert ours.ids[-1] in tokenizer.eos_token_ids
+        assert ours.ids[-1] in tokenizer.all_special_ids
         ids, learned = [*ids, ours.ids[-1]], [*learned, False]
         found.add("end")
     assert ours.ids == ids
@@ -133,7 +134,7 @@ def differences(ours: Example, ids: list[int], learned: list[bool], tokenizer: A
         text = tokenizer.decode(ids[begin:end])
         if only_ours:  # the next turn's token
             assert "end" in found
-            assert [id in tokenizer.eos_token_ids for id in ids[begin:end]] == [True]
+            assert [id in tokenizer.all_special_ids for id in ids[begin:end]] == [True]
         elif begin and mine[begin - 1] and ids[begin - 1] in tokenizer.eos_token_ids:
             assert not text.strip() or ids[end - 1] in tokenizer.all_special_ids
             found.add("behind")
@@ -190,6 +191,67 @@ def test_a_completion_is_that_which_trl_learns(name: str, trained: Any, tmp_path
         ids, learned = trained(folder, row, completion_only_loss=True)
         (ours,) = encoded(tokenizer, messages, cutoff=4096, loss_on="last").examples
         assert differences(ours, ids, learned, tokenizer) == kinds(TABLE[name].completion)
+
+
+# Models whose templates write tool calls, and what closes one where that is not what closes other answers.
+CALL_ENDS = {"glm4moe": "</tool_call><|observation|>", "gptoss": "<|call|>", "gemma4_v5": "<|tool_response>"}
+CALLS = (
+    *("gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "lfm2_v2", "llama3_1", "llama3_2", "nemotron_3_nano"),
+    *("qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507"),
+)
+FUNCTION = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {}}}}
+CALLED = [
+    TWO_TURNS[0],
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}],
+    },
+    {"role": "tool", "name": "add", "content": "4"},
+    {"role": "assistant", "content": "so 4"},
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("glm4moe", "gptoss") else pytest.param(name, marks=pytest.mark.slow) for name in CALLS],
+)
+def test_tool_calls_end_as_trl_ends_them(name: str, trained: Any, tmp_path: Path) -> None:
+    folder = speaker(published(name).read_text(), tmp_path)
+    tokenizer, tools = read_tokenizer(folder, {}), [{"type": "function", "function": FUNCTION}]
+    for messages in (CALLED[:2], CALLED):
+        row = {"prompt": messages[:-1], "completion": messages[-1:], "tools": json.dumps(tools)}
+        ids, learned = trained(folder, row, completion_only_loss=True)
+        settings: dict[str, Any] = {"cutoff": 4096, "loss_on": "last", "row": {"tools": tools}}
+        (ours,) = encoded(tokenizer, messages, **settings).examples
+        # behind a token of its own there is nothing
+        found = differences(ours, ids, learned, tokenizer)
+        assert found == kinds(TABLE[name].completion) or (found <= {"end"} and name in CALL_ENDS)
+    if end := CALL_ENDS.get(name):
+        for messages in (CALLED[:2], CALLED):
+            examples = encoded(tokenizer, messages, cutoff=4096, row={"tools": tools}).examples
+            assert end in "".join(learned_text(example, tokenizer) for example in examples)
+
+
+def learned_text(example: Example, tokenizer: Any) -> str:
+    ids = zip(example.ids, labels(example), strict=True)
+    return str(tokenizer.decode([id for id, learned in ids if learned]))
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "lfm2"])
+def test_a_tool_call_that_the_template_leaves_out_is_refused(name: str, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(speaker(published(name).read_text(), tmp_path), {})
+    with pytest.raises(DataError, match=r"row 0: the chat template does not write tool calls \(add\)"):
+        encoded(tokenizer, CALLED)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_nothink", "gptoss", "glm4moe"])
+def test_reasoning_is_learned_though_the_template_asks_for_none(name: str, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(speaker(published(name).read_text(), tmp_path), {})
+    answer = TWO_TURNS[1] | {"reasoning_content": "easy", "thinking": "easy"}
+    (ours,) = encoded(tokenizer, [TWO_TURNS[0], answer], cutoff=4096).examples
+    text = learned_text(ours, tokenizer)
+    assert text.index("easy") < text.index("he has 3")
 
 
 def test_every_difference_has_its_reason_and_is_needed() -> None:
