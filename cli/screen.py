@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,22 +70,22 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
-def pieces(rows: Iterable[Any]) -> None:
-    """Rows as they are trained, on stdout: what is learned in colour, or in brackets where there is none."""
-    colours: dict[str, dict[str, Any]] = {
-        "learned": {"fg": "green", "bold": True},
-        "cut": {"dim": True, "strikethrough": True},
-    }
-    marks = {"learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
-    for one in rows:
-        typer.secho(f"row {one.row}: {one.tokens} tokens, {one.supervised} supervised", bold=True)
-        for part, kind in one.pieces:
-            text = plain(part)
-            if sys.stdout.isatty():
-                typer.secho(text, nl=False, **colours.get(kind, {}))
-            else:
-                typer.echo(marks.get(kind, "{}").format(text), nl=False)
-        typer.echo()
+def picture(rows: Sequence[Any], *, err: bool = False) -> None:
+    """Rows as they are trained, in colour or with marks, and what those mean: on stdout, `err` on stderr."""
+    from rich.console import Console
+
+    from mlx_adapters.data.showing import in_colour, in_marks
+
+    console = Console(stderr=err, highlight=False)
+    with console.capture() as text:
+        console.print(in_colour(rows))
+    coloured = console.is_terminal and not console.no_color
+    typer.echo(text.get() if coloured else plain(in_marks(rows)), nl=False, err=err)
+
+
+def ended(text: str, following: Iterable[str]) -> None:
+    """A result on stdout, and below it what may come next: lines that are ready to be pasted."""
+    typer.echo("\n".join([*filter(None, [text]), "Next:", *(f"    {line}" for line in following)]))
 
 
 @contextmanager

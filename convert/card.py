@@ -9,7 +9,7 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.templates import TEMPLATES, prompt_for
 from mlx_adapters.models.origin import is_hub_id
 
-__all__ = ["LOCAL", "adapter_card", "fused_card", "short_card"]
+__all__ = ["LOCAL", "adapter_card", "fused_card", "in_python", "short_card"]
 
 LOCAL = "PATH/OF/THIS/FOLDER"
 _INSTRUCTION = "YOUR INSTRUCTION"
@@ -79,6 +79,12 @@ model = load_adapter(base, "PATH/OF/THIS/FOLDER")"""
 _ALSO = """
 Without PEFT: `load_adapter(base, "PATH/OF/THIS/FOLDER")` from the file `load_adapter.py` in this folder.
 """
+
+
+def in_python(folder: object, base: str, meta: AdapterMeta) -> list[str]:
+    """The lines of Python that open an exported adapter in PyTorch."""
+    code = (_WITH_PEFT if meta.method.IN_PEFT else _WITHOUT).format(base=_arguments(base, meta))
+    return code.replace('"PATH/OF/THIS/FOLDER"', json.dumps(str(folder))).splitlines()
 
 
 def _arguments(base: str, meta: AdapterMeta) -> str:

@@ -18,7 +18,7 @@ class Rendered(str):
     """Text that a chat template wrote: every special token is in it, so encoding it adds none."""
 
 
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 _moment: ContextVar[datetime | None] = ContextVar("moment", default=None)
@@ -45,9 +45,9 @@ def _dated(tokenizer: Any, tools: Any) -> dict[str, str]:
     if moment is None or not tokenizer.chat_template:
         return {}
     template = tokenizer.get_chat_template(tools=tools)
-    if not _TODAY.search(template):
+    if not TODAY.search(template):
         return {}
-    written = _TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
+    written = TODAY.sub(lambda asked: json.dumps(moment.strftime(asked[2]), ensure_ascii=False), template)
     return {"chat_template": written}
 
 

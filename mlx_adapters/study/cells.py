@@ -28,9 +28,11 @@ from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.run import Part
 from mlx_adapters.evaluate.score import summarise
+from mlx_adapters.fields import current
 from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
 from mlx_adapters.study.grid import GENERATED, Cell, Study
+from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.trainer import Trainer
 
 __all__ = [
@@ -246,6 +248,8 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_json(file, settings)
         return
     before = json.loads(file.read_text())
+    if (cell := before.get("cell")) and "train" in cell:  # fields had other names once, and there were fewer
+        cell["train"] = asdict(TrainConfig()) | current(TrainConfig, cell["train"])
     if before == settings:
         return
     changed = [

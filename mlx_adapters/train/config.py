@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
@@ -17,22 +18,24 @@ COMPILE = ("auto", "on", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Epochs, rate and cutoff default to the paper's."""
+    """One run. Epochs and rate default to the paper's."""
 
-    epochs: int | None = field(None, "passes over the data [default: 3, more for few rows]")
-    steps: int | None = field(None, "optimizer steps; overrides epochs")
+    epochs: int | None = field(
+        None, "passes over the data [default: 3, more for few rows]", "num_train_epochs"
+    )
+    steps: int | None = field(None, "optimizer steps; overrides epochs", "iters", "max_steps")
     batch_size: int = field(8, "rows per forward pass")
-    accumulation: int = field(1, "forward passes per optimizer step")
-    packing: bool = field(False, "fill rows of `cutoff` tokens with several examples, kept apart")
+    accumulation: int = field(1, "forward passes per optimizer step", "gradient_accumulation_steps")
+    packing: bool = field(False, "fill rows of `max_length` tokens with several examples, kept apart")
     gradient_checkpointing: bool = field(
-        False, "compute blocks again instead of keeping their activations: less memory"
+        False, "compute blocks again instead of keeping their activations: less memory", "grad_checkpoint"
     )
     compile: str = field(
         "auto", "compile the step: on, off or auto (on a GPU); on a CPU it takes g++ and memory"
     )
     optimizer: str = field("adamw", f"{', '.join(OPTIMIZER_NAMES)}; lion wants a tenth of adamw's rate")
     optimizer_args: str | None = field(None, "its other arguments, for example momentum=0.9,betas=0.9:0.95")
-    lr: float = field(3e-4, "peak learning rate")
+    lr: float = field(3e-4, "peak learning rate", "learning_rate")
     rates: str | None = field(
         None, "learning-rate multipliers by an array's name or path: lora_b=16,*.0.*=0.5"
     )
@@ -48,7 +51,14 @@ class TrainConfig:
         0.0, "weight of the loss that balances the experts of a mixture; transformers' router_aux_loss_coef"
     )
     seed: int = field(0, "seed of initialisation, data order and dropout")
-    cutoff: int = field(256, "longest row in tokens; longer ones lose their end")
+    max_length: int | None = field(
+        None,
+        "longest row in tokens [default: all rows whole, as far as model and memory go]",
+        *("cutoff", "max_seq_length"),
+    )
+    long_rows: str = field(
+        "cut", "longer rows: cut their end, left (of the prompt), split (rows of text), or drop them"
+    )
     template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
     loss_on: str = field(
         "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
@@ -63,6 +73,10 @@ class TrainConfig:
         None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
     )
     limit: int | None = field(None, "use only the first N rows")
+    weights: str | None = field(
+        None,
+        "with several --data: their shares of what is learned, as 3,1 [default: every row once an epoch]",
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -89,6 +103,8 @@ class TrainConfig:
             problems.append("patience and best need rows to measure on: give validation too")
         if self.loss_on not in LOSS_ON:
             problems.append(unknown("value of loss-on", self.loss_on, LOSS_ON))
+        if self.long_rows not in LONG_ROWS:
+            problems.append(unknown("value of long-rows", self.long_rows, LONG_ROWS))
         if self.router_aux_loss and self.gradient_checkpointing:
             problems.append(
                 "router_aux_loss needs the routers' activations: leave gradient_checkpointing off"
@@ -110,7 +126,7 @@ _LEAST = {
     "accumulation": 1,
     "warmup": 0,
     "seed": 0,
-    "cutoff": 2,
+    "max_length": 2,
     "validation": 0,
     "validate_every": 1,
     "patience": 1,

@@ -4,16 +4,22 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
-from mlx_adapters.data.batches import MULTIPLE, Batch, batches, make_batch, rows_per_pass
+from mlx_adapters.data.batches import MULTIPLE, Batch, each_batch, make_batch, rows_per_pass
+from mlx_adapters.data.mixture import Weighted
+from mlx_adapters.data.picked import id_rows, lengths_of
+from mlx_adapters.data.token_cache import StoredExamples
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.models.limits import check_ids, check_length, positions
@@ -69,7 +75,7 @@ def validate(
     share = (processes.rank, processes.size)
     batch_size *= processes.size
     options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
-    for batch in batches(examples, batch_size=batch_size, **options):
+    for batch in each_batch(examples, batch_size=batch_size, **options):
         value = loss_sum(model, batch, head=head, gradient=False)
         total += float(processes.sums([value], {})[0][0])
         count += batch.supervised
@@ -103,10 +109,10 @@ class Run:
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / CHECKPOINTS if folder else None
-        rows = [example.ids for example in (*examples, *validation)]
-        check_ids(model, [*rows, [pad_id]])
-        longest = max(map(len, rows), default=0) + before_text(model)
-        check_length(model, longest, advice="cut it (--cutoff)")
+        check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
+        lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
+        longest = int(lengths.max(initial=0)) + before_text(model)
+        check_length(model, longest, advice="cut it (--max-length)")
         limit = positions(model)  # padding may not go past it either
         self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
@@ -135,13 +141,19 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        if self.config.packing:
-            fixed["cutoff"] = self.config.cutoff
+        if self.config.max_length:  # packing fills rows up to it; of other runs, how the rows were cut
+            fixed["max_length"] = self.config.max_length
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
+        if isinstance(self.examples, Weighted):
+            fixed["mixture"] = self.examples.described
         rows = self.config.batch_size * self.processes.size
-        data = {"examples": len(self.examples), "data": _digest(self.examples)}
+        data = {"examples": len(self.examples), "data": self._data}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
+
+    @cached_property
+    def _data(self) -> str:
+        return _digest(self.examples)
 
     @property
     def compiles(self) -> bool:
@@ -348,7 +360,7 @@ class Run:
                 yield epoch + min(1.0, (first + size) / len(order)), step
             epoch += 1
 
-    def _order(self, epoch: int) -> list[list[list[int]]]:
+    def _order(self, epoch: int) -> Sequence[list[list[int]]]:
         return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
     def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
@@ -363,5 +375,9 @@ class Run:
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.loss_start}{example.unlabelled or ''}:{example.ids}" for example in examples)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if isinstance(examples, StoredExamples):
+        return examples.digest
+    found = hashlib.sha256()
+    for number, example in enumerate(examples):
+        found.update(f"{';' if number else ''}{example.as_text()}".encode())
+    return found.hexdigest()[:16]

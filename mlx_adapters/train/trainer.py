@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,26 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.overlap import rows_texts, seen_hashes
-from mlx_adapters.data.sources import Rows, digest, notes
+from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import default_template
+from mlx_adapters.data.token_cache import Facts
 from mlx_adapters.errors import OutputError, TrainingError, writing_to
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe, fingerprint
-from mlx_adapters.train import checkpoint, classes, metrics
-from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
+from mlx_adapters.train import classes, metrics
+from mlx_adapters.train.callbacks import Callback, callbacks_of, continues, tell_tokens
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, rows_of, select, split
+from mlx_adapters.train.examples import Data, excluded_hashes, pad_id, prepare, rows_of, select, split
 from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
+from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.written import written_time
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
@@ -180,7 +181,6 @@ class Trainer:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
             rows = rows_of(data, self.config.columns)
-            self.notes = notes(rows)
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
             self._prepare(rows, method, adapter.located(start) if start else None, resume)
@@ -240,15 +240,22 @@ class Trainer:
         earlier = adapter.read_meta(start) if start else None
         before = earlier.template if earlier else ""
         template = config.template or before or default_template(rows.format, self.model.tokenizer)
-        written = _time(self.output, resume, processes)
-        self.encoded = encoded(rows, self.model, config, template=template, written=written)
-        training, validation = split(self.encoded.examples, config)
+        written = written_time(self.output / CHECKPOINTS, resume, processes)
+        told = tell_tokens(self.callbacks)
+        prepared = prepare(rows, self.model, config, template=template, written=written, told=told)
+        whole, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
+        self.excluded += facts.left_out
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
         self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
+        earlier_run = self.output if resume else None
+        config, reasons = settled(config, whole, self.model, earlier=earlier_run, processes=processes)
+        self.config, self.notes = config, self.notes + reasons
+        self.encoded = fitted(rows, whole, self.model, config)
+        training, validation = split(self.encoded.examples, config)
         self.run = Run(
             self.model.model,
             training,
@@ -276,12 +283,12 @@ class Trainer:
             base=base,
             template=template,
             loss_on=config.loss_on,
-            seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
-            training=self._record(rows, template),
+            seen=sorted({*facts.seen, *(earlier.seen if earlier else ())}),
+            training=self._record(rows.origin, facts, template),
         )
         adapter.note(self.model.model, self.meta)
 
-    def _record(self, rows: Rows, template: str) -> dict[str, Any]:
+    def _record(self, origin: str, facts: Facts, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""
         passes = None if self.config.steps else epochs(self.run.examples, self.config, self.processes.size)
         return {
@@ -289,9 +296,9 @@ class Trainer:
             "epochs": passes,
             "warmup": self.run.warmup,
             "template": template,
-            "data": rows.origin,
-            "data_sha256": digest(rows.rows),
-            "rows": len(rows.rows),
+            "data": origin,
+            "data_sha256": facts.digest,
+            "rows": facts.rows,
         }
 
     def _resume(self) -> None:
@@ -388,13 +395,3 @@ def _attached(
     method = methods.make(method, {}) if isinstance(method, str) else method
     method = method.with_tokenizer(model.tokenizer)
     return method, list(adapter.attach(model, method))
-
-
-def _time(output: Path, resume: bool, processes: Processes) -> datetime:
-    """When the rows are written, for templates that write a date: now, or as the run that is resumed had it.
-    The first process decides, for another may be past midnight."""
-    saved = checkpoint.setting(output / CHECKPOINTS, "written") if resume and processes.writes else None
-    moment = datetime.fromisoformat(saved) if isinstance(saved, str) else datetime.now()
-    parts = processes.from_first(mx.array(moment.timetuple()[:6], dtype=mx.int32)).tolist()
-    year, month, day, hour, minute, second = parts
-    return datetime(year, month, day, hour, minute, second)

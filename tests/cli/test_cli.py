@@ -165,7 +165,7 @@ def test_train_says_what_it_does(model: Path, tmp_path: Path) -> None:
     test = rows(tmp_path / "test.jsonl", 2)
     # fmt: off
     said = cli("train", model, "--data", data, "--output", tmp_path / "a", "--steps", 2, "--validation", 3,
-               "--exclude", test, "--cutoff", 40, "--set", "rank=2").stderr
+               "--exclude", test, "--max-length", 40, "--set", "rank=2").stderr
     # fmt: on
     assert "12 rows of the form instruction" in said
     assert "q_proj, v_proj" in said
@@ -281,10 +281,59 @@ def test_eval_prints_a_table_and_takes_another_template_by_force(
     assert "items/s" in result.stderr
 
 
+def test_a_field_of_the_method_is_an_option_and_options_have_other_names(model: Path, tmp_path: Path) -> None:
+    data, out = rows(tmp_path / "d.jsonl"), tmp_path / "a"
+    typed = [
+        "--rank",
+        4,
+        "--lora-alpha=12",
+        "--lora-bias",
+        "--targets",
+        "q_proj,o_proj",
+        "--set",
+        "dropout=0,rslora=yes",
+    ]
+    cli("train", model, "--data", data, "--output", out, *typed, "--iters", 1, "--learning-rate", 0.01)
+    found = meta(out)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["lora_bias"], written["use_rslora"]) == (
+        4,
+        12,
+        True,
+        True,
+    )
+    assert set(written["target_modules"]) == {"q_proj", "o_proj"}
+    assert (found["training"]["steps"], found["training"]["lr"]) == (1, 0.01)
+    refused = cli("train", model, "--data", data, "--output", tmp_path / "b", "--rnak", 4, code=2)
+    assert "No such option: --rnak" in refused.stderr
+    series = cli("train", "--help", "--method", "series").stdout
+    assert "--bottleneck-size" in series
+    assert "--lora-plus" not in series
+
+
 def test_generate_answers_as_trained(model: Path, adapter: Path) -> None:
     asked = ["generate", model, "--prompt", "Tom has w5 apples", "--max-tokens", 8]
     assert cli(*asked, "--adapter", adapter).stdout.strip() == ANSWER
     assert cli(*asked).stdout.strip() != ANSWER, "the base does not know it: the control of the line above"
+    said = cli("generate", model, "Tom has w5 apples", "--adapter", adapter, "--max-new-tokens", 8)
+    assert said.stdout.strip() == ANSWER
+    assert "tokens/s" in said.stderr
+    system = cli(
+        "generate", model, "Tom", "--system", "be kind", "--template", "plain", "--max-tokens", 4, "--json"
+    )
+    assert json.loads(system.stdout)["prompt_tokens"] > 1
+    for wrong in ((), ("Tom", "--prompt", "Tom")):
+        assert "give one prompt" in cli("generate", model, *wrong, code=2).stderr
+    assert "top_p=2.0 must be at most 1" in cli("generate", model, "Tom", "--top-p", 2, code=2).stderr
+
+
+def test_the_answer_of_generate_is_drawn_as_told(model: Path) -> None:
+    drawn = ["generate", model, "Tom has", "--max-tokens", 12, "--temperature", 1.5, "--seed", 3]
+    free = cli(*drawn).stdout
+    assert cli(*drawn).stdout == free
+    greedy = cli("generate", model, "Tom has", "--max-tokens", 12).stdout
+    assert free != greedy
+    assert cli(*drawn, "--top-k", 1).stdout == greedy
 
 
 # Convert, export, info, quickstart -------------------------------------------------------------------------

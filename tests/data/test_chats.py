@@ -97,11 +97,10 @@ def test_an_open_thought_does_not_swallow_an_answer(tmp_path: Path) -> None:
 def test_a_cut_conversation_keeps_the_answers_before_the_cut(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
     (whole,) = encoded(tokenizer, TWO_TURNS).examples
-    for cutoff in range(whole.loss_start + 1, len(whole.ids)):
-        done = encoded(tokenizer, TWO_TURNS, cutoff=cutoff)
-        assert done.truncated == 1
-        assert labels(done.examples[0]) == labels(whole)[:cutoff]
-        assert done.examples[0].supervised == sum(labels(whole)[:cutoff])
+    for length in range(whole.loss_start + 1, len(whole.ids)):
+        cut = whole.cut(length)
+        assert labels(cut) == labels(whole)[:length]
+        assert cut.supervised == sum(labels(whole)[:length])
 
 
 def test_a_system_message_that_stands_in_the_last_question_alone(tmp_path: Path) -> None:

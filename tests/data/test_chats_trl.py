@@ -173,10 +173,10 @@ def test_answers_are_those_that_trl_learns(name: str, trained: Any, tmp_path: Pa
     tokenizer = read_tokenizer(folder, {})
     for messages in [TWO_TURNS, *([[SYSTEM, *TWO_TURNS]] if row.system else [])]:
         ids, learned = trained(folder, {"messages": messages}, assistant_only_loss=True)
-        *apart, ours = encoded(tokenizer, messages, cutoff=4096).examples
+        *apart, ours = encoded(tokenizer, messages).examples
         found = {"rows"} if apart else set()
         if apart:  # the next test compares them with TRL's
-            assert apart == encoded(tokenizer, messages[:-2], cutoff=4096).examples
+            assert apart == encoded(tokenizer, messages[:-2]).examples
             learned = [old and index >= ours.loss_start - 1 for index, old in enumerate(learned)]
         assert found | differences(ours, ids, learned, tokenizer) == kinds(row.assistant)
 
@@ -189,7 +189,7 @@ def test_a_completion_is_that_which_trl_learns(name: str, trained: Any, tmp_path
     for messages in (TWO_TURNS[:2], TWO_TURNS):
         row = {"prompt": messages[:-1], "completion": messages[-1:]}
         ids, learned = trained(folder, row, completion_only_loss=True)
-        (ours,) = encoded(tokenizer, messages, cutoff=4096, loss_on="last").examples
+        (ours,) = encoded(tokenizer, messages, loss_on="last").examples
         assert differences(ours, ids, learned, tokenizer) == kinds(TABLE[name].completion)
 
 
@@ -222,14 +222,14 @@ def test_tool_calls_end_as_trl_ends_them(name: str, trained: Any, tmp_path: Path
     for messages in (CALLED[:2], CALLED):
         row = {"prompt": messages[:-1], "completion": messages[-1:], "tools": json.dumps(tools)}
         ids, learned = trained(folder, row, completion_only_loss=True)
-        settings: dict[str, Any] = {"cutoff": 4096, "loss_on": "last", "row": {"tools": tools}}
+        settings: dict[str, Any] = {"loss_on": "last", "row": {"tools": tools}}
         (ours,) = encoded(tokenizer, messages, **settings).examples
         # behind a token of its own there is nothing
         found = differences(ours, ids, learned, tokenizer)
         assert found == kinds(TABLE[name].completion) or (found <= {"end"} and name in CALL_ENDS)
     if end := CALL_ENDS.get(name):
         for messages in (CALLED[:2], CALLED):
-            examples = encoded(tokenizer, messages, cutoff=4096, row={"tools": tools}).examples
+            examples = encoded(tokenizer, messages, row={"tools": tools}).examples
             assert end in "".join(learned_text(example, tokenizer) for example in examples)
 
 
@@ -249,7 +249,7 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused(name: str, tmp_path
 def test_reasoning_is_learned_though_the_template_asks_for_none(name: str, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(speaker(published(name).read_text(), tmp_path), {})
     answer = TWO_TURNS[1] | {"reasoning_content": "easy", "thinking": "easy"}
-    (ours,) = encoded(tokenizer, [TWO_TURNS[0], answer], cutoff=4096).examples
+    (ours,) = encoded(tokenizer, [TWO_TURNS[0], answer]).examples
     text = learned_text(ours, tokenizer)
     assert text.index("easy") < text.index("he has 3")
 

@@ -79,7 +79,8 @@ def alone(setting: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize(
-    ("count", "more"), [(2, ()), (3, ()), (2, ("--packing", "--cutoff", "40", "--gradient-checkpointing"))]
+    ("count", "more"),
+    [(2, ()), (3, ()), (2, ("--packing", "--max-length", "40", "--gradient-checkpointing"))],
 )
 def test_processes_match_one(
     count: int, more: tuple[str, ...], setting: tuple[Path, Path], alone: Path, tmp_path: Path
