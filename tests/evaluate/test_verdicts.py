@@ -19,7 +19,7 @@ from mlx_adapters.evaluate import ask, tasks
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.choices import Kind
 from mlx_adapters.evaluate.config import CHOICES
-from mlx_adapters.evaluate.score import Record, columns, none_right, row, summarise
+from mlx_adapters.evaluate.score import Record, none_right, summarise, table
 from mlx_adapters.evaluate.tasks import Item, Task
 
 SETS = [task for task in tasks.TASKS if task.name != tasks.GENERATED]
@@ -121,7 +121,8 @@ def test_every_set_counts_one_right_one_wrong_and_one_unreadable_answer(
     score = summarise(records)
     assert (score.correct, score.total, score.unanswered) == (1, 3, 1)
     assert (score.strict_correct, score.paper_correct) == (1, 1)
-    cells = dict(zip(columns(), row(score), strict=True))
+    heads, (row,) = table([score])
+    cells = dict(zip(heads, row, strict=True))
     assert (cells["accuracy"], cells["correct"], cells["paper's rule"]) == ("33.3%", "1/3", "33.3%")
     assert none_right(score) is None
 
