@@ -34,7 +34,7 @@ def command(
     output: Annotated[Path | None, opt("new folder for the adapter")] = None,
     method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
     set_: options.Settings = None,
-    adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's")] = None,
+    adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's, or a hub id")] = None,
     config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
     exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_adapters.data.chat import before_answer
 from mlx_adapters.data.overlap import item_hash, relation, row_text
+from mlx_adapters.data.reasoning import before_answer
 from mlx_adapters.data.templates import Asked, prompt_for, question_of
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
