@@ -38,7 +38,7 @@ class Fitted(Encoded):
         """What became of the long rows; empty where there is none."""
         what = {
             "cut": f"cut at {self.max_length} tokens",
-            "left": f"cut to {self.max_length} tokens, of the prompt's beginning first",
+            "left": f"shortened to {self.max_length} tokens at the prompt's beginning",
             "split": f"split into {self.chunks} chunks of at most {self.max_length} tokens",
             "drop": f"left out: longer than {self.max_length} tokens",
         }
