@@ -36,8 +36,8 @@ def command(
     **given: Any,
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""
+    from mlx_adapters.evaluate import score
     from mlx_adapters.evaluate.run import Evaluator
-    from mlx_adapters.evaluate.score import columns, none_right, row
     from mlx_adapters.next_steps import after_eval
 
     config = EvalConfig(**{name: value for name, value in given.items() if value is not None})
@@ -54,9 +54,8 @@ def command(
     reading = evaluator.asking.reading
 
     def words() -> None:
-        heads = columns(found.settings["decoding"], reading)
-        table(heads, [row(score, reading) for score in found.scores])
-        lines = filter(None, map(none_right, found.scores))
+        table(*score.table(found.scores, found.settings["decoding"], reading))
+        lines = filter(None, map(score.none_right, found.scores))
         ended("\n".join(lines), after_eval(model, task, adapter=adapter, output=output))
 
     report(found.settings | {"scores": found.scores}, words)

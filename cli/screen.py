@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import typer
@@ -52,18 +53,26 @@ def _write(text: str) -> None:
         drop(sys.stderr)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout, each cell as it is: `[cpu]` is text here, not Rich's markup."""
+def table(columns: list[str], rows: list[list[str]], links: Iterable[str] = ()) -> None:
+    """A table on stdout, each cell as it is: `[cpu]` is text here, not Rich's markup.
+
+    Columns that are empty are left out, and what stands in the first is never cut. `links` are addresses that
+    the cells of the last column lead to on a terminal.
+    """
     from rich import box
     from rich.console import Console
+    from rich.style import Style
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        drawn.add_column(Text(column))
-    for row in rows:
-        drawn.add_row(*(Text(plain(cell)) for cell in row))
+    kept = [index for index in range(len(columns)) if not rows or any(row[index] for row in rows)]
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index in kept:
+        drawn.add_column(Text(columns[index]), no_wrap=index == 0, overflow="fold")
+    for row, link in zip_longest(rows, links):
+        cells = [Text(plain(row[index])) for index in kept]
+        cells[-1].stylize(Style(link=link))
+        drawn.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as text:
         console.print(drawn)

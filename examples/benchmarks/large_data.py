@@ -3,9 +3,9 @@
     python examples/benchmarks/large_data.py [--rows 2000000]
 
 A JSONL file of short rows is made, then trained on for a few steps by a tiny random llama, each run in a
-process of its own: 100 rows, all rows for the first time, and all rows again. Printed is what each run's memory
-rises to above that of the run on 100 rows (the largest resident set, as the kernel counts it), and the seconds
-until the first step begins.
+process of its own: 100 rows, all rows for the first time, and all rows again. Printed is what each run's
+memory rises to above that of the run on 100 rows (the largest resident set, as the kernel counts it), and the
+seconds until the first step begins.
 """
 
 import argparse

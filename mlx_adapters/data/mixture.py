@@ -2,9 +2,9 @@
 
 With weights an epoch has as many rows as all sources together, of which each source gives its share: a weight
 says how much of what is learned comes from a source, however many rows it has. The rows of a source come in
-turn, in an order of their own that is drawn anew when all were there. So a large source with a small weight is
-learned over several epochs, and a small one with a large weight is repeated within one. What is drawn follows
-from the seed and the epoch alone, which is why a run can be resumed.
+turn, in an order of their own that is drawn anew when all were there. So a large source with a small weight
+is learned over several epochs, and a small one with a large weight is repeated within one. What is drawn
+follows from the seed and the epoch alone, which is why a run can be resumed.
 """
 
 from collections.abc import Callable, Sequence
