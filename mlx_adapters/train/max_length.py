@@ -7,8 +7,8 @@ time. `plan` measures; this estimates from the layers' widths what a step keeps 
     kept per token = 3/4 (inputs and outputs of all linear layers) + (blocks + 8) heads tokens
 
 with b bytes per number. The scores of a block's attention are kept (twice where they are capped), and its
-backward pass takes up to eight more of their size. With gradient checkpointing only one hidden state per block
-is kept, and one block at a time.
+backward pass takes up to eight more of their size. With gradient checkpointing only one hidden state per
+block is kept, and one block at a time.
 """
 
 from dataclasses import replace
