@@ -4,6 +4,7 @@ Imports nothing heavy: the command line reads these declarations before it knows
 """
 
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -115,6 +116,8 @@ def _parse(raw: Any, hint: Any) -> Any:
         return raw
     if hint is str and isinstance(raw, (list, tuple)):
         return ",".join(map(str, raw))
+    if hint is str and isinstance(raw, Mapping):  # as it is written on a command line
+        return json.dumps(raw, ensure_ascii=False)
     raise ValueError
 
 

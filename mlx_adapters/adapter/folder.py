@@ -6,8 +6,9 @@ An adapter folder is already what PEFT reads, so PyTorch opens it as it stands:
     adapter_model.safetensors  PEFT's tensor names and layout, float32
     mlx_adapters.json          ours: the method's options, base model, prompt template, how it was trained
     seen.txt                   hashes of the training questions, one per line: eval tells seen items apart
+    chat_template.jinja        where it was trained with a chat template that is not the tokenizer's own
 
-A folder without the last two (one that PEFT wrote) loads as well.
+A folder without the last three (one that PEFT wrote) loads as well.
 """
 
 import json
@@ -250,15 +251,17 @@ def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], 
         "loss_on": meta.loss_on,
         "training": meta.training,
         **({"names": meta.names} if meta.names else {}),
+        **({"chat": chat} if (chat := meta.chat.record()) else {}),
     }
     with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        meta.chat.store(folder)
         _write(folder, arrays, fields, about, meta.seen)
 
 
 def _write(
     folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".adapter_model.tmp.safetensors"
     try:
         with writing_to(folder / WEIGHTS):  # by far the largest

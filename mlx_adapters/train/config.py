@@ -7,6 +7,7 @@ from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
+from mlx_adapters.files.documents import json_option
 
 __all__ = [
     "BAD_STEP",
@@ -69,7 +70,12 @@ class TrainConfig:
     long_rows: str = field(
         "cut", "longer rows: cut their end, left (of the prompt), split (rows of text), or drop them"
     )
-    template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: what suits the data]")
+    template: str | None = field(
+        None, "alpaca, llm-adapters, chat, plain or a FILE.jinja [default: what suits the data]"
+    )
+    chat_template_kwargs: str | None = field(
+        None, """chat template variables, as JSON: '{"enable_thinking": false}'; those of a row win"""
+    )
     loss_on: str = field(
         "completion", "completion: all answers of a chat; last: its last answer; all: the prompt too"
     )
@@ -142,6 +148,7 @@ class TrainConfig:
             problems.append(
                 "router_aux_loss needs the routers' activations: leave gradient_checkpointing off"
             )
+        json_option(self.chat_template_kwargs, "--chat-template-kwargs")
         if problems:
             raise ConfigError("; ".join(problems))
 

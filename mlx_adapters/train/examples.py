@@ -124,8 +124,8 @@ def prepare(
     written: datetime,
     told: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Prepared:
-    """The rows as whole examples, in memory or on disk. `written` is the time for templates that write a date;
-    of many rows `told` hears how many are done, and how many there are."""
+    """The rows as whole examples, in memory or on disk. `written` is the time for templates that write a
+    date; of many rows `told` hears how many are done, and how many there are."""
     parts = rows.parts or (rows,)
     found = [_prepared(part, model, config, template, written, told) for part in parts]
     whole = found[0] if len(found) == 1 else _joined(found, rows)

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.sources import Rows
-from mlx_adapters.data.templates import default_template
 from mlx_adapters.data.token_cache import Facts
 from mlx_adapters.errors import OutputError, TrainingError, writing_to
 from mlx_adapters.fields import parse_fields
@@ -40,6 +39,7 @@ from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
 from mlx_adapters.train.result import TrainResult, result_of
 from mlx_adapters.train.validation import parts_of
 from mlx_adapters.train.watching import watch
+from mlx_adapters.train.wording import written_with
 from mlx_adapters.train.written import written_time
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
@@ -210,11 +210,10 @@ class Trainer:
         """Encode the rows, attach the adapter, set up the loop."""
         config, processes = self.config, self.processes
         earlier = adapter.read_meta(start) if start else None
-        before = earlier.template if earlier else ""
-        template = config.template or before or default_template(rows.format, self.model.tokenizer)
+        template, chat, spoken = written_with(rows, self.model, config, earlier)
         written = written_time(self.output / CHECKPOINTS, resume, processes)
         told = tell_tokens(self.callbacks)
-        prepared = prepare(rows, self.model, config, template=template, written=written, told=told)
+        prepared = prepare(rows, spoken, config, template=template, written=written, told=told)
         whole, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
         self.excluded += facts.left_out
         mx.random.seed(config.seed)
@@ -246,6 +245,7 @@ class Trainer:
                 "method": chosen.NAME,
                 "fields": asdict(chosen),
                 "template": template,
+                **chat.identity,
                 "loss_on": config.loss_on,
                 "written": written.isoformat(),
                 "base": fingerprint(self.model.path),
@@ -260,6 +260,7 @@ class Trainer:
             method=chosen,
             base=base,
             template=template,
+            chat=chat,
             loss_on=config.loss_on,
             seen=sorted({*facts.seen, *(earlier.seen if earlier else ())}),
             training=self._record(rows.origin, facts, template),
