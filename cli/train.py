@@ -153,6 +153,6 @@ def _train(
         done = f"{output}: trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
         if result.loss is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result.loss:.4f} at step {result.step}"
-        ended(done, after_train(chosen["model"], rows.sources[0], rows, output, trainer.meta))
+        ended(done, after_train(chosen["model"], chosen["data"], rows, output, trainer.meta))
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS + _MEASURED}, words)
