@@ -6,6 +6,7 @@ seed of its noise itself.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Watch:
         processes: those of the run; they share the items.
         identity: what a run that looks for its best step has to share with the one that it resumes.
         tell: gets a few words while it takes time.
+        stopped: tells whether the run has to end. What is being asked is then left for a resumed run.
     """
 
     loaded: LanguageModel
@@ -68,14 +70,19 @@ class Watch:
     processes: Processes = field(default_factory=Processes)
     identity: dict[str, str] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda words: None
+    stopped: Callable[[], bool] = lambda: False
 
-    def accuracies(self) -> dict[str, float]:
-        """The share of right answers in each test set, decoded greedily, as `mlx-adapters eval` does."""
+    def accuracies(self) -> dict[str, float] | None:
+        """The share of right answers in each test set, decoded greedily, as `mlx-adapters eval` does; None
+        where the run has to end before all are known."""
         rank, size = self.processes.rank, self.processes.size
         right = []
         for task, items in self.sets:
             others = frozenset(index for index in range(len(items)) if index % size != rank)
-            right.append(self._right(task, items, others) if len(others) < len(items) else 0)
+            count = self._right(task, items, others) if len(others) < len(items) else 0
+            if count is None:
+                return None
+            right.append(count)
         if not right:
             return {}
         counts = self.processes.sums([mx.array(float(count)) for count in right], {})[0]
@@ -84,13 +91,16 @@ class Watch:
             for (task, items), count in zip(self.sets, counts, strict=True)
         }
 
-    def _right(self, task: Task, items: Sequence[Item], others: frozenset[int]) -> int:
+    def _right(self, task: Task, items: Sequence[Item], others: frozenset[int]) -> int | None:
         asking = Asking(template=self.template, chat=self.chat, batch_size=_ROWS)
-        records = answer(self.loaded.model, self.loaded.tokenizer, task, items, asking, done=others)
         right, own = 0, len(items) - len(others)
-        for done, record in enumerate(records, start=1):
-            right += record.correct
-            self.tell(f"{task.name} {done}/{own}, {right / done:.0%} right")
+        answers = answer(self.loaded.model, self.loaded.tokenizer, task, items, asking, done=others)
+        with closing(answers) as records:  # at once: it puts the model back into training
+            for done, record in enumerate(records, start=1):
+                right += record.correct
+                self.tell(f"{task.name} {done}/{own}  {right / done:.0%} right")
+                if self.stopped():
+                    return None
         return right
 
     def samples(self) -> tuple[Sample, ...]:
