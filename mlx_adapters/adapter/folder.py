@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import __version__
-from mlx_adapters.adapter.completeness import Model, check_tensors
+from mlx_adapters.adapter.completeness import Model, check_tensors, without_towers
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
 from mlx_adapters.adapter.peft_names import scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.reading import (
@@ -297,7 +297,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
-    grouped = in_model(grouped, model, model_type)
+    grouped = in_model(without_towers(grouped, model_type, folder), model, model_type)
     if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)
