@@ -72,7 +72,7 @@ def follow(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
 
     trainer.callbacks.append(Started(say))
     with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
-        trainer.watch.tell = lambda doing: update(trainer.run.step, doing)
+        trainer.watch.tell = lambda doing: update(max(0, trainer.run.step - 1), doing)
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
