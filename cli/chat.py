@@ -11,7 +11,7 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import fields_as_options, opt
 from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.errors import AdaptersError
 from mlx_adapters.fields import merged, parse_fields
 from mlx_adapters.generate.config import AnswerConfig
 from mlx_adapters.signals import telling
@@ -35,13 +35,11 @@ def command(
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
     from mlx_adapters.adapter.multi import load_named
-    from mlx_adapters.data.templates import check
+    from mlx_adapters.data.templates import wanted_template
     from mlx_adapters.generate.conversation import Conversation
 
     config = parse_fields(AnswerConfig, merged({}, given), where="chat")
-    check(config.template)
-    if web and config.template is not None:
-        raise ConfigError("--web reads every adapter through its own template: leave --template out")
+    wanted_template(config.template)  # a typing error is told before the model loads
     loaded, metas = load_named(model, adapter or (), base="base")
     if web:
         _page(loaded, metas, port, config)
@@ -56,7 +54,8 @@ def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, c
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, opened
 
-    engine = Engine(loaded, metas, name="base")
+    kwargs = config.chat_template_kwargs
+    engine = Engine(loaded, metas, name="base", template=config.template, chat_template_kwargs=kwargs)
     page = build(engine, title=f"{loaded.path.name} with mlx-adapters", config=config)
     until_stopped(engine, opened(page, host="127.0.0.1", port=port), "answers as")
 

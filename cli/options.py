@@ -69,6 +69,8 @@ NewFolder = Annotated[Path, arg("new folder to write")]
 AdapterFolder = Annotated[Path | None, opt("adapter folder or hub id; without it the base model")]
 Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder or hub id that names it; may repeat")]
 Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
+Template = Annotated[str | None, opt("prompt template of all, or a FILE.jinja [default: each its own]")]
+ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
 DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
 BatchSize = Annotated[
     int | None, opt("rows computed together [default: what memory allows, up to 64]", min=1)

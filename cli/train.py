@@ -22,11 +22,12 @@ from mlx_adapters.units import duration
 if TYPE_CHECKING:
     from mlx_adapters.train.trainer import Trainer
 
-_KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss", "validation_loss")
+_KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
+_MEASURED = ("validation_loss", "validation_loss_before", "accuracy", "accuracy_before")
 _PROCESSES = "processes of this machine that share every batch: faster on a CPU"
 
 
-@reporting("output", *_KEYS)
+@reporting("output", *_KEYS, *_MEASURED)
 @fields_as_options(TrainConfig)
 def command(
     model: Annotated[str | None, arg("model folder or hub id")] = None,
@@ -78,6 +79,7 @@ def command(
 def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     """Train with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130. Returns seconds."""
     from mlx_adapters.cpu import threads
+    from mlx_adapters.train.callbacks import Started
     from mlx_adapters.train.interrupt import stop_on_interrupt
 
     words, told = "stopping after this step ...", threads.most()
@@ -87,7 +89,9 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
             say(words)
         trainer.stop()
 
+    trainer.callbacks.append(Started(say))
     with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
+        trainer.watch.tell = lambda doing: update(trainer.run.step, doing)
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
@@ -101,9 +105,8 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
             if step.stopped:
                 say(f"stopped at step {step.step}: {step.stopped}")
     result = trainer.result
-    if trainer.processes.writes and result.step != result.steps:
-        best = trainer.run.progress.best_loss
-        say(f"the adapter is that of step {result.step}, validation loss {best:.4f}")
+    for sentence in result.remarks() if trainer.processes.writes else ():
+        say(sentence)
     return result.seconds
 
 
@@ -152,4 +155,4 @@ def _train(
             done += f", loss {result.loss:.4f} at step {result.step}"
         ended(done, after_train(chosen["model"], chosen["data"], rows, output, trainer.meta))
 
-    report({"output": output} | {key: getattr(result, key) for key in _KEYS}, words)
+    report({"output": output} | {key: getattr(result, key) for key in _KEYS + _MEASURED}, words)

@@ -3,10 +3,10 @@
     python examples/recording.py [OUTPUT.svg] [--command "..."] [--rows 26] [--seconds 16]
     python examples/recording.py docs/data-show.svg --still --folder FOLDER --command "..."
 
-The command runs on a pseudo-terminal in an empty folder, or in FOLDER. The picture shows what it printed, letter by
-letter, as a time lapse. Nothing else is drawn but the prompt, the command and the title, which says how long
-it took. The colours follow the reader's light or dark setting; without animation the last screen is seen. With
---still there is none.
+The command runs on a pseudo-terminal in an empty folder, or in FOLDER. The picture shows what it printed,
+letter by letter, as a time lapse. Nothing else is drawn but the prompt, the command and the title, which says
+how long it took. The colours follow the reader's light or dark setting; without animation the last screen is
+seen. With --still there is none.
 """
 
 import argparse

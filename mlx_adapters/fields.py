@@ -4,6 +4,7 @@ Imports nothing heavy: the command line reads these declarations before it knows
 """
 
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -88,6 +89,8 @@ def _parse(raw: Any, hint: Any) -> Any:
             if type(None) in hint.__args__:
                 return None
             raise ValueError
+        if type(raw) in hint.__args__ and not isinstance(raw, str):  # of `int | float` 1.0 is not 1
+            return raw
         for kind in hint.__args__:
             try:
                 if kind is not type(None):
@@ -113,6 +116,8 @@ def _parse(raw: Any, hint: Any) -> Any:
         return raw
     if hint is str and isinstance(raw, (list, tuple)):
         return ",".join(map(str, raw))
+    if hint is str and isinstance(raw, Mapping):  # as it is written on a command line
+        return json.dumps(raw, ensure_ascii=False)
     raise ValueError
 
 

@@ -28,21 +28,24 @@ def line(*words: object) -> str:
     return shlex.join(["mlx-adapters", *map(str, words)])
 
 
-def after_train(model: str, data: str, rows: Rows, output: Path, meta: AdapterMeta) -> list[str]:
+def after_train(model: str, data: str | list[str], rows: Rows, output: Path, meta: AdapterMeta) -> list[str]:
     """After the training of an adapter: ask it, measure it where there is a test set, hand it over.
 
     Args:
         model: the base model, as it was given.
-        data: the training data, as it was given.
+        data: the training data, as it was given: a source, or several.
         rows: what was read of it.
         output: the adapter's folder.
         meta: what that folder says.
     """
+    sources = [Path(one) for one in ([data] if isinstance(data, str) else data)]
     found = []
-    if (task := _TASKS.get(Path(data).stem)) is not None:
-        found.append(line("eval", model, "--adapter", output, "--task", task, *_sets(Path(data))))
-    else:
-        found += [line("eval", model, "--adapter", output, "--task", file) for file in _tests(Path(data))]
+    for source in sources:
+        if (task := _TASKS.get(source.stem)) is not None:
+            found.append(line("eval", model, "--adapter", output, "--task", task, *_sets(source)))
+        else:
+            found += [line("eval", model, "--adapter", output, "--task", file) for file in _tests(source)]
+    if not any(source.stem in _TASKS for source in sources):
         found.append(line("generate", model, "--adapter", output, "--prompt", _question(rows)))
         if meta.template == "chat":
             found.append(line("chat", model, "--adapter", output))

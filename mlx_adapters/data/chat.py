@@ -9,20 +9,21 @@ Some templates write an earlier answer differently than the last: Qwen3 drops it
 with another token. Such an answer is trained in a row of its own, which ends with it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from mlx_adapters.data.tool_calls import call_end, must_write
 from mlx_adapters.errors import DataError
-from mlx_adapters.models.chat_template import chat_prompt
+from mlx_adapters.models.chat_template import Rendered, assistant_marks, chat_prompt
 from mlx_adapters.models.stop_tokens import turn_end
 
-__all__ = ["Conversation", "closing_token", "conversations"]
+__all__ = ["Conversation", "closing_token", "conversations", "before_answer", "has_reasoning", "left_open"]
 
 Messages = Sequence[Mapping[str, Any]]
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # one of them, as transformers has it
 _PROBE = "zqxj"  # an answer that occurs in no template
-_BY_ANSWER = "the chat template writes the messages before an answer by what the answer is"
 _SHORT = 100  # characters that a template may write between a question and an answer
 
 
@@ -40,22 +41,30 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in the text `done` that ends with it: from `begin` to `content_end`, closed by `closing`."""
+    """An answer in the text `done` that ends with it: from `begin` to `content_end`, closed by `closing`. In
+    what the template itself writes, `written`, it begins at `own`. It is `ended` where its content closes the
+    turn: gpt-oss has a token of its own behind a tool call."""
 
     done: str
     begin: int
     content_end: int
     closing: str
-    again: bool  # the generation prompt has text that the template leaves out of a conversation
-    ended: bool = False  # its content ends the turn: gpt-oss closes a tool call with a token of its own
+    written: str
+    own: int
+    ended: bool
 
     @property
-    def end(self) -> int:
-        return self.content_end + len(self.closing)
+    def again(self) -> bool:
+        """Whether the model is asked with other text than the template writes before the answer."""
+        return self.done[: self.begin] != self.written[: self.own]
 
     @property
     def closed(self) -> bool:
         return bool(self.closing) or self.ended
+
+    @property
+    def end(self) -> int:
+        return self.content_end + len(self.closing)
 
     @property
     def empty(self) -> bool:
@@ -92,16 +101,50 @@ def conversations(
     kwargs, (_, closing) = dict(kwargs or {}), closing_token(tokenizer, tokenizer.chat_template)
     answers = [_answer(messages, index, tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
-    together, apart = [], []
-    for answer in answers[:-1]:
+    spans: dict[int, tuple[int, int]] = {}  # of the answers that stand in the whole conversation as learned
+    for place, answer in enumerate(answers[:-1]):
         if span := _found_in(whole, answer, closing):
-            together.append(span)
-        else:
-            apart.append(answer)
-    last, spans = answers[-1], (*together, (answers[-1].begin, answers[-1].end))
-    rows = [Conversation(one.done, ((one.begin, one.end),), one.closed, one.empty) for one in apart]
-    empty = any(one.empty for one in answers if one not in apart)
-    return [*rows, Conversation(whole, spans, last.closed, empty)]
+            spans[place] = span
+    spans[len(answers) - 1] = answers[-1].begin, answers[-1].end
+    rows = []
+    for place, one in enumerate(answers):
+        last = place == len(answers) - 1
+        if not last and place in spans:
+            continue
+        marks = _marks(messages[: learned[place] + 1], tokenizer, kwargs, one)
+        own = tuple(spans.values()) if last else ((one.begin, one.end),)
+        parts = tuple(part for span in own for part in _marked(span, marks, one, closing))
+        empty = any(answers[each].empty for each in spans) if last else one.empty
+        rows.append(Conversation(one.done, parts, one.closed, empty))
+    if not any(row.learned for row in rows):
+        raise DataError("the chat template's {% generation %} marks no part of the answers: none is learned")
+    return rows
+
+
+def _marks(
+    messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], answer: _Answer
+) -> list[tuple[int, int]] | None:
+    """What the template marks by `{% generation %}` in the text of an answer; None without such marks."""
+    marks = assistant_marks(messages, tokenizer, kwargs, answer.written)
+    if marks is None:
+        return None
+    own, more = answer.own, answer.begin - answer.own  # they move with the answer
+    return [(begin + more * (begin >= own), end + more) for begin, end in marks if end > own or not more]
+
+
+def _marked(
+    span: tuple[int, int], marks: list[tuple[int, int]] | None, answer: _Answer, closing: str
+) -> Iterator[tuple[int, int]]:
+    """The parts of an answer that are learned: all of it or, of a template with marks, what they mark, with
+    the token that closes the turn behind them."""
+    if marks is None:
+        yield span
+        return
+    for begin, end in marks:
+        end += len(closing) if closing and answer.done.startswith(closing, end) else 0
+        begin, end = max(begin, span[0]), min(end, span[1])
+        if begin < end:
+            yield begin, end
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
@@ -120,74 +163,79 @@ def closing_token(tokenizer: Any, template: str | None) -> tuple[int | None, str
     return end, "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
 
 
+def left_open(tokenizer: Any) -> str:
+    """What the generation prompt opens at its end, a `<think>`, although the template writes answers without
+    reasoning without it: they are not trained behind it. Empty where it opens nothing of the kind."""
+    try:
+        opened, begin, asked, _ = _opening([{"role": "user", "content": "a"}], tokenizer)
+    except DataError:  # a template that does not write such a question
+        return ""
+    return asked[begin:] if opened else ""
+
+
+def before_answer(messages: Messages, tokenizer: Any) -> Rendered:
+    """The prompt behind which an answer stands at once: what the template asks with or, where that leaves
+    reasoning open, what it writes before an answer that has none."""
+    opened, _, asked, probe = _opening(messages, tokenizer)
+    return Rendered(probe.partition(_PROBE)[0] if opened and _PROBE in probe else asked)
+
+
+def _opening(messages: Messages, tokenizer: Any) -> tuple[bool, int, str, str]:
+    """(whether the generation prompt leaves reasoning open, how much of it the template writes before an
+    answer without any, the prompt, the conversation with such an answer)."""
+    asked = str(chat_prompt(messages, tokenizer))
+    answered = [*messages, {"role": "assistant", "content": _PROBE}]
+    probe = str(chat_prompt(answered, tokenizer, answer=False))
+    begin = _common(asked, probe)
+    bare = _common(str(chat_prompt(messages, tokenizer, answer=False)), asked)
+    return _opens_thinking(asked[bare:]) and begin > bare, begin, asked, probe
+
+
 def _answer(
     messages: Messages, index: int, tokenizer: Any, kwargs: Mapping[str, Any], closing: str
 ) -> _Answer:
     """Where message `index` begins and ends in what the template writes up to it."""
-    context = messages[:index]
-    done = str(chat_prompt(messages[: index + 1], tokenizer, kwargs, answer=False))
+    context, message = messages[:index], messages[index]
+    written = done = str(chat_prompt(messages[: index + 1], tokenizer, kwargs, answer=False))
     asked = str(chat_prompt(context, tokenizer, kwargs))
     probe = str(
         chat_prompt([*context, {"role": "assistant", "content": _PROBE}], tokenizer, kwargs, answer=False)
     )
-    begin, again = _common(asked, probe), False
+    begin, moved = _common(asked, probe), False
+    own = begin
     if begin < len(asked):
         bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
         # what opens reasoning is left out, or closed, where the template writes an answer without any
         if not (_opens_thinking(asked[bare:]) and begin > bare):
-            own = begin if begin >= bare else _behind(asked, probe)
-            if not done.startswith(probe[:own]):
-                raise DataError(_BY_ANSWER)
-            done, probe = (asked + text[own:] for text in (done, probe))  # as the model will be asked
-            begin, again = len(asked), True
-    elif not done.startswith(asked):  # it asks for an answer without reasoning, and this one has some
-        bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
-        begin = max(bare, _common(asked, done))
-    if not done.startswith(asked[:begin]):
-        raise DataError(_BY_ANSWER)
+            own, moved = begin if begin >= bare else _behind(asked, probe), True
+    thought = _reasoning(message)
+    if not written.startswith(probe[:own]):
+        if thought:
+            raise DataError(
+                "an answer has reasoning, but the generation prompt closes it at once: give "
+                """--chat-template-kwargs '{"enable_thinking": true}', or leave the reasoning out"""
+            )
+        raise DataError("the chat template writes the messages before an answer by what the answer is")
+    if thought not in written:
+        raise DataError(
+            "the chat template does not write the reasoning of an answer, which would not be learned: leave "
+            "it out of the rows, or give a --template that writes it"
+        )
+    if moved:  # not in a conversation, but the model will be asked with it
+        begin = len(asked)
+        done, probe = (asked + text[own:] for text in (done, probe))
     tail = probe.rpartition(_PROBE)[2]
     content_end = (
         len(done) - len(tail) if tail and done.endswith(tail) else _content_end(done, begin, closing)
     )
-    if calls := messages[index].get("tool_calls"):
-        _must_write(calls, done[begin:])
-    if closing and done.startswith(closing, content_end):
-        return _Answer(done, begin, content_end, closing, again)
-    if calls:
-        call = _Answer(done.rstrip(), begin, len(done.rstrip()), "", again)
-        return _ended_call(call, messages[: index + 2], tokenizer, kwargs)
-    return _Answer(done, begin, content_end, "", again)
-
-
-def _must_write(calls: Any, text: str) -> None:
-    """DataError where the text of an answer is without its tool calls: many templates leave them out."""
-    for call in calls if isinstance(calls, list) else ():
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in text:
-            raise DataError(
-                f"the chat template does not write tool calls ({name}), so the answer would be without: take "
-                "another template, or leave such rows out"
-            )
-
-
-def _ended_call(call: _Answer, messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> _Answer:
-    """A tool call that is not closed as other answers are: by a token of its own (gpt-oss), by the one that
-    opens the tool's answer, the last of `messages` (GLM), or by none."""
-    special = tuple(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    if call.done.endswith(special) or call.again:
-        return replace(call, ended=True)
-    answered = (
-        messages if messages[-1].get("role") == "tool" else [*messages, {"role": "tool", "content": ""}]
-    )
-    try:
-        longer = str(chat_prompt(answered, tokenizer, kwargs, answer=False))
-    except DataError:  # a template that has no such role
-        longer = ""
-    follows = longer[len(call.done) :] if longer.startswith(call.done) else ""
-    if found := max((token for token in special if follows.startswith(token)), key=len, default=""):
-        return replace(call, done=call.done + found, closing=found)
-    return replace(call, ended=True)
+    closes, ended = closing if closing and done.startswith(closing, content_end) else "", False
+    if calls := message.get("tool_calls"):
+        must_write(calls, done[begin:])
+        if not closes:
+            done, ended = done.rstrip(), True
+            closes, content_end = call_end(done, messages[: index + 2], tokenizer, kwargs), len(done)
+            done += closes
+    return _Answer(done, begin, content_end, closes, written, own, ended)
 
 
 def _behind(asked: str, probe: str) -> int:
@@ -211,6 +259,21 @@ def _opens_thinking(text: str) -> bool:
     return bool(opened) and not opened.endswith("/")
 
 
+def has_reasoning(message: Any) -> bool:
+    """Whether a message of a row comes with reasoning."""
+    return isinstance(message, Mapping) and bool(_reasoning(message))
+
+
+def _reasoning(message: Mapping[str, Any]) -> str:
+    """The reasoning of an answer, in a field of its own or in its content; empty without any."""
+    fields = [message.get(name) for name in _REASONING]
+    inside, end, _ = str(message.get("content") or "").partition("</think>")
+    found = [each for each in fields if isinstance(each, str)] + [
+        inside.rpartition("<think>")[2] if end else ""
+    ]
+    return next((text.strip() for text in found if text.strip()), "")
+
+
 def _content_end(done: str, begin: int, closing: str) -> int:
     """Where an answer's content ends whose tail is not that of other answers."""
     found = done.rfind(closing, begin) if closing else -1
@@ -218,12 +281,13 @@ def _content_end(done: str, begin: int, closing: str) -> int:
 
 
 def _found_in(whole: str, answer: _Answer, closing: str) -> tuple[int, int] | None:
-    """(begin, end) of an earlier answer in the whole conversation; None where it is another there."""
-    if answer.again or not whole.startswith(answer.done[: answer.content_end]):
-        return None
-    if answer.ended:
-        return answer.begin, answer.content_end
+    """(begin, end) of an earlier answer in the whole conversation; None where it is another there, or nothing
+    there would teach it to end."""
     closing = answer.closing or closing
-    if closing and whole.startswith(closing, answer.content_end):
+    if answer.again or not closing or not whole.startswith(answer.done[: answer.content_end]):
+        return None
+    if answer.ended and not answer.closing:
+        return answer.begin, answer.content_end
+    if whole.startswith(closing, answer.content_end):
         return answer.begin, answer.content_end + len(closing)
-    return None if closing else (answer.begin, answer.content_end)
+    return None

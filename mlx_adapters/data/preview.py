@@ -10,7 +10,7 @@ from mlx_adapters.data.layouts import column_names
 from mlx_adapters.data.long_rows import Fitted, fitted, left_out, shortened
 from mlx_adapters.data.showing import Preview, Shown, Statistics
 from mlx_adapters.data.sources import Rows, load_rows
-from mlx_adapters.data.templates import default_template
+from mlx_adapters.data.templates import asked, default_template
 from mlx_adapters.data.tokens import Encoded, Example, encode
 from mlx_adapters.errors import DataError
 from mlx_adapters.fields import parse_fields
@@ -45,7 +45,7 @@ def show_rows(source: str | Path | Rows, model: str | Path, **options: Any) -> l
     """
     settings = parse_fields(Preview, options, where="show_rows")
     rows, tokenizer, longest = _opened(source, model, settings)
-    template = settings.template or default_template(rows.format, tokenizer)
+    template, tokenizer = _written(rows, tokenizer, settings)
     found = []
     for index, row in enumerate(rows.rows[: settings.rows]):
         one = Rows([row], rows.format, f"{rows.origin} (row {index})")
@@ -82,6 +82,13 @@ def _opened(source: str | Path | Rows, model: str | Path, settings: Preview) -> 
     return rows, read_tokenizer(folder, config), made_for(config)
 
 
+def _written(rows: Rows, tokenizer: Any, settings: Preview) -> tuple[str, Any]:
+    """(the template of the rows, the tokenizer that writes them)."""
+    usual = default_template(rows.format, tokenizer)
+    way = asked(settings.template, settings.chat_template_kwargs, fallback=usual)
+    return way.template, way.on(tokenizer)
+
+
 def example_pieces(
     example: Example, tokenizer: Any, left_out: list[tuple[int, int]] | None = None
 ) -> list[tuple[str, str]]:
@@ -112,7 +119,7 @@ def row_statistics(source: str | Path | Rows, model: str | Path, **options: Any)
     """
     settings = parse_fields(Preview, options, where="row_statistics")
     rows, tokenizer, longest = _opened(source, model, settings)
-    template = settings.template or default_template(rows.format, tokenizer)
+    template, tokenizer = _written(rows, tokenizer, settings)
     done = encode(rows, tokenizer, template=template, loss_on=settings.loss_on)
     lengths = np.array([len(example.ids) for example in done.examples])
     needed = int(np.quantile(lengths, _KEPT, method="higher"))

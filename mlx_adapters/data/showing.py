@@ -27,7 +27,10 @@ _MARKS = {"context": "{}", "learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
 class Preview:
     """How rows would be trained; the defaults are those of training."""
 
-    template: str | None = field(None, "alpaca, llm-adapters, chat or plain [default: as training chooses]")
+    template: str | None = field(
+        None, "alpaca, llm-adapters, chat, plain or a FILE.jinja [default: as training chooses]"
+    )
+    chat_template_kwargs: str | None = field(None, "as `train --chat-template-kwargs`")
     loss_on: str = field("completion", "as `train --loss-on`: completion, last or all")
     columns: str | None = field(None, "as `train --columns`: names of the rows' fields")
     max_length: int | None = field(

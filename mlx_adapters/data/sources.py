@@ -22,6 +22,7 @@ __all__ = [
     "FORMS",
     "GENERATED",
     "TRAINING_SETS",
+    "VALIDATION",
     "Rows",
     "check_fields",
     "digest",
@@ -64,7 +65,7 @@ _CHANGING = (
 )
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _WORDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
-_VALIDATION = ("valid", "validation", "val", "dev")  # what others call the file beside train.jsonl
+VALIDATION = ("valid", "validation", "val", "dev")  # what others call the file beside train.jsonl
 
 
 # The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows).
@@ -84,13 +85,15 @@ _SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_s
 @dataclass(frozen=True)
 class Rows:
     """The rows of a source in the fields of their form, and where they came from; `unread` are the names of
-    fields that nothing reads. Of several sources together, `parts` are those of each."""
+    fields that nothing reads, `sources` what the user named. Of several sources together, `parts` are those
+    of each."""
 
     rows: Sequence[dict[str, Any]]
     format: str
     origin: str
     unread: tuple[str, ...] = ()
     parts: tuple["Rows", ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
@@ -152,15 +155,8 @@ def check_fields(row: dict[str, Any], fmt: str) -> None:
 
 
 def notes(rows: Rows) -> list[str]:
-    """What is there and not used: fields that nothing reads, a validation set beside the training set."""
-    found = []
-    if rows.unread:
-        found.append(f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}")
-    file = Path(rows.origin)
-    beside = [file.with_name(f"{name}{kind}") for name in _VALIDATION for kind in KINDS]
-    if file.stem == "train" and (sets := [one for one in beside if one.is_file()]):
-        found.append(f"{sets[0]} is not used: --validation N holds out rows of {file.name}")
-    return found
+    """What is there and not used: fields that nothing reads."""
+    return [f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}"] if rows.unread else []
 
 
 def digest(rows: Iterable[dict[str, Any]]) -> str:
@@ -193,7 +189,7 @@ def _in_folder(folder: Path, split: str) -> Path:
             if (file := folder / f"{split}{kind}{packed}").is_file():
                 return file
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_data(file))
-    others = [file for file in files if file.name.partition(".")[0] not in (*_VALIDATION, "test")]
+    others = [file for file in files if file.name.partition(".")[0] not in (*VALIDATION, "test")]
     if len(others) != 1:
         found = ", ".join(file.name for file in files) or "none"
         kinds = ", ".join(KINDS)

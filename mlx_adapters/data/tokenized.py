@@ -114,4 +114,5 @@ def _tokenizer_parts(tokenizer: Any, written: datetime) -> list[Any]:
         getattr(inner, "special_tokens_map", {}),
     ]
     ends = sorted(map(str, getattr(tokenizer, "eos_token_ids", ())))
-    return [hashlib.sha256(words.encode()).hexdigest(), template, dates, *kinds, ends]
+    variables = getattr(tokenizer, "chat_template_kwargs", {})
+    return [hashlib.sha256(words.encode()).hexdigest(), template, dates, variables, *kinds, ends]

@@ -19,10 +19,11 @@ class AnswerConfig:
 
     system: str | None = field(None, "a system message in front of the conversation", "system_prompt")
     template: str | None = field(
-        None, "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]"
+        None,
+        "prompt template, or a FILE.jinja [default: the adapter's, else chat if there is one, else plain]",
     )
     chat_template_kwargs: str | None = field(
-        None, """chat template variables: '{"enable_thinking": false}'"""
+        None, """chat template variables: '{"enable_thinking": false}' [default: the adapter's]"""
     )
     max_tokens: int = field(512, "longest answer", "max_new_tokens")
     temperature: float = field(0.0, "0 takes the most likely token", "temp")
@@ -40,14 +41,13 @@ class AnswerConfig:
             for name in ("top_p", "min_p")
             if getattr(self, name) > 1
         ]
+        json_option(self.chat_template_kwargs, "--chat-template-kwargs")
         if problems:
             raise ConfigError("; ".join(problems))
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `generate`."""
-        return asdict(self) | {
-            "chat_template_kwargs": json_option(self.chat_template_kwargs, "--chat-template-kwargs")
-        }
+        return asdict(self)
 
 
 _LEAST = {"max_tokens": 1, "temperature": 0, "top_p": 0, "top_k": 0, "min_p": 0}

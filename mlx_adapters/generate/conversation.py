@@ -10,13 +10,13 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import start_cache, virtual_ids
 from mlx_adapters.adapter.multi import activate, active
-from mlx_adapters.data.tokens import prompt_ids
+from mlx_adapters.data.templates import wanted_template
 from mlx_adapters.errors import AdaptersError, ConfigError, counted
 from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.prefill import Cache
 from mlx_adapters.generate.sampling import fresh_seed, sampler
 from mlx_adapters.generate.stream import stream_tokens
-from mlx_adapters.generate.text import Prompt, prompt_of, render
+from mlx_adapters.generate.text import Prompt, Question, prompt_of, render
 from mlx_adapters.generate.using import meta_of
 from mlx_adapters.models.load import LanguageModel
 
@@ -52,7 +52,7 @@ class Conversation:
         top_k: draw from that many of the likeliest tokens; 0: from all.
         min_p: draw from tokens with at least this share of the likeliest one's probability.
         seed: makes draws repeatable; None: new draws each time.
-        chat_template_kwargs: variables of the chat template.
+        chat_template_kwargs: variables of the chat template, as in `generate`.
     """
 
     def __init__(
@@ -68,11 +68,12 @@ class Conversation:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: str | Mapping[str, Any] | None = None,
     ) -> None:
         loaded.model.eval()
         self.loaded, self.adapters = loaded, adapters or {}
-        self.template, self.max_tokens, self.kwargs = template, max_tokens, chat_template_kwargs
+        self.template, self.kwargs = wanted_template(template), chat_template_kwargs
+        self.max_tokens = max_tokens
         self.system, self._seed = system, fresh_seed() if seed is None else seed
         self._narrowed: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
         self.sampler = sampler(self._seed, temperature=temperature, **self._narrowed)
@@ -180,10 +181,11 @@ class Conversation:
 
     def answer(self) -> Iterator[str]:
         """Yield an answer to the last turn; the turns stay as they are."""
-        prompt = self.prompt()
+        question = self.question()
+        prompt = prompt_of(self.loaded, question.ids, self.max_tokens)
         unread = self._continue(prompt)
         self.read = prompt.ids
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        model, tokenizer = self.loaded.model, question.tokenizer
         options: dict[str, Any] = {"max_tokens": self.max_tokens, "sampler": self.sampler}
         try:
             for delta in stream_tokens(
@@ -194,17 +196,16 @@ class Conversation:
             self.forget()  # how far the cache got is not known
             raise
 
-    def prompt(self) -> Prompt:
-        """The conversation so far as token ids."""
+    def question(self) -> Question:
+        """The prompt of the conversation so far."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text, _ = render(
+        return render(
             self.loaded,
             [*system, *self.turns],
             adapter=self.adapters.get(self.name) or meta_of(self.loaded, None),
             template=self.template,
             chat_template_kwargs=self.kwargs,
         )
-        return prompt_of(self.loaded, prompt_ids(text, self.loaded.tokenizer), self.max_tokens)
 
     def _continue(self, prompt: Prompt) -> list[int]:
         """The tokens that the cache does not have yet; it is cut back to what it shares with the prompt."""

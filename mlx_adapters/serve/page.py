@@ -91,7 +91,6 @@ class _Questions:
                 top_k=self.config.top_k,
                 min_p=self.config.min_p,
                 seed=self.config.seed,
-                template_kwargs=self.config.arguments()["chat_template_kwargs"],
             )
             for model in models
         ]

@@ -21,7 +21,7 @@ from typing import Any
 from mlx_adapters import methods
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows, load_rows
-from mlx_adapters.data.templates import chosen_template
+from mlx_adapters.data.templates import asked
 from mlx_adapters.errors import AdaptersError, OutputError
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.evaluate.ask import Asking, answer
@@ -204,9 +204,15 @@ class CellRun:
         )
         loaded = load(study.model, answering=True)
         meta = adapters.load(loaded, self.folder / "adapter") if self.cell else None
-        template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
+        trained = study.cells[0].train
+        kwargs = trained.chat_template_kwargs
+        way = asked(trained.template, kwargs, fallback="chat" if kwargs else "alpaca")
+        if meta and meta.template:
+            way = asked(None, None, (meta.template, meta.chat))
+        template = way.template
         asking = Asking(
             template=template,
+            chat=way.chat,
             decoding=Decoding(kind=settings.decoding),
             reading=settings.reading,
             batch_size=settings.batch_size,

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters.train.progress import Step
+from mlx_adapters.train.progress import Measured, Step
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.trainer import TrainResult
+    from mlx_adapters.train.result import TrainResult
 
-__all__ = ["Callback", "StopTraining", "Tokenizing", "callbacks_of", "continues", "tell_tokens"]
+__all__ = ["Callback", "Started", "StopTraining", "Tokenizing", "callbacks_of", "continues", "tell_tokens"]
 
 
 class StopTraining(Exception):
@@ -27,6 +27,9 @@ class Callback:
 
     def on_tokens(self, done: int, rows: int) -> None:
         """While the rows of a large set become tokens: how many are `done`, every thousand of them."""
+
+    def on_start(self, measured: Measured) -> None:
+        """Before the first step, where something is measured: validation loss, right answers, samples."""
 
     def on_step(self, step: Step) -> bool | None:
         """After each optimizer step."""
@@ -52,6 +55,18 @@ class Tokenizing(Callback):
         if time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
             self._say(f"tokenized {done:,} of {rows:,} rows")
+
+
+class Started(Callback):
+    """Says what was measured before the first step."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_start(self, measured: Measured) -> None:
+        """As of `Callback`."""
+        for sentence in measured.remarks():
+            self._say(sentence)
 
 
 class _OnStep(Callback):

@@ -41,10 +41,11 @@ def rows_of(data: Data, columns: str | None = None) -> Rows:
         return data
     names = column_names(columns)
     if isinstance(data, str | Path):
-        return load_rows(str(data), columns=names)
+        return replace(load_rows(str(data), columns=names), sources=(str(data),))
     if all(isinstance(each, dict) for each in data):
         return rows_from_list([each for each in data if isinstance(each, dict)])
-    return together([load_rows(str(each), columns=names) for each in data])
+    rows = together([load_rows(str(each), columns=names) for each in data])
+    return replace(rows, sources=tuple(map(str, data)))
 
 
 def select(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> tuple[Rows, int]:
@@ -123,8 +124,8 @@ def prepare(
     written: datetime,
     told: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Prepared:
-    """The rows as whole examples, in memory or on disk. `written` is the time for templates that write a date;
-    of many rows `told` hears how many are done, and how many there are."""
+    """The rows as whole examples, in memory or on disk. `written` is the time for templates that write a
+    date; of many rows `told` hears how many are done, and how many there are."""
     parts = rows.parts or (rows,)
     found = [_prepared(part, model, config, template, written, told) for part in parts]
     whole = found[0] if len(found) == 1 else _joined(found, rows)
@@ -180,15 +181,15 @@ def _joined(parts: Sequence[Prepared], rows: Rows) -> Prepared:
     return Prepared(both, known, [note for part in parts for note in part.notes])
 
 
-def split(examples: Sequence[Example], config: TrainConfig) -> tuple[Sequence[Example], Sequence[Example]]:
-    """(to train on, held out for validation), drawn by the seed: not a run of neighbours in the file."""
-    if config.validation == 0:
+def split(examples: Sequence[Example], count: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """(to train on, `count` held out for validation), drawn by the seed: not neighbours in the file."""
+    if count == 0:
         return examples, []
-    if config.validation >= len(examples):
+    if count >= len(examples):
         rows = counted(len(examples), "row")
-        raise DataError(f"validation={config.validation} leaves nothing of {rows} to train on")
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    return pick(examples, np.sort(order[config.validation :])), pick(examples, order[: config.validation])
+        raise DataError(f"validation={count} leaves nothing of {rows} to train on")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return pick(examples, np.sort(order[count:])), pick(examples, order[:count])
 
 
 def pad_id(model: LanguageModel) -> int:

@@ -22,6 +22,7 @@ def summary(trainer: Trainer) -> list[str]:
         f"{trainer.meta.method.NAME} on {counted(len(trainer.paths), 'layer')} ({', '.join(names)})",
         f"trainable {trainer.trainable:,} of {trainer.parameters:,} parameters ({ratio:.3%})",
         _rows(trainer),
+        *_measured(trainer),
     ]
     if trainer.encoded.endless:
         sentences.append("the tokenizer has no end token: answers will not learn where to end")
@@ -43,8 +44,7 @@ def first_row(trainer: Trainer) -> list[Shown]:
 
 
 def _rows(trainer: Trainer) -> str:
-    rows, held_out = counted(len(trainer.run.examples), "row"), len(trainer.run.validation)
-    text = f"{rows} to train on, {held_out} held out"
+    text = f"{counted(len(trainer.run.examples), 'row')} to train on"
     text += f", template {trainer.meta.template}, loss on {trainer.meta.loss_on}"
     encoded = trainer.encoded
     counts = (
@@ -56,6 +56,19 @@ def _rows(trainer: Trainer) -> str:
     )
     text += "".join(f"; {count} {what}" for count, what in counts if count)
     return text + (f"; {encoded.in_words}" if encoded.in_words else "")
+
+
+def _measured(trainer: Trainer) -> list[str]:
+    """What is measured on the way, and what decides which step is the best."""
+    config, sets = trainer.config, trainer.watch.sets
+    found = []
+    if trainer.validation:
+        found.append(f"{trainer.validation}, every {counted(config.validate_every, 'step')}")
+    if sets:
+        names = ", ".join(f"{counted(len(items), 'item')} of {task.name}" for task, items in sets)
+        every = config.eval_every or config.validate_every
+        found.append(f"accuracy on {names}, every {counted(every, 'step')}")
+    return found
 
 
 def _length(run: Run) -> list[str]:

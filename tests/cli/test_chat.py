@@ -123,9 +123,9 @@ def test_a_message_can_be_answered_again_under_another_system_message(base: Path
     first = "".join(chat.ask("how many ?"))
     assert "".join(chat.retry()) == first
     assert len(chat.turns) == 2
-    with_system = chat.prompt().ids
+    with_system = chat.question().ids
     chat.order("/system off")
-    assert len(chat.prompt().ids) < len(with_system)
+    assert len(chat.question().ids) < len(with_system)
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(base: Path) -> None:

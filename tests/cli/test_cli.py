@@ -140,7 +140,13 @@ def test_train_names_what_it_does_not_use(model: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('{"instr', '{"id": 1, "instr'))
     done = cli("train", model, "--data", folder, "--output", tmp_path / "out", "--steps", 1)
     assert done.stderr.count(f"{file}: fields that are not used: id\n") == 1
-    assert f"{folder}/valid.jsonl is not used: --validation N holds out rows of train.jsonl" in done.stderr
+    assert f"validation on 12 rows of {folder}/valid.jsonl, every 50 steps" in done.stderr
+    assert "12 of the 12 validation rows have the question of a training row" in done.stderr
+    assert "before the first step: validation loss" in done.stderr
+    done = cli("train", model, "--data", file, "--output", tmp_path / "file", "--steps", 1)
+    assert (
+        f"{folder}/valid.jsonl is not used: --validation {folder}/valid.jsonl measures on it" in done.stderr
+    )
     file.write_text(file.read_text().replace('{"id": 1', '{"history": [["a", "b"]]', 1))
     done = cli("train", model, "--data", folder, "--output", tmp_path / "none", "--steps", 1, code=2)
     assert f"{file}: row 0: field 'history' is not read" in done.stderr
@@ -171,7 +177,8 @@ def test_train_says_what_it_does(model: Path, tmp_path: Path) -> None:
     assert "q_proj, v_proj" in said
     # 2 layers x (q: 32 -> 32, v: 32 -> 16) at rank 2
     assert f"trainable {2 * 2 * (32 + 32 + 32 + 16):,} of " in said
-    assert "7 rows to train on, 3 held out" in said
+    assert "7 rows to train on, template" in said
+    assert "validation on 3 rows of the data, held out by the seed" in said
     assert "2 left out" in said
     assert "validation loss" in said
 

@@ -64,7 +64,7 @@ class Case:
 def _scores(found: Any) -> list[str]:
     (one,) = found["scores"]
     shares = (f"{one[key]:.1%}" for key in ("accuracy", "low", "high"))
-    return [*shares, f"{one['correct']}/{one['total']}", f"of {one['unseen_total']}"]
+    return [*shares, f"{one['correct']}/{one['total']}"]
 
 
 def _verdict(found: Any) -> list[str]:
