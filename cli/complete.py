@@ -53,6 +53,7 @@ FIELDS: dict[str, Complete] = {
     "compile": _listed("train.config", "COMPILE"),
     "template": templates,
     "loss_on": _listed("data.tokens", "LOSS_ON"),
+    "long_rows": _listed("data.showing", "LONG_ROWS"),
     "protocol": _listed("evaluate.protocol", "PROTOCOLS"),
     "decoding": _listed("evaluate.config", "DECODINGS"),
     "choices": _listed("evaluate.config", "CHOICES"),

@@ -36,7 +36,7 @@ from mlx_adapters.convert.to_transformers import CHECKED, dequantized_weights, w
 from mlx_adapters.errors import ConfigError, UnsupportedError, counted, unknown
 from mlx_adapters.files import weights, writing
 from mlx_adapters.models import load as models
-from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.models.origin import remember, remembered, with_record
 from mlx_adapters.units import size
 
 __all__ = ["TARGETS", "Fused", "fuse"]
@@ -119,6 +119,9 @@ def fuse(
     with writing.writing(dst) as place:
         (place / "README.md").write_text(card, encoding="utf-8")
         sums = _write(loaded, place, dst, kept, to, (bits, group_size, mode) if quantize else None)
+        if meta.chat.text:  # instead of the base's, and with the token that closes its turns
+            meta.chat.store(place)
+            write_ends(place, loaded.path)
         del loaded
         again = _opened(place)
         if sums is not None:
@@ -198,8 +201,11 @@ def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple
     """
     about = remembered(loaded.config)
     template = meta.template or about.get("template", "")
-    card = fused_card(meta.method.NAME, about.get("source"), template)
-    return card, replace(loaded, config=remember(loaded.config, template=template))
+    chat = replace(meta.chat, stops={}) if meta.template else loaded.chat
+    # the text is the tokenizer's own in the new folder
+    card = fused_card(meta.method.NAME, about.get("source"), template, replace(chat, text=""))
+    config = with_record(remember(loaded.config, template=template), "chat", chat.record() or None)
+    return card, replace(loaded, config=config)
 
 
 def _merge(model: Any, method: str) -> int:

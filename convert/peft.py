@@ -26,7 +26,7 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
-from mlx_adapters.convert.card import adapter_card
+from mlx_adapters.convert.card import GENERATION, adapter_card
 from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.opening import check_opens
 from mlx_adapters.convert.to_transformers import write_transformers
@@ -36,6 +36,7 @@ from mlx_adapters.models import load as models
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.origin import is_hub_id
+from mlx_adapters.models.own_template import FILE
 
 __all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
 
@@ -120,9 +121,11 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     _refuse_unreadable(source, meta, tensors)
     with writing(dst) as folder:
         _write_json(folder / adapter.CONFIG, fields)
-        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
+        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN, FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
+        if meta.chat.stops:
+            _write_json(folder / GENERATION, {"eos_token_id": list(meta.chat.stops.values())})
         if (source / "members").is_dir():  # a fusion keeps the adapters it is made of
             shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")

@@ -21,7 +21,7 @@ from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
-from mlx_adapters.models.names import Names, Part, into_config
+from mlx_adapters.models.names import Names, Part, into_config, names_of
 from mlx_adapters.models.saved_forms import encoded
 
 __all__ = ["CHECKED", "checkpoint_tensors", "dequantized_weights", "write_transformers"]
@@ -92,7 +92,7 @@ def write_transformers(
     Files hold at most `shard` bytes. Raises UnsupportedError for a mixture of experts whose names are not
     known here: transformers would fill such a layer with random weights and only log it.
     """
-    found = getattr(model, "tensor_names", None)
+    found = names_of(model)
     weights = dequantized_weights(model)
     made = checkpoint_tensors(found, weights) if found else {}
     named = {name: array.astype(DTYPES[dtype]) for name, array in made.items()}

@@ -70,8 +70,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_FROM` say
     from mlx_adapters.train.plan import MemoryPlan as MemoryPlan
     from mlx_adapters.train.plan import plan as plan
     from mlx_adapters.train.progress import Step as Step
+    from mlx_adapters.train.result import TrainResult as TrainResult
     from mlx_adapters.train.trainer import Trainer as Trainer
-    from mlx_adapters.train.trainer import TrainResult as TrainResult
     from mlx_adapters.train.trainer import train as train
 
 __version__ = "0.1.0"
@@ -97,7 +97,8 @@ _FROM = {
     "train.callbacks": ("Callback",),
     "train.plan": ("MemoryPlan", "plan"),
     "train.progress": ("Step",),
-    "train.trainer": ("TrainResult", "Trainer", "train"),
+    "train.result": ("TrainResult",),
+    "train.trainer": ("Trainer", "train"),
 }
 _MODULES = {name: module for module, names in _FROM.items() for name in names}
 

@@ -32,6 +32,7 @@ from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
 from mlx_adapters.files.writing import refuse_existing, writing
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
+from mlx_adapters.models.own_template import OWN
 
 __all__ = ["COMBINATIONS", "Combined", "combine"]
 
@@ -340,6 +341,7 @@ def _write(
         base=first.meta.base,
         template=_common(metas, lambda meta: meta.template),
         loss_on=_common(metas, lambda meta: meta.loss_on),
+        chat=first.meta.chat if all(meta.chat == first.meta.chat for meta in metas) else OWN,
         seen=sorted({item for meta in metas for item in meta.seen}),
         training={"combined": [str(member.folder) for member in members], "weights": weights, "how": method},
     )

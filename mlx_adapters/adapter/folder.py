@@ -6,8 +6,9 @@ An adapter folder is already what PEFT reads, so PyTorch opens it as it stands:
     adapter_model.safetensors  PEFT's tensor names and layout, float32
     mlx_adapters.json          ours: the method's options, base model, prompt template, how it was trained
     seen.txt                   hashes of the training questions, one per line: eval tells seen items apart
+    chat_template.jinja        where it was trained with a chat template that is not the tokenizer's own
 
-A folder without the last two (one that PEFT wrote) loads as well.
+A folder without the last three (one that PEFT wrote) loads as well.
 """
 
 import json
@@ -21,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import __version__
-from mlx_adapters.adapter.completeness import Model, check_tensors
+from mlx_adapters.adapter.completeness import Model, check_tensors, without_towers
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
 from mlx_adapters.adapter.peft_names import scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.reading import (
@@ -250,15 +251,17 @@ def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], 
         "loss_on": meta.loss_on,
         "training": meta.training,
         **({"names": meta.names} if meta.names else {}),
+        **({"chat": chat} if (chat := meta.chat.record()) else {}),
     }
     with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        meta.chat.store(folder)
         _write(folder, arrays, fields, about, meta.seen)
 
 
 def _write(
     folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".adapter_model.tmp.safetensors"
     try:
         with writing_to(folder / WEIGHTS):  # by far the largest
@@ -294,7 +297,7 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
-    grouped = in_model(grouped, model, model_type)
+    grouped = in_model(without_towers(grouped, model_type, folder), model, model_type)
     if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)

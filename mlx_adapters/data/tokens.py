@@ -1,9 +1,13 @@
 """Rows to token ids, and where the supervised part begins."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from mlx_adapters.data.chat import Conversation, closing_token, conversations
 from mlx_adapters.data.sources import Rows, check_fields
@@ -11,7 +15,7 @@ from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
+__all__ = ["LOSS_ON", "SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
 LOSS_ON = ("completion", "last", "all")
 
@@ -30,27 +34,50 @@ class Example:
         """How many tokens have a label."""
         return max(0, len(self.ids) - self.loss_start) - sum(end - begin for begin, end in self.unlabelled)
 
+    def as_text(self) -> str:
+        """What a run's digest is taken of."""
+        return f"{self.loss_start}{self.unlabelled or ''}:{self.ids}"
+
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         inside = tuple((begin, min(end, length)) for begin, end in self.unlabelled if begin < length)
         return Example(self.ids[:length], self.loss_start, inside)
 
 
+class Sink(Protocol):
+    """Where `encode` puts the examples: a list, or a file of the token cache."""
+
+    def append(self, example: Example, /) -> object:
+        """Take the next one."""
+
+    def __len__(self) -> int:
+        """How many it has."""
+
+
 @dataclass
 class Encoded:
-    """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
-    cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
-    one, `rewritten` earlier answers are examples of their own. `longest` is the longest before the cutoff, in
-    tokens. `endless`: the tokenizer has no end token."""
+    """Examples, and what is odd about the rows: `truncated` were longer than the max length, `dropped` have
+    nothing to learn, `empty` have no answer, `rewritten` earlier answers are examples of their own. `longest`
+    is the longest row in tokens, whole. `endless`: the tokenizer has no end token. `texts` holds eight bytes
+    of a hash of each row's text."""
 
-    examples: list[Example]
-    truncated: int
-    dropped: int
+    examples: Sequence[Example]
+    truncated: int = 0
+    dropped: int = 0
     empty: int = 0
-    repeated: int = 0
     rewritten: int = 0
     longest: int = 0
     endless: bool = False
+    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @property
+    def repeated(self) -> int:
+        """How many rows are the same as an earlier one."""
+        return len(self.texts) - len(np.unique(self.texts))
+
+
+SUMMED = ("truncated", "dropped", "empty", "rewritten")
+"""The counts of `Encoded` that add up over several sources."""
 
 
 def end_id(tokenizer: Any) -> int | None:
@@ -76,9 +103,15 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 
 def encode(
-    rows: Rows, tokenizer: Any, *, template: str, cutoff: int = 256, loss_on: str = "completion"
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    template: str,
+    loss_on: str = "completion",
+    into: Sink | None = None,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Encoded:
-    """Encode training rows; what ends an answer is learned unless the row was cut at `cutoff` tokens.
+    """Encode training rows whole (`long_rows.fitted` cuts them); what ends an answer is learned.
 
     With the template `chat` a row is a conversation, encoded whole as the chat template writes it. With the
     others prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges,
@@ -88,31 +121,57 @@ def encode(
         rows: what `load_rows` returns.
         tokenizer: the model's.
         template: a name of `TEMPLATES`.
-        cutoff: tokens of the longest row.
         loss_on: `completion` (all answers of a conversation), `last` (its last answer) or `all` (the prompt
             too, as in the paper).
+        into: where the examples go; by default into a list. They are gone through once.
+        told: called with the number of rows done so far, after each.
 
     Raises:
         DataError: a row does not fit the template, or nothing remains to learn.
     """
     if loss_on not in LOSS_ON:
         raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
-    done = Encoded([], 0, 0, endless=end_id(tokenizer) is None)
-    seen: set[Any] = set()
+    kept: list[Example] = []
+    sink: Sink = kept if into is None else into
+    done, hashes = Encoded(kept, endless=end_id(tokenizer) is None), array("Q")
     for index, row in enumerate(rows.rows):
         try:
             check_fields(row, rows.format)
-            texts = _texts(row, rows.format, template, tokenizer, loss_on)
+            found, text = examples_of(row, rows.format, tokenizer, template=template, loss_on=loss_on)
         except DataError as error:
             raise DataError(f"{rows.origin}: row {index}: {error}") from None
-        done.rewritten += len(texts) - 1
-        done.repeated += texts[-1] in seen
-        seen.add(texts[-1])
-        for text in texts:
-            _add(done, text, tokenizer, cutoff, loss_on)
-    if not done.examples:
-        raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
+        hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+        done.rewritten += len(found) - 1
+        for example, empty in found:
+            done.empty += empty
+            done.longest = max(done.longest, len(example.ids))
+            _keep(example, done, sink)
+        told(index + 1)
+    if not len(sink):
+        raise DataError(f"{rows.origin}: no row has a token to learn")
+    done.texts = np.frombuffer(hashes, np.uint64) if hashes else done.texts
     return done
+
+
+def _keep(example: Example, done: Encoded, sink: Sink) -> None:
+    if example.supervised > 0:
+        sink.append(example)
+    else:
+        done.dropped += 1
+
+
+def examples_of(
+    row: dict[str, Any], fmt: str, tokenizer: Any, *, template: str, loss_on: str
+) -> tuple[list[tuple[Example, bool]], bytes]:
+    """([(a whole example, whether its answer is empty)] of a row, the text by which rows are told apart)."""
+    texts = _texts(row, fmt, template, tokenizer, loss_on)
+    found = []
+    for text in texts:
+        if isinstance(text, Conversation):
+            found.append((conversation_example(text, tokenizer, loss_on), text.empty))
+        else:
+            found.append((_example(*text, tokenizer, loss_on), not text[1].strip()))
+    return found, repr(texts[-1]).encode("utf-8", "surrogatepass")
 
 
 def _texts(
@@ -127,23 +186,6 @@ def _texts(
         messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
     only = answers[-1:] if loss_on in ("last", "all") else None
     return conversations(messages, tokenizer, kwargs, only=only)
-
-
-def _add(
-    done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, cutoff: int, loss_on: str
-) -> None:
-    if isinstance(text, Conversation):
-        example, empty = conversation_example(text, tokenizer, loss_on), text.empty
-    else:
-        example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
-    done.empty += empty
-    done.truncated += len(example.ids) > cutoff
-    done.longest = max(done.longest, len(example.ids))
-    example = example.cut(cutoff)
-    if example.supervised > 0:
-        done.examples.append(example)
-    else:
-        done.dropped += 1
 
 
 def _example(prompt: str, completion: str, tokenizer: Any, loss_on: str) -> Example:

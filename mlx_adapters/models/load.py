@@ -23,8 +23,10 @@ from mlx_adapters.errors import (
 from mlx_adapters.files.documents import read_object
 from mlx_adapters.files.weights import read_weights, weight_files
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import own_template
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.models.own_template import ChatTemplate
 from mlx_adapters.models.stop_tokens import stop_tokens
 
 __all__ = [
@@ -58,6 +60,11 @@ class LanguageModel:
     def template(self) -> str:
         """The prompt template of an adapter that was fused into the model; empty where there is none."""
         return remembered(self.config).get("template", "")
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """How chats were written for an adapter fused into the model; the text is the tokenizer's."""
+        return own_template.fused(self.config)
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 import copy
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from mlx_adapters.errors import AdaptersError
 from mlx_adapters.models import load as models
 
 pytest.importorskip("peft")
-FAMILIES = ("llama", "qwen3_5_text", "gemma3", "gpt_oss", "granitemoehybrid")
+FAMILIES = ("llama", "qwen3_5", "gemma3", "gpt_oss", "granitemoehybrid")
 SAMPLE, ALL = 3, 40
 
 
 # by default one whose names are the same in PyTorch, and one whose names are measured
 CHOSEN = [
-    pytest.param(name, marks=() if name in ("llama", "qwen3_5_text") else pytest.mark.slow)
+    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow)
     for name in FAMILIES
 ]
 
@@ -39,6 +38,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return loaded, opened(folder)
 
 
+def in_float64(adapted: Any) -> Any:
+    """Rounding is what changes with the precision; the kernel of experts has no float64, their loop has."""
+    if hasattr(adapted.get_base_model(), "set_experts_implementation"):
+        adapted.get_base_model().set_experts_implementation("eager")
+    return adapted.double()
+
+
 def in_torch(network: Any) -> list[np.ndarray]:
     with torch.no_grad():
         return [network(torch.tensor([ids])).logits[0].numpy() for ids in TEXT]
@@ -50,9 +56,11 @@ def outcome(loaded: Any, network: Any, fields: dict[str, Any], seed: int, place:
     adapted = made(copy.deepcopy(network), fields, place, seed)
     if adapted is None:
         return None
-    theirs = exact = in_torch(adapted)
-    with suppress(RuntimeError):  # the kernel of experts has no float64
-        exact = in_torch(adapted.double())
+    try:
+        theirs = in_torch(adapted)
+    except ValueError:  # PEFT cannot compute some of what it makes: tokens of an embedding that is saved whole
+        return None
+    exact = in_torch(in_float64(adapted))
     try:
         adapter.load(loaded, place)
     except AdaptersError as error:

@@ -128,11 +128,10 @@ def test_an_open_thought_does_not_swallow_an_answer(tmp_path: Path) -> None:
 def test_a_cut_conversation_keeps_the_answers_before_the_cut(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
     (whole,) = encoded(tokenizer, TWO_TURNS).examples
-    for cutoff in range(whole.loss_start + 1, len(whole.ids)):
-        done = encoded(tokenizer, TWO_TURNS, cutoff=cutoff)
-        assert done.truncated == 1
-        assert labels(done.examples[0]) == labels(whole)[:cutoff]
-        assert done.examples[0].supervised == sum(labels(whole)[:cutoff])
+    for length in range(whole.loss_start + 1, len(whole.ids)):
+        cut = whole.cut(length)
+        assert labels(cut) == labels(whole)[:length]
+        assert cut.supervised == sum(labels(whole)[:length])
 
 
 # TRL ------------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_answers_are_those_that_trl_learns(
     folder = speaker(template, tmp_path)
     tokenizer = read_tokenizer(folder, {})
     ids, learned = trained(folder, {"messages": TWO_TURNS}, assistant_only_loss=True)
-    (ours,) = encoded(tokenizer, TWO_TURNS, cutoff=4096).examples
+    (ours,) = encoded(tokenizer, TWO_TURNS).examples
     assert_same(ours, ids, learned, tokenizer)
 
 
@@ -254,5 +253,5 @@ def test_a_completion_is_that_which_trl_learns(
     tokenizer = read_tokenizer(folder, {})
     row = {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}
     ids, learned = trained(folder, row, completion_only_loss=True)
-    (ours,) = encoded(tokenizer, TWO_TURNS[:2], cutoff=4096).examples
+    (ours,) = encoded(tokenizer, TWO_TURNS[:2]).examples
     assert_same(ours, ids, learned, tokenizer)
