@@ -183,7 +183,7 @@ def _values(container: Container, tensor: Tensor) -> Matrix:
         if found is None:
             raise UnsupportedError(
                 f"{container.path}: tensor '{tensor.name}' has a type that only the package gguf reads: "
-                "pip install gguf"
+                'pip install "mlx-adapters[gguf]"'
             )
         return found
     if tensor.kind == 30:  # numpy has no bfloat16

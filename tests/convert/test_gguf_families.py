@@ -5,6 +5,7 @@ with what llama.cpp's own converter writes, where `MLX_ADAPTERS_LLAMA_CPP` names
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,9 +197,20 @@ def test_a_type_of_the_package_becomes_plain(tmp_path: Path) -> None:
 # Refusals --------------------------------------------------------------------------------------------------
 
 
-def test_every_family_has_a_case() -> None:
+def test_every_family_has_a_case_and_a_line_of_the_page() -> None:
     assert set(ARCHS.values()) == set(FAMILIES)
-    assert {name.partition(":")[0] for name in CASES} >= set(ARCHS) - {"mistral"}
+    assert {name.partition(":")[0] for name in CASES} >= set(ARCHS) - {"mistral"}  # mistral3's text
+    page = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^\| `(\S+)` \| (.*) \|$", page, re.MULTILINE))
+    lines.pop("general.architecture", None)
+    assert {arch: set(types.split(", ")) for arch, types in lines.items()} == {
+        arch: {kind for kind, name in ARCHS.items() if name == arch} for arch in FAMILIES
+    }
+    (stated,) = re.findall(r"the tensors of some architectures \(([^)]*)\)", page)
+    assert set(stated.split()) == {f"{a}," for a, f in FAMILIES.items() if f.in_transformers} ^ {
+        "phi3,",
+        "phi3",
+    }
 
 
 def refused(file: Path, match: str) -> None:
