@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_adapters.data.chat import Conversation, closing_token, conversations
+from mlx_adapters.data.showing import LOSS_ON
 from mlx_adapters.data.sources import Rows, check_fields
 from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
+__all__ = ["SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
-LOSS_ON = ("completion", "last", "all")
 Text = Conversation | tuple[str, str]
 """What an example is made of: a conversation, or a prompt and its completion."""
 _TOGETHER = 256  # rows that are encoded together

@@ -4,8 +4,8 @@ from dataclasses import replace
 from itertools import islice
 
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.chat import has_reasoning, left_open
 from mlx_adapters.data.large import FileRows
+from mlx_adapters.data.reasoning import left_open, reasoning_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import asked, default_template
 from mlx_adapters.models.load import LanguageModel
@@ -45,7 +45,7 @@ def written_with(
 def _any_reasoning(rows: Rows) -> bool:
     """Whether an answer of the rows comes with reasoning; of a set that stays on disk the first are asked."""
     return any(
-        has_reasoning(message)
+        reasoning_of(message)
         for part in rows.parts or (rows,)
         for row in islice(part.rows, _ASKED if isinstance(part.rows, FileRows) else None)
         for message in row.get("messages") or ()
