@@ -1,8 +1,10 @@
 """How the rows of a run are written: the prompt template, the chat template and its variables."""
 
 from dataclasses import replace
+from itertools import islice
 
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.data.large import FileRows
 from mlx_adapters.data.reasoning import left_open, reasoning_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import asked, default_template
@@ -11,6 +13,8 @@ from mlx_adapters.models.own_template import ChatTemplate
 from mlx_adapters.train.config import TrainConfig
 
 __all__ = ["written_with"]
+
+_ASKED = 10_000  # rows of a set that stays on disk: to ask all would take as long as to read it
 
 
 def written_with(
@@ -39,10 +43,10 @@ def written_with(
 
 
 def _any_reasoning(rows: Rows) -> bool:
-    """Whether an answer of the rows comes with reasoning."""
+    """Whether an answer of the rows comes with reasoning; of a set that stays on disk the first are asked."""
     return any(
         reasoning_of(message)
         for part in rows.parts or (rows,)
-        for row in part.rows
+        for row in islice(part.rows, _ASKED if isinstance(part.rows, FileRows) else None)
         for message in row.get("messages") or ()
     )
