@@ -3,7 +3,7 @@
 An item keeps its index in the test set from here to its record, through decoding and across processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,7 +75,7 @@ def answer(
     asking: Asking,
     *,
     done: frozenset[int] = frozenset(),
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Yield a record for each item as its answer is done, not in the items' order; those whose index is in
     `done` are left out."""
     left = {i: item for i, item in enumerate(_labelled(items, task)) if i not in done}

@@ -227,10 +227,10 @@ class Trainer:
         self.config, self.notes = config, self.notes + reasons
         self.encoded = fitted(rows, whole, self.model, config)
         how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
-        parts = parts_of(rows, self.encoded.examples, self.model, config, **how)
+        parts = parts_of(rows, self.encoded.examples, spoken, config, **how)
         self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
-        options: dict[str, Any] = {"template": template, "form": rows.format, "processes": processes}
-        self.watch = watch(self.model, config, parts.validation, **options)
+        how = {"template": template, "chat": chat, "form": rows.format, "processes": processes}
+        self.watch = watch(self.model, config, parts.validation, **how)
         self.run = Run(
             self.model.model,
             parts.training,

@@ -23,8 +23,7 @@ SAMPLE, ALL = 3, 40
 
 # by default one whose names are the same in PyTorch, and one whose names are measured
 CHOSEN = [
-    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow)
-    for name in FAMILIES
+    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow) for name in FAMILIES
 ]
 
 
@@ -58,7 +57,9 @@ def outcome(loaded: Any, network: Any, fields: dict[str, Any], seed: int, place:
         return None
     try:
         theirs = in_torch(adapted)
-    except ValueError:  # PEFT cannot compute some of what it makes: tokens of an embedding that is saved whole
+    except (
+        ValueError
+    ):  # PEFT cannot compute some of what it makes: tokens of an embedding that is saved whole
         return None
     exact = in_torch(in_float64(adapted))
     try:

@@ -245,8 +245,8 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused(name: str, tmp_path
         encoded(tokenizer, CALLED)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_nothink", "gptoss", "glm4moe"])
-def test_reasoning_is_learned_though_the_template_asks_for_none(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen3_5_think", "gptoss", "glm4moe"])
+def test_reasoning_is_learned_before_its_answer(name: str, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(speaker(published(name).read_text(), tmp_path), {})
     answer = TWO_TURNS[1] | {"reasoning_content": "easy", "thinking": "easy"}
     (ours,) = encoded(tokenizer, [TWO_TURNS[0], answer]).examples
