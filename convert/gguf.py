@@ -20,6 +20,7 @@ from mlx_adapters.convert.gguf_blocks import (
     Groups,
     dense,
     dequantized,
+    has_form,
     packed,
 )
 from mlx_adapters.convert.gguf_changes import Matrix, joined, shared_out
@@ -29,7 +30,7 @@ from mlx_adapters.convert.gguf_metadata import ROPE_FACTORS, Metadata, common
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line, unknown
 from mlx_adapters.models import config as model_config
 
-__all__ = ["GGUF", "place", "read_gguf"]
+__all__ = ["GGUF", "family_in", "place", "read_gguf"]
 
 _USUAL = {"group_size": MLX_GROUP, "mode": "affine"}
 
@@ -58,7 +59,7 @@ def read_gguf(path: Path, *, keep_quantized: bool) -> GGUF:
     architecture, a tensor type or a rope scaling that is not read.
     """
     container = read_container(Path(path))
-    family, found = _family(container)
+    family, found = family_in(container)
     config = {"architectures": [family.model_class], "model_type": family.model_type} | common(found)
     config |= family.fields(found, config)
     packable = _packable(container.path, config) if keep_quantized else set()
@@ -66,7 +67,7 @@ def read_gguf(path: Path, *, keep_quantized: bool) -> GGUF:
     modes: dict[str, dict[str, Any]] = {}
     for name, matrix in _matrices(container, family, config):
         module = name.removesuffix(".weight")
-        if isinstance(matrix, Groups) and module in packable and _has_form(matrix):
+        if isinstance(matrix, Groups) and module in packable and has_form(matrix):
             weights |= {f"{module}.{part}": array for part, array in packed(matrix).items()}
             modes[module] = _USUAL | {"bits": matrix.bits, "mode": matrix.mode}
         else:
@@ -80,7 +81,8 @@ def read_gguf(path: Path, *, keep_quantized: bool) -> GGUF:
     )
 
 
-def _family(container: Container) -> tuple[Family, Metadata]:
+def family_in(container: Container) -> tuple[Family, Metadata]:
+    """How a file is read, and its metadata; UnsupportedError where it is not."""
     arch = container.fields.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
         raise UnsupportedError(f"{container.path}: {unknown('architecture', str(arch)[:60], FAMILIES)}")
@@ -181,7 +183,7 @@ def _values(container: Container, tensor: Tensor) -> Matrix:
         if found is None:
             raise UnsupportedError(
                 f"{container.path}: tensor '{tensor.name}' has a type that only the package gguf reads: "
-                "pip install gguf"
+                'pip install "mlx-adapters[gguf]"'
             )
         return found
     if tensor.kind == 30:  # numpy has no bfloat16
@@ -203,13 +205,6 @@ def _packable(path: Path, config: dict[str, Any]) -> set[str]:
     except Exception as error:  # sizes that a model file stumbles over
         raise CheckpointError(f"{path}: its metadata describe no model ({one_line(error)})") from None
     return {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
-
-
-def _has_form(groups: Groups) -> bool:
-    """Whether MLX holds these groups without loss."""
-    if groups.mode == "mxfp4":  # its exponents 0 and 255 stand for other numbers in MLX
-        return bool((groups.scales >= 2.0**-126).all() and (groups.scales <= 2.0**126).all())
-    return groups.group == MLX_GROUP
 
 
 def _quantization(modes: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

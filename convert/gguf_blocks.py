@@ -14,7 +14,17 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCKS", "FROM_PACKAGE", "MLX_GROUP", "Block", "Groups", "dense", "dequantized", "packed"]
+__all__ = [
+    "BLOCKS",
+    "FROM_PACKAGE",
+    "MLX_GROUP",
+    "Block",
+    "Groups",
+    "dense",
+    "dequantized",
+    "has_form",
+    "packed",
+]
 
 MLX_GROUP = 32
 _Bytes = NDArray[Any]  # uint8 throughout; numpy's stubs take `bytes & 15` for a signed array
@@ -105,14 +115,34 @@ class Block:
         )
 
 
+def has_form(groups: Groups) -> bool:
+    """Whether MLX holds these groups without loss."""
+    if groups.mode == "mxfp4":  # its exponents 0 and 255 stand for other numbers in MLX
+        return bool((groups.scales >= 2.0**-126).all() and (groups.scales <= 2.0**126).all())
+    return groups.group == MLX_GROUP
+
+
 def dense(groups: Groups) -> mx.array:
     """The values in float32, computed when MLX needs them: until then only the codes take memory."""
+    if has_form(groups):
+        parts = packed(groups)
+        scales, biases = parts["scales"], parts.get("biases")
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(
+            parts["weight"],
+            scales,
+            biases,
+            group_size=groups.group,
+            bits=groups.bits,
+            mode=groups.mode,
+            dtype=mx.float32,
+        )
     codes, scales, biases = (mx.array(part) for part in (groups.codes, groups.scales, groups.biases))
     cells = codes.reshape(*scales.shape, groups.group)
     if groups.mode == "mxfp4":
         return (mx.array(_E2M1)[cells] * scales[..., None]).reshape(codes.shape)
-    cells = cells.astype(mx.float32)
-    return (cells * scales[..., None] + biases[..., None]).reshape(codes.shape)
+    return (cells.astype(mx.float32) * scales[..., None] + biases[..., None]).reshape(codes.shape)
 
 
 def packed(groups: Groups) -> dict[str, mx.array]:

@@ -42,7 +42,8 @@ class Family:
     `layer` and `top` add to `LAYER` and `TOP`: a key is a part, or a whole name where its ending changes too
     (`ssm_dt.bias`). A value may be several modules, among which the rows are shared out equally, or a module
     with `[0]` or `[1]`, whose rows are joined. `changes` undo what the converter did to a part's values, and
-    `joined` the order of a module that was joined.
+    `joined` the order of a module that was joined. `in_transformers`: transformers reads the tensors right as
+    well.
     """
 
     model_type: str
@@ -53,6 +54,7 @@ class Family:
     changes: Mapping[str, Change] = field(default_factory=dict)
     joined: Mapping[str, Change] = field(default_factory=dict)
     prefix: str = ""
+    in_transformers: bool = False
 
 
 # The table -------------------------------------------------------------------------------------------------
@@ -65,6 +67,16 @@ _SWITCH = {
     "ffn_gate_up_exps": ("mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj"),
     "ffn_gate_inp": "mlp.gate",
 }
+
+
+def _moved(old: str, new: str) -> dict[str, str | tuple[str, ...]]:
+    """The experts in another module."""
+    return {
+        name: place.replace(old, new) if isinstance(place, str) else tuple(p.replace(old, new) for p in place)
+        for name, place in _SWITCH.items()
+    }
+
+
 _SHARED = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
@@ -72,11 +84,6 @@ _SHARED = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _ROW = {"ffn_gate_inp_shexp": changes.one_row}
-_BLOCK_SPARSE = {
-    name: place.replace("mlp.switch_mlp", "block_sparse_moe.switch_mlp")
-    for name, place in _SWITCH.items()
-    if isinstance(place, str)
-}
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -128,6 +135,7 @@ _LFM2 = {
 }
 _LFM2_TOP = {"token_embd_norm": "model.embedding_norm", "output_norm": "model.embedding_norm"}
 _FFN = {f"ffn_{n}": f"feed_forward.{n}_proj" for n in ("gate", "up", "down")}
+_BLOCK_SPARSE = _moved("mlp.switch_mlp", "block_sparse_moe.switch_mlp")
 _GRANITE = _BLOCK_SPARSE | {"ffn_gate_inp": "block_sparse_moe.router.layer"}
 _HYBRID = _GRANITE | {
     "ffn_gate_shexp": "shared_mlp.input_linear[0]",
@@ -168,6 +176,10 @@ _GEMMA4_TOP = {
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
 }
+_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
@@ -176,13 +188,13 @@ def _family(model_type: str, model_class: str, fields: Any, **others: Any) -> Fa
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": _family("llama", "Llama", fields.llama, changes=_TURNED),
+    "llama": _family("llama", "Llama", fields.llama, changes=_TURNED, in_transformers=True),
     "mistral3": _family("ministral3", "Ministral3", fields.mistral3, changes=_TURNED),
     "smollm3": _family("smollm3", "SmolLM3", fields.smollm3, changes=_TURNED),
-    "qwen2": _family("qwen2", "Qwen2", fields.dense),
+    "qwen2": _family("qwen2", "Qwen2", fields.dense, in_transformers=True),
     "qwen2moe": _family("qwen2_moe", "Qwen2Moe", fields.qwen2_moe, layer=_SWITCH | _SHARED, changes=_ROW),
-    "qwen3": _family("qwen3", "Qwen3", fields.dense),
-    "qwen3moe": _family("qwen3_moe", "Qwen3Moe", fields.qwen3_moe, layer=_SWITCH),
+    "qwen3": _family("qwen3", "Qwen3", fields.dense, in_transformers=True),
+    "qwen3moe": _family("qwen3_moe", "Qwen3Moe", fields.qwen3_moe, layer=_SWITCH, in_transformers=True),
     "qwen3next": _family(
         "qwen3_next",
         "Qwen3Next",
@@ -192,7 +204,13 @@ FAMILIES: dict[str, Family] = {
         joined={"linear_attn.in_proj_qkvz": changes.by_key_head},
     ),
     "qwen35": _family(
-        "qwen3_5_text", "Qwen3_5", fields.delta, layer=_DELTA_35, changes=_UNTILED, prefix="language_model."
+        "qwen3_5_text",
+        "Qwen3_5",
+        fields.delta,
+        layer=_DELTA_35,
+        changes=_UNTILED,
+        prefix="language_model.",
+        in_transformers=True,
     ),
     "qwen35moe": _family(
         "qwen3_5_moe_text",
@@ -201,16 +219,21 @@ FAMILIES: dict[str, Family] = {
         layer=_DELTA_35 | _SWITCH | _SHARED,
         changes=_UNTILED | _ROW,
         prefix="language_model.",
+        in_transformers=True,
     ),
     "gemma": _family("gemma", "Gemma", fields.gemma, changes=_SHIFTED),
-    "gemma2": _family("gemma2", "Gemma2", fields.gemma2, layer=_POST_NORMS, changes=_SHIFTED),
-    "gemma3": _family("gemma3_text", "Gemma3", fields.gemma3, layer=_POST_NORMS, changes=_SHIFTED),
+    "gemma2": _family(
+        "gemma2", "Gemma2", fields.gemma2, layer=_POST_NORMS, changes=_SHIFTED, in_transformers=True
+    ),
+    "gemma3": _family(
+        "gemma3_text", "Gemma3", fields.gemma3, layer=_POST_NORMS, changes=_SHIFTED, in_transformers=True
+    ),
     "gemma4": _family("gemma4_text", "Gemma4", fields.gemma4, layer=_GEMMA4, top=_GEMMA4_TOP),
     "gpt-oss": _family(
         "gpt_oss",
         "GptOss",
         fields.gpt_oss,
-        layer={name: str(place).replace("switch_mlp", "experts") for name, place in _SWITCH.items()}
+        layer=_moved("switch_mlp", "experts")
         | {
             "ffn_gate_inp": "mlp.router",
             "attn_sinks.weight": "self_attn.sinks",
@@ -225,6 +248,7 @@ FAMILIES: dict[str, Family] = {
         | {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"},
         top=_LFM2_TOP,
         changes={"shortconv.conv": changes.convolution},
+        in_transformers=True,
     ),
     "lfm2moe": _family(
         "lfm2_moe",
@@ -232,7 +256,8 @@ FAMILIES: dict[str, Family] = {
         fields.lfm2_moe,
         layer=_LFM2
         | _FFN
-        | {name: str(place).replace("mlp.", "feed_forward.", 1) for name, place in _SWITCH.items()}
+        | _moved("mlp.switch", "feed_forward.switch")
+        | {"ffn_gate_inp": "feed_forward.gate"}
         | {"exp_probs_b.bias": "feed_forward.expert_bias"},
         top=_LFM2_TOP,
         changes={"shortconv.conv": changes.convolution},
@@ -252,7 +277,22 @@ FAMILIES: dict[str, Family] = {
             "post_ffw_norm": "post_mlp_layernorm",
         },
     ),
-    "phi3": _family("phi3", "Phi3", fields.phi3, layer=_FUSED),
+    "glm4moe": _family(
+        "glm4_moe",
+        "Glm4Moe",
+        fields.glm4_moe,
+        layer=_SWITCH
+        | {name: str(place).replace("shared_expert", "shared_experts") for name, place in _SHARED.items()}
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+        },
+    ),
+    "olmo2": _family("olmo2", "Olmo2", fields.olmo2, layer=_AFTER),
+    "seed_oss": _family(
+        "seed_oss", "SeedOss", fields.seed_oss, layer={"post_attention_norm": "post_attention_layernorm"}
+    ),
+    "phi3": _family("phi3", "Phi3", fields.phi3, layer=_FUSED, in_transformers=True),
 }
 """{architecture as `general.architecture` calls it: how it is read}."""
 

@@ -51,9 +51,11 @@ def mistral(found: Metadata, config: Config) -> Config:
 def mistral3(found: Metadata, config: Config) -> Config:
     """Ministral 3: YaRN, and scores that grow with the position."""
     found.refuse("expert_count", "is of a mixture of experts")
-    scale = found.real("rope.scaling.yarn_log_multiplier", 1.0)
-    beta = found.real("attention.temperature_scale")
-    return rotation(found, mscale=scale, mscale_all_dim=scale, llama_4_scaling_beta=beta)
+    others = {"llama_4_scaling_beta": found.real("attention.temperature_scale")}
+    if found.fields.get(f"{found.arch}.rope.scaling.yarn_log_multiplier") != 0.0:  # or as YaRN has it
+        scale = found.real("rope.scaling.yarn_log_multiplier", 1.0)
+        others |= {"mscale": scale, "mscale_all_dim": scale}
+    return rotation(found, **others)
 
 
 def _experts(found: Metadata) -> Config:
@@ -278,7 +280,7 @@ def granite_hybrid(found: Metadata, config: Config) -> Config:
         | _multipliers(found)
         | _granite_experts(found)
         | {
-            "layer_types": ["attention" if one else "mamba" for one in attends],
+            "layer_types": ["full_attention" if one else "linear_attention" for one in attends],
             "position_embedding_type": "rope" if turned else "nope",
             "attention_bias": any(".attn_q.bias" in name for name in found.container.tensors),
             "shared_intermediate_size": shared,
@@ -302,10 +304,40 @@ def glm4(found: Metadata, config: Config) -> Config:
     return dense(found, config) | {"attention_bias": bias}
 
 
+def glm4_moe(found: Metadata, config: Config) -> Config:
+    """GLM 4.5 to 4.7: experts in all layers but the first."""
+    tensors = found.container.tensors
+    experts = _experts(found)
+    return rotation(found) | {
+        "n_routed_experts": experts["num_experts"],
+        "num_experts_per_tok": experts["num_experts_per_tok"],
+        "moe_intermediate_size": experts["moe_intermediate_size"],
+        "n_shared_experts": found.whole("expert_shared_count", 0),
+        "first_k_dense_replace": found.whole("leading_dense_block_count", 0),
+        "routed_scaling_factor": found.real("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(found.fields.get(f"{found.arch}.expert_weights_norm", True)),
+        "n_group": found.whole("expert_group_count", 1),
+        "topk_group": found.whole("expert_group_used_count", 1),
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+    }
+
+
+def olmo2(found: Metadata, config: Config) -> Config:
+    """OLMo 2, whose norms come after the sublayers; OLMo 3 has windows besides."""
+    found.refuse("attention.sliding_window", "is of OLMo 3")
+    return dense(found, config)
+
+
+def seed_oss(found: Metadata, config: Config) -> Config:
+    """Seed-OSS."""
+    biases = _biases(found) | {"attention_out_bias": "blk.0.attn_output.bias" in found.container.tensors}
+    return dense(found, config) | biases
+
+
 def phi3(found: Metadata, config: Config) -> Config:
     original = found.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
     return dense(found, config) | {
         "sliding_window": found.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": original,
-        "pad_token_id": found.fields.get("tokenizer.ggml.padding_token_id", 0),
     }

@@ -131,6 +131,8 @@ def common(found: Metadata) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in tensors,
     }
+    # or transformers takes the family's, which may lie outside the vocabulary
+    config["pad_token_id"] = found.fields.get("tokenizer.ggml.padding_token_id")
     if "tokenizer.ggml.bos_token_id" in found.fields:
         config["bos_token_id"] = found.fields["tokenizer.ggml.bos_token_id"]
     names = [f"tokenizer.ggml.{end}_token_id" for end in ENDS]

@@ -14,8 +14,9 @@ from mlx_adapters.files.streams import plain
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["LONG_ROWS", "Preview", "Shown", "Statistics", "in_colour", "in_marks"]
+__all__ = ["LONG_ROWS", "LOSS_ON", "Preview", "Shown", "Statistics", "in_colour", "in_marks"]
 
+LOSS_ON = ("completion", "last", "all")
 LONG_ROWS = ("cut", "left", "split", "drop")
 """What becomes of rows longer than the max length: see `data/long_rows.py`."""
 # How the kinds of pieces are told apart, with colours and without. Of the eight colours magenta is the only

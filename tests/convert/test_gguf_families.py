@@ -5,65 +5,32 @@ with what llama.cpp's own converter writes, where `MLX_ADAPTERS_LLAMA_CPP` names
 """
 
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from families import TEXT, make_family, opened
+from gguf_cases import CASES
 from gguf_writing import ARCHS, converted_by_llama_cpp, write_gguf
 from mlx.utils import tree_flatten
 from tiny_gguf import as_written, gguf, llama_weights, write_tiny
 
+from mlx_adapters.convert import verify
 from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.gguf import read_gguf
+from mlx_adapters.convert.gguf import family_in, place, read_gguf
 from mlx_adapters.convert.gguf_families import FAMILIES
+from mlx_adapters.convert.gguf_file import read_container
+from mlx_adapters.convert.verify import verify_model
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.load import load
 
 CHECKOUT = os.environ.get("MLX_ADAPTERS_LLAMA_CPP")
-SLIDING, FULL = "sliding_attention", "full_attention"
-# what a GGUF file cannot say otherwise: llama.cpp has it in its code
-_GEMMA3 = {
-    "query_pre_attn_scalar": 32,
-    "num_hidden_layers": 7,
-    "layer_types": [*[SLIDING] * 5, FULL, SLIDING],
-}
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral3": {},
-    "ministral3": {},
-    "mistral3:ministral": {},
-    "mixtral": {},
-    "smollm3": {},
-    "qwen2": {},
-    "qwen2_moe": {},
-    "qwen3": {},
-    "qwen3_moe": {},
-    "qwen3_moe:yarn": {},
-    "qwen3_next": {},
-    "qwen3_5_text": {},
-    "qwen3_5_moe_text": {},
-    "qwen3_5": {},
-    "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    "gemma3_text": _GEMMA3,
-    "gemma3": _GEMMA3,
-    "gemma4_text": {},
-    "gemma4_text:experts": {},
-    "gemma4": {},
-    "gpt_oss": {},
-    "lfm2": {},
-    "lfm2_moe": {},
-    "granite": {},
-    "granitemoe": {},
-    "granitemoehybrid": {},
-    "glm4": {"attention_bias": True},
-    "phi3": {},
-    "phi3:long": {},
-}
 FAST = ("qwen3_5_moe_text", "gemma3_text", "gemma4_text:experts", "gpt_oss", "granitemoehybrid", "ministral3")
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
@@ -143,6 +110,37 @@ def _byte_level_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+# transformers' own reader ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", list(CASES), indirect=True)
+def test_what_transformers_reads_right_is_known(source: Path, tmp_path: Path) -> None:
+    """Where it does, given our configuration, --verify compares with it; else it says that it cannot."""
+    file = write_gguf(source, tmp_path / "m.gguf")
+    convert(file, tmp_path / "mlx")
+    family, found = family_in(read_container(file))
+    with patch.object(verify, "family_in", lambda container: (replace(family, in_transformers=True), found)):
+        try:
+            theirs = verify._gguf_logits(file, TEXT, tmp_path / "mlx")
+        except Exception:  # whatever transformers raises for what it does not know
+            theirs = []
+    right = bool(theirs) and close(np.stack(theirs), their_logits(source))
+    assert right == family.in_transformers
+    if not right:
+        with pytest.raises(UnsupportedError, match=f"'{found.arch}'"):
+            verify_model(file, tmp_path / "mlx")
+
+
+def test_verify_of_a_file_compares_scaled_rotations_and_windows(tmp_path: Path) -> None:
+    """transformers drops both when it reads a file by itself."""
+    file = write_gguf(_made("gemma3_text", tmp_path), tmp_path / "m.gguf")
+    convert(file, tmp_path / "mlx")
+    verdict = verify_model(file, tmp_path / "mlx")
+    assert verdict.passed
+    assert verdict.lossless
+
+
 # Quantized files -------------------------------------------------------------------------------------------
 
 
@@ -199,9 +197,20 @@ def test_a_type_of_the_package_becomes_plain(tmp_path: Path) -> None:
 # Refusals --------------------------------------------------------------------------------------------------
 
 
-def test_every_family_has_a_case() -> None:
+def test_every_family_has_a_case_and_a_line_of_the_page() -> None:
     assert set(ARCHS.values()) == set(FAMILIES)
-    assert {name.partition(":")[0] for name in CASES} >= set(ARCHS) - {"mistral"}
+    assert {name.partition(":")[0] for name in CASES} >= set(ARCHS) - {"mistral"}  # mistral3's text
+    page = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^\| `(\S+)` \| (.*) \|$", page, re.MULTILINE))
+    lines.pop("general.architecture", None)
+    assert {arch: set(types.split(", ")) for arch, types in lines.items()} == {
+        arch: {kind for kind, name in ARCHS.items() if name == arch} for arch in FAMILIES
+    }
+    (stated,) = re.findall(r"the tensors of some architectures \(([^)]*)\)", page)
+    assert set(stated.split()) == {f"{a}," for a, f in FAMILIES.items() if f.in_transformers} ^ {
+        "phi3,",
+        "phi3",
+    }
 
 
 def refused(file: Path, match: str) -> None:
@@ -227,3 +236,16 @@ def test_what_is_not_read_is_refused_in_one_line(tmp_path: Path, fields: dict[st
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), arch="gptneox")
     refused(file, "'gptneox'.*Known: .*qwen35moe")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """Files of Qwen 3.5 have one more block than the model has layers."""
+    fields = {"nextn_predict_layers": 1}
+    weights = as_written(llama_weights())
+    extra = {f"blk.2.{name}.weight": np.ones(64, np.float32) for name in ("attn_norm", "nextn.enorm")}
+    file = write_tiny(tmp_path / "a.gguf", weights | extra, fields=fields, block_count=3)
+    found = read_gguf(file, keep_quantized=True)
+    assert found.config["num_hidden_layers"] == 2
+    assert not any(".2." in name for name in found.weights)
+    with pytest.raises(UnsupportedError, match=r"blk\.1\.nextn\.enorm"):
+        place(file, "blk.1.nextn.enorm.weight", FAMILIES["llama"], 2)
