@@ -38,6 +38,6 @@ def command(
     passed = done.passed if done.torch_diff is not None else None
     report(
         asdict(done) | {"passed": passed},
-        lambda: ended(str(done), after_fuse(dst, to)),
+        lambda: ended(str(done), after_fuse(dst)),
         passed=passed is not False,
     )
