@@ -58,7 +58,7 @@ def outcome(loaded: Any, network: Any, fields: dict[str, Any], seed: int, place:
         return None
     try:
         theirs = in_torch(adapted)
-    except ValueError:  # PEFT cannot compute some of what it makes: tokens of an embedding that is saved whole
+    except ValueError:  # PEFT makes it and cannot compute it: tokens of an embedding that is saved whole
         return None
     exact = in_torch(in_float64(adapted))
     try:
