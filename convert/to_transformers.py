@@ -121,6 +121,7 @@ _EXPERTS = re.compile(r"^(.*)\.(?:switch_mlp|experts)\.(gate|up|down)_proj\.weig
 def _hf_names(path: str, array: mx.array, model_type: str) -> Iterator[tuple[str, mx.array]]:
     """(name, array) as the checkpoint has them: renamed, transposed, or one for each expert."""
     row = architecture(model_type)
+    array = array.reshape(1) if array.ndim == 0 else array  # as PyTorch keeps a number that trains
     if array.ndim == 3 and (found := _EXPERTS.match(path)):
         if row.experts is None:
             raise UnsupportedError(

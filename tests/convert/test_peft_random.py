@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import TEXT, make_family, opened
+from families import TEXT, in_float64, make_family, opened
 from peft_random import drawn, made
 
 from mlx_adapters import adapter
@@ -23,8 +23,7 @@ SAMPLE, ALL = 3, 40
 
 # by default one whose names are the same in PyTorch, and one whose names are measured
 CHOSEN = [
-    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow)
-    for name in FAMILIES
+    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow) for name in FAMILIES
 ]
 
 
@@ -36,13 +35,6 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     except AdaptersError as error:
         pytest.skip(f"its base is refused: {error}"[:200])
     return loaded, opened(folder)
-
-
-def in_float64(adapted: Any) -> Any:
-    """Rounding is what changes with the precision; the kernel of experts has no float64, their loop has."""
-    if hasattr(adapted.get_base_model(), "set_experts_implementation"):
-        adapted.get_base_model().set_experts_implementation("eager")
-    return adapted.double()
 
 
 def in_torch(network: Any) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 from family_fields import FAMILIES, WRAPPERS
 from tiny import make_tokenizer
 
-__all__ = ["FAMILIES", "TEXT", "WRAPPERS", "make_family", "model_type_of", "opened"]
+__all__ = ["FAMILIES", "TEXT", "WRAPPERS", "in_float64", "make_family", "model_type_of", "opened"]
 
 TEXT = [[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [30, 11, 45, 9, 8, 60, 6, 5, 33, 3, 21, 9, 8, 7]]
 """Two texts of 14 tokens: longer than every window of the table."""
@@ -90,6 +90,14 @@ def _randomise(model: Any) -> None:
             # vectors (norms, biases, a state's decay) keep the size that they start with
             starts = array.ndim < 2 or name.endswith(("A_log", ".D", "dt_bias"))
             array.copy_(array + noise if starts else noise)
+
+
+def in_float64(network: Any) -> Any:
+    """The same model of torch in float64; the kernel of experts has none, their loop has."""
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    if hasattr(inner, "set_experts_implementation"):
+        inner.set_experts_implementation("eager")
+    return network.double()
 
 
 def opened(folder: Path, *, told: bool = False) -> Any:
