@@ -26,7 +26,7 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
-from mlx_adapters.convert.card import adapter_card
+from mlx_adapters.convert.card import GENERATION, adapter_card
 from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.opening import check_opens
 from mlx_adapters.convert.to_transformers import write_transformers
@@ -36,6 +36,7 @@ from mlx_adapters.models import load as models
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.origin import is_hub_id
+from mlx_adapters.models.own_template import FILE
 
 __all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
 
@@ -108,6 +109,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     adapter remembers. Nothing written names a folder of this machine. Raises AdapterError for a folder that
     is no adapter or remembers no hub id, OutputError for a `dst` that is not empty.
     """
+    source = adapter.located(source)
     adapter.refuse_links(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
@@ -121,9 +123,13 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     _refuse_unreadable(source, meta, tensors)
     with writing(dst) as folder:
         _write_json(folder / adapter.CONFIG, fields)
-        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
+        if not (source / adapter.WEIGHTS).exists():  # a `.bin`
+            mx.save_safetensors(str(folder / adapter.WEIGHTS), tensors, metadata={"format": "pt"})
+        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN, FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
+        if meta.chat.stops:
+            _write_json(folder / GENERATION, {"eos_token_id": list(meta.chat.stops.values())})
         if (source / "members").is_dir():  # a fusion keeps the adapters it is made of
             shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")

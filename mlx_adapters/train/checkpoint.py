@@ -88,7 +88,7 @@ def setting(folder: Path, name: str) -> Any:
     """A setting of the run, from the newest checkpoint that can be read; None where there is none."""
     for checkpoint in reversed(_all(folder)):
         try:
-            return from_json((checkpoint / _FACTS).read_text())["settings"].get(name)
+            return _read_facts(checkpoint)["settings"].get(name)
         except Exception:  # as in `restore`
             continue
     return None
@@ -108,7 +108,7 @@ def restore(
     """
     for checkpoint in reversed(_all(folder)):
         try:
-            facts = from_json((checkpoint / _FACTS).read_text())
+            facts = _read_facts(checkpoint)
             step, saved, progress = int(facts["step"]), dict(facts["settings"]), dict(facts["progress"])
             if checkpoint.name != f"step-{step:06d}":
                 raise ValueError(f"it says step {step}")
@@ -140,6 +140,13 @@ def digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(np.array(array.reshape(-1).view(mx.uint8)).data)
     return found.hexdigest()
+
+
+def _read_facts(checkpoint: Path) -> Any:
+    facts = from_json((checkpoint / _FACTS).read_text())
+    if "cutoff" in facts["settings"]:  # what `max_length` was called before
+        facts["settings"]["max_length"] = facts["settings"].pop("cutoff")
+    return facts
 
 
 def _arrays(file: Path) -> dict[str, mx.array]:

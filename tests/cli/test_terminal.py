@@ -3,6 +3,7 @@ and a reader of the output who has gone."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,23 @@ for number in track("plan", range(9), 9, str):
     assert lines[7] == "between"
     assert lines[8].startswith("plan ")
     assert lines[9:] == ["error: interrupted"]
+
+
+def test_tables_fit_eighty_columns_and_cut_no_name() -> None:
+    from mlx_adapters import methods
+    from mlx_adapters.models.architectures.table import with_layers
+
+    for command, names in (("methods", methods.names()), ("models", with_layers()), ("doctor", ["mlx-lm"])):
+        with Terminal([sys.executable, "-m", "mlx_adapters.cli.app", command], columns=80) as terminal:
+            terminal.end()
+        links = re.findall("\x1b\\]8;[^;]*;([^\x1b]+)", terminal.text)
+        assert bool(links) == (command == "methods"), "papers are links"
+        lines = shown(re.sub("\x1b\\]8;[^\x1b]*\x1b\\\\", "", terminal.text))
+        rule = next(index for index, line in enumerate(lines) if "────" in line)
+        drawn = lines[: lines.index("", rule)]
+        assert max(map(len, drawn)) <= 80
+        assert {*names} <= {word for line in drawn for word in line.split()}
+        assert not any("…" in line for line in drawn)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP twice"])
