@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import KVCache
+
+from mlx_adapters.models.masks import Mask
 
 __all__ = ["ExampleCache", "KeysValues", "PrefixCache", "keys_and_values", "prefix_cache"]
 
@@ -27,29 +30,33 @@ class PrefixCache(KVCache):
             self.keys, self.values, self.offset = keys, values, keys.shape[2]
         return keys, values
 
+    def make_mask(self, time: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """As mlx-lm's caches make it; a `Mask` where that would be an array."""
+        if time == 1 or not (return_array or window_size):
+            return super().make_mask(time, return_array=return_array, window_size=window_size)
+        return Mask(time, self.offset + time, window_size)
+
 
 class ExampleCache:
-    """Remembers nothing, and lets a token of a packed row see only the earlier ones of its own example."""
+    """Remembers nothing, and lets a token of a packed row see only the earlier ones of its own example.
+
+    `example_start` says where that begins, [rows, time]; `host_start` the same on the host, where it is known.
+    """
 
     offset = 0
     keys = values = None
 
-    def __init__(self, example_start: mx.array) -> None:
-        same = example_start[:, :, None] == example_start[:, None, :]
-        self.same_example = same[:, None]  # [rows, 1, time, time]
+    def __init__(self, example_start: mx.array, host_start: np.ndarray | None = None) -> None:
+        self.example_start, self.host_start = example_start, host_start
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
     def make_mask(
         self, time: int, return_array: bool = False, window_size: int | None = None, **_: Any
-    ) -> mx.array:
-        """Boolean [rows, 1, time, time]."""
-        distance = mx.arange(time)[:, None] - mx.arange(time)[None]
-        allowed = distance >= 0
-        if window_size is not None:
-            allowed = allowed & (distance < window_size)
-        return self.same_example & allowed
+    ) -> Mask:
+        """What each token sees: its own example's tokens up to itself, within the window."""
+        return Mask(time, time, window_size, self.example_start, self.host_start)
 
 
 def prefix_cache(prefix: KeysValues) -> list[PrefixCache]:
