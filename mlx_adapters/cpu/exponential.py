@@ -1,16 +1,14 @@
-"""A faster exponential for the CPU, and what is made of it: SwiGLU and attention.
+"""A faster exponential for the CPU, and SwiGLU made of it.
 
 MLX's exponential is scalar code on x86 and took a quarter of a training step. This one is Cephes' (Moshier):
-a few products and sums, which MLX computes in vectors, and in one pass where nothing is differentiated and a
-C++ compiler is there for `mx.compile` (it falls back by itself).
+a few products and sums, which MLX computes in vectors, and in a few passes where a C++ compiler is there for
+`mx.compile` (it falls back by itself).
 
     e^x = 2^k e^r,  k = round(x / ln 2),  |r| <= ln 2 / 2
 
-SwiGLU and attention have gradients of their own that compute again what is cheap instead of keeping it:
+SwiGLU has a gradient of its own that computes again what is cheap instead of keeping it:
 
     swiglu(g, u) = g s u,  s = 1 / (1 + e^-g);   dg = dy u (s + g s (1 - s)),  du = dy g s
-    o = E v / z,  E = exp(q k^T - max), z = row sums of E;   with c = do / z:
-    dv = E^T c,  dS = E * (c v^T - rowsum(c * o)),  dq = dS k,  dk = dS^T q
 
 All of it is for float32; other types take MLX's way.
 """

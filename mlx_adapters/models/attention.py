@@ -17,7 +17,7 @@ column of q and c, against ones in k and v: the products then are S - m and the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +63,17 @@ def differentiated() -> Iterator[None]:
 def rebind(model: nn.Module) -> None:
     """Let the model's layers call `attention` of this module instead of mlx-lm's, with masks that it can ask
     what they hide."""
-    rebinding.rebind(
-        model,
-        {
-            base.scaled_dot_product_attention: attention,
-            base.create_attention_mask: create_attention_mask,
-        },
-    )
+    replaced: dict[Any, Any] = {base.scaled_dot_product_attention: attention}
+    if not any(_asks_mlx(type(module)) for module in model.modules()):
+        replaced[base.create_attention_mask] = create_attention_mask
+    rebinding.rebind(model, replaced)
+
+
+def _asks_mlx(kind: type) -> bool:
+    """Whether a module calls MLX's own attention, which takes masks as arrays only."""
+    methods = [getattr(method, "__code__", None) for part in kind.__mro__ for method in vars(part).values()]
+    names = [code.co_names for code in methods if code is not None]
+    return any("fast" in some and "scaled_dot_product_attention" in some for some in names)
 
 
 def attention(
@@ -146,6 +150,20 @@ def _one_more(x: mx.array, column: mx.array | float) -> mx.array:
     return mx.concatenate([x, column], axis=-1)
 
 
+def _with_more(
+    sums: tuple[mx.array, mx.array, mx.array] | None, x: mx.array, v: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """E v, m and z of a block of queries, after some more keys with the scores x and values v."""
+    top = x.max(axis=-1, keepdims=True)
+    m = top if sums is None else mx.maximum(sums[1], top)
+    e = _powers(x - m)
+    o, z = e @ v, e.sum(axis=-1, keepdims=True)
+    if sums is None:
+        return o, m, z
+    less = _powers(sums[1] - m)
+    return sums[0] * less + o, m, sums[2] * less + z
+
+
 @dataclass(frozen=True)
 class _Cell:
     """Some queries and some keys, [first, last): the number of the block of keys, and whether the mask hides
@@ -181,7 +199,6 @@ class _Blocks:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, *given: mx.array) -> mx.array:
         """The output [rows, heads, time, width of v]; `given` are a mask that is an array, and the sinks."""
-        types = q.dtype, k.dtype, v.dtype
         function = mx.custom_function(lambda *primals: self._forward(*primals))
 
         @function.vjp
@@ -190,7 +207,6 @@ class _Blocks:
             return tuple(slope.astype(primal.dtype) for slope, primal in zip(found, primals, strict=True))
 
         output: mx.array = function(q, k, v, *given)[0]  # type: ignore[index]
-        assert types[0] == output.dtype
         return output
 
     # Forward ------------------------------------------------------------------------------------------------
@@ -201,26 +217,16 @@ class _Blocks:
         """The output, and m and z in float32 [rows, groups, heads of a group, time, 1]."""
         q = self._queries(queries)
         k, v = (mx.contiguous(x.astype(mx.float32)) for x in (keys, values))
-        hide, outputs, tops, sums = _Hiding(self, given), [], [], []
+        hide, outputs, tops, totals = _Hiding(self, given), [], [], []
         after: list[mx.array] = []
         for block in self.query_blocks:
-            own = self._part(q, block)
-            o = m = z = None
+            own, sums = self._part(q, block), None
             for cell in self._row(block):
                 own = mx.depends([own], after)[0] if after else own
                 part = slice(*cell.keys)
                 x = hide(self._scores(own @ k[:, :, part].swapaxes(-1, -2)), cell)
-                top = x.max(axis=-1, keepdims=True)
-                if m is None or o is None or z is None:
-                    m = top
-                    e = _powers(x - m)
-                    o, z = e @ v[:, :, part], e.sum(axis=-1, keepdims=True)
-                else:
-                    before, m = m, mx.maximum(m, top)
-                    e, less = _powers(x - m), _powers(before - m)
-                    o, z = o * less + e @ v[:, :, part], z * less + e.sum(axis=-1, keepdims=True)
+                o, m, z = sums = _with_more(sums, x, v[:, :, part])
                 after = [o, z]
-            assert m is not None and o is not None and z is not None
             if self.sinks:
                 sink = self._sink(given[-1], block)
                 before, m = m, mx.maximum(m, sink)
@@ -228,9 +234,9 @@ class _Blocks:
                 o, z = o * less, z * less + _powers(sink - m)
             outputs.append(self._whole(o / z, block))
             tops.append(self._whole(m, block))
-            sums.append(self._whole(z, block))
+            totals.append(self._whole(z, block))
         output = _joined(outputs).reshape(self.rows, self.heads, self.time, v.shape[-1])
-        return output.astype(queries.dtype), _joined(tops), _joined(sums)
+        return output.astype(queries.dtype), _joined(tops), _joined(totals)
 
     # Backward -----------------------------------------------------------------------------------------------
 

@@ -34,6 +34,11 @@ class Mask:
     example_start: mx.array | None = None
     host_start: np.ndarray | None = None
 
+    @classmethod
+    def of_row(cls, time: int, window: int | None) -> "Mask":
+        """Of a row that nothing precedes."""
+        return cls(time, time, window)
+
     def seen(self, first: int, last: int) -> tuple[int, int]:
         """The keys [begin, end) outside which queries `first` .. `last`-1 see nothing."""
         past = self.length - self.time
@@ -94,11 +99,15 @@ class Mask:
 def create_attention_mask(
     h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
 ) -> Any:
-    """In place of `mlx_lm.models.base.create_attention_mask`: a `Mask` where that makes an array of a row
-    without a cache. Caches make their own."""
-    time = h.shape[1]
-    if (cache and hasattr(cache, "make_mask")) or time == 1:
+    """In place of `mlx_lm.models.base.create_attention_mask`: a `Mask` where that makes an array, without a
+    cache and with one that has a `state_mask`. Other caches make their own."""
+    time, state = h.shape[1], getattr(cache, "state_mask", None)
+    if time == 1 or (cache and state is None):
         return base.create_attention_mask(h, cache, window_size, return_array)
-    if return_array or (window_size and time > window_size):
-        return Mask(time, time, window_size)
-    return "causal"
+    if state is None:
+        state = Mask.of_row
+    mask: Mask = state(time, window_size)
+    plain = (
+        mask.example_start is None and not return_array and not (window_size and mask.length > window_size)
+    )
+    return "causal" if plain else mask

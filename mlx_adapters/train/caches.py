@@ -30,17 +30,15 @@ class PrefixCache(KVCache):
             self.keys, self.values, self.offset = keys, values, keys.shape[2]
         return keys, values
 
-    def make_mask(self, time: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """As mlx-lm's caches make it; a `Mask` where that would be an array."""
-        if time == 1 or not (return_array or window_size):
-            return super().make_mask(time, return_array=return_array, window_size=window_size)
+    def state_mask(self, time: int, window_size: int | None) -> Mask:
+        """What each of `time` tokens after these keys sees."""
         return Mask(time, self.offset + time, window_size)
 
 
 class ExampleCache:
     """Remembers nothing, and lets a token of a packed row see only the earlier ones of its own example.
 
-    `example_start` says where that begins, [rows, time]; `host_start` the same on the host, where it is known.
+    `example_start` says where that begins, [rows, time]; `host_start` the same, where the host knows it.
     """
 
     offset = 0
@@ -52,11 +50,15 @@ class ExampleCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
-    def make_mask(
-        self, time: int, return_array: bool = False, window_size: int | None = None, **_: Any
-    ) -> Mask:
+    def state_mask(self, time: int, window_size: int | None) -> Mask:
         """What each token sees: its own example's tokens up to itself, within the window."""
         return Mask(time, time, window_size, self.example_start, self.host_start)
+
+    def make_mask(
+        self, time: int, return_array: bool = False, window_size: int | None = None, **_: Any
+    ) -> mx.array:
+        """The same as an array: boolean [rows, 1, time, time]."""
+        return self.state_mask(time, window_size).array
 
 
 def prefix_cache(prefix: KeysValues) -> list[PrefixCache]:
