@@ -175,9 +175,7 @@ class Run:
             )
             self.progress = Progress(**progress)
             if self.step > self.total:
-                raise TrainingError(
-                    f"{self.folder}: has {self.step} steps already, more than {self.total}: give more --steps"
-                )
+                raise TrainingError(f"{self.folder}: has {self.step} steps already: give more --steps")
         self._share()
         return self.step
 

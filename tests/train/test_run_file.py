@@ -56,7 +56,7 @@ def test_a_resumed_run_needs_its_folder_alone_and_may_grow(model: Path, data: Pa
     losses = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (short, whole)]
     assert losses[0] == losses[1]
     refused = cli("train", "--resume", short, "--steps", 2, code=2).stderr
-    assert "has 5 steps already, more than 2" in refused
+    assert "has 5 steps already" in refused
     refused = cli("train", "--resume", short, "--lr", 0.5, code=2).stderr
     assert "lr was 0.01, now 0.5" in refused
 
