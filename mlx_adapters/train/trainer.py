@@ -36,7 +36,8 @@ from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
 from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
-from mlx_adapters.train.result import TrainResult, result_of
+from mlx_adapters.train.result import PLOT, TrainResult, result_of
+from mlx_adapters.train.shown import shown
 from mlx_adapters.train.validation import parts_of
 from mlx_adapters.train.watching import watch
 from mlx_adapters.train.wording import written_with
@@ -44,7 +45,7 @@ from mlx_adapters.train.written import written_time
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
-METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _CALLBACK = "a callback ended it"
 _SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
 
@@ -56,6 +57,7 @@ def train(
     *,
     output: str | Path,
     callbacks: Sequence[Callback | Callable[[Step], bool | None]] = (),
+    progress: bool | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train an adapter to the end, and save it.
@@ -69,6 +71,7 @@ def train(
         method: the method with its options, as `LoRA(rank=16)`, or its name.
         output: the new folder for the adapter, its losses and checkpoints.
         callbacks: functions that are called with every `Step`, or objects of `Callback`.
+        progress: show how it goes; by default in a notebook and on a terminal.
         **options: the other arguments of `Trainer`, and the fields of `TrainConfig`: `epochs=3, lr=2e-4`.
 
     Returns:
@@ -80,9 +83,9 @@ def train(
     """
     trainer = Trainer(model, data, method, output=output, callbacks=callbacks, **options)
     try:
-        with stop_on_interrupt(trainer.stop) as interrupted:
-            for _ in trainer:
-                pass
+        with stop_on_interrupt(trainer.stop) as interrupted, shown(trainer.run.total, progress) as show:
+            for step in trainer:
+                show(step)
     finally:
         trainer.detach()
     if interrupted:
