@@ -107,7 +107,8 @@ def _train(run: "Written", exclude: list[Path], dtype: str | None, show_example:
         check_output(output, more["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = rows_of(run.data, run.config.columns), excluded_hashes(exclude)
+    streamed, hashes = run.config.streamed(together.size), excluded_hashes(exclude)
+    rows = rows_of(run.data, run.config.columns, streamed)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(run.model, dtype=dtype)
     more |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
