@@ -160,8 +160,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{folder}: cannot be written ({error.strerror or error}), and the tokens of so many rows are "
-            "kept there. Free some space, or let MLX_ADAPTERS_CACHE name another folder"
+            f"{folder}: cannot be written ({error.strerror or error}), and so many rows keep their tokens "
+            "there. Free some space, or let MLX_ADAPTERS_CACHE name another folder"
         ) from None
 
 
