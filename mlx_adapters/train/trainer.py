@@ -155,7 +155,7 @@ class Trainer:
         try:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
-            rows = rows_of(data, self.config.columns)
+            rows = rows_of(data, self.config.columns, self.config.streamed(self.processes.size))
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
             self._prepare(rows, method, adapter.located(start) if start else None, resume)
