@@ -93,12 +93,8 @@ class ChatTemplate:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a run that is resumed must share; empty where the tokenizer alone writes the chats."""
-        facts = {
-            "chat_template": self.digest,
-            "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True),
-        }
-        return {name: value for name, value in facts.items() if value not in ("", "{}")}
+        """What a run that is resumed must share."""
+        return {"chat_template": self.digest, "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True)}
 
     def record(self) -> dict[str, Any]:
         """What is stored beside the text, as JSON values; empty where there is nothing to say."""
