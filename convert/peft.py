@@ -30,7 +30,7 @@ from mlx_adapters.convert.card import GENERATION, adapter_card
 from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.opening import check_opens
 from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.generate.decode import generate_ids
 from mlx_adapters.generate.text import render
@@ -50,6 +50,7 @@ _PROMPTS = (
 _NEW_TOKENS = 20
 # As `mlx-adapters generate`: what a file leaves out, transformers takes from the base's.
 _LIKELIEST = {"do_sample": False, "repetition_penalty": 1.0}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+) \(\w+\)")
 """How an adapter remembers training data of the hub: `OWNER/NAME (split)`."""
 
@@ -210,6 +211,7 @@ def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[st
         model_type,
         [sites.to_hf(path, model_type) for path in paths],
         measured=bool(meta.names),
+        dense=_dense(meta.base.get("path")),
     ):
         more = " ..." if len(found) > 6 else ""
         raise AdapterError(
@@ -217,6 +219,18 @@ def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[st
             "model. Write a checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm, "
             "or train with other targets"
         )
+
+
+def _dense(base: str | None) -> bool:
+    """Whether the base is here, and has no experts."""
+    try:
+        config = models.read_config(Path(base)) if base else None
+    except AdaptersError:
+        return False
+    if config is None:
+        return False
+    text = config.get("text_config") or config
+    return not any(text.get(name) for name in _EXPERTS)
 
 
 def verify(folder: Path, model: Path | str) -> Verdict:

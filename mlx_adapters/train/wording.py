@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.data.large import FileRows
 from mlx_adapters.data.reasoning import left_open, reasoning_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import asked, default_template
@@ -14,6 +16,8 @@ from mlx_adapters.models.own_template import FILE, ChatTemplate
 from mlx_adapters.train.config import TrainConfig
 
 __all__ = ["without_start", "written_with"]
+
+_ASKED = 10_000  # rows of a set that stays on disk: to ask all would take as long as to read it
 
 
 def written_with(
@@ -55,10 +59,10 @@ def without_start(chat: ChatTemplate, tokenizer: Any, examples: Sequence[Example
 
 
 def _any_reasoning(rows: Rows) -> bool:
-    """Whether an answer of the rows comes with reasoning."""
+    """Whether an answer of the rows comes with reasoning; of a set that stays on disk the first are asked."""
     return any(
         reasoning_of(message)
         for part in rows.parts or (rows,)
-        for row in part.rows
+        for row in islice(part.rows, _ASKED if isinstance(part.rows, FileRows) else None)
         for message in row.get("messages") or ()
     )
