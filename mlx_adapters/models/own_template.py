@@ -101,10 +101,11 @@ class ChatTemplate:
         return {name: value for name in ("kwargs", "unasked", "stops") if (value := getattr(self, name))}
 
     def store(self, folder: Path) -> None:
-        """Write the text to the file in `folder` that transformers reads; without one, none stays there."""
+        """Write the text to the file in `folder` that transformers reads; without one, no text of another
+        adapter stays there. That of a tokenizer in the same folder does."""
         if self.text:
             write_whole(folder / FILE, self.text)
-        else:
+        elif not (folder / "tokenizer_config.json").exists():
             (folder / FILE).unlink(missing_ok=True)
 
 
