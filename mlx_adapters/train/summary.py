@@ -54,7 +54,7 @@ def _rows(trainer: Trainer) -> str:
         (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
-        (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
+        (encoded.rewritten, "for an earlier answer that a whole chat has otherwise, or without an end token"),
     )
     text += "".join(f"; {count} {what}" for count, what in counts if count)
     return text + (f"; {encoded.in_words}" if encoded.in_words else "")
