@@ -188,7 +188,7 @@ def _widths(network: nn.Module, config: dict[str, Any]) -> tuple[list[int], int]
         if block is None or weight is None or weight.ndim < 2:
             continue
         packed = module.get("scales")
-        inputs = weight.shape[-1] if packed is None else packed.shape[-1] * module.group_size
+        inputs = weight.shape[-1] if packed is None else packed.shape[-1] * getattr(module, "group_size", 32)
         experts = active if weight.ndim == 3 else 1
         found[block] = found.get(block, 0) + experts * (inputs + weight.shape[-2])
         hidden = hidden or inputs
