@@ -32,7 +32,7 @@ from mlx_adapters.cpu.exponential import exp2
 from mlx_adapters.cpu.fused import fused
 from mlx_adapters.models.masks import Mask, create_attention_mask
 
-__all__ = ["attention", "differentiated", "rebind"]
+__all__ = ["attention", "differentiated", "kept_scores", "rebind"]
 
 # Queries and keys of a block. On a CPU its scores stay in the cache; a GPU wants larger products.
 _QUERIES, _KEYS = {"cpu": 128, "gpu": 512}, {"cpu": 256, "gpu": 1024}
@@ -71,9 +71,24 @@ def rebind(model: nn.Module) -> None:
 
 def _asks_mlx(kind: type) -> bool:
     """Whether a module calls MLX's own attention, which takes masks as arrays only."""
-    methods = [getattr(method, "__code__", None) for part in kind.__mro__ for method in vars(part).values()]
-    names = [code.co_names for code in methods if code is not None]
+    names = [code.co_names for code in _codes(kind)]
     return any("fast" in some and "scaled_dot_product_attention" in some for some in names)
+
+
+def _codes(kind: type) -> list[Any]:
+    """The code of a class's methods."""
+    methods = [getattr(method, "__code__", None) for part in kind.__mro__ for method in vars(part).values()]
+    return [code for code in methods if code is not None]
+
+
+def kept_scores(model: nn.Module, scores: int) -> int:
+    """How many of a layer's `scores`, one for each row, head, query and key, are kept at once at most while
+    gradients are taken: all of them where the layers compute attention without this module."""
+    kinds = {type(module) for module in model.modules()}
+    names = {name for kind in kinds for code in _codes(kind) for name in code.co_names}
+    if "scaled_dot_product_attention" not in names or any(map(_asks_mlx, kinds)):
+        return scores
+    return min(scores, _SCORES if device.on_cpu() else _MOST_SCORES)
 
 
 def attention(

@@ -51,13 +51,13 @@ def _rows(trainer: Trainer) -> str:
     encoded = trainer.encoded
     counts = (
         (trainer.excluded, "left out because they stand in the excluded files"),
+        (encoded.truncated, encoded.in_words),
         (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
         (encoded.rewritten, "for an earlier answer that a whole chat has otherwise, or without an end token"),
     )
-    text += "".join(f"; {count} {what}" for count, what in counts if count)
-    return text + (f"; {encoded.in_words}" if encoded.in_words else "")
+    return text + "".join(f"; {count} {what}" for count, what in counts if count)
 
 
 def _measured(trainer: Trainer) -> list[str]:
