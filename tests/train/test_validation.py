@@ -68,8 +68,8 @@ def test_a_file_is_measured_on_like_the_training_rows(loaded: model.LanguageMode
     assert len(found.training) == 30
     assert found.words == f"validation on 6 rows of {file}, 1 cut at 6 tokens"
     assert found.notes == (
-        "validation rows with the question of a training row: 1 of 6. On these the loss tells what was learned "
-        "by heart",
+        "validation rows with the question of a training row: 1 of 6. On these the loss tells what was "
+        "learned by heart",
     )
     assert max(len(example.ids) for example in found.validation) == 6
     assert found.validation[0].loss_start == found.training[0].loss_start - 3
