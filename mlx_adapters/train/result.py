@@ -70,7 +70,7 @@ class TrainResult:
         numbers += [] if self.accuracy is None else [f"accuracy {self.accuracy:.1%}"]
         found = []
         if self.step != self.steps:
-            found.append(f"the adapter is that of step {self.step}, {', '.join(numbers)}")
+            found.append(", ".join([f"the adapter is that of step {self.step}", *numbers]))
         if loss is not None and before is not None and loss >= before:
             found.append(f"the validation loss was lower before training: {before:.4f}, now {loss:.4f}")
         right, first = self.accuracy, self.accuracy_before

@@ -39,7 +39,7 @@ from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
 from mlx_adapters.train.result import PLOT, TrainResult, result_of
 from mlx_adapters.train.shown import shown
 from mlx_adapters.train.validation import parts_of
-from mlx_adapters.train.watching import watch
+from mlx_adapters.train.watching import test_items, watch
 from mlx_adapters.train.wording import written_with
 from mlx_adapters.train.written import written_time
 
@@ -121,7 +121,7 @@ class Trainer:
         trainable: how many parameters the adapter has.
         parameters: how many the model has with it.
         notes: what a user may want to know, as sentences.
-        validation: what the loss is measured on, in words; None where it is not.
+        measured_on: the validation rows in words; None where there are none.
         watch: what else is measured while training.
 
     Raises:
@@ -155,6 +155,7 @@ class Trainer:
         try:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
+            self._sets = test_items(self.config)  # a wrong name is told before much is read
             rows = rows_of(data, self.config.columns, self.config.streamed(self.processes.size))
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
@@ -231,9 +232,9 @@ class Trainer:
         self.encoded = fitted(rows, whole, self.model, config)
         how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
         parts = parts_of(rows, self.encoded.examples, spoken, config, **how)
-        self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
+        self.measured_on, self.notes = parts.words, [*self.notes, *parts.notes]
         how = {"template": template, "chat": chat, "form": rows.format, "processes": processes}
-        self.watch = watch(self.model, config, parts.validation, **how)
+        self.watch = watch(self.model, config, parts.validation, self._sets, **how)
         self.run = Run(
             self.model.model,
             parts.training,
