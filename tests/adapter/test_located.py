@@ -170,6 +170,23 @@ def test_mlx_lms_folder_computes_the_same(method: str, root: Path) -> None:
         adapter.read_meta(theirs)
 
 
+@pytest.mark.parametrize("method", ["lora", "series"])
+def test_llm_adapters_folder_computes_the_same(method: str, root: Path) -> None:
+    ours = make_adapter(root / "llama", root / f"paper-{method}", method, {}, seed=5)
+    theirs = root / f"llm-adapters-{method}"
+    exchange.export(ours, theirs, format="llm-adapters", base="owner/base")
+    base = models.load(root / "llama", answering=True)
+    said = [generate(base, "tom has", adapter=folder, max_tokens=8) for folder in (ours, theirs)]
+    assert said[0] == said[1] != generate(base, "tom has", max_tokens=8)
+
+
+def test_adapterhubs_folder_is_to_be_imported_first(root: Path) -> None:
+    ours = make_adapter(root / "llama", root / "seq_bn", "seq_bn", {}, seed=5)
+    exchange.export(ours, root / "hub", format="adapterhub")
+    with pytest.raises(AdapterError, match="If it is AdapterHub's: mlx-adapters import SRC DST"):
+        adapter.read_meta(root / "hub")
+
+
 @pytest.mark.parametrize(
     ("named", "here", "differs"),
     [
