@@ -8,9 +8,9 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import App, DataDir, arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended, picture, table
 from mlx_adapters.data.showing import Preview, Statistics
 from mlx_adapters.fields import merged
+from mlx_adapters.screen import ended, picture, table
 
 _TEST = "test files or sets, joined by commas, as in `eval --task`"
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")

@@ -7,7 +7,7 @@ from typing import Annotated
 from mlx_adapters.cli.complete import TARGETS
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended, say
+from mlx_adapters.screen import ended, say
 
 _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "torch_diff", "bound", "passed")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from mlx_adapters.cli.options import NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended
+from mlx_adapters.screen import ended
 
 
 @reporting("path", "method", "format")

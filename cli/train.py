@@ -11,8 +11,8 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.complete import DTYPES, LOGGERS, methods
 from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import be_quiet, ended, lines, picture, say
 from mlx_adapters.errors import counted
+from mlx_adapters.screen import be_quiet, ended, lines, picture, say
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import duration
 
