@@ -14,7 +14,7 @@ from typing import Any
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.large import FileRows, Stamp, is_large, is_large_table, stamp_of_file, stamp_of_table
 from mlx_adapters.data.layouts import FORMS, as_form, known_fields, layout_of, renamed
-from mlx_adapters.data.reading import KINDS, SAVED, Located, is_data, read_rows
+from mlx_adapters.data.reading import KINDS, SAVED, Located, is_data, read_rows, without_gaps
 from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
@@ -48,8 +48,10 @@ _CHANGING = (
     "documents",
     "chat_template",
     "chat_template_kwargs",
+    "input_ids",
     "label",
     "labels",
+    "kto_tag",
     "chosen",
     "rejected",
     "rewards",
@@ -223,7 +225,7 @@ def _of_table(table: Any, origin: str, columns: Mapping[str, str] | None = None)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
-    return ((f"row {index}", row) for index, row in enumerate(rows))
+    return ((f"row {index}", without_gaps(row)) for index, row in enumerate(rows))
 
 
 def _saved(folder: Path, split: str) -> Any:

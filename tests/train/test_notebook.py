@@ -43,7 +43,7 @@ def test_training_in_a_notebook_is_a_bar_and_a_curve(screen: list[Any], tmp_path
     last = screen[-1][1]
     assert 'value="3" max="3"' in last["text/html"]
     assert "<polyline" in last["text/html"]
-    assert last["text/plain"].startswith("3/3  loss ")
+    assert last["text/plain"].startswith("3/3  epoch 1.5  loss ")
     shown = result._repr_html_()
     assert f"{result.loss:.4f}" in shown
     assert "data:image/png;base64," in shown
