@@ -64,7 +64,9 @@ class _Cursor:
         self.path, self.view, self.at = path, memoryview(data.data), 0
 
     def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: is truncated or damaged ({what}); download it again")
+        return CheckpointError(
+            f"{self.path}: is truncated or damaged ({' '.join(what.split())}); download it again"
+        )
 
     def take(self, count: int, what: str) -> memoryview:
         if count > len(self.view) - self.at:
