@@ -52,7 +52,7 @@ FIELDS: dict[str, Complete] = {
     "on_bad_step": _listed("train.config", "BAD_STEP"),
     "compile": _listed("train.config", "COMPILE"),
     "template": templates,
-    "loss_on": _listed("data.tokens", "LOSS_ON"),
+    "loss_on": _listed("data.showing", "LOSS_ON"),
     "long_rows": _listed("data.showing", "LONG_ROWS"),
     "protocol": _listed("evaluate.protocol", "PROTOCOLS"),
     "decoding": _listed("evaluate.config", "DECODINGS"),

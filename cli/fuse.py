@@ -18,7 +18,7 @@ _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "to
 def command(
     model: Annotated[str, arg("model folder or hub id the adapter was trained on")],
     dst: NewFolder,
-    adapter: Annotated[Path, opt("adapter folder")],
+    adapter: Annotated[Path, opt("adapter folder or hub id, OWNER/NAME[@REVISION]")],
     to: Annotated[
         str, opt("transformers: a Hugging Face checkpoint; mlx: an MLX folder", values=TARGETS)
     ] = "transformers",

@@ -11,7 +11,7 @@ from mlx_adapters.cli.report import report, reporting
 
 @reporting("path", "method", "format")
 def command(
-    src: Annotated[Path, arg("adapter folder of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
+    src: Annotated[Path, arg("adapter folder or hub id of PEFT, AdapterHub, mlx-lm or LLM-Adapters")],
     dst: NewFolder,
     model: Annotated[str | None, opt("model folder or hub id it is for [default: the one it names]")] = None,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, methods
+from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, methods, templates
 from mlx_adapters.cli.spelling import fields_of_method, spelled
 from mlx_adapters.errors import ConfigError
 
@@ -64,12 +64,14 @@ def opt(help: str, *names: str, values: Iterable[str] | Complete = (), **limits:
 
 # Arguments and options that several commands have.
 Model = Annotated[str, arg("model folder or hub id")]
-Adapter = Annotated[Path, arg("adapter folder")]
+Adapter = Annotated[Path, arg("adapter folder or hub id, OWNER/NAME[@REVISION]")]
 NewFolder = Annotated[Path, arg("new folder to write")]
-AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
-Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
+AdapterFolder = Annotated[Path | None, opt("adapter folder or hub id; without it the base model")]
+Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder or hub id that names it; may repeat")]
 Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
-Template = Annotated[str | None, opt("prompt template of all, or a FILE.jinja [default: each its own]")]
+Template = Annotated[
+    str | None, opt("prompt template of all, or a FILE.jinja [default: each its own]", values=templates)
+]
 ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
 DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
 BatchSize = Annotated[

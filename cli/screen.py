@@ -108,30 +108,40 @@ def lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(file=Patient(sys.stderr))  # type: ignore[arg-type]
+    wide = 24 if console.width >= 100 else 12
+    room = console.width - wide - len(title) - 2 * len(str(total)) - 12  # of the counts and the time left
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=wide),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
-    console = Console(file=Patient(sys.stderr))  # type: ignore[arg-type]
     with Progress(*columns, console=console, redirect_stdout=False) as bar:
         task, _live = bar.add_task(title, total=total, text=""), bar
         try:
-            yield lambda done, text: bar.update(task, completed=done, text=text)
+            yield lambda done, text: bar.update(task, completed=done, text=_fitting(text, room))
         finally:
             _live = None
 
 
+def _fitting(text: str, room: int) -> str:
+    """The first parts of a text, which two spaces divide: as many as there is room for, but one at least."""
+    while len(text) > room and "  " in text:
+        text = text.rpartition("  ")[0]
+    return text
+
+
 def _log(title: str, total: int) -> Callable[[int, str], None]:
-    last = 0.0
+    last, before, ends = 0.0, time.monotonic(), {1, total}
 
     def update(done: int, text: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if done in (1, total) or now - last >= _LOG_EVERY:
+        if done in ends or now - (last if done else last or before) >= _LOG_EVERY:
             last = now
+            ends.discard(done)
             say(f"{title} {done}/{total}  {text}")
 
     return update

@@ -6,13 +6,7 @@ from typing import Any
 
 __all__ = ["fields_of_method", "spelled"]
 
-_PEFT = {
-    "r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-}
+_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
 
 
 def spelled(args: list[str], options: dict[str, Any]) -> list[str]:
@@ -48,14 +42,11 @@ def fields_of_method(args: list[str]) -> tuple[str, list[tuple[str, str]]]:
 
     named = [after for word, after in pairwise(args) if word == "--method"]
     method = named[-1] if named and named[-1] in methods.names() else "lora"
-    rows = methods.about(method)["fields"]
-    return method, [
-        (
-            f"--{row['name'].replace('_', '-')}",
-            row["help"] + (f" [default: {row['default']}]" if row["default"] != "" else ""),
-        )
-        for row in rows
-    ]
+    rows = []
+    for row in methods.about(method)["fields"]:
+        default = f" [default: {row['default']}]" if row["default"] != "" else ""
+        rows.append((f"--{row['name'].replace('_', '-')}", row["help"] + default))
+    return method, rows
 
 
 def _field_name(option: str) -> str:

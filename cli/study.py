@@ -94,7 +94,7 @@ def work(phase: "Training | Part", *, go_on: str) -> None:
     from mlx_adapters.study.cells import Training
 
     if isinstance(phase, Training):
-        phase.seconds = train.run(phase.trainer, go_on=go_on)
+        phase.seconds = train.follow(phase.trainer, go_on=go_on)
     else:
         eval.follow(phase, go_on=go_on)
 

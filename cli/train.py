@@ -1,7 +1,7 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
 import sys
-from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +13,12 @@ from mlx_adapters.cli.complete import DTYPES, LOGGERS, methods
 from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
 from mlx_adapters.cli.screen import be_quiet, ended, lines, picture, say
-from mlx_adapters.errors import ConfigError, counted
-from mlx_adapters.fields import current, merged, parse_fields, settings, synonyms
-from mlx_adapters.files.documents import read_options
+from mlx_adapters.errors import counted
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import duration
 
 if TYPE_CHECKING:
+    from mlx_adapters.train.run_file import Written
     from mlx_adapters.train.trainer import Trainer
 
 _KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
@@ -35,7 +34,7 @@ def command(
     output: Annotated[Path | None, opt("new folder for the adapter")] = None,
     method: Annotated[str | None, opt("see `mlx-adapters methods` [default: lora]", values=methods)] = None,
     set_: options.Settings = None,
-    adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's")] = None,
+    adapter: Annotated[Path | None, opt("continue from this adapter, ours or PEFT's, or a hub id")] = None,
     config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
     exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
@@ -47,36 +46,18 @@ def command(
 ) -> None:
     """Train an adapter on a frozen base model."""
     from mlx_adapters.cpu.processes import in_ring, run_ring
+    from mlx_adapters.train.run_file import read_run
 
-    named = {"model": model, "data": data or None, "output": output and str(output), "method": method}
-    known = {field.name for field in fields_of(TrainConfig)} | {*synonyms(TrainConfig), *named, "set"}
-    file = current(TrainConfig, read_options(config, known))
-    chosen = merged({"method": "lora"}, {k: v for k, v in file.items() if k in named}, named)
-    if missing := [name for name in ("model", "data", "output") if name not in chosen]:
-        raise ConfigError(f"missing: {', '.join(missing)}. Give them on the command line or in --config")
-    fields = file.get("set") or {}
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{config}: key 'set' must be a mapping of the method's fields")
-    fields = merged(fields, settings(set_ or []))
-    if adapter is not None and (fields or method is not None):
-        raise ConfigError(f"--adapter {adapter} brings its method and fields: leave out --method and --set")
-    values = merged({k: v for k, v in file.items() if k not in {*named, "set"}}, given)
-    run_config = parse_fields(TrainConfig, values, where=f"train ({config})" if config else "train")
+    named = {"model": model, "data": data or None, "output": output, "method": method}
+    run = read_run(config, named, given, set_ or [], start=adapter)
     if processes > 1:
-        run_config = run_config.shared(processes)
+        run = replace(run, config=run.config.shared(processes))
         if not in_ring():
             raise typer.Exit(run_ring("mlx_adapters.cli.app", sys.argv[1:], processes, warn=say))
-    given = {
-        "show_example": show_example,
-        "start": adapter,
-        "resume": resume,
-        "log": log or [],
-        **vars(run_config),
-    }
-    _train(chosen, fields, exclude or [], dtype, given)
+    _train(run, exclude or [], dtype, show_example, start=adapter, resume=resume, log=log or [])
 
 
-def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
+def follow(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     """Train with progress on screen; Ctrl-C saves, says how to `go_on` and exits 130. Returns seconds."""
     from mlx_adapters.cpu import threads
     from mlx_adapters.train.callbacks import Started
@@ -91,7 +72,7 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
 
     trainer.callbacks.append(Started(say))
     with stop_on_interrupt(stop), signals.telling(words), lines("train", trainer.run.total) as update:
-        trainer.watch.tell = lambda doing: update(trainer.run.step, doing)
+        trainer.watch.tell = lambda doing: update(max(0, trainer.run.step - 1), doing)
         for step in trainer:
             if threads.count() < told:
                 told = threads.count()
@@ -110,13 +91,7 @@ def run(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     return result.seconds
 
 
-def _train(
-    chosen: dict[str, Any],
-    fields: dict[str, Any],
-    exclude: list[Path],
-    dtype: str | None,
-    given: dict[str, Any],
-) -> None:
+def _train(run: "Written", exclude: list[Path], dtype: str | None, show_example: bool, **more: Any) -> None:
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
     from mlx_adapters.next_steps import after_train
@@ -126,25 +101,24 @@ def _train(
     from mlx_adapters.train.summary import first_row, summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
-    show_example = given.pop("show_example")
-    output, together = Path(chosen["output"]), processes()
-    method = methods.make(chosen["method"], fields)  # a typing error is told before the model loads
+    output, together = run.output, processes()
+    method = methods.make(run.method, run.fields)  # a typing error is told before the model loads
     if together.writes:
-        check_output(output, given["resume"])
+        check_output(output, more["resume"])
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = rows_of(chosen["data"], given["columns"]), excluded_hashes(exclude)
+    rows, hashes = rows_of(run.data, run.config.columns), excluded_hashes(exclude)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
-    loaded = models.load(chosen["model"], dtype=dtype)
-    given |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
-    trainer = Trainer(loaded, rows, method, **given)
+    loaded = models.load(run.model, dtype=dtype)
+    more |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
+    trainer = Trainer(loaded, rows, method, **more, **vars(run.config))
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
     if show_example:
         picture(first_row(trainer), err=True)
-    if given["resume"]:
+    if more["resume"]:
         say(f"resuming after step {trainer.run.step}")
-    run(trainer)
+    follow(trainer)
     if not together.writes:
         return
     result = trainer.result
@@ -153,6 +127,6 @@ def _train(
         done = f"{output}: trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
         if result.loss is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result.loss:.4f} at step {result.step}"
-        ended(done, after_train(chosen["model"], chosen["data"], rows, output, trainer.meta))
+        ended(done, after_train(run.model, run.data, rows, output, trainer.meta))
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS + _MEASURED}, words)

@@ -251,7 +251,7 @@ def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
 
 
 def _read_bins(folder: Path) -> dict[str, mx.array]:
-    from mlx_adapters.convert.torch_bin import read_bin
+    from mlx_adapters.files.torch_bin import read_bin
 
     weights: dict[str, mx.array] = {}
     for shard in bin_files(folder):

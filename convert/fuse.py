@@ -37,6 +37,7 @@ from mlx_adapters.errors import ConfigError, UnsupportedError, counted, unknown
 from mlx_adapters.files import weights, writing
 from mlx_adapters.models import load as models
 from mlx_adapters.models.origin import remember, remembered, with_record
+from mlx_adapters.models.own_template import ChatTemplate
 from mlx_adapters.units import size
 
 __all__ = ["TARGETS", "Fused", "fuse"]
@@ -104,6 +105,7 @@ def fuse(
     quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
     refuse_links(loaded.path)
+    folder = adapter.located(folder)
     adapter.refuse_links(folder)
     model_type = loaded.config["model_type"]
     unchecked = to == "transformers" and model_type not in CHECKED
@@ -119,9 +121,7 @@ def fuse(
     with writing.writing(dst) as place:
         (place / "README.md").write_text(card, encoding="utf-8")
         sums = _write(loaded, place, dst, kept, to, (bits, group_size, mode) if quantize else None)
-        if meta.chat.text:  # instead of the base's, and with the token that closes its turns
-            meta.chat.store(place)
-            write_ends(place, loaded.path)
+        _write_template(place, meta.chat, loaded.path)
         del loaded
         again = _opened(place)
         if sums is not None:
@@ -192,6 +192,13 @@ def _write(
     copy_tokenizer(loaded.path, place)
     write_ends(place, loaded.path)
     return dict(_sums(loaded.model, dtype))
+
+
+def _write_template(place: Path, chat: ChatTemplate, source: Path) -> None:
+    """Put the adapter's own chat template in the place of the base's, and name the end of its turns."""
+    if chat.text:
+        chat.store(place)
+        write_ends(place, source)
 
 
 def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple[str, models.LanguageModel]:

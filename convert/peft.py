@@ -108,6 +108,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     adapter remembers. Nothing written names a folder of this machine. Raises AdapterError for a folder that
     is no adapter or remembers no hub id, OutputError for a `dst` that is not empty.
     """
+    source = adapter.located(source)
     adapter.refuse_links(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
@@ -121,6 +122,8 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     _refuse_unreadable(source, meta, tensors)
     with writing(dst) as folder:
         _write_json(folder / adapter.CONFIG, fields)
+        if not (source / adapter.WEIGHTS).exists():  # a `.bin`
+            mx.save_safetensors(str(folder / adapter.WEIGHTS), tensors, metadata={"format": "pt"})
         for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN, FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)

@@ -5,8 +5,8 @@
 
 The command runs on a pseudo-terminal in an empty folder, or in FOLDER. The picture shows what it printed,
 letter by letter, as a time lapse. Nothing else is drawn but the prompt, the command and the title, which says
-how long it took. The colours follow the reader's light or dark setting; without animation the last screen is
-seen. With --still there is none.
+how long it took. The colours follow the reader's light or dark setting; without animation, as with --still,
+the last screen is seen.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import methods
+from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.reading import CONFIG, META, SEEN, read_fields, read_json
 from mlx_adapters.errors import AdapterError, reading
 from mlx_adapters.methods.base import Method
@@ -49,8 +50,8 @@ class AdapterMeta:
 
 
 def read_meta(folder: str | Path) -> AdapterMeta:
-    """What an adapter folder says of itself. Raises AdapterError naming the file and the field."""
-    folder = Path(folder)
+    """What an adapter folder or hub id says of itself. Raises AdapterError naming the file and the field."""
+    folder = located(folder)
     fields = read_fields(folder)
     if not isinstance(fields.get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")

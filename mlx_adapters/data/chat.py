@@ -10,19 +10,20 @@ with another token. Such an answer is trained in a row of its own, which ends wi
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from mlx_adapters.data.reasoning import PROBE, common, opens_thinking, reasoning_of
 from mlx_adapters.errors import DataError
-from mlx_adapters.models.chat_template import Rendered, assistant_marks, chat_prompt
+from mlx_adapters.models.chat_template import assistant_marks, chat_prompt
 from mlx_adapters.models.stop_tokens import turn_end
 
-__all__ = ["Conversation", "closing_token", "conversations", "before_answer", "has_reasoning", "left_open"]
+__all__ = ["Conversation", "closing_token", "conversations"]
 
 Messages = Sequence[Mapping[str, Any]]
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # one of them, as transformers has it
-_PROBE = "zqxj"  # an answer that occurs in no template
+_BY_ANSWER = "the chat template writes the messages before an answer by what the answer is"
+_SHORT = 100  # characters that a template may write between a question and an answer
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class _Answer:
     begin: int
     content_end: int
     closing: str
-    more: int  # characters of the generation prompt that the template leaves out of a conversation
+    again: bool  # the generation prompt has text that the template leaves out of a conversation
+    ended: bool = False  # its content ends the turn: gpt-oss closes a tool call with a token of its own
+    shift: int = 0  # how much farther it begins than in what the template writes
 
     @property
     def end(self) -> int:
         return self.content_end + len(self.closing)
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.closing) or self.ended
 
     @property
     def empty(self) -> bool:
@@ -84,7 +91,7 @@ def conversations(
             "no message is an answer to learn: the role must be 'assistant', after at least one other message"
         )
     kwargs, (_, closing) = dict(kwargs or {}), closing_token(tokenizer, tokenizer.chat_template)
-    answers = [_answer(messages[: index + 1], tokenizer, kwargs, closing) for index in learned]
+    answers = [_answer(messages, index, tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
     spans: dict[int, tuple[int, int]] = {}  # of the answers that stand in the whole conversation as learned
     for place, answer in enumerate(answers[:-1]):
@@ -96,30 +103,29 @@ def conversations(
         last = place == len(answers) - 1
         if not last and place in spans:
             continue
-        marks = _marks(messages[: learned[place] + 1], tokenizer, kwargs, one)
+        marks = _marks(messages[: learned[place] + 1], tokenizer, kwargs, one.begin - one.shift, one.shift)
         own = tuple(spans.values()) if last else ((one.begin, one.end),)
-        parts = tuple(part for span in own for part in _marked(span, marks, one, closing))
+        parts = tuple(part for span in own for part in _marked(span, marks, one.done, one.closing or closing))
         empty = any(answers[each].empty for each in spans) if last else one.empty
-        rows.append(Conversation(one.done, parts, bool(one.closing), empty))
+        rows.append(Conversation(one.done, parts, one.closed, empty))
     if not any(row.learned for row in rows):
         raise DataError("the chat template's {% generation %} marks no part of the answers: none is learned")
     return rows
 
 
 def _marks(
-    messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], answer: _Answer
+    messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], begin: int, shift: int
 ) -> list[tuple[int, int]] | None:
-    """What the template marks by `{% generation %}` in the text of an answer; None without such marks."""
-    before = answer.begin - answer.more
-    marks = assistant_marks(messages, tokenizer, kwargs, answer.done[:before] + answer.done[answer.begin :])
+    """What the template marks by `{% generation %}`, `shift` characters farther from `begin` on; None without
+    such marks."""
+    marks = assistant_marks(messages, tokenizer, kwargs)
     if marks is None:
         return None
-    more = answer.more  # they stand behind what was put before the answer
-    return [(begin + more * (begin >= before), end + more * (end > before)) for begin, end in marks]
+    return [(first + shift * (first >= begin), last + shift * (last > begin)) for first, last in marks]
 
 
 def _marked(
-    span: tuple[int, int], marks: list[tuple[int, int]] | None, answer: _Answer, closing: str
+    span: tuple[int, int], marks: list[tuple[int, int]] | None, text: str, closing: str
 ) -> Iterator[tuple[int, int]]:
     """The parts of an answer that are learned: all of it or, of a template with marks, what they mark, with
     the token that closes the turn behind them."""
@@ -127,7 +133,7 @@ def _marked(
         yield span
         return
     for begin, end in marks:
-        if closing and answer.done.startswith(closing, end):
+        if closing and text.startswith(closing, end):
             end += len(closing)
         begin, end = max(begin, span[0]), min(end, span[1])
         if begin < end:
@@ -150,97 +156,88 @@ def closing_token(tokenizer: Any, template: str | None) -> tuple[int | None, str
     return end, "" if end is None else str(tokenizer.added_tokens_decoder[end].content)
 
 
-def left_open(tokenizer: Any) -> str:
-    """What the generation prompt opens at its end, a `<think>`, although the template writes answers without
-    reasoning without it: they are not trained behind it. Empty where it opens nothing of the kind."""
-    try:
-        opened, begin, asked, _ = _opening([{"role": "user", "content": "a"}], tokenizer)
-    except DataError:  # a template that does not write such a question
-        return ""
-    return asked[begin:] if opened else ""
-
-
-def before_answer(messages: Messages, tokenizer: Any) -> Rendered:
-    """The prompt behind which an answer stands at once: what the template asks with or, where that leaves
-    reasoning open, what it writes before an answer that has none."""
-    opened, _, asked, probe = _opening(messages, tokenizer)
-    return Rendered(probe.partition(_PROBE)[0] if opened and _PROBE in probe else asked)
-
-
-def _opening(messages: Messages, tokenizer: Any) -> tuple[bool, int, str, str]:
-    """(whether the generation prompt leaves reasoning open, how much of it the template writes before an
-    answer without any, the prompt, the conversation with such an answer)."""
-    asked = str(chat_prompt(messages, tokenizer))
-    answered = [*messages, {"role": "assistant", "content": _PROBE}]
-    probe = str(chat_prompt(answered, tokenizer, answer=False))
-    begin = _common(asked, probe)
-    bare = _common(str(chat_prompt(messages, tokenizer, answer=False)), asked)
-    return _opens_thinking(asked[bare:]) and begin > bare, begin, asked, probe
-
-
-def _answer(messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any], closing: str) -> _Answer:
-    """Where the last of `messages` begins and ends in what the template writes for them."""
-    context = messages[:-1]
-    done = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
+def _answer(
+    messages: Messages, index: int, tokenizer: Any, kwargs: Mapping[str, Any], closing: str
+) -> _Answer:
+    """Where message `index` begins and ends in what the template writes up to it."""
+    context = messages[:index]
+    done = str(chat_prompt(messages[: index + 1], tokenizer, kwargs, answer=False))
     asked = str(chat_prompt(context, tokenizer, kwargs))
     probe = str(
-        chat_prompt([*context, {"role": "assistant", "content": _PROBE}], tokenizer, kwargs, answer=False)
+        chat_prompt([*context, {"role": "assistant", "content": PROBE}], tokenizer, kwargs, answer=False)
     )
-    begin, more = _common(asked, probe), ""
+    begin, shift, again = common(asked, probe), 0, False
     if begin < len(asked):
-        bare = _common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
+        bare = common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
         # what opens reasoning is left out, or closed, where the template writes an answer without any
-        if not (_opens_thinking(asked[bare:]) and begin > bare):
-            more = asked[begin:]  # not in a conversation, but the model will be asked with it
-            done, probe = (asked + text[begin:] for text in (done, probe))
-            begin += len(more)
-    thought = _reasoning(messages[-1])
-    if not done.startswith(probe[:begin]):
-        if thought:
-            raise DataError(
-                "an answer has reasoning, but the generation prompt closes it at once: give "
-                """--chat-template-kwargs '{"enable_thinking": true}', or leave the reasoning out"""
-            )
-        raise DataError("the chat template writes the messages before an answer by what the answer is")
-    if thought not in done:
+        if not (opens_thinking(asked[bare:]) and begin > bare):
+            own = begin if begin >= bare else _behind(asked, probe)
+            if not done.startswith(probe[:own]):
+                raise DataError(_BY_ANSWER)
+            done, probe = (asked + text[own:] for text in (done, probe))  # as the model will be asked
+            begin, shift, again = len(asked), len(asked) - own, True
+    elif not done.startswith(asked):  # it asks for an answer without reasoning, and this one has some
+        bare = common(str(chat_prompt(context, tokenizer, kwargs, answer=False)), asked)
+        begin = max(bare, common(asked, done))
+    if not done.startswith(asked[:begin]):
+        raise DataError(_BY_ANSWER)
+    if (thought := reasoning_of(messages[index])) not in done:
         raise DataError(
-            "the chat template does not write the reasoning of an answer, which would not be learned: leave "
-            "it "
-            "out of the rows, or give a --template that writes it"
+            f"the chat template does not write the reasoning of an answer ({thought[:20]!r}), so it would "
+            "not be learned: leave it out of the rows, or give a --template that writes it"
         )
-    tail = probe.rpartition(_PROBE)[2]
+    tail = probe.rpartition(PROBE)[2]
     content_end = (
         len(done) - len(tail) if tail and done.endswith(tail) else _content_end(done, begin, closing)
     )
-    closes = closing if closing and done.startswith(closing, content_end) else ""
-    return _Answer(done, begin, content_end, closes, len(more))
+    if calls := messages[index].get("tool_calls"):
+        _must_write(calls, done[begin:])
+    if closing and done.startswith(closing, content_end):
+        return _Answer(done, begin, content_end, closing, again, shift=shift)
+    if calls:
+        call = _Answer(done.rstrip(), begin, len(done.rstrip()), "", again, shift=shift)
+        return _ended_call(call, messages[: index + 2], tokenizer, kwargs)
+    return _Answer(done, begin, content_end, "", again, shift=shift)
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _must_write(calls: Any, text: str) -> None:
+    """DataError where the text of an answer is without its tool calls: many templates leave them out."""
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"the chat template does not write tool calls ({name}), so the answer would be without: take "
+                "another template, or leave such rows out"
+            )
 
 
-def _opens_thinking(text: str) -> bool:
-    """Whether a generation prompt ends in reasoning that it leaves open."""
-    opened = text.rpartition("think")[0]
-    return bool(opened) and not opened.endswith("/")
+def _ended_call(call: _Answer, messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> _Answer:
+    """A tool call that is not closed as other answers are: by a token of its own (gpt-oss), by the one that
+    opens the tool's answer, the last of `messages` (GLM), or by none."""
+    special = tuple(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if call.done.endswith(special) or call.again:
+        return replace(call, ended=True)
+    answered = (
+        messages if messages[-1].get("role") == "tool" else [*messages, {"role": "tool", "content": ""}]
+    )
+    try:
+        longer = str(chat_prompt(answered, tokenizer, kwargs, answer=False))
+    except DataError:  # a template that has no such role
+        longer = ""
+    follows = longer[len(call.done) :] if longer.startswith(call.done) else ""
+    if found := max((token for token in special if follows.startswith(token)), key=len, default=""):
+        return replace(call, done=call.done + found, closing=found)
+    return replace(call, ended=True)
 
 
-def has_reasoning(message: Any) -> bool:
-    """Whether a message of a row comes with reasoning."""
-    return isinstance(message, Mapping) and bool(_reasoning(message))
-
-
-def _reasoning(message: Mapping[str, Any]) -> str:
-    """The reasoning of an answer, in a field of its own or in its content; empty without any."""
-    fields = [message.get(name) for name in _REASONING]
-    inside, end, _ = str(message.get("content") or "").partition("</think>")
-    found = [each for each in fields if isinstance(each, str)] + [
-        inside.rpartition("<think>")[2] if end else ""
-    ]
-    return next((text.strip() for text in found if text.strip()), "")
+def _behind(asked: str, probe: str) -> int:
+    """Where in `probe` begins what stands behind `asked`, though the messages before are written otherwise
+    (Mistral-Nemo has the system message in the last question, and not at all where an answer follows): behind
+    the longest end of `asked` that is there."""
+    back, head = asked[::-1], probe[: probe.rfind(PROBE)]
+    ends = range(max(0, len(head) - _SHORT), len(head) + 1)
+    return max(ends, key=lambda end: (common(back, head[:end][::-1]), end))
 
 
 def _content_end(done: str, begin: int, closing: str) -> int:
@@ -252,8 +249,11 @@ def _content_end(done: str, begin: int, closing: str) -> int:
 def _found_in(whole: str, answer: _Answer, closing: str) -> tuple[int, int] | None:
     """(begin, end) of an earlier answer in the whole conversation; None where it is another there, or nothing
     there would teach it to end."""
-    if answer.more or not closing or not whole.startswith(answer.done[: answer.content_end]):
+    if answer.again or not whole.startswith(answer.done[: answer.content_end]):
         return None
-    if whole.startswith(closing, answer.content_end):
+    if answer.ended:
+        return answer.begin, answer.content_end
+    closing = answer.closing or closing
+    if closing and whole.startswith(closing, answer.content_end):
         return answer.begin, answer.content_end + len(closing)
     return None

@@ -18,7 +18,7 @@ from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import Encoded, Example
 from mlx_adapters.errors import ConfigError, DataError
 
-__all__ = ["LONG_ROWS", "Fitted", "fitted", "left_out", "shortened"]
+__all__ = ["LONG_ROWS", "Fitted", "check", "fitted", "left_out", "shortened"]
 
 _OVERLAP = 8  # a chunk repeats this part of the one before
 _LEAST_CHUNK = 16  # tokens
@@ -38,7 +38,7 @@ class Fitted(Encoded):
         """What became of the long rows; empty where there is none."""
         what = {
             "cut": f"cut at {self.max_length} tokens",
-            "left": f"cut to {self.max_length} tokens, of the prompt's beginning first",
+            "left": f"shortened to {self.max_length} tokens at the prompt's beginning",
             "split": f"split into {self.chunks} chunks of at most {self.max_length} tokens",
             "drop": f"left out: longer than {self.max_length} tokens",
         }
@@ -65,11 +65,7 @@ def fitted(
     made = Fitted(**vars(encoded), max_length=max_length, long_rows=long_rows)
     if encoded.longest <= max_length:
         return made
-    if long_rows == "split" and form != "text":
-        raise ConfigError(
-            f"{origin}: rows of the form {form} are not split, since a chunk would answer what it does not "
-            "hold. Use --long-rows left, cut or drop, or a larger --max-length"
-        )
+    check(long_rows, form, origin)
     special = frozenset(getattr(tokenizer, "all_special_ids", ()))
 
     def shorten(one: Example) -> list[Example]:
@@ -87,6 +83,15 @@ def fitted(
             f"{origin}: no row has a token to learn within {max_length} tokens. Raise --max-length"
         )
     return made
+
+
+def check(long_rows: str, form: str, origin: str) -> None:
+    """Raise ConfigError where long rows of this form cannot become what `long_rows` says."""
+    if long_rows == "split" and form != "text":
+        raise ConfigError(
+            f"{origin}: rows of the form {form} are not split, since a chunk would answer what it does not "
+            "hold. Use --long-rows left, cut or drop, or a larger --max-length"
+        )
 
 
 def _changed(

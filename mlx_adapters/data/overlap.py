@@ -46,8 +46,7 @@ ANSWER_FORM = re.compile(r"\s+Answer format: [\w/]+\s*$")
 
 def item_hash(text: str) -> str:
     """16 hexadecimal digits of the letters and digits of `text`, case folded; the rest does not count."""
-    plain = "".join(character for character in text.casefold() if character.isalnum())
-    return _hash(plain)
+    return _hash("".join(filter(str.isalnum, text.casefold())))
 
 
 def gram_hashes(text: str) -> set[str]:

@@ -2,12 +2,13 @@
 
 from itertools import groupby
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 
 from mlx_adapters.data.layouts import column_names
-from mlx_adapters.data.long_rows import Fitted, fitted, left_out, shortened
+from mlx_adapters.data.long_rows import Fitted, check, fitted, left_out, shortened
 from mlx_adapters.data.showing import Preview, Shown, Statistics
 from mlx_adapters.data.sources import Rows, load_rows
 from mlx_adapters.data.templates import asked, default_template
@@ -22,6 +23,7 @@ __all__ = ["as_trained", "described", "example_pieces", "row_statistics", "show_
 _LENGTHS = (256, 512, 1024, 2048, 4096)
 _KEPT = 0.99  # the share of rows that the suggested max length keeps whole
 _ROUND = 64
+_WIDTH = 80  # characters of a line
 _BAR = 30  # characters of the longest bar
 
 
@@ -51,6 +53,8 @@ def show_rows(source: str | Path | Rows, model: str | Path, **options: Any) -> l
         one = Rows([row], rows.format, f"{rows.origin} (row {index})")
         done = encode(one, tokenizer, template=template, loss_on=settings.loss_on)
         length = settings.max_length or longest or done.longest
+        if done.longest > length:
+            check(settings.long_rows, rows.format, one.origin)
         for example in done.examples:
             found += as_trained(index, example, tokenizer, length, settings.long_rows)
     return found
@@ -179,7 +183,7 @@ def described(found: Statistics) -> list[str]:
         f"{names.get(percent, f'{percent} %')} {length:,}" for percent, length in found.lengths.items()
     )
     longer = [f"{share:.1%} over {length:,}" for length, share in found.cut.items() if share > 0]
-    last = [f"longer rows: {', '.join(longer)}"] if longer else []
+    last = wrap(f"longer rows: {', '.join(longer)}", _WIDTH, subsequent_indent="    ") if longer else []
     last += [f"at a max length of {found.max_length:,}: {found.long_rows}"] if found.long_rows else []
     if found.suggested_max_length < found.lengths[100]:
         last.append(f"--max-length {found.suggested_max_length} keeps 99 % of the rows whole")
@@ -189,7 +193,7 @@ def described(found: Statistics) -> list[str]:
         f"{found.rows:,} rows, {found.examples:,} examples with the template {found.template}",
         f"{found.tokens:,} tokens, {share:.0%} supervised",
         f"{found.repeated:,} repeated, {found.empty:,} with an empty answer",
-        f"lengths in tokens: {lengths}",
+        *wrap(f"lengths: {lengths}", _WIDTH, subsequent_indent="    "),
         "",
         f"{'up to':>{wide}} examples",
         *bars,

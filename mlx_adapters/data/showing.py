@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.files.streams import plain
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["LONG_ROWS", "Preview", "Shown", "Statistics", "in_colour", "in_marks"]
+__all__ = ["LONG_ROWS", "LOSS_ON", "Preview", "Shown", "Statistics", "in_colour", "in_marks"]
 
+LOSS_ON = ("completion", "last", "all")
 LONG_ROWS = ("cut", "left", "split", "drop")
 """What becomes of rows longer than the max length: see `data/long_rows.py`."""
 # How the kinds of pieces are told apart, with colours and without. Of the eight colours magenta is the only
@@ -38,6 +40,13 @@ class Preview:
     )
     long_rows: str = field("cut", "as `train --long-rows`: cut, left, split or drop")
     rows: int = field(3, "how many rows are shown")
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("rows", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        if self.long_rows not in LONG_ROWS:
+            raise ConfigError(unknown("value of long-rows", self.long_rows, LONG_ROWS))
 
 
 @dataclass(frozen=True)

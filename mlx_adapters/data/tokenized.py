@@ -22,8 +22,6 @@ from mlx_adapters.units import size
 
 __all__ = ["tokenized_once"]
 
-_TOLD_EVERY = 1000  # rows
-
 
 def tokenized_once(
     rows: Rows,
@@ -81,11 +79,8 @@ def _written(
             count += 1
             yield row
 
-    def tell(done: int) -> None:
-        if done % _TOLD_EVERY == 0:
-            told(done, total)
-
-    encoded = encode(replace(rows, rows=passing()), tokenizer, into=writer, told=tell, **options)  # type: ignore[arg-type]
+    passed = replace(rows, rows=passing())  # type: ignore[arg-type]
+    encoded = encode(passed, tokenizer, into=writer, told=lambda done: told(done, total), **options)
     told(total, total)
     unread = tuple(sorted(stored.unread))
     return encoded, Facts(count, found.hexdigest(), seen.hashes(), unread, stored.left_out)

@@ -3,15 +3,15 @@
 An item keeps its index in the test set from here to its record, through decoding and across processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_adapters.data.chat import before_answer
 from mlx_adapters.data.overlap import item_hash, relation, row_text
+from mlx_adapters.data.reasoning import before_answer
 from mlx_adapters.data.templates import Asked, prompt_for, question_of
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ def answer(
     asking: Asking,
     *,
     done: frozenset[int] = frozenset(),
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Yield a record for each item as its answer is done, not in the items' order; those whose index is in
     `done` are left out."""
     left = {i: item for i, item in enumerate(_labelled(items, task)) if i not in done}

@@ -29,7 +29,7 @@ from mlx_adapters.evaluate.workers import Workers, processes_for
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
-from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.generate.using import fetched, meta_of, opened, using
 from mlx_adapters.models import own_template
 from mlx_adapters.models.load import LanguageModel, locate, read_config
 from mlx_adapters.models.origin import remembered
@@ -156,7 +156,7 @@ class Evaluator:
         if resume and output is None:
             raise ConfigError("--resume goes on with the records of --output: give the same --output")
         config = config or EvalConfig()
-        self.model, self.adapter, self.resume = model, adapter, resume
+        self.model, self.resume = model, resume
         self.output = None if output is None else Path(output)
         self.parts: list[Part] = []
         settled = config.settled()
@@ -169,7 +169,8 @@ class Evaluator:
             prompt=config.prompt,
             label=config.label,
         )
-        meta = meta_of(model, adapter)  # a wrong adapter folder is reported before the model is looked for
+        self.adapter = fetched(model, adapter)
+        meta = meta_of(model, self.adapter)  # a wrong folder is reported before the model is looked for
         fused, self.processes = self._place(model, processes)
         known = ((meta.template, meta.chat), fused) if meta else (fused,)
         way = _asked(known, settled.get("template"), config)
@@ -186,7 +187,7 @@ class Evaluator:
         self.settings: dict[str, Any] = {
             "model": str(model.path if isinstance(model, LanguageModel) else model),
             "adapter": None if adapter is None else str(adapter),
-            "adapter_sha256": _weights_hash(adapter),
+            "adapter_sha256": _weights_hash(self.adapter),
             "template": self.asking.template,
             "decoding": settled["decoding"],
             "settings": self.asking.settings,
@@ -260,7 +261,7 @@ def evaluate(
         model: a loaded model, a model folder or a hub id.
         tasks: test sets, joined by commas: names ("gsm8k,boolq"), groups ("math") or your own .json and
             .jsonl files.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         template: the prompt template, by default the adapter's, else alpaca.
         decoding: "greedy", "beam" (four beams, as in the paper), "sample", or "likelihood" of the choices.
         limit: use that many items of each set, drawn by `seed`.
@@ -311,5 +312,5 @@ def _asked(known: Sequence[Known], wanted: str | None, config: EvalConfig) -> As
 
 def _weights_hash(adapter: str | Path | None) -> str | None:
     """Which adapter it was, should the folder be written again between two runs."""
-    file = None if adapter is None else Path(adapter) / adapters.WEIGHTS
+    file = None if adapter is None else adapters.weights_file(Path(adapter))
     return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None

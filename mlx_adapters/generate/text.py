@@ -16,7 +16,7 @@ from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generate.sampling import Sampler, fresh_seed, sampler
 from mlx_adapters.generate.stream import Delta, stream_tokens
-from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.generate.using import fetched, meta_of, opened, using
 from mlx_adapters.models.limits import check_length
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.models.own_template import ChatTemplate
@@ -139,7 +139,7 @@ def stream(
     Args:
         model: a loaded model, a model folder or a hub id.
         prompt: the instruction, or a conversation that ends with the user's turn.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         system: a system message in front of the prompt.
         template: the prompt template, or a file with a chat template; by default the adapter's, else `chat`
             where the tokenizer has a chat template, else `plain`.
@@ -159,6 +159,7 @@ def stream(
         ConfigError, AdapterError, UnsupportedError: as `generate` raises them.
     """
     loaded = opened(model)
+    adapter = fetched(loaded, adapter)
     meta = meta_of(loaded, adapter)
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     if system is not None:
@@ -216,7 +217,7 @@ def generate(
     Args:
         model: a loaded model, a model folder or a hub id.
         prompt: the instruction, or a conversation that ends with the user's turn.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         system: a system message in front of the prompt.
         template: the prompt template, or a file with a chat template; by default the adapter's, else `chat`
             where the tokenizer has a chat template, else `plain`.

@@ -95,10 +95,10 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def assistant_marks(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, kwargs: Mapping[str, Any], text: str
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, kwargs: Mapping[str, Any]
 ) -> list[tuple[int, int]] | None:
-    """The parts of `text`, which is what the template writes for `messages`, that it marks by
-    `{% generation %}`, as (begin, end) in characters; None where the template has no such marks.
+    """The parts that the template marks by `{% generation %}` in what it writes for `messages`, as (begin,
+    end) in characters; None where it has no such marks.
 
     They are transformers' `return_assistant_tokens_mask`, so a token that is partly marked counts whole.
     """
@@ -115,6 +115,7 @@ def assistant_marks(
         **_dated(tokenizer, kwargs.get("tools")),
         **{**getattr(tokenizer, "chat_template_kwargs", {}), **kwargs},
     )
+    text = str(chat_prompt(messages, tokenizer, kwargs, answer=False))
     places = inner(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     pairs = zip(found["assistant_masks"], places, strict=True)
     runs = [list(run) for marked, run in groupby(pairs, key=lambda pair: pair[0]) if marked]

@@ -16,11 +16,11 @@ from mlx_adapters.errors import (
     CheckpointError,
     ConfigError,
     UnsupportedError,
-    first_line,
     one_line,
     reading,
 )
 from mlx_adapters.files.documents import read_object
+from mlx_adapters.files.hub import snapshot
 from mlx_adapters.files.weights import read_weights, weight_files
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import own_template
@@ -79,15 +79,10 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     text = str(source)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(f"{text}: no such folder, and not a hub id like 'owner/name'")
-    from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"] + ["ice_text.model"]
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types for "could not download"
-        reason = first_line(error)
-        raise CheckpointError(f"{text}: no such folder, and the hub did not give it ({reason})") from None
+    return snapshot(text, patterns, CheckpointError, revision=revision)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

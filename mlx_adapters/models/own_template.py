@@ -6,6 +6,7 @@ adapter was trained with, and ends answers where that closes a turn: nothing els
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
 
 FILE = "chat_template.jinja"
 """Where transformers looks for a chat template, in the folder of a tokenizer."""
+_SEPARATORS = [part for part in (os.sep, os.altsep) if part]
 _ENDINGS = (".jinja", ".jinja2", ".j2")
 
 
@@ -132,7 +134,8 @@ def template_file(name: str) -> Path | None:
     """The file that a template's `name` means: one that ends in .jinja, .jinja2 or .j2, or a path with a
     separator that exists. A file called `alpaca` is not meant by that word."""
     path = Path(name)
-    return path if name.endswith(_ENDINGS) or (len(path.parts) > 1 and path.is_file()) else None
+    named = name.endswith(_ENDINGS) or (any(part in name for part in _SEPARATORS) and path.is_file())
+    return path if named else None
 
 
 def read_template(file: Path, kind: type[AdaptersError] = ConfigError) -> str:

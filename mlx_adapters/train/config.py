@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from mlx_adapters.data.showing import LONG_ROWS
-from mlx_adapters.data.tokens import LOSS_ON
+from mlx_adapters.data.showing import LONG_ROWS, LOSS_ON
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.fields import field
 from mlx_adapters.files.documents import json_option

@@ -32,7 +32,7 @@ from mlx_adapters.train.loss import Head, split_head
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
 from mlx_adapters.train.packing import packing
-from mlx_adapters.train.progress import INTERRUPTED, RECENT, Measured, Progress, Step
+from mlx_adapters.train.progress import INTERRUPTED, RECENT, Measured, Progress, Sample, Step
 from mlx_adapters.train.recompute import Recompute
 from mlx_adapters.train.router_loss import refuse_without_routers
 from mlx_adapters.train.shared_prefix import can_share, share_prefix
@@ -113,6 +113,8 @@ class Run:
         self._rate = learning_rate(config, self.total)
         self._start = checkpoint.digest(model)
         self.stopping = False
+        if watch and self.processes.size == 1:  # several have to stop together, after a step
+            watch.stopped = lambda: self.stopping
         self.checkpoint: Path | None = None  # that of the last step, where one was written
 
     @property
@@ -194,8 +196,9 @@ class Run:
         self.model.train()
         device.prepare_memory()
         try:
-            if self.step == 0 and (before := self._measure()).anything:
-                record(before)
+            if self.step == 0 or self.progress.unmeasured:
+                self._measure_first(record)
+            self._tell("compiling" if self.compiles else "")
             for epoch, step_batches in self.step_batches():
                 if self._out_of_patience:
                     break
@@ -246,12 +249,12 @@ class Run:
         tokens = sum(batch.tokens for batch in batches)
         last = self.step == self.total
         measured = self._measure()
-        if self.progress.measured(measured, self.config.judged_by):
-            self._save(best=True)
         reason = None
         if not last and self._out_of_patience:
             what = "accuracy" if self.config.judged_by == "accuracy" else "validation"
             reason = f"no better {what} than step {self.progress.best_step}'s"
+        elif self.progress.unmeasured:
+            reason = INTERRUPTED
         elif not last and (done.stopped if self.processes.size > 1 else self.stopping):
             reason = (
                 INTERRUPTED  # a signal reaches processes at different steps: all have to have heard of it
@@ -271,12 +274,22 @@ class Run:
             stopped=reason,
         )
 
+    def _measure_first(self, record: Callable[[Measured], None]) -> None:
+        """What a run without steps measures, and one that had to end while it measured its last step."""
+        found = self._measure()
+        if found.anything:
+            record(found)
+        if self.step:
+            self._save()
+
     def _measure(self) -> Measured:
         """What is to be measured at this step: the validation loss, right answers, samples."""
         config, watch, last = self.config, self.watch, self.step == self.total
         due = last or self.step % config.validate_every == 0
-        loss = shares = None
+        ask = last or self.step % (config.eval_every or config.validate_every) == 0
+        loss, samples = None, tuple[Sample, ...]()
         if due and self.validation:
+            self._tell("validation")
             loss = validate(
                 self.model,
                 self.validation,
@@ -285,12 +298,21 @@ class Run:
                 processes=self.processes,
                 multiple=self._multiple,
             )
-        if watch and (last or self.step % (config.eval_every or config.validate_every) == 0):
-            shares = watch.accuracies() or None
+        shares = watch.accuracies() if watch and ask else {}
+        self.progress.unmeasured = shares is None and self.step > 0
+        if watch and due and shares is not None:
+            samples = watch.samples()
         mean = sum(shares.values()) / len(shares) if shares else None
-        samples = watch.samples() if watch and due else ()
-        named: dict[str, Any] = {"accuracy": mean, "accuracies": shares, "samples": samples}
-        return Measured(step=self.step, validation_loss=loss, **named)
+        named: dict[str, Any] = {"accuracy": mean, "accuracies": shares or None, "samples": samples}
+        found = Measured(step=self.step, validation_loss=loss, **named)
+        if self.step and not self.progress.unmeasured and self.progress.measured(found, config.judged_by):
+            self._save(best=True)
+        return found
+
+    def _tell(self, doing: str) -> None:
+        """What takes time now, for the bar."""
+        if self.watch:
+            self.watch.tell(doing)
 
     @property
     def _out_of_patience(self) -> bool:
@@ -318,17 +340,17 @@ class Run:
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
         own, best, right = self.progress, self.progress.best_loss, self.progress.best_accuracy
         recent = own.recent[-RECENT:]
-        numbers = [right is not None, right or 0.0, self.step, best is not None, best or 0.0]
+        numbers = [own.unmeasured, right is not None, right or 0.0, self.step, best is not None, best or 0.0]
         numbers += [own.best_step, own.worse, own.bad, own.threads]
         numbers += [len(recent), *recent, *[0.0] * (RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
-        asked, right, step, known, best, *rest = shared["numbers"].tolist()
+        unmeasured, asked, right, step, known, best, *rest = shared["numbers"].tolist()
         # float32 everywhere: all must decide alike
         self.step, best_step, worse, bad, count, length = map(int, [step, *rest[:5]])
         self.progress = Progress(best if known else None, best_step, worse, rest[5 : 5 + length], bad, count)
-        self.progress.best_accuracy = right if asked else None
+        self.progress.best_accuracy, self.progress.unmeasured = right if asked else None, bool(unmeasured)
 
     def step_batches(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""

@@ -4,10 +4,11 @@ How long rows may be for the machine's memory is arithmetic, so that it takes no
 time. `plan` measures; this estimates from the layers' widths what a step keeps for its backward pass:
 
     bytes = weights + 4 trained + b rows tokens (kept per token)
-    kept per token = 3/4 (inputs and outputs of all linear layers) + (blocks + 4) heads tokens
+    kept per token = 3/4 (inputs and outputs of all linear layers) + (blocks + 8) heads tokens
 
-with b bytes per number. The scores of a block's attention are kept, and its backward pass takes four more of
-their size. With gradient checkpointing only one hidden state per block is kept, and one block at a time.
+with b bytes per number. The scores of a block's attention are kept (twice where they are capped), and its
+backward pass takes up to eight more of their size. With gradient checkpointing only one hidden state per
+block is kept, and one block at a time.
 """
 
 from dataclasses import replace
@@ -45,7 +46,7 @@ _STEP = 128  # where memory decides, a multiple of it
 _SHARE = 0.75  # of the machine's memory
 _PROCESS = 500 << 20  # bytes of Python and the libraries
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
-_KEPT, _SCORES = 0.75, 4  # see above
+_KEPT, _SCORES = 0.75, 8  # see above
 _UNKNOWN_HEADS = 32
 
 
@@ -165,11 +166,12 @@ def estimate(model: LanguageModel, config: TrainConfig, tokens: int, *, processe
         rows = min(rows, rows_per_pass(rows * processes, tokens, processes) // processes)
     widths, hidden = _widths(network, model.config)
     heads = _field(model.config, "num_attention_heads", "n_head", "n_heads") or _UNKNOWN_HEADS
-    scores = heads * tokens
+    scores = heads * tokens * (2 if _capped(model.config) else 1)
     blocks = [_KEPT * width + scores for width in widths]
     kept = sum(blocks) + _SCORES * scores
     if config.gradient_checkpointing:
-        kept = len(blocks) * hidden + 2 * max(blocks, default=0) + _SCORES * scores
+        again = len(blocks) * hidden + 2 * max(blocks, default=0) + _SCORES * scores
+        kept = min(kept, again)
     trained = _bytes(network.trainable_parameters())
     width = 4 if device.on_cpu() else 2
     weights = _bytes(network.parameters()) + (_COPIES - 1) * trained  # the trained arrays are among them
@@ -200,6 +202,11 @@ def _field(config: dict[str, Any], *names: str) -> int | None:
             if isinstance(value := fields.get(name), int) and value > 0:
                 return value
     return None
+
+
+def _capped(config: dict[str, Any]) -> bool:
+    """Whether attention scores go through a tanh, whose result is kept too."""
+    return any(f.get("attn_logit_softcapping") for f in (config, config.get("text_config") or {}))
 
 
 def _bytes(tree: Any) -> int:

@@ -45,8 +45,10 @@ def forget_after(file: Path, step: int) -> None:
 
 
 def read(file: Path) -> list[Row]:
-    """The recorded steps, each once (the latest). Step 0 is what was measured before the first one."""
-    steps = {row["step"]: row for row in _lines(file)}
+    """The recorded steps, each once (the latest). Step 0 is what was measured before the first."""
+    steps: dict[int, Row] = {}
+    for row in _lines(file):  # a resumed run may measure a step that was recorded without
+        steps[row["step"]] = steps.get(row["step"], {}) | row
     return [steps[number] for number in sorted(steps)]
 
 

@@ -111,9 +111,10 @@ class Step(Measured):
     stopped: str | None = None
 
     def in_words(self) -> str:
-        """What people read beside a bar: loss, rate, speed and memory."""
+        """What people read beside a bar, the most important first: a narrow terminal shows less of it."""
         speed = f"{self.tokens_per_second:.0f} tokens/s"
-        return f"loss {self.loss:.4f}  lr {self.lr:.2g}  {speed}  memory {size(self.memory)}"
+        memory = f"memory {size(self.memory)}"
+        return f"epoch {self.epoch:.1f}  loss {self.loss:.4f}  {speed}  lr {self.lr:.2g}  {memory}"
 
     def remarks(self) -> list[str]:
         """What was special about the step, a sentence for each: what was measured, a bad loss."""
@@ -127,7 +128,7 @@ class Step(Measured):
 class Progress:
     """What a run remembers besides arrays: the best measurement, by validation loss or by accuracy, and how
     many were worse since, the losses of the last steps, how many bad ones came in a row, and how many BLAS
-    threads: it decides the last bits."""
+    threads: it decides the last bits. `unmeasured`: the run had to end while it measured its last step."""
 
     best_loss: float | None = None
     best_step: int = 0
@@ -136,6 +137,7 @@ class Progress:
     bad: int = 0
     threads: int = 0
     best_accuracy: float | None = None
+    unmeasured: bool = False
 
     def measured(self, found: Measured, by: str) -> bool:
         """Note a measurement; True where it is the best so far. Of equal accuracies the one with the lower

@@ -102,7 +102,7 @@ class Trainer:
         method: the method with its options, as `LoRA(rank=16)`, or its name.
         output: the new folder for the adapter, its losses and checkpoints.
         callbacks: functions that are called with every `Step`, or objects of `Callback`.
-        start: an adapter folder to continue from, ours or PEFT's: its method and settings count then.
+        start: an adapter's folder or hub id to continue from, ours or PEFT's: its method and settings count.
         resume: continue the run in `output` from its newest checkpoint.
         exclude: test files whose questions must not be trained on, or their hashes.
         log: also to tensorboard, wandb or trackio.
@@ -155,7 +155,7 @@ class Trainer:
             rows = rows_of(data, self.config.columns)
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
-            self._prepare(rows, method, Path(start) if start else None, resume)
+            self._prepare(rows, method, adapter.located(start) if start else None, resume)
             writes = self.processes.writes
             self._loggers = open_loggers(log, self.output, self.meta.training) if writes else []
         except BaseException:
@@ -227,10 +227,10 @@ class Trainer:
         self.config, self.notes = config, self.notes + reasons
         self.encoded = fitted(rows, whole, self.model, config)
         how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
-        parts = parts_of(rows, self.encoded.examples, self.model, config, **how)
+        parts = parts_of(rows, self.encoded.examples, spoken, config, **how)
         self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
-        options: dict[str, Any] = {"template": template, "form": rows.format, "processes": processes}
-        self.watch = watch(self.model, config, parts.validation, **options)
+        how = {"template": template, "chat": chat, "form": rows.format, "processes": processes}
+        self.watch = watch(self.model, config, parts.validation, **how)
         self.run = Run(
             self.model.model,
             parts.training,

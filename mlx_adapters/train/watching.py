@@ -6,6 +6,7 @@ seed of its noise itself.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.data.overlap import row_text
 from mlx_adapters.data.sources import load_rows
-from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.templates import Asked, prompt_for
 from mlx_adapters.data.tokens import Example, prompt_ids
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.evaluate import tasks as test_sets
@@ -24,11 +25,12 @@ from mlx_adapters.evaluate.tasks import Item, Task
 from mlx_adapters.generate.decode import generate_ids
 from mlx_adapters.models.limits import positions
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.models.own_template import OWN, ChatTemplate
 from mlx_adapters.train.config import NOTHING_TO_JUDGE, TrainConfig
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.progress import Sample
 
-__all__ = ["Asked", "Watch", "test_items", "watch"]
+__all__ = ["Question", "Watch", "test_items", "watch"]
 
 _ROWS = 16  # answers that are decoded together, beside what training keeps in memory
 _TOKENS = 100  # the longest sample
@@ -36,7 +38,7 @@ _BEGINNING = 16  # tokens of a text without a prompt that a sample continues
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """The prompt of a sample, as text and as tokens, and the answer of its row."""
 
     prompt: str
@@ -53,26 +55,34 @@ class Watch:
         template: the prompt template of the run.
         sets: the test sets with their items.
         asked: the prompts of the samples.
+        chat: how the template `chat` writes in this run.
         processes: those of the run; they share the items.
         identity: what a run that looks for its best step has to share with the one that it resumes.
         tell: gets a few words while it takes time.
+        stopped: tells whether the run has to end. What is being asked is then left for a resumed run.
     """
 
     loaded: LanguageModel
     template: str
     sets: Sequence[tuple[Task, list[Item]]] = ()
-    asked: Sequence[Asked] = ()
+    asked: Sequence[Question] = ()
+    chat: ChatTemplate = OWN
     processes: Processes = field(default_factory=Processes)
     identity: dict[str, str] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda words: None
+    stopped: Callable[[], bool] = lambda: False
 
-    def accuracies(self) -> dict[str, float]:
-        """The share of right answers in each test set, decoded greedily, as `mlx-adapters eval` does."""
+    def accuracies(self) -> dict[str, float] | None:
+        """The share of right answers in each test set, decoded greedily, as `mlx-adapters eval` does; None
+        where the run has to end before all are known."""
         rank, size = self.processes.rank, self.processes.size
         right = []
         for task, items in self.sets:
             others = frozenset(index for index in range(len(items)) if index % size != rank)
-            right.append(self._right(task, items, others) if len(others) < len(items) else 0)
+            count = self._right(task, items, others) if len(others) < len(items) else 0
+            if count is None:
+                return None
+            right.append(count)
         if not right:
             return {}
         counts = self.processes.sums([mx.array(float(count)) for count in right], {})[0]
@@ -81,20 +91,23 @@ class Watch:
             for (task, items), count in zip(self.sets, counts, strict=True)
         }
 
-    def _right(self, task: Task, items: Sequence[Item], others: frozenset[int]) -> int:
-        asking = Asking(template=self.template, batch_size=_ROWS)
-        records = answer(self.loaded.model, self.loaded.tokenizer, task, items, asking, done=others)
+    def _right(self, task: Task, items: Sequence[Item], others: frozenset[int]) -> int | None:
+        asking = Asking(template=self.template, chat=self.chat, batch_size=_ROWS)
         right, own = 0, len(items) - len(others)
-        for done, record in enumerate(records, start=1):
-            right += record.correct
-            self.tell(f"{task.name} {done}/{own}, {right / done:.0%} right")
+        answers = answer(self.loaded.model, self.loaded.tokenizer, task, items, asking, done=others)
+        with closing(answers) as records:  # at once: it puts the model back into training
+            for done, record in enumerate(records, start=1):
+                right += record.correct
+                self.tell(f"{task.name} {done}/{own}  {right / done:.0%} right")
+                if self.stopped():
+                    return None
         return right
 
     def samples(self) -> tuple[Sample, ...]:
         """Answers to the prompts, in the first process; the others have none."""
         if not self.asked or not self.processes.writes:
             return ()
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        model, tokenizer = self.loaded.model, _tokenizer(self.loaded, self.template, self.chat)
         self.tell("answers to read")
         stop = frozenset(int(token) for token in tokenizer.eos_token_ids)
         prompts, limit = [one.ids for one in self.asked], positions(model)
@@ -115,13 +128,15 @@ def watch(
     validation: Sequence[Example],
     *,
     template: str,
+    chat: ChatTemplate = OWN,
     form: str,
     processes: Processes,
 ) -> Watch:
     """What `config` asks to watch. Raises ConfigError, DataError where it cannot be."""
     sets = test_items(config)
-    asked = list(_asked(loaded, config, validation, template=template, form=form))
-    return Watch(loaded, template, sets, asked, processes, _judge(config, sets, validation))
+    tokenizer = _tokenizer(loaded, template, chat)
+    asked = list(_asked(tokenizer, config, validation, template=template, form=form))
+    return Watch(loaded, template, sets, asked, chat, processes, _judge(config, sets, validation))
 
 
 def _judge(
@@ -148,15 +163,15 @@ def test_items(config: TrainConfig) -> list[tuple[Task, list[Item]]]:
 
 
 def _asked(
-    loaded: LanguageModel, config: TrainConfig, validation: Sequence[Example], *, template: str, form: str
-) -> Iterable[Asked]:
-    wanted, tokenizer = config.eval_samples, loaded.tokenizer
+    tokenizer: Any, config: TrainConfig, validation: Sequence[Example], *, template: str, form: str
+) -> Iterable[Question]:
+    wanted = config.eval_samples
     if wanted is None:
         return
     if isinstance(wanted, str):
         for text in _prompts(Path(wanted)):
             prompt = prompt_for(text, template=template, tokenizer=tokenizer, phase="eval")
-            yield Asked(text, prompt_ids(prompt, tokenizer))
+            yield Question(text, prompt_ids(prompt, tokenizer))
         return
     if not validation:
         raise ConfigError("eval_samples needs validation rows: give validation too, or a file of prompts")
@@ -168,7 +183,7 @@ def _asked(
         start = _BEGINNING if form == "text" else example.loss_start
         end = example.unlabelled[0][0] if example.unlabelled else len(example.ids)
         prompt, expected = (_text(tokenizer, part) for part in (example.ids[:start], example.ids[start:end]))
-        yield Asked(prompt, list(example.ids[:start]), expected)
+        yield Question(prompt, list(example.ids[:start]), expected)
 
 
 def _prompts(file: Path) -> list[str]:
@@ -182,6 +197,11 @@ def _prompts(file: Path) -> list[str]:
     if not found:
         raise ConfigError(f"eval_samples={file}: has no prompts")
     return found
+
+
+def _tokenizer(loaded: LanguageModel, template: str, chat: ChatTemplate) -> Any:
+    """The tokenizer that writes prompts, and knows where answers end, as `mlx-adapters eval` makes it."""
+    return Asked(template, chat).on(loaded.tokenizer)
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.chat import has_reasoning, left_open
+from mlx_adapters.data.reasoning import left_open, reasoning_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import asked, default_template
 from mlx_adapters.models.load import LanguageModel
@@ -41,7 +41,7 @@ def written_with(
 def _any_reasoning(rows: Rows) -> bool:
     """Whether an answer of the rows comes with reasoning."""
     return any(
-        has_reasoning(message)
+        reasoning_of(message)
         for part in rows.parts or (rows,)
         for row in part.rows
         for message in row.get("messages") or ()

@@ -287,7 +287,7 @@ READERS: dict[str, Reader] = {
 def _read_bin(file: Path) -> None:
     import mlx.core as mx
 
-    from mlx_adapters.convert.torch_bin import read_bin
+    from mlx_adapters.files.torch_bin import read_bin
 
     mx.eval([mx.array(array) for array in read_bin(file).values()])
 

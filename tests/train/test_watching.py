@@ -210,3 +210,35 @@ def test_the_smooth_line_does_not_lag(tmp_path: Path) -> None:
         (old, [], [{"step": 0, "accuracy": 0.5, "accuracies": {"test": 0.5}}, *old])
     ):
         metrics.plot(rows, tmp_path / f"{number}.png", title="run")
+
+
+def test_stopped_while_answers_are_counted(
+    watched: Watched, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The run ends at once, and what it did not measure is measured when it goes on: the same end."""
+    loaded, output = model.load(folders["llama"]), tmp_path / "out"
+    trainer = Trainer(loaded, ROWS, METHOD, output=output, **watched.options)
+    heard = list[str]()
+
+    def press(doing: str) -> None:
+        heard.append(doing)
+        if trainer.run.step == 30 and doing.startswith("test 2/5"):
+            trainer.stop()
+
+    trainer.watch.tell = press
+    last = list(trainer)[-1]
+    trainer.detach()
+    assert (last.step, last.stopped, last.accuracy, last.samples) == (30, "interrupted", None, ())
+    assert last.validation_loss == watched.steps[29].validation_loss
+    assert heard[-1].startswith("test 2/5  ")
+    resumed = Trainer(loaded, ROWS, METHOD, output=output, resume=True, **watched.options)
+    assert [step.step for step in resumed] == list(range(31, 41))
+    resumed.detach()
+    for name in ("samples.jsonl", "adapter_model.safetensors"):
+        assert (output / name).read_bytes() == (watched.output / name).read_bytes(), name
+    kept = ("step", "loss", "validation_loss", "accuracy")
+    rows, straight = (metrics.read(folder / "metrics.jsonl") for folder in (output, watched.output))
+    assert [[row.get(name) for name in kept] for row in rows] == [
+        [row.get(name) for name in kept] for row in straight
+    ]
+    assert resumed.run.progress == watched.trainer.run.progress
