@@ -29,6 +29,7 @@ from mlx_adapters.convert.gguf_file import read_container
 from mlx_adapters.convert.verify import verify_model
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.load import load
+from mlx_adapters.models.names import names_of
 
 CHECKOUT = os.environ.get("MLX_ADAPTERS_LLAMA_CPP")
 FAST = ("qwen3_5_moe_text", "gemma3_text", "gemma4_text:experts", "gpt_oss", "granitemoehybrid", "ministral3")
@@ -181,6 +182,8 @@ def test_groups_keep_the_values_of_the_file(source: Path, tmp_path: Path, kind: 
     for name, array in _plain(kept):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
     assert close(our_logits(tmp_path / "kept"), our_logits(tmp_path / "plain"))
+    convert(source, tmp_path / "hf")  # an exported adapter has the same names from either
+    assert names_of(kept) == names_of(load(tmp_path / "hf").model)
 
 
 def test_a_type_of_the_package_becomes_plain(tmp_path: Path) -> None:
