@@ -86,11 +86,6 @@ def family_in(container: Container) -> tuple[Family, Metadata]:
     arch = container.fields.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
         raise UnsupportedError(f"{container.path}: {unknown('architecture', str(arch)[:60], FAMILIES)}")
-    parts = container.fields.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedError(
-            f"{container.path}: is one of {parts} parts; join them with `llama-gguf-split --merge` first"
-        )
     found = Metadata(container, arch)
     return family_of(arch, found), found
 
