@@ -38,6 +38,8 @@ from mlx_adapters.files import weights, writing
 from mlx_adapters.models import load as models
 from mlx_adapters.models.origin import remember, remembered, with_record
 from mlx_adapters.models.own_template import ChatTemplate
+from mlx_adapters.models.sites import is_head
+from mlx_adapters.models.unread import left_out
 from mlx_adapters.units import size
 
 __all__ = ["TARGETS", "Fused", "fuse"]
@@ -187,11 +189,21 @@ def _write(
         refuse_not_finite(place, str(dst), dtype)
         return None
     writing.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[dtype].size)
-    write_transformers(loaded.model, loaded.config, place, dtype=dtype)
+    write_transformers(loaded.model, loaded.config, place, dtype=dtype, beside=_towers(loaded))
     refuse_not_finite(place, str(dst), dtype)
     copy_tokenizer(loaded.path, place)
     write_ends(place, loaded.path)
     return dict(_sums(loaded.model, dtype))
+
+
+def _towers(loaded: models.LanguageModel) -> dict[str, mx.array]:
+    """What the base's folder holds beside the language model, which transformers' model needs to be whole."""
+    if "text_config" not in loaded.config:
+        return {}
+    names = set(left_out(loaded.model))
+    found = weights.read_weights(loaded.path) if names else {}
+    names = {name for name in names if not is_head(name.rpartition(".")[0])}  # a tied one is not asked
+    return {name: array for name, array in found.items() if name in names}
 
 
 def _write_template(place: Path, chat: ChatTemplate, source: Path) -> None:

@@ -16,7 +16,7 @@ from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models import marks, names, torch_names
 from mlx_adapters.models.recurrent.install import in_chunks
-from mlx_adapters.models.unread import refuse_unread
+from mlx_adapters.models.unread import refuse_unread, unread
 
 __all__ = ["build", "cast"]
 
@@ -46,6 +46,7 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     found = marks.seen(given, weights)
     packed = bool(config.get("quantization"))  # a folder in MLX's format holds what is used
     model.unread = () if packed else refuse_unread(name, config["model_type"], given, found, fresh)
+    model.find_unread = None if packed else functools.partial(unread, found, fresh)
     # measured when it is asked for: to answer, a model does not need it
     model.tensor_names = functools.partial(_names, config, found, fresh)
     in_chunks(model)

@@ -6,6 +6,7 @@ tensor is to compute something else.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +15,7 @@ from mlx_adapters.models import torch_names
 from mlx_adapters.models.marks import Sanitized, marks
 from mlx_adapters.models.names import template
 
-__all__ = ["refuse_unread", "remark", "unread"]
+__all__ = ["left_out", "refuse_unread", "remark", "unread"]
 
 Weights = dict[str, mx.array]
 
@@ -28,7 +29,8 @@ def refuse_unread(
     kind is a template of names: of a single layer that is left out, transformers has none either.
     """
     known = torch_names.reads(model_type)
-    dropped = tuple(unread(found, fresh, lambda n: known is None or _kind(n, model_type) in known))
+    kinds = unread(found, fresh, lambda n: known is None or _kind(n, model_type) in known)
+    dropped = tuple(names[0] for names in kinds)
     heads = [one for one in dropped if one.rpartition(".")[0].endswith(("lm_head", "embed_out"))]
     for head in heads:
         _compare_head(name, head, given)
@@ -49,14 +51,20 @@ def remark(names: tuple[str, ...]) -> str | None:
     return f"not used, of the checkpoint: {', '.join(names[:3])}{more}"
 
 
+def left_out(model: Any) -> list[str]:
+    """The checkpoint's tensors that a loaded model does not use: those of towers for images, mostly."""
+    found: Callable[[], Iterator[list[str]]] | None = getattr(model, "find_unread", None)
+    return [name for names in found() for name in names] if found else []
+
+
 def _kind(name: str, model_type: str) -> str:
     return template(torch_names.torch_name(name, model_type))
 
 
 def unread(
-    found: Sanitized, fresh: Callable[[Weights], Weights], wanted: Callable[[str], bool]
-) -> Iterator[str]:
-    """The first tensor of each kind, of those `wanted`, that a sanitize drops.
+    found: Sanitized, fresh: Callable[[Weights], Weights], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[list[str]]:
+    """The tensors of each kind, of those `wanted`, that a sanitize drops.
 
     A kind of which a tensor came out as it went in is used; of the others it is tried whether the sanitize,
     which `fresh` runs, makes the same without them.
@@ -68,7 +76,7 @@ def unread(
             left.setdefault(kind, []).append(name)
     for names in left.values():
         if len(found.plain) == len(found.made) or _spared(set(names), found, fresh):
-            yield names[0]
+            yield names
 
 
 def _spared(names: set[str], found: Sanitized, fresh: Callable[[Weights], Weights]) -> bool:

@@ -99,6 +99,26 @@ def test_a_folder_in_mlx_format_knows_its_family(tmp_path: Path) -> None:
     assert names_of(models.load(tmp_path / "mlx").model) == measured
 
 
+def test_what_reaches_a_tower_is_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT finds q_proj in the tower for images, too; text does not pass it."""
+    folder = make_family("gemma3", tmp_path)
+    for name, targets in (("both", ["q_proj"]), ("tower", r".*vision_tower.*q_proj")):
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        adapted = peft.get_peft_model(opened(folder), config).eval()
+        adapted.save_pretrained(tmp_path / name)
+        loaded = models.load(folder, dtype="float32")
+        if name == "tower":
+            with pytest.raises(AdapterError, match="adapts the vision_tower alone"):
+                adapter.load(loaded, tmp_path / name)
+            return
+        adapter.load(loaded, tmp_path / name)
+        assert "left out 1 layer of the vision_tower" in capsys.readouterr().err
+        theirs = in_torch(adapted)
+        assert max_diff(logits(loaded.model, TEXT), theirs) <= bound(theirs)
+
+
 def test_a_layer_that_cannot_be_written_is_refused_before_it_trains(tmp_path: Path) -> None:
     folder = make_family("llama", tmp_path)
     loaded = models.load(folder, dtype="float32")
