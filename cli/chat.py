@@ -10,10 +10,10 @@ import typer
 
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import fields_as_options, opt
-from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import AdaptersError
 from mlx_adapters.fields import merged, parse_fields
 from mlx_adapters.generate.config import AnswerConfig
+from mlx_adapters.screen import say
 from mlx_adapters.signals import telling
 
 _BLOCK = '"""'

@@ -6,7 +6,7 @@ from typing import Annotated
 from mlx_adapters.cli.complete import RECIPES
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended, say
+from mlx_adapters.screen import ended, say
 
 
 @reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "remark", "verify")

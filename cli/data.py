@@ -8,9 +8,9 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import App, DataDir, arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import picture, table
 from mlx_adapters.data.showing import Preview, Statistics
 from mlx_adapters.fields import merged
+from mlx_adapters.screen import ended, picture, table
 
 _TEST = "test files or sets, joined by commas, as in `eval --task`"
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
@@ -42,9 +42,11 @@ def show_command(source: Source, model: Tokenizer, **given: Any) -> None:
 def stats_command(source: Source, model: Tokenizer, **given: Any) -> None:
     """Count tokens, lengths, repeated rows and empty answers, and suggest a max length."""
     from mlx_adapters.data import preview
+    from mlx_adapters.next_steps import after_statistics
 
     found = preview.row_statistics(source, model, **merged({}, given))
-    report(asdict(found), lambda: typer.echo("\n".join(preview.described(found))))
+    text = "\n".join(preview.described(found))
+    report(asdict(found), lambda: ended(text, after_statistics(source, model)))
 
 
 @app.command("overlap")

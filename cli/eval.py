@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import AdapterFolder, Model, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended, say, table, track
 from mlx_adapters.errors import counted
 from mlx_adapters.evaluate.config import EvalConfig
+from mlx_adapters.screen import ended, say, table, track
 
 if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part

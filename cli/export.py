@@ -9,7 +9,7 @@ import typer
 from mlx_adapters.cli.complete import FORMATS
 from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say
+from mlx_adapters.screen import say
 
 _MODEL = "MLX model folder for --verify [default: the one it was trained on]"
 

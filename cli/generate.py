@@ -8,10 +8,10 @@ import typer
 from mlx_adapters.cli import options
 from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import live, report, reporting
-from mlx_adapters.cli.screen import say
 from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.fields import merged, parse_fields
 from mlx_adapters.generate.config import AnswerConfig
+from mlx_adapters.screen import say
 
 _KEYS = ("text", "template", "prompt_tokens", "tokens", "finish_reason")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from mlx_adapters.cli.options import AdapterFolder, BatchSize, ChatTemplateKwargs, Model, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table
+from mlx_adapters.screen import say, table
 
 _FEWSHOT = "worked examples in the prompt [default: the task's]"
 _CHAT = "write prompts as the model's chat template does"

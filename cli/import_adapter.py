@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mlx_adapters.cli.options import NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
+from mlx_adapters.screen import ended
 
 
 @reporting("path", "method", "format")
@@ -21,12 +20,14 @@ def command(
     """
     from mlx_adapters.api import import_adapter
     from mlx_adapters.convert import exchange
+    from mlx_adapters.next_steps import after_adapter
     from mlx_adapters.train.trainer import check_output
 
     found = exchange.detect(src)
     check_output(dst, False)
     meta = import_adapter(src, dst, model=model)
+    text = f"{dst}: {meta.method.NAME}, from a folder of {found}"
     report(
         {"path": dst, "method": meta.method.NAME, "format": found},
-        lambda: typer.echo(f"{dst}: {meta.method.NAME}, from a folder of {found}"),
+        lambda: ended(text, after_adapter(dst, model, meta)),
     )

@@ -7,7 +7,7 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import table
+from mlx_adapters.screen import table
 
 _KEYS = ("method", "what", "authors", "paper", "stands_on", "mergeable", "in_peft", "fields", "doc")
 

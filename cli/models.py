@@ -6,7 +6,7 @@ import typer
 
 from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import table
+from mlx_adapters.screen import table
 
 
 @reporting("architecture", "in_table", "methods", "targets", "compared", each=True)

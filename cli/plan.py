@@ -9,9 +9,9 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.cli.options import METHOD, numbers, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import settings
+from mlx_adapters.screen import say, table, track
 from mlx_adapters.units import bytes_of, size
 
 _LOSS_ON = "completion or all, as `train --loss-on`"

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import ended, say, table
 from mlx_adapters.cli.study import work
+from mlx_adapters.screen import ended, say, table
 from mlx_adapters.units import duration
 
 _MODEL = ("folder", "parameters", "bits_per_weight", "bytes")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_adapters import signals
 from mlx_adapters.cli.options import Adapters, ChatTemplateKwargs, Model, Template, opt
-from mlx_adapters.cli.screen import say
+from mlx_adapters.screen import say
 
 if TYPE_CHECKING:
     from mlx_adapters.serve import Engine

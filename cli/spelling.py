@@ -2,6 +2,7 @@
 
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 __all__ = ["fields_of_method", "spelled"]
@@ -22,6 +23,9 @@ def spelled(args: list[str], options: dict[str, Any]) -> list[str]:
         if word == "--":
             return [*found, word, *rest]
         name, equals, value = word.partition("=")
+        if word == "--resume" and _names_a_folder(rest, args) and "--output" in options:
+            found += [word, "--output", rest.pop(0)]
+            continue
         if name in options:
             found.append(word)
             if not equals and rest and not options[name].is_flag:
@@ -34,6 +38,11 @@ def spelled(args: list[str], options: dict[str, Any]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def _names_a_folder(rest: list[str], args: list[str]) -> bool:
+    """Whether `--resume` is followed by what it resumes: `train --resume my-adapter`."""
+    return bool(rest) and not rest[0].startswith("-") and "--output" not in args and Path(rest[0]).exists()
 
 
 def fields_of_method(args: list[str]) -> tuple[str, list[tuple[str, str]]]:

@@ -8,8 +8,8 @@ import typer
 
 from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table
 from mlx_adapters.errors import ConfigError, counted, unknown
+from mlx_adapters.screen import say, table
 from mlx_adapters.units import duration, size
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """`mlx-adapters train MODEL --data SOURCE --output DIR`."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,8 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.complete import DTYPES, LOGGERS, methods
 from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import be_quiet, ended, lines, picture, say
 from mlx_adapters.errors import counted
+from mlx_adapters.screen import be_quiet, ended, lines, picture, say
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import duration
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("method", "trainable", "parameters", "rows", "steps", "step", "seconds", "loss")
 _MEASURED = ("validation_loss", "validation_loss_before", "accuracy", "accuracy_before")
-_PROCESSES = "processes of this machine that share every batch: faster on a CPU"
+_PROCESSES = "processes of this machine that share every batch: faster on a CPU [default: 1]"
 
 
 @reporting("output", *_KEYS, *_MEASURED)
@@ -38,7 +37,7 @@ def command(
     config: Annotated[Path | None, opt("YAML file of these options; flags win")] = None,
     exclude: Annotated[list[Path] | None, opt("leave out rows whose question is in this test file")] = None,
     resume: Annotated[bool, opt("continue from the newest checkpoint in --output")] = False,
-    processes: Annotated[int, opt(_PROCESSES, min=1)] = 1,
+    processes: Annotated[int | None, opt(_PROCESSES, min=1)] = None,
     log: Annotated[list[str] | None, opt("also to tensorboard, wandb or trackio", values=LOGGERS)] = None,
     show_example: Annotated[bool, opt("print the first row as it is trained", "--show-example")] = False,
     dtype: Annotated[str | None, opt("compute in float32, float16 or bfloat16", values=DTYPES)] = None,
@@ -48,13 +47,14 @@ def command(
     from mlx_adapters.cpu.processes import in_ring, run_ring
     from mlx_adapters.train.run_file import read_run
 
-    named = {"model": model, "data": data or None, "output": output, "method": method}
-    run = read_run(config, named, given, set_ or [], start=adapter)
-    if processes > 1:
-        run = replace(run, config=run.config.shared(processes))
+    given |= {"model": model, "data": data, "output": output, "method": method, "adapter": adapter}
+    given |= {"exclude": exclude, "processes": processes, "log": log, "dtype": dtype}
+    run = read_run(config, given, set_ or [], resume=resume)
+    if run.what.processes > 1:
+        run = run.shared()
         if not in_ring():
-            raise typer.Exit(run_ring("mlx_adapters.cli.app", sys.argv[1:], processes, warn=say))
-    _train(run, exclude or [], dtype, show_example, start=adapter, resume=resume, log=log or [])
+            raise typer.Exit(run_ring("mlx_adapters.cli.app", sys.argv[1:], run.what.processes, warn=say))
+    _train(run, resume=resume, show_example=show_example)
 
 
 def follow(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
@@ -91,32 +91,36 @@ def follow(trainer: "Trainer", *, go_on: str = "Go on with --resume") -> float:
     return result.seconds
 
 
-def _train(run: "Written", exclude: list[Path], dtype: str | None, show_example: bool, **more: Any) -> None:
+def _train(run: "Written", *, resume: bool, show_example: bool) -> None:
     from mlx_adapters import methods
     from mlx_adapters.models import load as models
     from mlx_adapters.next_steps import after_train
     from mlx_adapters.train.callbacks import Tokenizing
     from mlx_adapters.train.distributed import processes
     from mlx_adapters.train.examples import excluded_hashes, rows_of
+    from mlx_adapters.train.run_file import remember, several
     from mlx_adapters.train.summary import first_row, summary
     from mlx_adapters.train.trainer import Trainer, check_output
 
-    output, together = run.output, processes()
-    method = methods.make(run.method, run.fields)  # a typing error is told before the model loads
+    output, together, what = run.output, processes(), run.what
+    method = methods.make(what.method, run.fields)  # a typing error is told before the model loads
     if together.writes:
-        check_output(output, more["resume"])
+        check_output(output, resume)
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = rows_of(run.data, run.config.columns), excluded_hashes(exclude)
+    rows, hashes = rows_of(what.data, run.config.columns), excluded_hashes(several(what.exclude))
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
-    loaded = models.load(run.model, dtype=dtype)
-    more |= {"output": output, "exclude": hashes, "processes": together, "callbacks": [Tokenizing(say)]}
+    loaded = models.load(what.model, dtype=what.dtype)
+    more: dict[str, Any] = {"start": what.adapter, "exclude": hashes, "log": several(what.log)}
+    more |= {"output": output, "resume": resume, "processes": together, "callbacks": [Tokenizing(say)]}
     trainer = Trainer(loaded, rows, method, **more, **vars(run.config))
+    if together.writes:
+        remember(run)
     for sentence in [*trainer.notes, *summary(trainer)]:
         say(sentence)
     if show_example:
         picture(first_row(trainer), err=True)
-    if more["resume"]:
+    if resume:
         say(f"resuming after step {trainer.run.step}")
     follow(trainer)
     if not together.writes:
@@ -127,6 +131,6 @@ def _train(run: "Written", exclude: list[Path], dtype: str | None, show_example:
         done = f"{output}: trained {counted(result.steps, 'step')} in {duration(result.seconds)}"
         if result.loss is not None:  # metrics.jsonl may have been taken away
             done += f", loss {result.loss:.4f} at step {result.step}"
-        ended(done, after_train(run.model, run.data, rows, output, trainer.meta))
+        ended(done, after_train(what.model, what.data, rows, output, trainer.meta))
 
     report({"output": output} | {key: getattr(result, key) for key in _KEYS + _MEASURED}, words)

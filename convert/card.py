@@ -128,10 +128,8 @@ def _answer(meta: AdapterMeta, base: str) -> str:
     code = "from transformers import GenerationConfig\n\n" if chat else _ASKS.format(base=base)
     # a chat template writes the tokenizer's first token itself
     code += f'inputs = tokenizer(prompt, return_tensors="pt"{", add_special_tokens=False" if chat else ""})\n'
-    return (
-        f"## An answer\n\nAnswers end with {names}, as `{GENERATION}` in this folder says; the base may "
-        + (f"end them otherwise.\n\n```python\n{code}{_GENERATE}\n```\n\n")
-    )
+    said = f"`{GENERATION}` in this folder takes the likeliest token each time, up to {names}"
+    return f"## An answer\n\n{said}.\n\n```python\n{code}{_GENERATE}\n```\n\n"
 
 
 GENERATION = "generation_config.json"

@@ -98,6 +98,8 @@ def _parse(raw: Any, hint: Any) -> Any:
             except ValueError:
                 continue  # `float | str`: a number if it is one, else a word
         raise ValueError
+    if hint is Any:
+        return raw
     if hint is bool:
         if isinstance(raw, bool):
             return raw

@@ -13,13 +13,17 @@ from mlx_adapters.data.sources import GENERATED, Rows
 from mlx_adapters.errors import AdaptersError
 from mlx_adapters.evaluate.tasks import load_file
 
-__all__ = ["after_convert", "after_eval", "after_export", "after_quickstart", "after_train", "line"]
+__all__ = [
+    *("after_adapter", "after_convert", "after_eval", "after_export", "after_fuse", "after_quickstart"),
+    *("after_statistics", "after_train", "line"),
+]
 
 # The paper's training sets and the test sets that the paper measures with them.
 _TASKS = {"math_10k": "math", "math_7k": "math", "math_14k": "math"}
 _TASKS |= {"commonsense_15k": "commonsense", "commonsense_170k": "commonsense", GENERATED: GENERATED}
 _LONGEST = 120  # characters of a question on the command line
 _LOOKED = 100  # rows
+_ASK = "Why is the sky blue?"
 _HUB = "OWNER/NAME"  # where nothing says which model of the hub the base is
 
 
@@ -52,10 +56,29 @@ def after_train(model: str, data: str | list[str], rows: Rows, output: Path, met
     return [*found, _export(output, meta)]
 
 
+def after_statistics(source: str, model: str) -> list[str]:
+    """After a look at training data: see rows of it, train on it."""
+    return [
+        line("data", "show", source, "--model", model),
+        line("train", model, "--data", source, "--output", "my-adapter"),
+    ]
+
+
+def after_adapter(folder: Path, model: str | None, meta: AdapterMeta) -> list[str]:
+    """After an adapter was written that was not trained here: ask it. `model` is the base, as given."""
+    base = model or meta.base.get("path") or meta.hub_id
+    return [line("generate", base or "MODEL", "--adapter", folder, "--prompt", _ASK), line("info", folder)]
+
+
+def after_fuse(folder: Path) -> list[str]:
+    """After a model was fused: ask it."""
+    return [line("generate", folder, "--prompt", _ASK)]
+
+
 def after_convert(folder: Path) -> list[str]:
     """After a conversion: ask the model, train on it."""
     return [
-        line("generate", folder, "--prompt", "Why is the sky blue?"),
+        line("generate", folder, "--prompt", _ASK),
         line("train", folder, "--data", "YOUR.jsonl", "--output", "my-adapter"),
     ]
 

@@ -23,15 +23,14 @@ WORDS = ["the", "box", "of", "a", "red", "car", "and", "dog", "was", "in", "my",
 
 
 def write(file: Path, rows: int) -> None:
-    """`rows` different questions of about 80 characters, each with an answer."""
+    """`rows` different questions of about 15 words, each with an answer."""
+    phrases = [
+        " ".join(WORDS[(start + step) % len(WORDS)] for step in range(9)) for start in range(len(WORDS))
+    ]
     with file.open("w") as stream:
         for number in range(rows):
-            picked = " ".join(WORDS[(number // 7**place + place) % len(WORDS)] for place in range(10))
-            row = {
-                "instruction": f"{number}: {picked}, how many?",
-                "output": f"there are {number % 97} of them",
-            }
-            stream.write(json.dumps(row) + "\n")
+            question = f"{number}: {phrases[number % len(phrases)]}, how many are there?"
+            stream.write(f'{{"instruction": "{question}", "output": "it is {number % 97}"}}\n')
 
 
 def model(folder: Path) -> None:

@@ -10,8 +10,8 @@ __all__ = ["speed_up"]
 
 
 def speed_up(model: nn.Module) -> None:
-    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, SwiGLU and attention
-    take a faster exponential, and short convolutions of one channel each add up shifted rows.
+    """On CPU, let quantized layers with many rows compute as dequantize + float GEMM, SwiGLU take a
+    faster exponential, and short convolutions of one channel each add up shifted rows.
 
     MLX's quantized product does not use BLAS: it is up to fifty times slower there. Metal keeps the native
     kernels. Arrays, names and `isinstance(layer, nn.QuantizedLinear)` stay as they are.

@@ -42,6 +42,8 @@ class Batch:
         supervised: how many tokens have a label, counted in the same way.
         example_start: int32 [rows, time - 1] where rows are packed: the index in its row at which the example
             of each token begins.
+        host_start: the same on the host, which can then leave out what attention need not compute; a function
+            that is compiled does not have it.
         read: float32 [rows, time - 1], for losses on all tokens: 1 for a token, 0 for padding. All tokens of
             the rows are there then.
     """
@@ -54,6 +56,7 @@ class Batch:
     supervised: int
     example_start: mx.array | None = None
     read: mx.array | None = None
+    host_start: np.ndarray | None = None
 
     @classmethod
     def from_mask(
@@ -75,9 +78,12 @@ class Batch:
         labels[:count] = ids[rows, columns]
         weights = np.zeros(padded, np.float32)
         weights[:count] = label_mask[rows, columns]
-        starts = None if example_start is None else mx.array(example_start[:, :-1])
+        host = None if example_start is None else example_start[:, :-1]
+        starts = None if host is None else mx.array(host)
         arrays = mx.array(ids), mx.array(positions), mx.array(labels), mx.array(weights)
-        return cls(*arrays, tokens, supervised, starts, None if read is None else mx.array(read[:, :-1]))
+        return cls(
+            *arrays, tokens, supervised, starts, None if read is None else mx.array(read[:, :-1]), host
+        )
 
     @property
     def label_mask(self) -> np.ndarray:

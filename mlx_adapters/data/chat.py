@@ -183,7 +183,7 @@ def _answer(
         raise DataError(_BY_ANSWER)
     if (thought := reasoning_of(messages[index])) not in done:
         raise DataError(
-            f"the chat template does not write the reasoning of an answer ({thought[:20]!r}), so it would "
+            f"the chat template does not write the reasoning of an answer ({thought[:20]!r}), which would "
             "not be learned: leave it out of the rows, or give a --template that writes it"
         )
     tail = probe.rpartition(PROBE)[2]

@@ -34,7 +34,7 @@ import numpy as np
 from mlx_adapters.cpu.blas import cache
 from mlx_adapters.data.picked import Examples
 from mlx_adapters.data.tokens import SUMMED, Encoded, Example
-from mlx_adapters.errors import writing_to
+from mlx_adapters.errors import OutputError
 from mlx_adapters.files.documents import from_json
 
 __all__ = ["FORMAT", "Facts", "StoredExamples", "Writer", "folder_of", "holding", "read"]
@@ -117,7 +117,7 @@ class Writer:
         """Write what is known of the rows too, and put all files in place."""
         self._ids.close()
         self._unlabelled.close()
-        with writing_to(self._folder):
+        with _writing(self._folder):
             self._write(encoded, facts)
 
     def discard(self) -> None:
@@ -154,9 +154,21 @@ def folder_of(key: str) -> Path:
 
 
 @contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder, and the remedy, where it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or error}), and so many rows keep their tokens "
+            "there. Free some space, or let MLX_ADAPTERS_CACHE name another folder"
+        ) from None
+
+
+@contextmanager
 def holding(folder: Path, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Make the folder and keep other processes from writing there; `wait` is called where one does."""
-    with writing_to(folder):
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
@@ -211,7 +223,7 @@ class _Numbers:
         self._stream.close()
 
     def _flush(self) -> None:
-        with writing_to(self._file.parent):
+        with _writing(self._file.parent):
             self._buffer.tofile(self._stream)
         del self._buffer[:]
 

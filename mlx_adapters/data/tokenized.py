@@ -103,11 +103,9 @@ def _tokenizer_parts(tokenizer: Any, written: datetime) -> list[Any]:
     words = backend.to_str() if backend is not None else json.dumps(inner.get_vocab(), sort_keys=True)
     template = json.dumps(tokenizer.chat_template)
     dates = [written.strftime(asked[1]) for asked in re.findall(TODAY, template.replace('\\"', '"'))]
-    kinds = [
-        type(inner).__name__,
-        getattr(inner, "init_kwargs", {}),
-        getattr(inner, "special_tokens_map", {}),
-    ]
+    settings = getattr(inner, "init_kwargs", {}).items()  # paths and objects among them say nothing
+    flags = sorted((name, value) for name, value in settings if isinstance(value, bool | int))
+    kinds = [type(inner).__name__, flags, getattr(inner, "special_tokens_map", {})]
+    variables = [getattr(tokenizer, name, "") for name in ("chat_template_kwargs", "chat_prompt_unasked")]
     ends = sorted(map(str, getattr(tokenizer, "eos_token_ids", ())))
-    variables = getattr(tokenizer, "chat_template_kwargs", {})
     return [hashlib.sha256(words.encode()).hexdigest(), template, dates, variables, *kinds, ends]

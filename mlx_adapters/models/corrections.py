@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_adapters.models.activations import correct_activations
 from mlx_adapters.models.architectures.row import Architecture, Config
+from mlx_adapters.models.attention import attention
 from mlx_adapters.models.corrected_routers import correct_groups
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
@@ -24,6 +25,7 @@ from mlx_adapters.models.windows import correct_windows, letters, pattern
 from mlx_adapters.rebind import replace_call
 
 __all__ = [
+    "cap_in_blocks",
     "clip_projections",
     "corrected",
     "count_expert_layers",
@@ -32,7 +34,6 @@ __all__ = [
     "gpt2_names",
     "ignored",
     "mask_blocks_causally",
-    "mask_by_row",
     "norm_factors_exactly",
     "refuse_chatglm2_ratio",
     "rotate_part",
@@ -164,19 +165,34 @@ def scale_attention(model: Any, config: Config) -> None:
             layer.attn.scale /= index + 1
 
 
-def mask_by_row(model: Any, config: Config) -> None:
-    """Gemma 2: masks [rows, 1, time, keys]. The scores are [rows, kv heads, queries of each, time, keys]:
-    mlx-lm's attention would apply the mask of row n to kv head n of every row."""
+def cap_in_blocks(model: Any, config: Config) -> None:
+    """Gemma 2: scores with a soft cap, by the attention that keeps none of them and takes masks of each row.
+
+    mlx-lm's attention keeps all scores, and would apply the mask of row n to kv head n of every row: its
+    scores are [rows, kv heads, queries of each, time, keys]."""
     for layer in model.layers:
-        if layer.self_attn.repeats > 1:
-            layer.self_attn.__class__ = _masked_by_row(type(layer.self_attn))
+        layer.self_attn.__class__ = _capping(type(layer.self_attn))
 
 
-def _masked_by_row(base: Any) -> type:
+def _capping(base: Any) -> type:
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if isinstance(mask, mx.array) and mask.ndim == 4:
-            mask = mask[:, :, None]
-        return base.__call__(self, x, mask, cache)
+        rows, time, _ = x.shape
+        queries, keys, values = (
+            part(x).reshape(rows, time, heads, -1).transpose(0, 2, 1, 3)
+            for part, heads in (
+                (self.q_proj, self.n_heads),
+                (self.k_proj, self.n_kv_heads),
+                (self.v_proj, self.n_kv_heads),
+            )
+        )
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        cap = self.attn_logit_softcapping
+        seen = attention(queries, keys, values, cache, self.scale, mask, cap=cap)
+        result: mx.array = self.o_proj(seen.transpose(0, 2, 1, 3).reshape(rows, time, -1))
+        return result
 
     return replace_call(base, call)
 
@@ -263,8 +279,6 @@ def clip_projections(model: Any, config: Config) -> None:
 
 
 def _clipping(base: Any, limit: float) -> type:
-    from mlx_lm.models.base import scaled_dot_product_attention
-
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         rows, time, _ = x.shape
         projected = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
@@ -276,7 +290,7 @@ def _clipping(base: Any, limit: float) -> type:
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        seen = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        seen = attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         result: mx.array = self.o_proj(seen.transpose(0, 2, 1, 3).reshape(rows, time, -1))
         return result
 

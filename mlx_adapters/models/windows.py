@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.models.architectures.row import Config
+from mlx_adapters.models.masks import create_attention_mask
 from mlx_adapters.models.reference import Window, reference
 from mlx_adapters.rebind import replace_call
 
@@ -126,8 +127,6 @@ def _whole_caches(base: Any) -> type:
 
 def _masked(base: Any, window: int | None) -> type:
     """A block that sees the last `window` tokens, or all of them: it makes its own mask."""
-    from mlx_lm.models.base import create_attention_mask
-
     signature = inspect.signature(base.__call__)
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:

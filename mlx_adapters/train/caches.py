@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import KVCache
+
+from mlx_adapters.models.masks import Mask
 
 __all__ = ["ExampleCache", "KeysValues", "PrefixCache", "keys_and_values", "prefix_cache"]
 
@@ -27,29 +30,35 @@ class PrefixCache(KVCache):
             self.keys, self.values, self.offset = keys, values, keys.shape[2]
         return keys, values
 
+    def state_mask(self, time: int, window_size: int | None) -> Mask:
+        """What each of `time` tokens after these keys sees."""
+        return Mask(time, self.offset + time, window_size)
+
 
 class ExampleCache:
-    """Remembers nothing, and lets a token of a packed row see only the earlier ones of its own example."""
+    """Remembers nothing, and lets a token of a packed row see only the earlier ones of its own example.
+
+    `example_start` says where that begins, [rows, time]; `host_start` the same, where the host knows it.
+    """
 
     offset = 0
     keys = values = None
 
-    def __init__(self, example_start: mx.array) -> None:
-        same = example_start[:, :, None] == example_start[:, None, :]
-        self.same_example = same[:, None]  # [rows, 1, time, time]
+    def __init__(self, example_start: mx.array, host_start: np.ndarray | None = None) -> None:
+        self.example_start, self.host_start = example_start, host_start
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
+    def state_mask(self, time: int, window_size: int | None) -> Mask:
+        """What each token sees: its own example's tokens up to itself, within the window."""
+        return Mask(time, time, window_size, self.example_start, self.host_start)
+
     def make_mask(
         self, time: int, return_array: bool = False, window_size: int | None = None, **_: Any
     ) -> mx.array:
-        """Boolean [rows, 1, time, time]."""
-        distance = mx.arange(time)[:, None] - mx.arange(time)[None]
-        allowed = distance >= 0
-        if window_size is not None:
-            allowed = allowed & (distance < window_size)
-        return self.same_example & allowed
+        """The same as an array: boolean [rows, 1, time, time]."""
+        return self.state_mask(time, window_size).array
 
 
 def prefix_cache(prefix: KeysValues) -> list[PrefixCache]:

@@ -10,7 +10,7 @@ so there it is left to the user.
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,7 +53,7 @@ class Compiled(Generic[Prefix, Result]):
     def _forget(self) -> None:
         function, state = self.function, mx.random.state
 
-        def of_arrays(parameters: Parameters, prefix: Prefix, arrays: dict[str, mx.array]) -> Result:
+        def of_arrays(parameters: Parameters, prefix: Prefix, arrays: dict[str, Any]) -> Result:
             return function(parameters, prefix, Batch(**arrays, tokens=0, supervised=0))
 
         self.shapes.clear()

@@ -132,7 +132,8 @@ def prepare(
     if config.weights is not None:
         weights = parse_weights(config.weights, len(found))
         sources = np.repeat(np.arange(len(found)), [len(one.encoded.examples) for one in found])
-        whole.encoded.examples = Weighted(whole.encoded.examples, sources, weights)
+        whole.encoded.examples = mixed = Weighted(whole.encoded.examples, sources, weights)
+        mixed.drawn(config.seed, 0)  # a source that gives nothing is told before anything is trained
     check_ids(model.model, id_rows(whole.encoded.examples), model.tokenizer)
     return whole
 

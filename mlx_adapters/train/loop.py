@@ -174,6 +174,8 @@ class Run:
                 self.folder, self.model, self.optimizer, settings=self.settings, warn=warn
             )
             self.progress = Progress(**progress)
+            if self.step > self.total:
+                raise TrainingError(f"{self.folder}: has {self.step} steps already: give more --steps")
         self._share()
         return self.step
 

@@ -24,6 +24,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.device import rounding
 from mlx_adapters.generate.prefill import common_prefix
 from mlx_adapters.methods.dropout import Dropout
+from mlx_adapters.models import attention
 from mlx_adapters.train.caches import KeysValues, PrefixCache, keys_and_values, prefix_cache
 from mlx_adapters.train.compile import Compiled
 from mlx_adapters.train.loss import Head, loss_sum
@@ -65,7 +66,8 @@ def share_prefix(
                 onward = onward + (pair[0] * slope[0]).sum() + (pair[1] * slope[1]).sum()
             return own + onward, own
 
-        (_, own), gradients = mx.value_and_grad(loss)(parameters)
+        with attention.differentiated():
+            (_, own), gradients = mx.value_and_grad(loss)(parameters)
         return own, gradients
 
     reader, puller = (Compiled(read), Compiled(pull_back)) if compiled else (read, pull_back)

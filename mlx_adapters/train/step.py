@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters.data.batches import Batch
+from mlx_adapters.models import attention
 from mlx_adapters.train.caches import ExampleCache, KeysValues, prefix_cache
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.loss import Head, loss_sum, undifferentiable
@@ -54,7 +55,7 @@ def loss_fn(
     model.update(parameters)
     cache: list[Any] | None = prefix_cache(below + above) or None
     if batch.example_start is not None:
-        cache = [ExampleCache(batch.example_start)] * len(model.layers)
+        cache = [ExampleCache(batch.example_start, batch.host_start)] * len(model.layers)
     if router_aux_loss:
         return balanced_sum(model, batch, head=head, cache=cache, share=router_aux_loss)
     return loss_sum(model, batch, head=head, cache=cache)
@@ -68,7 +69,8 @@ def value_and_grad(model: nn.Module, head: Head | None, *, router_aux_loss: floa
         differentiated = mx.value_and_grad(loss_fn, argnums=(0, 1))
         arguments = (parameters, above, below, model, batch, head, router_aux_loss)
         try:
-            found: LossAndGradients = differentiated(*arguments)
+            with attention.differentiated():
+                found: LossAndGradients = differentiated(*arguments)
         except ValueError as error:
             raise undifferentiable(model, error) from None
         return found

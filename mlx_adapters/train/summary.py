@@ -8,6 +8,7 @@ from mlx_adapters.models.limits import made_for
 from mlx_adapters.train.length import EPOCHS, epochs
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.trainer import Trainer
+from mlx_adapters.train.wording import without_start
 
 __all__ = ["first_row", "summary"]
 
@@ -32,6 +33,7 @@ def summary(trainer: Trainer) -> list[str]:
             f"{cut / rows:.0%} of the rows are over {trainer.config.max_length} tokens: --max-length "
             f"{trainer.encoded.longest} keeps all whole, and takes more memory"
         )
+    sentences += without_start(trainer.meta.chat, trainer.model.tokenizer, trainer.run.examples)
     long = made_for(trainer.model.config)
     if long and (over := int((lengths_of(trainer.run.examples) > long).sum())):
         sentences.append(f"{over} rows are longer than the {long} tokens that the model was made for")

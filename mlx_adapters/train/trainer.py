@@ -20,7 +20,7 @@ from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.token_cache import Facts
-from mlx_adapters.errors import OutputError, TrainingError, writing_to
+from mlx_adapters.errors import OutputError, TrainingError, counted, writing_to
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
 from mlx_adapters.methods.base import Method
@@ -283,6 +283,9 @@ class Trainer:
     def _resume(self) -> None:
         if self.run.can_resume():
             self.run.resume(self.notes.append)
+            if self.run.step >= self.run.total:
+                done = f"{self.output}: finished, all {counted(self.run.total, 'step')} are done"
+                self.notes.append(f"{done}. To train on, give more --steps or --epochs")
         else:
             self.notes.append(f"{self.output}: has no checkpoint yet, starting from the beginning")
         if self.processes.writes:

@@ -157,7 +157,7 @@ def test_train_writes_the_adapter_and_its_record(adapter: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "mlx_adapters.json", "seen.txt",
-        "metrics.jsonl", "loss.png", "checkpoints",
+        "metrics.jsonl", "loss.png", "checkpoints", "run.json",
     }  # fmt: skip
     record = steps(adapter)
     assert [step["step"] for step in record] == list(range(1, 61))

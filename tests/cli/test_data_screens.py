@@ -52,7 +52,7 @@ def drawn(rows: list[Shown], columns: int) -> str:
 def test_rows_and_counts_fit_and_nothing_is_lost(columns: int, places: tuple[Path, Path]) -> None:
     folder, file = places
     rows = show_rows(file, folder, max_length=300)
-    screen = shown(drawn(rows, columns))
+    screen = shown(drawn(rows, columns).replace("\n", "\r\n"))
     assert max(map(len, screen)) <= columns
     words = " ".join(screen).split()
     for row in rows:

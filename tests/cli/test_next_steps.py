@@ -109,9 +109,15 @@ def test_sets_of_the_paper_are_measured_by_the_papers_tasks(root: Path, tmp_path
 
 
 def test_the_other_commands_lines_are_commands() -> None:
+    from mlx_adapters.adapter.meta import AdapterMeta
+    from mlx_adapters.methods import LoRA
+
     folder = Path("it's a folder")
     for line in (
         *next_steps.after_convert(folder),
+        *next_steps.after_fuse(folder),
+        *next_steps.after_statistics(str(folder), "m"),
+        *next_steps.after_adapter(folder, None, AdapterMeta(method=LoRA(), base={})),
         *next_steps.after_quickstart(folder),
         *next_steps.after_eval("m", "gsm8k", adapter=None, output=None),
     ):

@@ -69,7 +69,7 @@ def test_notes_stand_above_the_bar_and_an_error_below() -> None:
     """They were written on the bar's line: "284 MB 0:00:03s / tep 3: validation loss"."""
     code = """
 import sys, time, warnings
-from mlx_adapters.cli.screen import complain, lines, say, track
+from mlx_adapters.screen import complain, lines, say, track
 with lines("train", 3) as update:
     for step in (1, 2, 3):
         update(step, f"loss {step}")

@@ -1,15 +1,16 @@
-"""The CPU's own exponential, SwiGLU and attention against MLX's, in value and gradient; who calls them."""
+"""The CPU's own exponentials and SwiGLU against MLX's, in value and gradient; who calls them."""
 
+import io
 import math
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import activations, base, llama
+from mlx_lm.models import activations, llama
 
 from mlx_adapters import device
-from mlx_adapters.cpu.exponential import attention, exp, rebind, swiglu
+from mlx_adapters.cpu.exponential import exp, exp2, rebind, swiglu
 
 pytestmark = pytest.mark.skipif(not device.on_cpu(), reason="only a CPU computes with these")
 
@@ -27,6 +28,24 @@ def test_the_exponential_at_its_ends(compiled: bool) -> None:
     assert found[:5] == [1, 1, 0, 0, 0], "what a mask hides has no weight at all"
     assert found[5] == found[6] == pytest.approx(math.exp(88), rel=1e-6)
     assert math.isnan(found[7]), "a loss that is no number must not be hidden"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_powers_of_two(compiled: bool) -> None:
+    function = mx.compile(exp2) if compiled else exp2
+    x = np.linspace(-126, 0, 100_001, dtype=np.float32)
+    exact = 2.0 ** x.astype(np.float64)
+    assert np.max(np.abs(np.array(function(mx.array(x))) - exact) / exact) < 3e-7
+    found = function(mx.array([0.0, -127.0, -500.0, -3e38, math.nan])).tolist()
+    assert found[:4] == [pytest.approx(1, abs=2e-7), 0, 0, 0], "what a mask hides has no weight at all"
+    assert math.isnan(found[4])
+
+
+def test_one_pass_where_gradients_are_taken() -> None:
+    x = mx.random.normal((200, 200), key=mx.random.key(0))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, mx.grad(lambda gate: swiglu(gate, x).sum())(x))
+    assert "Compiled" in graph.getvalue()
 
 
 def slopes(function: Any, *given: mx.array) -> list[mx.array]:
@@ -47,36 +66,8 @@ def test_swiglu_and_its_gradient() -> None:
     assert equal(slopes(swiglu, gate, up), slopes(activations.swiglu, gate, up))
 
 
-MASKS = {
-    "none": lambda rows, heads, time, length: None,
-    "causal": lambda rows, heads, time, length: "causal",
-    "one for all": lambda rows, heads, time, length: mx.random.bernoulli(0.6, (time, length)),
-    "by row": lambda rows, heads, time, length: mx.random.bernoulli(0.6, (rows, 1, time, length)),
-    "added by head": lambda rows, heads, time, length: mx.random.normal((1, heads, time, length)),
-    "added by head, for all rows": lambda rows, heads, time, length: mx.random.normal((heads, time, length)),
-    "nothing seen": lambda rows, heads, time, length: mx.zeros((rows, 1, time, length), mx.bool_),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize(("time", "length"), [(5, 5), (1, 6), (3, 8)])
-def test_attention_and_its_gradient(mask: str, heads: int, groups: int, time: int, length: int) -> None:
-    mx.random.seed(0)
-    queries = mx.random.normal((2, heads, time, 8))
-    keys, values = mx.random.normal((2, groups, length, 8)), mx.random.normal((2, groups, length, 8))
-    given = MASKS[mask](2, heads, time, length)
-
-    def with_mask(function: Any) -> Any:
-        return lambda q, k, v: function(q, k, v, None, 0.3, given)
-
-    ours = slopes(with_mask(attention), queries, keys, values)
-    assert equal(ours, slopes(with_mask(base.scaled_dot_product_attention), queries, keys, values))
-
-
 def test_other_types_take_mlx_s_way() -> None:
     x = mx.random.normal((1, 2, 3, 8)).astype(mx.bfloat16)
-    assert attention(x, x, x, None, 0.3, "causal").dtype == mx.bfloat16
     assert swiglu(x, x).dtype == mx.bfloat16
 
 
@@ -90,10 +81,10 @@ def test_layers_call_them_and_mlx_lm_stays_as_it_is() -> None:
     call = llama.MLP.__call__
     rebind(ours)
     assert llama.MLP.__call__ is call
-    for found, kind in ((ours.layers[0].mlp, llama.MLP), (ours.layers[0].self_attn, llama.Attention)):
-        assert isinstance(found, kind)
-        assert type(found) is not kind
-        assert (type(found).__name__, type(found).__module__) == (kind.__name__, kind.__module__)
+    found, kind = ours.layers[0].mlp, llama.MLP
+    assert isinstance(found, kind)
+    assert type(found) is not kind
+    assert (type(found).__name__, type(found).__module__) == (kind.__name__, kind.__module__)
     names = type(ours.layers[0].mlp).__call__.__globals__
     assert names["swiglu"] is swiglu
     assert llama.MLP.__call__.__globals__["swiglu"] is activations.swiglu

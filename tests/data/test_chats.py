@@ -1,5 +1,6 @@
 """What is learned of a conversation, by each kind of template."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from learned import TWO_TURNS, bracketed, encoded, labels
 from spoken import TEMPLATES, make_speaker
 
 from mlx_adapters.data.sources import Rows
-from mlx_adapters.data.tokens import Example, encode
+from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.tokens import Example, encode, prompt_ids
 from mlx_adapters.errors import DataError
 from mlx_adapters.models.load import read_tokenizer
 
@@ -115,3 +117,86 @@ def test_a_system_message_that_stands_in_the_last_question_alone(tmp_path: Path)
         "<s> [INST]tom has 3[/INST]he has 3</s> [INST]be kind\n\nhow?[/INST][so</s>]",
     ]
     assert done.rewritten == 1
+
+
+# Marks ----------------------------------------------------------------------------------------------------
+
+_MARKED = (
+    "{%% for m in messages %%}{{ '<|im_start|>' + m.role + '\\n' }}{%% if m.role == 'assistant' %%}%s"
+    "{%% else %%}{{ m.content + '<|im_end|>' }}{%% endif %%}{{ '\\n' }}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
+)
+_ALL = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+_TEXT = "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}"
+_PART = "{{ m.content[:3] }}{% generation %}{{ m.content[3:] + '<|im_end|>' }}{% endgeneration %}"
+_LAST = f"{{% if loop.last %}}{_ALL}{{% else %}}{{{{ m.content + '<|im_end|>' }}}}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    ("marks", "learned"),
+    [
+        (_ALL, ["he has 3<|im_end|>", "so<|im_end|>"]),
+        (_TEXT, ["he has 3<|im_end|>", "so<|im_end|>"]),  # the end of a turn is learned with it
+        (_PART, ["has 3<|im_end|>", "<|im_end|>"]),
+        (_LAST, ["so<|im_end|>"]),
+    ],
+)
+def test_what_a_template_marks_is_what_is_learned(marks: str, learned: list[str], tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    tokenizer.chat_template = _MARKED % marks
+    (example,) = encoded(tokenizer, TWO_TURNS).examples
+    assert re.findall(r"\[(.*?)\]", bracketed(example, tokenizer)) == learned
+    theirs = tokenizer._tokenizer.apply_chat_template(
+        TWO_TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert example.ids == theirs["input_ids"]
+    if marks != _TEXT:
+        assert labels(example) == [bool(each) for each in theirs["assistant_masks"]]
+
+
+def test_a_template_that_marks_no_answer_is_refused(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    tokenizer.chat_template = _MARKED % "{{ m.content }}{% generation %}{% endgeneration %}"
+    with pytest.raises(DataError, match=r"row 0: .*\{% generation %\} marks no part of the answers"):
+        encoded(tokenizer, TWO_TURNS)
+
+
+def test_reasoning_that_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    for answer in ({"content": "so", "reasoning_content": "three"}, {"content": "so", "reasoning": "three"}):
+        with pytest.raises(DataError, match=r"row 0: .*does not write the reasoning of an answer .'three'"):
+            encoded(tokenizer, [TWO_TURNS[0], {"role": "assistant", **answer}])
+
+
+def test_answers_end_where_a_template_closes_turns_by_ordinary_text(tmp_path: Path) -> None:
+    """Each is a row of its own, for in a conversation no token would end it."""
+    tokenizer = read_tokenizer(make_speaker("writes <s> itself", tmp_path), {})
+    done = encoded(tokenizer, TWO_TURNS)
+    assert [bracketed(example, tokenizer).rpartition("[")[2] for example in done.examples] == [
+        " he has 3</s>]",
+        " so</s>]",
+    ]
+
+
+# The first token ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, spoken in TEMPLATES.items() if spoken.bos and spoken.front])
+def test_a_text_begins_once(name: str, tmp_path: Path) -> None:
+    """In training and in prompts, whether the template writes the first token or the tokenizer."""
+    tokenizer = read_tokenizer(make_speaker(name, tmp_path), {})
+    start = tokenizer.bos_token_id
+    expected = 0 if name in ("TinyLlama", "Phi-3") else 1  # transformers adds none to what a template writes
+    (example,) = encoded(tokenizer, TWO_TURNS[:2]).examples
+    assert example.ids.count(start) == expected
+    prompts = [
+        prompt_for("tom has 3", template=template, tokenizer=tokenizer, phase="eval")
+        for template in ("chat", "plain", "alpaca")
+    ]
+    counts = [prompt_ids(prompt, tokenizer).count(start) for prompt in prompts]
+    assert counts == [expected, 1, 1]
+    rows = {"text": {"text": "tom"}, "completion": {"prompt": "tom", "completion": "3"}}
+    for fmt, row in rows.items():
+        for text in ({}, {name: f"{tokenizer.bos_token}{value}" for name, value in list(row.items())[:1]}):
+            (example,) = encode(Rows([row | text], fmt, "here"), tokenizer, template="plain").examples
+            assert example.ids.count(start) == 1, text

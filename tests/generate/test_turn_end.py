@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters.adapter.multi import load_named
 from mlx_adapters.cli.app import app
+from mlx_adapters.convert import peft
 from mlx_adapters.serve import Engine
 from mlx_adapters.serve.server import serving
 
@@ -63,6 +64,8 @@ def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     end_of_text = ids[TEMPLATES[name].eos or TEMPLATES[name].special[0]]
     for part in ("config.json", "generation_config.json"):
         fields = json.loads((base / part).read_text()) | {"eos_token_id": end_of_text}
+        if part == "generation_config.json":  # which transformers would go by
+            fields |= {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
         (base / part).write_text(json.dumps(fields))
     rng = random.Random(0)
     pairs = [rng.choices([*ANSWERS], k=2) for _ in range(200)]
@@ -82,6 +85,8 @@ def in_torch(
     """(the tokens, the text) of an answer, asked for as the export's card says."""
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    if tokenizer.bos_token is not None:
+        assert inputs["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
     tokens = model.generate(**inputs, **settings)
     ids = tokens[0, inputs["input_ids"].shape[1] :].tolist()
     return ids, tokenizer.decode(ids, skip_special_tokens=True)
@@ -129,9 +134,11 @@ def test_answers_stop_at_the_end_of_a_turn_in_every_command_and_in_torch(trained
     theirs = [in_torch(model, tokenizer, turns, generation_config=ends) for turns in (first, second)]
     assert [text for _, text in theirs] == [ANSWERS[name] for name in names]
     assert all(ids[-1] == trained.end and ids.count(trained.end) == 1 for ids, _ in theirs)
+    assert peft.verify(trained.exported, trained.base).answer_equal
+    likeliest = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": LONGEST}
     runs_on, _ = in_torch(
-        model, tokenizer, first, max_new_tokens=LONGEST
-    )  # the base's own configuration knows another end
+        model, tokenizer, first, **likeliest
+    )  # to the end that the base's configuration knows
     assert len(runs_on) == LONGEST
     assert runs_on[: len(theirs[0][0])] == theirs[0][0]
 

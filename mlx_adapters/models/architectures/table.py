@@ -76,7 +76,7 @@ _WITH_LAYERS: dict[str, Architecture] = {
             "final_logit_softcapping": 30.0,
             "query_pre_attn_scalar": 256,
         },
-        corrections=(corrections.mask_by_row,),
+        corrections=(corrections.cap_in_blocks,),
         adapterhub=AdapterHub(pre_mlp="pre_feedforward_layernorm"),
     ),
     "gemma3_text": replace(
