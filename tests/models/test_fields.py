@@ -74,9 +74,8 @@ def test_what_would_be_silently_different_is_refused_by_name(model_type: str) ->
             assert "\n" not in str(raised.value)
 
 
-# transformers' own defaults that are refused: of lfm2 and phimoe, no released checkpoint has them; before a tied
-# head of minicpm3, mlx-lm leaves out a division
-UNRELEASED = {"lfm2": "layer_types", "phimoe": "attention_bias", "minicpm3": "tie_word_embeddings"}
+# transformers' own defaults, which are a released model's, that are refused: each is no released checkpoint's
+UNRELEASED = {"lfm2": "layer_types", "phimoe": "attention_bias", "minicpm3": "rope_type"}
 
 
 @pytest.mark.parametrize("model_type", [name for name in bases() if fields.measured(name)])
