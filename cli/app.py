@@ -15,10 +15,10 @@ from typer.core import TyperGroup
 from mlx_adapters import __version__, signals
 from mlx_adapters.cli import data
 from mlx_adapters.cli.options import App
-from mlx_adapters.cli.screen import complain, say
 from mlx_adapters.cpu import processes
 from mlx_adapters.errors import AdaptersError
 from mlx_adapters.files.streams import deaf
+from mlx_adapters.screen import complain, say
 
 _LONGEST = 2000  # characters of an error
 # In the order of the help.

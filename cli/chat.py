@@ -1,5 +1,6 @@
 """`mlx-adapters chat MODEL`: talk to a model and its adapters in the terminal."""
 
+import contextlib
 import signal
 import sys
 from collections.abc import Generator
@@ -8,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_adapters.cli import options
-from mlx_adapters.cli.options import opt
-from mlx_adapters.cli.screen import say
-from mlx_adapters.errors import AdaptersError, ConfigError
-from mlx_adapters.files.documents import json_option
+from mlx_adapters.cli.options import fields_as_options, opt
+from mlx_adapters.errors import AdaptersError
+from mlx_adapters.fields import merged, parse_fields
+from mlx_adapters.generate.config import AnswerConfig
+from mlx_adapters.screen import say
 from mlx_adapters.signals import telling
+
+_BLOCK = '"""'
+_END = ("/exit", "/quit", "exit", "quit")
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import AdapterMeta
@@ -20,47 +25,38 @@ if TYPE_CHECKING:
     from mlx_adapters.models.load import LanguageModel
 
 
+@fields_as_options(AnswerConfig)
 def command(
     model: options.Model,
     adapter: options.Adapters = None,
-    template: options.Template = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = None,
-    max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_p: Annotated[float, opt("draw from the fewest tokens with this probability", min=0, max=1)] = 1.0,
-    seed: Annotated[int | None, opt("seed of the sampling [default: a new one each time]")] = None,
     web: Annotated[bool, opt("a page in the browser instead (extra `web`)", "--web")] = False,
     port: Annotated[int, opt("port of --web, at 127.0.0.1", min=1, max=65535)] = 7860,
+    **given: Any,
 ) -> None:
     """Chat in the terminal; adapters are switched in place. Type /help there."""
     from mlx_adapters.adapter.multi import load_named
-    from mlx_adapters.data.templates import check
+    from mlx_adapters.data.templates import wanted_template
     from mlx_adapters.generate.conversation import Conversation
 
-    check(template)
-    if web and template is not None:
-        raise ConfigError("--web reads every adapter through its own template: leave --template out")
-    kwargs = json_option(chat_template_kwargs, "--chat-template-kwargs")
+    config = parse_fields(AnswerConfig, merged({}, given), where="chat")
+    wanted_template(config.template)  # a typing error is told before the model loads
     loaded, metas = load_named(model, adapter or (), base="base")
-    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if web:
-        _page(loaded, metas, port, seed=seed, template_kwargs=kwargs, **settings)
+        _page(loaded, metas, port, config)
         return
     with telling(""):
-        chat = Conversation(
-            loaded, metas, template=template, seed=seed, chat_template_kwargs=kwargs, **settings
-        )
-        _loop(chat)
+        _loop(Conversation(loaded, metas, **config.arguments()))
 
 
-def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, **settings: Any) -> None:
+def _page(loaded: "LanguageModel", metas: "dict[str, AdapterMeta]", port: int, config: AnswerConfig) -> None:
     """The page's threads ask; this one, which loaded the model, answers until Ctrl-C."""
     from mlx_adapters.cli.serve import until_stopped
     from mlx_adapters.serve import Engine
     from mlx_adapters.serve.page import build, opened
 
-    engine = Engine(loaded, metas, name="base")
-    page = build(engine, title=f"{loaded.path.name} with mlx-adapters", **settings)
+    kwargs = config.chat_template_kwargs
+    engine = Engine(loaded, metas, name="base", template=config.template, chat_template_kwargs=kwargs)
+    page = build(engine, title=f"{loaded.path.name} with mlx-adapters", config=config)
     until_stopped(engine, opened(page, host="127.0.0.1", port=port), "answers as")
 
 
@@ -71,21 +67,27 @@ def _loop(chat: "Conversation") -> None:
     # answer here, not the program: no message
     signal.signal(signal.SIGINT, signal.default_int_handler)
     compare = False
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing, and the messages before by the arrow keys)
     if sys.stdin.isatty():
         say(f"{chat.loaded.path.name}, {chat.name}. /help lists the commands, Ctrl-D ends")
     while True:
         try:
-            line = input(f"{chat.name}> " if sys.stdin.isatty() else "").strip()
+            line = _message(f"{chat.name}> " if sys.stdin.isatty() else "")
         except EOFError:
             return
         except KeyboardInterrupt:
             say("")
             continue
+        if line in _END:
+            return
         if line == "/compare":
             compare = True
             say("the next message is answered by all")
         elif line == "/help":
             typer.echo(HELP)
+        elif line == "/retry":
+            _write(chat.retry())
         elif line.startswith("/"):
             say(chat.order(line))
         elif line:
@@ -94,6 +96,17 @@ def _loop(chat: "Conversation") -> None:
                     typer.echo(f"[{name}]")
                 _write(answer)
             compare = False
+
+
+def _message(prompt: str) -> str:
+    """What the user writes: a line, or the lines between two marks."""
+    line = input(prompt).strip()
+    if not line.startswith(_BLOCK):
+        return line
+    lines = [line.removeprefix(_BLOCK)]
+    while not lines[-1].rstrip().endswith(_BLOCK):
+        lines.append(input("... " if prompt else ""))
+    return "\n".join(lines).rstrip().removesuffix(_BLOCK).strip()
 
 
 def _write(answer: Generator[str]) -> None:

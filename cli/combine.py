@@ -16,7 +16,7 @@ _HOW = "linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune (also *_
 
 @reporting("path", "how", "weights", "layers", "rank")
 def command(
-    adapters: Annotated[list[Path], arg("LoRA adapter folders of one base")],
+    adapters: Annotated[list[Path], arg("LoRA adapters of one base: folders or hub ids")],
     dst: Annotated[Path, arg("new adapter folder to write")],
     weights: Annotated[str | None, opt(_WEIGHTS)] = None,
     how: Annotated[str, opt(_HOW, values=COMBINATIONS)] = "linear",

@@ -3,12 +3,10 @@
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
-
 from mlx_adapters.cli.complete import RECIPES
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say
+from mlx_adapters.screen import ended, say
 
 
 @reporting("path", "parameters", "bytes", "bits_per_weight", "dtype", "seconds", "remark", "verify")
@@ -28,6 +26,7 @@ def command(
     SRC is a Hugging Face checkpoint on the hub or in a folder, or a .gguf file.
     """
     from mlx_adapters.convert.checkpoint import convert
+    from mlx_adapters.next_steps import after_convert
 
     say(f"Converting {src}")
     done = convert(
@@ -44,4 +43,5 @@ def command(
 
     text = f"{done}\n{verdict}" if verdict else str(done)
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
-    report(asdict(done) | {"verify": checked}, lambda: typer.echo(text), passed=not verdict or verdict.passed)
+    passed = not verdict or verdict.passed
+    report(asdict(done) | {"verify": checked}, lambda: ended(text, after_convert(dst)), passed=passed)

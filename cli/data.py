@@ -8,9 +8,9 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import App, DataDir, arg, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import pieces, table
 from mlx_adapters.data.showing import Preview, Statistics
-from mlx_adapters.fields import merged, parse_fields
+from mlx_adapters.fields import merged
+from mlx_adapters.screen import ended, picture, table
 
 _TEST = "test files or sets, joined by commas, as in `eval --task`"
 app = App(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
@@ -32,19 +32,21 @@ def show_command(source: Source, model: Tokenizer, **given: Any) -> None:
     """Print rows as they will be trained: what is learned in colour, special tokens as text."""
     from mlx_adapters.data import preview
 
-    found = preview.shown(source, model, parse_fields(Preview, merged({}, given), where="data show"))
-    report([asdict(one) for one in found], lambda: pieces(found))
+    found = preview.show_rows(source, model, **merged({}, given))
+    report([asdict(one) for one in found], lambda: picture(found))
 
 
 @app.command("stats")
 @reporting(*(field.name for field in fields(Statistics)))
 @fields_as_options(Preview)
 def stats_command(source: Source, model: Tokenizer, **given: Any) -> None:
-    """Count tokens, lengths, repeated rows and empty answers, and suggest a cutoff."""
+    """Count tokens, lengths, repeated rows and empty answers, and suggest a max length."""
     from mlx_adapters.data import preview
+    from mlx_adapters.next_steps import after_statistics
 
-    found = preview.statistics(source, model, parse_fields(Preview, merged({}, given), where="data stats"))
-    report(asdict(found), lambda: typer.echo("\n".join(preview.described(found))))
+    found = preview.row_statistics(source, model, **merged({}, given))
+    text = "\n".join(preview.described(found))
+    report(asdict(found), lambda: ended(text, after_statistics(source, model)))
 
 
 @app.command("overlap")

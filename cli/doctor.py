@@ -3,8 +3,8 @@
 import typer
 
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import table
 from mlx_adapters.errors import counted
+from mlx_adapters.screen import table
 
 
 @reporting("name", "value", "ok", "remedy", each=True)

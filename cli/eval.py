@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import AdapterFolder, Model, fields_as_options, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import counted
 from mlx_adapters.evaluate.config import EvalConfig
+from mlx_adapters.screen import ended, say, table, track
 
 if TYPE_CHECKING:
     from mlx_adapters.evaluate.run import Part
@@ -38,8 +36,9 @@ def command(
     **given: Any,
 ) -> None:
     """Measure accuracy on the paper's test sets or your own."""
+    from mlx_adapters.evaluate import score
     from mlx_adapters.evaluate.run import Evaluator
-    from mlx_adapters.evaluate.score import columns, none_right, row
+    from mlx_adapters.next_steps import after_eval
 
     config = EvalConfig(**{name: value for name, value in given.items() if value is not None})
     evaluator = Evaluator(
@@ -55,10 +54,9 @@ def command(
     reading = evaluator.asking.reading
 
     def words() -> None:
-        heads = columns(found.settings["decoding"], reading)
-        table(heads, [row(score, reading) for score in found.scores])
-        for line in filter(None, map(none_right, found.scores)):
-            typer.echo(line)
+        table(*score.table(found.scores, found.settings["decoding"], reading))
+        lines = filter(None, map(score.none_right, found.scores))
+        ended("\n".join(lines), after_eval(model, task, adapter=adapter, output=output))
 
     report(found.settings | {"scores": found.scores}, words)
 

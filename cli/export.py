@@ -9,7 +9,7 @@ import typer
 from mlx_adapters.cli.complete import FORMATS
 from mlx_adapters.cli.options import Adapter, Base, NewFolder, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say
+from mlx_adapters.screen import say
 
 _MODEL = "MLX model folder for --verify [default: the one it was trained on]"
 
@@ -29,6 +29,7 @@ def command(
     """
     from mlx_adapters import adapter as adapters
     from mlx_adapters.convert import exchange, peft
+    from mlx_adapters.next_steps import after_export
 
     meta = adapters.read_meta(adapter)
     folder = exchange.base_to_verify(meta, format, model) if verify else None
@@ -39,10 +40,8 @@ def command(
         verdict = peft.verify(dst, folder)
 
     def words() -> None:
-        for line in exchange.in_words(done, meta):
-            typer.echo(line)
-        if verdict:
-            typer.echo(str(verdict))
+        text = "\n".join([*exchange.in_words(done, meta), *([str(verdict)] if verdict else [])])
+        typer.echo("\n".join([text, *after_export(done, meta)]))
 
     checked = verdict and asdict(verdict) | {"passed": verdict.passed}
     report(asdict(done) | {"verify": checked}, words, passed=not verdict or verdict.passed)

@@ -4,12 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mlx_adapters.cli.complete import TARGETS
 from mlx_adapters.cli.options import Dtype, Mode, NewFolder, arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say
+from mlx_adapters.screen import ended, say
 
 _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "torch_diff", "bound", "passed")
 
@@ -18,7 +16,7 @@ _KEYS = ("path", "bytes", "dtype", "layers", "effect", "error", "error_rms", "to
 def command(
     model: Annotated[str, arg("model folder or hub id the adapter was trained on")],
     dst: NewFolder,
-    adapter: Annotated[Path, opt("adapter folder")],
+    adapter: Annotated[Path, opt("adapter folder or hub id, OWNER/NAME[@REVISION]")],
     to: Annotated[
         str, opt("transformers: a Hugging Face checkpoint; mlx: an MLX folder", values=TARGETS)
     ] = "transformers",
@@ -30,6 +28,7 @@ def command(
 ) -> None:
     """Merge an adapter into its base, for use without any library."""
     from mlx_adapters.convert.fuse import fuse
+    from mlx_adapters.next_steps import after_fuse
 
     done = fuse(
         model, adapter, dst, to=to, dtype=dtype, bits=bits, group_size=group_size, mode=mode, verify=verify
@@ -37,4 +36,8 @@ def command(
     if done.error > 0.1 * done.effect:
         say("warning: rounding the fused weights undoes part of what the adapter learned; use more bits")
     passed = done.passed if done.torch_diff is not None else None
-    report(asdict(done) | {"passed": passed}, lambda: typer.echo(str(done)), passed=passed is not False)
+    report(
+        asdict(done) | {"passed": passed},
+        lambda: ended(str(done), after_fuse(dst)),
+        passed=passed is not False,
+    )

@@ -1,41 +1,40 @@
-"""`mlx-adapters generate MODEL --prompt TEXT`."""
+"""`mlx-adapters generate MODEL PROMPT`."""
 
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import typer
 
 from mlx_adapters.cli import options
-from mlx_adapters.cli.options import opt
+from mlx_adapters.cli.options import arg, fields_as_options, opt
 from mlx_adapters.cli.report import live, report, reporting
-from mlx_adapters.files.documents import json_option
+from mlx_adapters.errors import ConfigError, counted
+from mlx_adapters.fields import merged, parse_fields
+from mlx_adapters.generate.config import AnswerConfig
+from mlx_adapters.screen import say
 
 _KEYS = ("text", "template", "prompt_tokens", "tokens", "finish_reason")
 
 
 @reporting(*_KEYS)
+@fields_as_options(AnswerConfig)
 def command(
     model: options.Model,
-    prompt: Annotated[str, opt("the instruction")],
+    prompt: Annotated[str | None, arg("the instruction")] = None,
     adapter: options.AdapterFolder = None,
-    template: options.Template = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = None,
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
-    seed: Annotated[int, opt("seed of the sampling")] = 0,
+    prompt_: Annotated[str | None, opt("the instruction, as an option", "--prompt")] = None,
+    **given: Any,
 ) -> None:
     """Answer one prompt, printed as it comes."""
     from mlx_adapters.generate.text import stream
 
-    answer = stream(
-        model,
-        prompt,
-        adapter=adapter,
-        template=template,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat_template_kwargs=json_option(chat_template_kwargs, "--chat-template-kwargs"),
-    )
+    if (prompt is None) == (prompt_ is None):
+        raise ConfigError("generate: give one prompt, such as: mlx-adapters generate MODEL 'What is 2 + 3?'")
+    config = parse_fields(AnswerConfig, merged({}, given), where="generate")
+    answer = stream(model, prompt or prompt_ or "", adapter=adapter, **config.arguments())
+    started = time.perf_counter()
     for piece in answer:
         live(piece)
+    seconds = time.perf_counter() - started
     report({name: getattr(answer, name) for name in _KEYS}, typer.echo)
+    say(f"{counted(answer.tokens, 'token')}, {answer.tokens / seconds:.1f} tokens/s, the prompt included")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from mlx_adapters.cli.options import AdapterFolder, BatchSize, Model, opt
+from mlx_adapters.cli.options import AdapterFolder, BatchSize, ChatTemplateKwargs, Model, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table
+from mlx_adapters.screen import say, table
 
 _FEWSHOT = "worked examples in the prompt [default: the task's]"
 _CHAT = "write prompts as the model's chat template does"
@@ -20,6 +20,7 @@ def command(
     limit: Annotated[int | None, opt("the first N items of each task", min=1)] = None,
     batch_size: BatchSize = None,
     chat_template: Annotated[bool, opt(_CHAT, "--apply-chat-template")] = False,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     include_path: Annotated[
         Path | None, opt("folder of your own YAML tasks; Python they name is run")
     ] = None,
@@ -37,6 +38,7 @@ def command(
         num_fewshot=num_fewshot,
         limit=limit,
         chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
         include_path=include_path,
     )
     about = {"model": model, "adapter": str(adapter) if adapter else None}

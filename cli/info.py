@@ -14,7 +14,7 @@ _OF_ADAPTERS = ("method", "fields", "base", "template", "loss_on", "training", "
 
 
 @reporting("kind", "folder", *_OF_MODELS, *_OF_ADAPTERS, *_FILES)
-def command(folder: Annotated[Path, arg("model folder or adapter folder")]) -> None:
+def command(folder: Annotated[Path, arg("model folder, adapter folder or an adapter's hub id")]) -> None:
     """Say what is in a folder of a model or an adapter.
 
     No weights are loaded.

@@ -7,9 +7,11 @@ import typer
 from mlx_adapters.cli import complete
 from mlx_adapters.cli.options import arg
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import table
+from mlx_adapters.screen import table
 
 _KEYS = ("method", "what", "authors", "paper", "stands_on", "mergeable", "in_peft", "fields", "doc")
+
+_FIRST = ("lora", "dora", "series", "parallel", "prefix", "prompt")
 
 
 @reporting(*_KEYS, each=True)
@@ -24,11 +26,14 @@ def command(
 
 
 def _list(found: list[dict[str, Any]]) -> None:
-    keys = ("method", "what", "stands_on", "mergeable", "in_peft")
+    # what most people want, then by name
+    found = sorted(found, key=lambda about: (_FIRST + (about["method"],)).index(about["method"]))
     rows = [
-        [*(_cell(about[key]) for key in keys), f"{about['authors']}\n{about['paper']}"] for about in found
+        [*(_cell(about[key]) for key in ("method", "what", "in_peft", "mergeable")), about["authors"]]
+        for about in found
     ]
-    table(["method", "what it is", "stands on", "mergeable", "in PEFT", "paper"], rows)
+    table(["method", "what it is", "PEFT", "fuses", "paper"], rows, [about["paper"] for about in found])
+    typer.echo("PEFT: PyTorch's PEFT reads it. fuses: it can be merged into the base's weights.")
     typer.echo("Fields of one: mlx-adapters methods NAME. Where each works: mlx-adapters models")
 
 

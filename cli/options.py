@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from mlx_adapters.cli.complete import DTYPES, FIELDS, MODES, Complete, among, methods, templates
+from mlx_adapters.cli.spelling import fields_of_method, spelled
 from mlx_adapters.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,6 +21,9 @@ N = TypeVar("N", int, float)
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = {name: option for option in self.params for name in (*option.opts, *option.secondary_opts)}
+        self.asked = args if "--set" in options else []
+        args = spelled(args, options)
         _, _, given = self.make_parser(ctx).parse_args(list(args))
         for option, times in Counter(given).items():
             # a list takes all of them, and a flag without a negation says the same again
@@ -29,6 +33,13 @@ class _Command(TyperCommand):
             if times > 1 and not several:
                 ctx.fail(f"{option.opts[0]} is given {times} times, and takes one value: leave one of them")
         return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """In the help of a command with --set: the method's fields."""
+        if self.asked:
+            method, rows = fields_of_method(self.asked)
+            with formatter.section(f"Fields of {method} (--method NAME --help shows those of another)"):
+                formatter.write_dl(rows)
 
 
 class App(typer.Typer):
@@ -53,23 +64,25 @@ def opt(help: str, *names: str, values: Iterable[str] | Complete = (), **limits:
 
 # Arguments and options that several commands have.
 Model = Annotated[str, arg("model folder or hub id")]
-Adapter = Annotated[Path, arg("adapter folder")]
+Adapter = Annotated[Path, arg("adapter folder or hub id, OWNER/NAME[@REVISION]")]
 NewFolder = Annotated[Path, arg("new folder to write")]
-AdapterFolder = Annotated[Path | None, opt("adapter folder; without it the base model")]
-Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder that gives its name; may be repeated")]
+AdapterFolder = Annotated[Path | None, opt("adapter folder or hub id; without it the base model")]
+Adapters = Annotated[list[str] | None, opt("NAME=FOLDER, or a folder or hub id that names it; may repeat")]
 Base = Annotated[str | None, opt("hub id of the base for PyTorch users [default: the one it was named by]")]
-_TEMPLATE = "prompt template [default: the adapter's, else chat if the tokenizer has one, else plain]"
-Template = Annotated[str | None, opt(_TEMPLATE, values=templates)]
+Template = Annotated[
+    str | None, opt("prompt template of all, or a FILE.jinja [default: each its own]", values=templates)
+]
 ChatTemplateKwargs = Annotated[str | None, opt("""chat template variables: '{"enable_thinking": false}'""")]
 DataDir = Annotated[Path | None, opt("folder with NAME/test.json; default: the hub")]
 BatchSize = Annotated[
     int | None, opt("rows computed together [default: what memory allows, up to 64]", min=1)
 ]
-MaxTokens = Annotated[int, opt("longest answer", min=1)]
-Temperature = Annotated[float, opt("0 takes the most likely token", min=0)]
 Dtype = Annotated[str | None, opt("float32, float16 or bfloat16 [default: the source's]", values=DTYPES)]
 METHOD = opt("see `mlx-adapters methods`", values=methods)
-Settings = Annotated[list[str] | None, opt("a field of the method: rank=16", "--set")]
+Settings = Annotated[
+    list[str] | None,
+    opt("fields of the method, rank=16,alpha=32 say; or each as an option: --rank 16", "--set"),
+]
 Mode = Annotated[str, opt("quantization: affine, mxfp4, mxfp8 or nvfp4", values=MODES)]
 
 
@@ -83,8 +96,8 @@ def fields_as_options(config_class: type) -> Callable[[Callable[..., None]], Cal
         parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for field in dataclasses.fields(config_class):
             default = "" if field.default is None else f" [default: {field.default}]"
-            name = f"--{field.name.replace('_', '-')}"
-            option = opt(field.metadata["help"] + default, name, values=FIELDS.get(field.name, ()))
+            names = [f"--{name.replace('_', '-')}" for name in (field.name, *field.metadata["also"])]
+            option = opt(field.metadata["help"] + default, *names, values=FIELDS.get(field.name, ()))
             kind = _plain(hints[field.name]) | None
             keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None)
             parameters.append(keyword.replace(annotation=Annotated[kind, option]))

@@ -9,9 +9,9 @@ from mlx_adapters.cli import options
 from mlx_adapters.cli.complete import FIELDS
 from mlx_adapters.cli.options import METHOD, numbers, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table, track
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fields import settings
+from mlx_adapters.screen import say, table, track
 from mlx_adapters.units import bytes_of, size
 
 _LOSS_ON = "completion or all, as `train --loss-on`"
@@ -22,7 +22,7 @@ def command(
     model: options.Model,
     method: Annotated[str, METHOD] = "lora",
     set_: options.Settings = None,
-    tokens: Annotated[int, opt("longest row, as `train --cutoff`", min=2)] = 256,
+    tokens: Annotated[int, opt("longest row, as `train --max-length`", min=2)] = 256,
     batch_sizes: Annotated[str, opt("batch sizes to try")] = "1,2,4,8",
     loss_on: Annotated[str, opt(_LOSS_ON, values=FIELDS["loss_on"])] = "completion",
     memory: Annotated[str | None, opt("of the machine, 16GB say [default: this one]")] = None,
@@ -33,7 +33,7 @@ def command(
 
     limit, fields = None if memory is None else _bytes(memory), set_ or []
     sizes = numbers(batch_sizes, int, "--batch-sizes", "whole numbers joined by commas, 1,2,4 say", least=1)
-    configs = plan.candidates(sizes, cutoff=tokens, loss_on=loss_on)
+    configs = plan.candidates(sizes, max_length=tokens, loss_on=loss_on)
     say(f"running a step of four and of six blocks of {model}")
     found = plan.predict_all(model, method=methods.make(method, dict(settings(fields))), configs=configs)
     plans = list(track("plan", found, len(configs), lambda one: f"batch size {one.batch_size}"))

@@ -4,22 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mlx_adapters.cli.options import opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table
 from mlx_adapters.cli.study import work
+from mlx_adapters.screen import ended, say, table
 from mlx_adapters.units import duration
 
 _MODEL = ("folder", "parameters", "bits_per_weight", "bytes")
-_NEXT = """
-Next:
-    mlx-adapters generate {dir}/model --adapter {dir}/adapter \\
-        --prompt "Tom has 3 apples. Ann gives Tom 4 more. How many?"
-    mlx-adapters info {dir}/adapter
-    mlx-adapters train {dir}/model --data YOUR.jsonl --output my-adapter   # see docs/data.md
-    mlx-adapters export my-adapter for-pytorch --base OWNER/NAME --verify"""
 
 
 @reporting(*_MODEL, "trainable", "base", "adapted", "gain", "seconds", "verify")
@@ -30,6 +21,7 @@ def command(
     seed: Annotated[int, opt("seed of data, initialisation and order")] = 0,
 ) -> None:
     """The whole job once: convert, measure, train, measure, export."""
+    from mlx_adapters.next_steps import after_quickstart
     from mlx_adapters.study.quickstart import Quickstart
 
     job = Quickstart(dir, model=model, steps=steps, seed=seed, say=say)
@@ -43,8 +35,8 @@ def command(
         verified = "Not verified in PyTorch, which is not installed."
         if verdict:
             verified = f"Verified in PyTorch: {'passed' if verdict.passed else 'FAILED'}."
-        typer.echo(f"Gain: {job.gain:+.1f} points in {duration(job.seconds)}, {job.size}. {verified}")
-        typer.echo(_NEXT.format(dir=dir))
+        text = f"Gain: {job.gain:+.1f} points in {duration(job.seconds)}, {job.size}. {verified}\n"
+        ended(text, after_quickstart(dir))
 
     found = {name: dir if name == "folder" else getattr(job.converted, name) for name in _MODEL}
     found |= {"trainable": job.trainable, "base": job.base, "adapted": job.adapted, "gain": job.gain}

@@ -2,11 +2,11 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_adapters import signals
-from mlx_adapters.cli.options import Adapters, Model, opt
-from mlx_adapters.cli.screen import say
+from mlx_adapters.cli.options import Adapters, ChatTemplateKwargs, Model, Template, opt
+from mlx_adapters.screen import say
 
 if TYPE_CHECKING:
     from mlx_adapters.serve import Engine
@@ -19,6 +19,8 @@ def command(
     port: Annotated[int, opt("0 takes a free one", min=0, max=65535)] = 8080,
     max_tokens: Annotated[int, opt("longest answer a request may ask for", min=1)] = 2048,
     parallel: Annotated[int, opt("requests that are answered at the same time", min=1)] = 8,
+    template: Template = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Serve the base and its adapters by OpenAI's API.
 
@@ -29,7 +31,8 @@ def command(
     from mlx_adapters.serve.server import serving
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    engine = Engine(*load_named(model, adapter or (), base=name), name=name, parallel=parallel)
+    given: dict[str, Any] = {"template": template, "chat_template_kwargs": chat_template_kwargs}
+    engine = Engine(*load_named(model, adapter or (), base=name), name=name, parallel=parallel, **given)
     until_stopped(engine, serving(engine, host, port, max_tokens=max_tokens), "serves")
 
 

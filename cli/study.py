@@ -8,8 +8,8 @@ import typer
 
 from mlx_adapters.cli.options import arg, opt
 from mlx_adapters.cli.report import report, reporting
-from mlx_adapters.cli.screen import say, table
 from mlx_adapters.errors import ConfigError, counted, unknown
+from mlx_adapters.screen import say, table
 from mlx_adapters.units import duration, size
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def work(phase: "Training | Part", *, go_on: str) -> None:
     from mlx_adapters.study.cells import Training
 
     if isinstance(phase, Training):
-        phase.seconds = train.run(phase.trainer, go_on=go_on)
+        phase.seconds = train.follow(phase.trainer, go_on=go_on)
     else:
         eval.follow(phase, go_on=go_on)
 

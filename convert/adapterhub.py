@@ -20,9 +20,9 @@ from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.reading import sound
 from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
-from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.files.torch_bin import read_bin
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import DoubleSeqBN, ParBN, ScaledParBN, SeqBN, Series, bottleneck
 from mlx_adapters.methods.bottleneck import BlockBottleneck, LinearBottleneck

@@ -20,7 +20,7 @@ from mlx_adapters.errors import CheckpointError, ConfigError, UnsupportedError, 
 from mlx_adapters.files import writing
 from mlx_adapters.files.weights import SINGLE, SINGLE_BIN, bin_files, not_finite, read_weights, weight_files
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models import fields, names
+from mlx_adapters.models import fields, names, unread
 from mlx_adapters.models import load as models
 from mlx_adapters.models import stop_tokens as ends
 from mlx_adapters.models.build import build, cast
@@ -63,7 +63,7 @@ _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """What a conversion wrote. `parameters` counts weights, however many bits each has; `remark` says of a
-    model_type that it was not compared with transformers."""
+    model_type that it was not compared with transformers, and which tensors are not used."""
 
     path: Path
     bytes: int
@@ -137,7 +137,7 @@ def convert(
             _cast(model, models.DTYPES[dtype])
         if quantize:
             config = _quantize(model, config, bits, group_size, mode, recipe)
-        config = names.into_config(_written_config(model, config), model.tensor_names)
+        config = names.into_config(_written_config(model, config), names.names_of(model))
         writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
         parameters, per_weight = _measure(model)
         _save(folder, model, config, source)
@@ -149,7 +149,8 @@ def convert(
         parameters=parameters,
         seconds=time.perf_counter() - start,
         dtype=config["dtype"],
-        remark=fields.remark(config["model_type"]),
+        remark="; ".join(filter(None, (fields.remark(config["model_type"]), unread.remark(model.unread))))
+        or None,
     )
 
 
@@ -173,7 +174,7 @@ def write_mlx(
     if quantize is not None:
         bits, group_size, mode = quantize
         config = _quantize(model, config, bits, group_size, mode, None)
-    config = names.into_config(_written_config(model, config), model.tensor_names)
+    config = names.into_config(_written_config(model, config), names.names_of(model))
     writing.require_space(dst, sum(array.nbytes for _, array in tree_flatten(model.parameters())))
     source = _Source(
         name=str(loaded.path),
@@ -250,7 +251,7 @@ def _gguf(file: Path, *, keep_quantized: bool) -> _Source:
 
 
 def _read_bins(folder: Path) -> dict[str, mx.array]:
-    from mlx_adapters.convert.torch_bin import read_bin
+    from mlx_adapters.files.torch_bin import read_bin
 
     weights: dict[str, mx.array] = {}
     for shard in bin_files(folder):

@@ -1,20 +1,13 @@
 """Every format an adapter can leave in and come from."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import mlx.core as mx
-
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter.reading import sound
+from mlx_adapters.adapter.reading import BIN
 from mlx_adapters.convert import adapterhub, llm_adapters, mlx_lm, peft
-from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import AdapterError, ConfigError, counted, reading, unknown
 from mlx_adapters.files.writing import folder_bytes, writing
 from mlx_adapters.models.load import LanguageModel
@@ -45,7 +38,6 @@ class _Format(Protocol):
 
 _OTHERS: dict[str, _Format] = {"adapterhub": adapterhub, "llm-adapters": llm_adapters, "mlx-lm": mlx_lm}
 FORMATS = ("peft", *_OTHERS)
-_BIN = "adapter_model.bin"
 
 
 def formats(method: str) -> list[str]:
@@ -72,7 +64,7 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     """Write an adapter folder in another format.
 
     Args:
-        source: an adapter folder of this package.
+        source: an adapter folder of this package or PEFT's, or its hub id.
         dst: the new folder; it may not hold anything.
         format: one of `FORMATS`.
         base: hub id (or path) that the other library loads the base from; by default the one that the adapter
@@ -88,6 +80,7 @@ def export(source: Path, dst: Path, *, format: str, base: str | None = None) -> 
     """
     if format not in FORMATS:
         raise ConfigError(unknown("format", format, FORMATS))
+    source = adapter.located(source)
     adapter.refuse_links(source)
     if format == "peft":
         done = peft.export(source, dst, base=base)
@@ -130,12 +123,13 @@ def base_to_verify(meta: AdapterMeta, format: str, model: Path | None) -> Path:
 
 def detect(folder: Path) -> str:
     """The format of an adapter folder; AdapterError says what was looked for."""
+    folder = adapter.located(folder)
     if (folder / adapter.WEIGHTS).exists() and (folder / adapter.CONFIG).exists():
         return "peft"
     for name, module in _OTHERS.items():
         if module.detect(folder):
             return name
-    if (folder / _BIN).exists() and (folder / adapter.CONFIG).exists():
+    if (folder / BIN).exists() and (folder / adapter.CONFIG).exists():
         return "peft"  # of before 2023's safetensors
     raise AdapterError(
         f"{folder}: is not an adapter folder. Looked for adapter_model.safetensors (PEFT), "
@@ -146,7 +140,7 @@ def detect(folder: Path) -> str:
 
 def base_of(folder: Path) -> str | None:
     """The model, a path or a hub id, that an adapter folder says it is for."""
-    fields = adapter.read_fields(folder)
+    fields = adapter.read_fields(adapter.located(folder))
     named = (fields.get(name) for name in ("base_model_name_or_path", "model", "model_name"))
     return next((name for name in named if isinstance(name, str) and name), None)
 
@@ -155,7 +149,7 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
     """Write an adapter folder of any known format as one of this package.
 
     Args:
-        source: the folder; its format is detected from its files.
+        source: the folder or hub id; its format is detected from its files.
         dst: the new folder, which appears when it is whole.
         loaded: the bare model that the adapter is for: every name and shape is checked against it. It carries
             the adapter afterwards.
@@ -167,29 +161,12 @@ def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> Adapter
         AdapterError: the folder is damaged, of another model, or holds what is not supported.
         OutputError: `dst` is not empty or cannot be written.
     """
+    source = adapter.located(source)
     with reading(source, AdapterError), writing(dst) as folder:
         found = detect(source)
         adapter.refuse_links(source)
         if found in _OTHERS:
             return _OTHERS[found].import_adapter(source, folder, loaded=loaded)
-        with _with_safetensors(source) as readable:
-            meta = adapter.load(loaded, readable)
-            adapter.save(loaded.model, folder, meta=meta)
+        meta = adapter.load(loaded, source)
+        adapter.save(loaded.model, folder, meta=meta)
     return meta
-
-
-@contextmanager
-def _with_safetensors(source: Path) -> Iterator[Path]:
-    """`source`, or a copy of it whose weights are no `.bin`."""
-    if (source / adapter.WEIGHTS).exists():
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="mlx-adapters-import-") as name:
-        copy = Path(name)
-        shutil.copyfile(source / adapter.CONFIG, copy / adapter.CONFIG)
-        mx.save_safetensors(str(copy / adapter.WEIGHTS), sound(read_bin(source / _BIN), source / _BIN))
-        try:
-            yield copy
-        except AdapterError as error:
-            text = str(error).replace(str(copy / adapter.WEIGHTS), str(source / _BIN))
-            raise AdapterError(text.replace(str(copy), str(source))) from None

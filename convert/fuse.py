@@ -36,7 +36,10 @@ from mlx_adapters.convert.to_transformers import CHECKED, dequantized_weights, w
 from mlx_adapters.errors import ConfigError, UnsupportedError, counted, unknown
 from mlx_adapters.files import weights, writing
 from mlx_adapters.models import load as models
-from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.models.origin import remember, remembered, with_record
+from mlx_adapters.models.own_template import ChatTemplate
+from mlx_adapters.models.sites import is_head
+from mlx_adapters.models.unread import left_out
 from mlx_adapters.units import size
 
 __all__ = ["TARGETS", "Fused", "fuse"]
@@ -104,6 +107,7 @@ def fuse(
     quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
     refuse_links(loaded.path)
+    folder = adapter.located(folder)
     adapter.refuse_links(folder)
     model_type = loaded.config["model_type"]
     unchecked = to == "transformers" and model_type not in CHECKED
@@ -119,6 +123,7 @@ def fuse(
     with writing.writing(dst) as place:
         (place / "README.md").write_text(card, encoding="utf-8")
         sums = _write(loaded, place, dst, kept, to, (bits, group_size, mode) if quantize else None)
+        _write_template(place, meta.chat, loaded.path)
         del loaded
         again = _opened(place)
         if sums is not None:
@@ -184,11 +189,28 @@ def _write(
         refuse_not_finite(place, str(dst), dtype)
         return None
     writing.require_space(dst, adapter.count(loaded.model)[1] * models.DTYPES[dtype].size)
-    write_transformers(loaded.model, loaded.config, place, dtype=dtype)
+    write_transformers(loaded.model, loaded.config, place, dtype=dtype, beside=_towers(loaded))
     refuse_not_finite(place, str(dst), dtype)
     copy_tokenizer(loaded.path, place)
     write_ends(place, loaded.path)
     return dict(_sums(loaded.model, dtype))
+
+
+def _towers(loaded: models.LanguageModel) -> dict[str, mx.array]:
+    """What the base's folder holds beside the language model, which transformers' model needs to be whole."""
+    if "text_config" not in loaded.config:
+        return {}
+    names = set(left_out(loaded.model))
+    found = weights.read_weights(loaded.path) if names else {}
+    names = {name for name in names if not is_head(name.rpartition(".")[0])}  # a tied one is not asked
+    return {name: array for name, array in found.items() if name in names}
+
+
+def _write_template(place: Path, chat: ChatTemplate, source: Path) -> None:
+    """Put the adapter's own chat template in the place of the base's, and name the end of its turns."""
+    if chat.text:
+        chat.store(place)
+        write_ends(place, source)
 
 
 def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple[str, models.LanguageModel]:
@@ -198,8 +220,11 @@ def _handed_on(loaded: models.LanguageModel, meta: adapter.AdapterMeta) -> tuple
     """
     about = remembered(loaded.config)
     template = meta.template or about.get("template", "")
-    card = fused_card(meta.method.NAME, about.get("source"), template)
-    return card, replace(loaded, config=remember(loaded.config, template=template))
+    chat = replace(meta.chat, stops={}) if meta.template else loaded.chat
+    # the text is the tokenizer's own in the new folder
+    card = fused_card(meta.method.NAME, about.get("source"), template, replace(chat, text=""))
+    config = with_record(remember(loaded.config, template=template), "chat", chat.record() or None)
+    return card, replace(loaded, config=config)
 
 
 def _merge(model: Any, method: str) -> int:

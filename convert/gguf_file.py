@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_adapters.convert.gguf_blocks import BLOCKS
+from mlx_adapters.convert.gguf_blocks import BLOCKS, FROM_PACKAGE
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 
 __all__ = ["PLAIN", "Container", "Tensor", "read_container"]
@@ -29,8 +29,7 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
-_NAMES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL"}
-_NAMES |= {21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+_NAMES = {9: "Q8_1", 15: "Q8_K", 40: "NVFP4"}
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,15 @@ def _bytes(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -> int
         count *= extent
     if kind in PLAIN:
         return count * PLAIN[kind]
-    if kind not in BLOCKS:
+    if kind in BLOCKS:
+        values, width = BLOCKS[kind].values, BLOCKS[kind].width
+    elif kind in FROM_PACKAGE:
+        values, width = 256, FROM_PACKAGE[kind]
+    else:
         raise UnsupportedError(
             f"{cursor.path}: tensor '{name}' has type {_NAMES.get(kind, kind)}, which is not read. "
-            "Use a file in F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or Q2_K to Q6_K"
+            "Use a file in F16, BF16, Q8_0, Q4_0 to Q5_1, Q2_K to Q6_K, IQ4 or MXFP4"
         )
-    block = BLOCKS[kind]
-    if shape[-1] % block.values:
-        raise cursor.damaged(f"tensor '{name}' has rows of {shape[-1]}, no multiple of {block.values}")
-    return count // block.values * block.width
+    if shape[-1] % values:
+        raise cursor.damaged(f"tensor '{name}' has rows of {shape[-1]}, no multiple of {values}")
+    return count // values * width

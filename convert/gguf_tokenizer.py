@@ -1,33 +1,18 @@
 """The tokenizer in a GGUF file's metadata, as tokenizer.json and tokenizer_config.json."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.convert import tokenizer as building
+from mlx_adapters.convert.gguf_pretokenizers import PRE_TOKENIZERS, Cut
 from mlx_adapters.errors import CheckpointError, UnsupportedError, unknown
 
-__all__ = ["ENDS", "PRE_TOKENIZERS", "write"]
+__all__ = ["ENDS", "write"]
 
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# tokenizer.ggml.pre -> the regular expressions that cut a text before byte-pair merging, in order
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "default": (_WORDS,),
-    "gpt-2": (_WORDS,),
-    "smollm": (r"\p{N}", _WORDS),
-    "starcoder": (r"\p{N}", _WORDS),
-    "llama-bpe": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-}
-_WHOLE_WORDS_FIRST = ("llama-bpe", "smaug-bpe")  # a word in the vocabulary is taken without merging
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+_MODELS = ("gpt2", "llama", "gemma4")
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: llama.cpp ends an answer at each of them
 
@@ -48,11 +33,16 @@ def write(fields: dict[str, Any], dst: Path, *, source: Path) -> None:
             unknown=special.get("unk_token"),
             prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         )
+    elif model == "gemma4":
+        unknown_token = special.get("unk_token", "<unk>")
+        tokenizer = _fitting(
+            source, building.spaced_bpe, tokens, _merges(fields, source), unknown=unknown_token
+        )
     else:
-        raise UnsupportedError(f"{source}: {unknown('tokenizer model', str(model), ('gpt2', 'llama'))}")
+        raise UnsupportedError(f"{source}: {unknown('tokenizer model', str(model), _MODELS)}")
     controls = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN)]
     users = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER]
-    begins = bool(fields.get("tokenizer.ggml.add_bos_token", model == "llama" or _is_llama3(fields)))
+    begins = bool(fields.get("tokenizer.ggml.add_bos_token", model != "gpt2" or _cut(fields, source).begins))
     ends = bool(fields.get("tokenizer.ggml.add_eos_token", False))
     building.add_tokens(tokenizer, controls, users)
     building.add_ends(
@@ -69,14 +59,27 @@ def write(fields: dict[str, Any], dst: Path, *, source: Path) -> None:
     (dst / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_llama3(fields: dict[str, Any]) -> bool:
-    return fields.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
-
-
-def _byte_level(fields: dict[str, Any], tokens: list[str], source: Path) -> Any:
+def _cut(fields: dict[str, Any], source: Path) -> Cut:
     pre = fields.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise UnsupportedError(f"{source}: {unknown('tokenizer.ggml.pre', str(pre), PRE_TOKENIZERS)}")
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str], source: Path) -> Any:
+    cut = _cut(fields, source)
+    return _fitting(
+        source,
+        building.byte_level_bpe,
+        tokens,
+        _merges(fields, source),
+        cut.patterns,
+        nfc=cut.nfc,
+        whole_words=cut.whole_words,
+    )
+
+
+def _merges(fields: dict[str, Any], source: Path) -> list[tuple[str, str]]:
     merges = []
     for line in _list(fields, "merges", str, source):
         left, space, right = line.partition(" ")
@@ -85,10 +88,12 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], source: Path) -> Any:
                 f"{source}: metadata 'tokenizer.ggml.merges' has {line!r:.60}, which is not a pair"
             )
         merges.append((left, right))
+    return merges
+
+
+def _fitting(source: Path, build: Callable[..., Any], *parts: Any, **options: Any) -> Any:
     try:
-        return building.byte_level_bpe(
-            tokens, merges, PRE_TOKENIZERS[pre], nfc=pre == "qwen2", whole_words=pre in _WHOLE_WORDS_FIRST
-        )
+        return build(*parts, **options)
     except Exception as error:  # tokenizers raises plain Exception for a merge outside the vocabulary
         raise CheckpointError(
             f"{source}: metadata 'tokenizer.ggml.merges' does not fit the tokens ({error})"

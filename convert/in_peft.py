@@ -7,6 +7,7 @@ the same and the module is a linear layer.
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from mlx_adapters.methods.experts import EXPERT_NAMES
 from mlx_adapters.models.architectures.row import Architecture
@@ -21,14 +22,18 @@ _ROUTER = re.compile(r"(?:^|\.)(?:gate|router|router\.layer)$")
 _ON_LAYERS = ("lora", "dora", "ia3", "vera", "ln_tuning")
 
 
-def closed(method: str, model_type: str, paths: Iterable[str], *, measured: bool = False) -> list[str]:
+def closed(
+    method: str, model_type: str, paths: Iterable[str], *, measured: bool = False, dense: bool = False
+) -> list[str]:
     """The last names of those paths of PyTorch at which PEFT does not open `method`.
 
-    `measured`: names and values are PyTorch's, as they were measured on the base (`models.names`).
+    `measured`: names and values are PyTorch's, as they were measured on the base (`models.names`). `dense`:
+    the base has no experts, as some of its type have.
     """
     if method not in _ON_LAYERS:
         return []
     row = architecture(model_type)
+    row = replace(row, peft=replace(row.peft, stacked=row.peft.stacked and not dense))
     return sorted({path.rpartition(".")[2] for path in paths if _is_closed(method, row, path, measured)})
 
 

@@ -26,7 +26,7 @@ def info(folder: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError or AdapterError for a folder that is neither.
     """
-    place = Path(folder)
+    place = adapter.located(folder)
     if not place.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a model folder or an adapter folder")
     return _adapter(place) if (place / adapter.CONFIG).exists() else _model(place)
@@ -65,19 +65,19 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "training": meta.training or None,
         "seen": questions(meta.seen) if meta.seen else None,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or None,
-        **_weights([file for file in (folder / adapter.WEIGHTS,) if file.exists()]),
+        **_weights([file for file in (adapter.weights_file(folder),) if file.exists()]),
     }
 
 
 def _weights(found: list[Path]) -> dict[str, Any]:
-    headers = [weights.header(file) for file in found]
+    headers = [weights.header(file) for file in found if file.suffix == ".safetensors"]
     entries = [entry for one in headers for name, entry in one.items() if name != "__metadata__"]
     types: Counter[str] = Counter()
     for entry in entries:
         types[entry["dtype"]] += math.prod(entry["shape"])
     return {
         "files": {file.name: file.stat().st_size for file in found} or None,
-        "tensors": len(entries),
+        "tensors": len(entries) if headers else None,
         "stored_values": dict(types.most_common()) or None,
     }
 

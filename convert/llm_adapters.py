@@ -19,9 +19,9 @@ from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.grouped import ungrouped
 from mlx_adapters.convert.parts import assemble, need, take_apart
 from mlx_adapters.convert.peft import base_name
-from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, AdaptersError
+from mlx_adapters.files.torch_bin import read_bin
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods import LoRA, Series
 from mlx_adapters.methods.peft_fields import check_fields

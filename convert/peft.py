@@ -26,16 +26,19 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
-from mlx_adapters.convert.card import adapter_card
+from mlx_adapters.convert.card import GENERATION, adapter_card
 from mlx_adapters.convert.in_peft import closed
 from mlx_adapters.convert.opening import check_opens
 from mlx_adapters.convert.to_transformers import write_transformers
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, AdaptersError
 from mlx_adapters.files.writing import folder_bytes, writing
+from mlx_adapters.generate.decode import generate_ids
+from mlx_adapters.generate.text import render
 from mlx_adapters.models import load as models
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.origin import is_hub_id
+from mlx_adapters.models.own_template import FILE
 
 __all__ = ["HUB_DATA", "Exported", "Verdict", "base_name", "export", "verify"]
 
@@ -45,6 +48,9 @@ _PROMPTS = (
     "Below is an instruction that describes a task.",
 )
 _NEW_TOKENS = 20
+# As `mlx-adapters generate`: what a file leaves out, transformers takes from the base's.
+_LIKELIEST = {"do_sample": False, "repetition_penalty": 1.0}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+) \(\w+\)")
 """How an adapter remembers training data of the hub: `OWNER/NAME (split)`."""
 
@@ -68,7 +74,9 @@ class Verdict:
     `peft_diff` is max|logit difference| through `PeftModel.from_pretrained`, `auto_diff` through
     `AutoModelForCausalLM.from_pretrained(adapter folder)`, None where transformers does not offer that for
     the method; `bound` is 1e-5 + 1e-5 * max|logit|.
-    `effect` is the negative control: how far the logits move when the adapter is left out.
+    `effect` is the negative control: how far the logits move when the adapter is left out. `answer_equal`:
+    whether transformers' `generate`, with the folder's `generation_config.json`, answers a question with the
+    tokens that are written here, and ends there; None where the folder has no such file.
     """
 
     peft_diff: float
@@ -79,12 +87,14 @@ class Verdict:
     tokens: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    answer_equal: bool | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every comparison held. The effect is a control of the test, not a property to demand."""
         close = max(self.peft_diff, self.auto_diff or 0.0) <= self.bound
-        return close and self.greedy_equal and not self.missing and not self.unexpected
+        equal = self.greedy_equal and self.answer_equal is not False
+        return close and equal and not self.missing and not self.unexpected
 
     def __str__(self) -> str:
         """The comparison in one line."""
@@ -92,10 +102,12 @@ class Verdict:
         if self.missing or self.unexpected:
             keys = f"{len(self.missing)} missing and {len(self.unexpected)} unexpected keys"
         auto = "" if self.auto_diff is None else f", {self.auto_diff:.1e} through AutoModelForCausalLM"
+        answer = {True: "; an answer equal", False: "; an answer NOT EQUAL", None: ""}[self.answer_equal]
         return (
             f"verify: {keys}; max |logit difference| {self.peft_diff:.1e} through PeftModel{auto} "
             f"(bound {self.bound:.1e}); "
-            f"{self.tokens} greedy tokens {'equal' if self.greedy_equal else 'NOT EQUAL'}; without the "
+            f"{self.tokens} greedy tokens {'equal' if self.greedy_equal else 'NOT EQUAL'}{answer}; without "
+            "the "
             f"adapter the logits move by {self.effect:.2g}: {'passed' if self.passed else 'FAILED'}"
         )
 
@@ -107,6 +119,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     adapter remembers. Nothing written names a folder of this machine. Raises AdapterError for a folder that
     is no adapter or remembers no hub id, OutputError for a `dst` that is not empty.
     """
+    source = adapter.located(source)
     adapter.refuse_links(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
@@ -120,9 +133,13 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     _refuse_unreadable(source, meta, tensors)
     with writing(dst) as folder:
         _write_json(folder / adapter.CONFIG, fields)
-        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN):
+        if not (source / adapter.WEIGHTS).exists():  # a `.bin`
+            mx.save_safetensors(str(folder / adapter.WEIGHTS), tensors, metadata={"format": "pt"})
+        for name in (adapter.WEIGHTS, adapter.META, adapter.SEEN, FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
+        if meta.chat.stops:
+            _write_json(folder / GENERATION, {"eos_token_id": list(meta.chat.stops.values()), **_LIKELIEST})
         if (source / "members").is_dir():  # a fusion keeps the adapters it is made of
             shutil.copytree(source / "members", folder / "members")
         shutil.copyfile(Path(__file__).with_name("load_adapter.py"), folder / "load_adapter.py")
@@ -194,6 +211,7 @@ def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[st
         model_type,
         [sites.to_hf(path, model_type) for path in paths],
         measured=bool(meta.names),
+        dense=_dense(meta.base.get("path")),
     ):
         more = " ..." if len(found) > 6 else ""
         raise AdapterError(
@@ -201,6 +219,18 @@ def _refuse_unreadable(source: Path, meta: adapter.AdapterMeta, tensors: dict[st
             "model. Write a checkpoint with mlx-adapters fuse, or an adapter for MLX with --format mlx-lm, "
             "or train with other targets"
         )
+
+
+def _dense(base: str | None) -> bool:
+    """Whether the base is here, and has no experts."""
+    try:
+        config = models.read_config(Path(base)) if base else None
+    except AdaptersError:
+        return False
+    if config is None:
+        return False
+    text = config.get("text_config") or config
+    return not any(text.get(name) for name in _EXPERTS)
 
 
 def verify(folder: Path, model: Path | str) -> Verdict:
@@ -223,8 +253,47 @@ def verify(folder: Path, model: Path | str) -> Verdict:
         loaded.model.eval()
         ours = logits(loaded.model, prompts)
         greedy = [_greedy(loaded.model, ids) for ids in prompts]
+        asked = _asked(loaded, meta, folder)
         with quiet_transformers():
-            return _compare(copy, base, prompts, plain, ours, greedy, auto_offered=auto)
+            return _compare(copy, base, prompts, plain, ours, greedy, asked, auto_offered=auto)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The prompt of a question, the answer here up to a token of `stop`, and the folder whose generation
+    settings PyTorch answers it with."""
+
+    prompt: list[int]
+    answer: list[int]
+    stop: frozenset[int]
+    folder: Path
+
+
+def _asked(loaded: models.LanguageModel, meta: adapter.AdapterMeta, folder: Path) -> _Asked | None:
+    """A question, asked as the adapter was trained; None where the folder says nothing of answers."""
+    if not (folder / GENERATION).exists():
+        return None
+    question = render(loaded, [{"role": "user", "content": _PROMPTS[0]}], adapter=meta)
+    stop = frozenset(int(end) for end in question.tokenizer.eos_token_ids)
+    options: dict[str, Any] = {"stop": stop, "max_tokens": _NEW_TOKENS}
+    ((_, answer),) = generate_ids(loaded.model, [question.ids], **options)
+    return _Asked(question.ids, answer, stop, folder)
+
+
+def _same_answer(model: Any, asked: _Asked) -> bool | None:
+    """Whether transformers' `generate` writes it too; None for virtual tokens, which PEFT generates with on
+    some architectures only."""
+    import torch
+    from transformers import GenerationConfig
+
+    if model.active_peft_config.is_prompt_learning:
+        return None
+    settings = GenerationConfig.from_pretrained(asked.folder, max_new_tokens=_NEW_TOKENS)
+    prompt = torch.tensor([asked.prompt])
+    found = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+    )[0, len(asked.prompt) :].tolist()
+    return (found[:-1] if found and found[-1] in asked.stop else found) == asked.answer
 
 
 def _compare(
@@ -234,6 +303,7 @@ def _compare(
     plain: list[np.ndarray],
     ours: list[np.ndarray],
     greedy: list[list[int]],
+    asked: _Asked | None,
     *,
     auto_offered: bool,
 ) -> Verdict:
@@ -253,6 +323,7 @@ def _compare(
     with torch.no_grad():
         theirs = [peft_model(torch.tensor([ids])).logits[0, -len(ids) :].numpy() for ids in prompts]
         tokens = [_torch_greedy(peft_model, ids) for ids in prompts]
+        equal = _same_answer(peft_model, asked) if asked else None
         auto_model = opened(folder) if auto_offered else None
         auto = [auto_model(torch.tensor([ids])).logits[0].numpy() for ids in prompts] if auto_model else None
     return Verdict(
@@ -264,6 +335,7 @@ def _compare(
         tokens=sum(map(len, greedy)),
         missing=missing,
         unexpected=unexpected,
+        answer_equal=equal,
     )
 
 

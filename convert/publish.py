@@ -77,6 +77,7 @@ def prepare(
     of another adapter, OutputError for a `dst` that is not empty.
     """
     check_name(repo)
+    source = adapter.located(source)
     if license is not None and not _LICENSE.fullmatch(license):
         raise ConfigError(
             f"--license {license!r}: give the hub's name of it, like apache-2.0, mit or cc-by-4.0"
@@ -160,7 +161,7 @@ class _Measured:
     @classmethod
     def read(cls, report: Path, source: Path) -> "_Measured":
         settings, records = read_report(report)
-        weights = source / adapter.WEIGHTS
+        weights = adapter.weights_file(source)
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
         if settings.get("adapter_sha256") != digest:
             raise DataError(f"{report}: measures another adapter than {source}. Evaluate this one again")

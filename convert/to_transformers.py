@@ -7,7 +7,7 @@ back here, and GPT-2's Conv1D weights transposed back.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlx_adapters.methods.base import plain_weight
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.architectures.table import ARCHITECTURES, architecture
 from mlx_adapters.models.load import DTYPES
-from mlx_adapters.models.names import Names, Part, into_config
+from mlx_adapters.models.names import Names, Part, into_config, names_of
 from mlx_adapters.models.saved_forms import encoded
 
 __all__ = ["CHECKED", "checkpoint_tensors", "dequantized_weights", "write_transformers"]
@@ -85,14 +85,21 @@ def dequantized_weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def write_transformers(
-    model: nn.Module, config: dict[str, Any], dst: Path, *, dtype: str = "float32", shard: int = 5 << 30
+    model: nn.Module,
+    config: dict[str, Any],
+    dst: Path,
+    *,
+    dtype: str = "float32",
+    shard: int = 5 << 30,
+    beside: Mapping[str, mx.array] | None = None,
 ) -> Path:
     """Write `model` (without an adapter) to `dst` in `dtype` under Hugging Face's names; returns `dst`.
 
-    Files hold at most `shard` bytes. Raises UnsupportedError for a mixture of experts whose names are not
-    known here: transformers would fill such a layer with random weights and only log it.
+    Files hold at most `shard` bytes. `beside` are tensors that go along as they are. Raises UnsupportedError
+    for a mixture of experts whose names are not known here: transformers would fill such a layer with random
+    weights and only log it.
     """
-    found = getattr(model, "tensor_names", None)
+    found = names_of(model)
     weights = dequantized_weights(model)
     made = checkpoint_tensors(found, weights) if found else {}
     named = {name: array.astype(DTYPES[dtype]) for name, array in made.items()}
@@ -100,7 +107,7 @@ def write_transformers(
         for name, part in _hf_names(path, array, config["model_type"]):
             named[name] = part.astype(DTYPES[dtype])
     dst.mkdir(parents=True, exist_ok=True)
-    _save(named, dst, shard)
+    _save(named | dict(beside or {}), dst, shard)
     fields = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     fields = into_config(fields, None)  # the names are the checkpoint's own again
     fields = model_config.to_transformers(fields) | {"dtype": dtype, "torch_dtype": dtype}
@@ -114,6 +121,7 @@ _EXPERTS = re.compile(r"^(.*)\.(?:switch_mlp|experts)\.(gate|up|down)_proj\.weig
 def _hf_names(path: str, array: mx.array, model_type: str) -> Iterator[tuple[str, mx.array]]:
     """(name, array) as the checkpoint has them: renamed, transposed, or one for each expert."""
     row = architecture(model_type)
+    array = array.reshape(1) if array.ndim == 0 else array  # as PyTorch keeps a number that trains
     if array.ndim == 3 and (found := _EXPERTS.match(path)):
         if row.experts is None:
             raise UnsupportedError(

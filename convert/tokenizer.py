@@ -21,6 +21,7 @@ __all__ = [
     "read_proto",
     "sentencepiece_bpe",
     "settings_of",
+    "spaced_bpe",
 ]
 
 SPACE = "▁"
@@ -110,6 +111,23 @@ def sentencepiece_bpe(
         )
     )
     _spaces(tokenizer, prefix=prefix)
+    return tokenizer
+
+
+def spaced_bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], *, unknown: str) -> Any:
+    """Gemma 4's BPE: merges across whole words, spaces as in sentencepiece, and bytes for what is not in the
+    vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer: Any = Tokenizer(
+        models.BPE(vocabulary, list(merges), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenizer
 
 

@@ -17,6 +17,8 @@ from mlx_adapters.convert.against_torch import (
     require,
     require_class,
 )
+from mlx_adapters.convert.gguf import family_in
+from mlx_adapters.convert.gguf_file import read_container
 from mlx_adapters.convert.to_transformers import write_transformers
 from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.files import weights
@@ -73,7 +75,7 @@ def verify_model(src: Path | str, dst: Path) -> ModelVerdict:
     prompts = [loaded.tokenizer.encode(text) for text in _PROMPTS]
     ours = logits(loaded.model, prompts)
     with quiet_transformers():
-        source = _source_logits(src, prompts)
+        source = _source_logits(src, prompts, dst)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, source, strict=True))
     agreement = same / sum(map(len, prompts))
     lossless = max_diff(ours, source) <= bound(source) or not _may_round(src, dst)
@@ -89,20 +91,35 @@ def verify_model(src: Path | str, dst: Path) -> ModelVerdict:
     )
 
 
-def _source_logits(src: Path | str, prompts: list[list[int]]) -> list[np.ndarray]:
+def _source_logits(src: Path | str, prompts: list[list[int]], dst: Path) -> list[np.ndarray]:
     path = Path(src)
-    if path.suffix != ".gguf":
-        folder = models.locate(src)
-        config = models.read_config(folder)
-        require_class(config["model_type"])
-        if config.get("quantization"):
-            raise UnsupportedError(
-                f"--verify: {src} is quantized for MLX already, transformers cannot open it"
-            )
-        return _logits(folder, prompts)
+    if path.suffix == ".gguf":
+        return _gguf_logits(path, prompts, dst)
+    folder = models.locate(src)
+    config = models.read_config(folder)
+    require_class(config["model_type"])
+    if config.get("quantization"):
+        raise UnsupportedError(f"--verify: {src} is quantized for MLX already, transformers cannot open it")
+    return _logits(folder, prompts)
+
+
+def _gguf_logits(file: Path, prompts: list[list[int]], dst: Path) -> list[np.ndarray]:
+    """Those of the file opened by transformers. Of the metadata transformers leaves out windows and scaled
+    rotations, so it is given the configuration in `dst`; the tensors it reads by its own rules."""
     if find_spec("gguf") is None:
         raise UnsupportedError("--verify of a .gguf file needs the package gguf: pip install gguf")
-    return _logits(path.parent, prompts, gguf_file=path.name)
+    family, found = family_in(read_container(file))
+    if not family.in_transformers:
+        raise UnsupportedError(
+            f"--verify: transformers does not read GGUF files of architecture {found.arch!r} right: there is "
+            f"nothing to compare with. {dst} is complete"
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(dst)
+    if hasattr(config, "quantization_config"):  # MLX's, of the converted weights
+        del config.quantization_config
+    return _logits(file.parent, prompts, gguf_file=file.name, config=config)
 
 
 def _logits(folder: Path, prompts: list[list[int]], **options: Any) -> list[np.ndarray]:

@@ -1,10 +1,12 @@
 """Record `mlx-adapters quickstart` as an animated picture: docs/quickstart.svg, which README shows.
 
     python examples/recording.py [OUTPUT.svg] [--command "..."] [--rows 26] [--seconds 16]
+    python examples/recording.py docs/data-show.svg --still --folder FOLDER --command "..."
 
-The command runs on a pseudo-terminal in an empty folder, and the picture shows what it printed, letter by
-letter, as a time lapse. Nothing else is drawn but the prompt, the command and the title, which says how long
-it took. The colours follow the reader's light or dark setting; without animation the last screen is seen.
+The command runs on a pseudo-terminal in an empty folder, or in FOLDER. The picture shows what it printed,
+letter by letter, as a time lapse. Nothing else is drawn but the prompt, the command and the title, which says
+how long it took. The colours follow the reader's light or dark setting; without animation, as with --still,
+the last screen is seen.
 """
 
 import argparse
@@ -29,6 +31,7 @@ HOLD = 0.3  # the last screen stays for this share of the whole
 COLOURS = {None: ("#24292f", "#d0d7de"), "31": ("#b3261e", "#ff7b72"), "32": ("#1a7f37", "#56d364")}
 COLOURS |= {"33": ("#7d4e00", "#e3b341"), "34": ("#0550ae", "#79c0ff"), "35": ("#8250df", "#d2a8ff")}
 COLOURS |= {"36": ("#0b6b75", "#56d4dd"), "90": ("#8c959f", "#6e7681")}
+COLOURS |= {"1;35": COLOURS["35"], "2": COLOURS["90"]}  # bold and dim, as Rich writes them
 COLOURS |= {"38;5;197": COLOURS["34"], "38;5;70": COLOURS["32"], "38;5;237": COLOURS["90"]}
 CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 
@@ -230,15 +233,20 @@ def main() -> None:
     parser.add_argument("--command", default="mlx-adapters quickstart")
     parser.add_argument("--rows", type=int, default=26)
     parser.add_argument("--seconds", type=float, default=16.0)
+    parser.add_argument("--still", action="store_true", help="the last screen, whole")
+    parser.add_argument("--folder", type=Path, help="run the command there")
     options = parser.parse_args()
     name, *arguments = shlex.split(options.command)
     program = Path(sys.executable).with_name(name)  # that of the running environment comes first
     command = [str(program) if program.exists() else name, *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        pieces = record(command, Path(folder))
+        pieces = record(command, options.folder or Path(folder))
     minutes, rest = divmod(round(pieces[-1][0]), 60)
     title = f"time lapse: {minutes} min {rest:02d} s in {options.seconds:.0f} s"
     versions = play(pieces, options.command, options.seconds)
+    if options.still:
+        versions = [Version(one.row, one.line, 0.0) for one in versions if one.end is None]
+        options.rows, title = 1 + max(one.row for one in versions if one.line), "mlx-adapters data show"
     options.output.write_text(draw(versions, title, options.rows, options.seconds), encoding="utf-8")
     print(f"{options.output}: {options.output.stat().st_size / 1000:.0f} kB")
 

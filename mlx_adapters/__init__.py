@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_FROM` say
     from mlx_adapters.api import import_adapter as import_adapter
     from mlx_adapters.api import load as load
     from mlx_adapters.api import load_adapter as load_adapter
+    from mlx_adapters.data.preview import row_statistics as row_statistics
+    from mlx_adapters.data.preview import show_rows as show_rows
     from mlx_adapters.errors import AdapterError as AdapterError
     from mlx_adapters.errors import AdaptersError as AdaptersError
     from mlx_adapters.errors import CheckpointError as CheckpointError
@@ -70,8 +72,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_FROM` say
     from mlx_adapters.train.plan import MemoryPlan as MemoryPlan
     from mlx_adapters.train.plan import plan as plan
     from mlx_adapters.train.progress import Step as Step
+    from mlx_adapters.train.result import TrainResult as TrainResult
     from mlx_adapters.train.trainer import Trainer as Trainer
-    from mlx_adapters.train.trainer import TrainResult as TrainResult
     from mlx_adapters.train.trainer import train as train
 
 __version__ = "0.1.0"
@@ -81,6 +83,7 @@ _FROM = {
     "adapter.folder": ("save",),
     "adapter.meta": ("AdapterMeta",),
     "api": (*("Exported", "combine", "convert", "export", "fuse", "import_adapter", "load", "load_adapter"),),
+    "data.preview": ("row_statistics", "show_rows"),
     "errors": (
         *("AdapterError", "AdaptersError", "CheckpointError", "ConfigError", "DataError", "OutputError"),
         *("TrainingError", "UnsupportedError"),
@@ -97,7 +100,8 @@ _FROM = {
     "train.callbacks": ("Callback",),
     "train.plan": ("MemoryPlan", "plan"),
     "train.progress": ("Step",),
-    "train.trainer": ("TrainResult", "Trainer", "train"),
+    "train.result": ("TrainResult",),
+    "train.trainer": ("Trainer", "train"),
 }
 _MODULES = {name: module for module, names in _FROM.items() for name in names}
 

@@ -75,9 +75,11 @@ def _converted(source: PathLike, bits: int | None, revision: str | None) -> Path
 def load_adapter(model: LanguageModel, folder: PathLike) -> AdapterMeta:
     """Put the adapter in `folder` on a bare model: ours, or PEFT's.
 
+    Wherever the library takes an adapter's folder, it takes its hub id too.
+
     Args:
         model: What `load` returned.
-        folder: The adapter's folder.
+        folder: The adapter's folder, or its hub id: `OWNER/NAME`, `OWNER/NAME@REVISION`.
 
     Returns:
         What the folder says of the adapter: its method, its base model, its template, its training.
@@ -85,7 +87,7 @@ def load_adapter(model: LanguageModel, folder: PathLike) -> AdapterMeta:
     Raises:
         AdapterError: Lists what does not fit the model.
     """
-    return adapters.load(model, Path(folder))
+    return adapters.load(model, folder)
 
 
 def convert(source: PathLike, output: PathLike, **options: Any) -> Converted:

@@ -17,6 +17,7 @@ __all__ = [
     "peak_memory",
     "prepare_memory",
     "rounding",
+    "sharing",
     "total_memory",
 ]
 
@@ -103,8 +104,13 @@ def free_memory(*, shared: bool = False) -> int:
         import mlx.core as mx
 
         free = min(free, max(0, total_memory() - mx.get_active_memory()))
+    return free // sharing() if shared else free
+
+
+def sharing() -> int:
+    """How many processes, of those that this library started together, share this machine."""
     processes = os.environ.get(SHARING, "")
-    return free // max(1, int(processes)) if shared and processes.isdecimal() else free
+    return max(1, int(processes)) if processes.isdecimal() else 1
 
 
 def _container_memory(group: Path = Path("/sys/fs/cgroup")) -> int:

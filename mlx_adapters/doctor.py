@@ -6,9 +6,11 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata, util
+from pathlib import Path
 
 from mlx_adapters import __version__, device
 from mlx_adapters.cpu import blas, threads
+from mlx_adapters.units import size
 
 __all__ = ["Finding", "doctor", "gflops"]
 
@@ -42,7 +44,7 @@ def doctor() -> list[Finding]:
     found.append(Finding("mlx-adapters", __version__))
     found += [_package(name) for name in _PACKAGES]
     found += [_optional(*row) for row in _OPTIONAL]
-    return found
+    return [*found, _cache(), _hub()]
 
 
 def gflops(size: int = 1024, seconds: float = 0.3) -> float:
@@ -126,6 +128,25 @@ def _memory() -> Finding:
     if free < _LOW_MEMORY:
         return Finding("memory", value, False, "close programs, or train with a smaller --batch-size")
     return Finding("memory", value)
+
+
+def _cache() -> Finding:
+    """What downloads and compiled kernels take."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = [Path(HF_HUB_CACHE), blas.cache()]
+    sizes = [sum(file.lstat().st_size for file in place.rglob("*") if file.is_file()) for place in places]
+    found = [f"{size(took)} in {place}" for took, place in zip(sizes, places, strict=True)]
+    return Finding("caches", "; ".join(found))
+
+
+def _hub() -> Finding:
+    """Whether a token is stored, which private and gated models need; nothing is sent."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return Finding("hub", "not logged in", True, "for private and gated models: hf auth login")
+    return Finding("hub", "logged in: a token is stored")
 
 
 def _package(name: str) -> Finding:

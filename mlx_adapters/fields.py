@@ -4,20 +4,41 @@ Imports nothing heavy: the command line reads these declarations before it knows
 """
 
 import dataclasses
+import json
+import re
 import types
 import typing
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 from mlx_adapters.errors import ConfigError, unknown
 
-__all__ = ["field", "merged", "parse_fields", "settings"]
+__all__ = ["current", "field", "merged", "parse_fields", "settings", "synonyms"]
 
 T = TypeVar("T")
 
 
-def field(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that the command line, YAML and docs show."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def field(default: Any, help: str, *also: str) -> Any:
+    """A dataclass field with the help text that the command line, YAML and docs show; `also` are other names
+    of its option, which other programs or earlier versions have for it."""
+    return dataclasses.field(default=default, metadata={"help": help, "also": also})
+
+
+def synonyms(config_class: type) -> dict[str, str]:
+    """{another name of a field: the field}."""
+    fields = dataclasses.fields(config_class)
+    return {name: field.name for field in fields for name in field.metadata.get("also", ())}
+
+
+def current(config_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the fields' own names. ConfigError for a field under two names."""
+    others, found = synonyms(config_class), dict[str, Any]()
+    for name, value in settings.items():
+        if (own := others.get(name, name)) in found:
+            raise ConfigError(f"{own} is given under two names: leave one of them out")
+        found[own] = value
+    return found
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -29,9 +50,12 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(pairs: list[str], where: str = "--set") -> dict[str, str]:
-    """`["rank=8", ...]` as a mapping; ConfigError for an entry without `=`."""
+    """`["rank=8,alpha=16", ...]` as a mapping; ConfigError for an entry without `=`.
+
+    A value may hold commas too: a new name begins where a word and `=` follow one.
+    """
     found = {}
-    for pair in pairs:
+    for pair in chain.from_iterable(re.split(r",(?=\s*[A-Za-z_]+=)", text) for text in pairs):
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"{where} {pair!r}: write it as name=value")
@@ -46,7 +70,7 @@ def parse_fields(config_class: type[T], settings: dict[str, Any], *, where: str)
     annotated = typing.get_type_hints(config_class)
     hints = {field.name: annotated[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     problems, values = [], {}
-    for name, raw in settings.items():
+    for name, raw in current(config_class, settings).items():
         if name not in hints:
             problems.append(unknown(f"field of {where}", name, hints))
             continue
@@ -65,6 +89,8 @@ def _parse(raw: Any, hint: Any) -> Any:
             if type(None) in hint.__args__:
                 return None
             raise ValueError
+        if type(raw) in hint.__args__ and not isinstance(raw, str):  # of `int | float` 1.0 is not 1
+            return raw
         for kind in hint.__args__:
             try:
                 if kind is not type(None):
@@ -72,6 +98,8 @@ def _parse(raw: Any, hint: Any) -> Any:
             except ValueError:
                 continue  # `float | str`: a number if it is one, else a word
         raise ValueError
+    if hint is Any:
+        return raw
     if hint is bool:
         if isinstance(raw, bool):
             return raw
@@ -90,6 +118,8 @@ def _parse(raw: Any, hint: Any) -> Any:
         return raw
     if hint is str and isinstance(raw, (list, tuple)):
         return ",".join(map(str, raw))
+    if hint is str and isinstance(raw, Mapping):  # as it is written on a command line
+        return json.dumps(raw, ensure_ascii=False)
     raise ValueError
 
 

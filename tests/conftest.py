@@ -12,7 +12,17 @@ from subsets import is_fast, is_parity, is_unit
 # No test may depend on what this machine's user has set: all but these is taken away, before it is read.
 _KEPT = ("HOME", "LOGNAME", "PATH", "SHELL", "TEMP", "TMP", "TMPDIR", "USER", "VIRTUAL_ENV")
 _KEPT += ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")  # pip builds a wheel
-_KEPT_TOO = ("COV", "DYLD_", "LD_", "PIP_", "PYTEST", "SSL_", "MLX_ADAPTERS_HUB_", "MLX_ADAPTERS_T451_")
+_KEPT_TOO = (
+    "COV",
+    "DYLD_",
+    "LD_",
+    "PIP_",
+    "PYTEST",
+    "SSL_",
+    "MLX_ADAPTERS_HUB_",
+    "MLX_ADAPTERS_LLAMA_CPP",
+    "MLX_ADAPTERS_T451_",
+)
 _OWN = Path(__file__).parents[1] / ".pytest_cache" / "user"
 _SET = {
     "COLUMNS": "80",

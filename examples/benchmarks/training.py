@@ -41,7 +41,8 @@ def make_batches(model: Path, data: Path | None, steps: int, loss_on: str) -> Ba
 
     tokenizer = models.load(model, lazy=True).tokenizer
     rows = load_rows(str(data)) if data else Rows(generate(400), "instruction", "word problems")
-    examples = encode(rows, tokenizer, template="alpaca", cutoff=512, loss_on=loss_on).examples
+    examples = encode(rows, tokenizer, template="alpaca", loss_on=loss_on).examples
+    examples = [example.cut(512) for example in examples]
     chosen = groups(examples, batch_size=ROWS)[:steps]
     return [
         {

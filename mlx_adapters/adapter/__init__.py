@@ -9,6 +9,7 @@ from mlx_adapters.adapter.folder import (
     tensors,
     write,
 )
+from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
 from mlx_adapters.adapter.reading import (
     CONFIG,
@@ -19,6 +20,7 @@ from mlx_adapters.adapter.reading import (
     read_fields,
     read_tensors,
     refuse_links,
+    weights_file,
 )
 from mlx_adapters.adapter.tree import count, forget, layers, note
 
@@ -37,6 +39,7 @@ __all__ = [
     "layers",
     "load",
     "load_weights",
+    "located",
     "note",
     "own_tensors",
     "read_fields",
@@ -45,5 +48,6 @@ __all__ = [
     "refuse_links",
     "save",
     "tensors",
+    "weights_file",
     "write",
 ]

@@ -8,6 +8,8 @@ import mlx.nn as nn
 
 from mlx_adapters.adapter.folder import build, place
 from mlx_adapters.adapter.meta import AdapterMeta
+from mlx_adapters.adapter.other_base import say_other_base
+from mlx_adapters.adapter.translate import no_origin
 from mlx_adapters.adapter.tree import adapter_set, attached, install, must_be_bare, remove
 from mlx_adapters.errors import AdapterError, UnsupportedError
 from mlx_adapters.methods.base import AdapterLayer, Method, Placed
@@ -67,10 +69,7 @@ def _must_be_known(model: nn.Module, model_type: str, placed: Placed) -> None:
             continue
         own = all(suffix.endswith(".experts") for suffix in layer.TENSORS.values())
         if not own and not tree.spots(path):
-            raise AdapterError(
-                f"{path}: what its weight is made of in the checkpoint is not known, so no adapter of it can "
-                "be written. Leave this layer out, or convert the original checkpoint"
-            )
+            raise AdapterError(no_origin(path))
 
 
 def _described(model: nn.Module, model_type: str | None) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def load(model: LanguageModel, folder: str | Path) -> AdapterMeta:
 
     Args:
         model: What `mlx_adapters.models.load.load` returned.
-        folder: An adapter folder, ours or PEFT's.
+        folder: An adapter folder, ours or PEFT's, or its hub id: `OWNER/NAME`, `OWNER/NAME@REVISION`.
 
     Returns:
         What the folder says of the adapter.
@@ -117,7 +116,8 @@ def load(model: LanguageModel, folder: str | Path) -> AdapterMeta:
         AdapterError: Lists what does not fit.
     """
     must_be_bare(model.model)
-    meta, placed = build(model.model, model.config["model_type"], Path(folder), name=str(model.path))
+    meta, placed = build(model.model, model.config["model_type"], folder, name=str(model.path))
+    say_other_base(folder, meta, model)
     meta = replace(meta, base={**describe(model), **meta.base})
     install(model.model, placed, meta)
     return meta

@@ -27,11 +27,13 @@ import numpy as np
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.adapter.reading import PREFIX
+from mlx_adapters.adapter.located import located
+from mlx_adapters.adapter.reading import PREFIX, weights_file
 from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
 from mlx_adapters.files.writing import refuse_existing, writing
 from mlx_adapters.methods.lora import LoRA
 from mlx_adapters.models import sites
+from mlx_adapters.models.own_template import OWN
 
 __all__ = ["COMBINATIONS", "Combined", "combine"]
 
@@ -91,7 +93,7 @@ def combine(
     against and is merged linearly, but for `svd`.
 
     Args:
-        folders: The adapter folders.
+        folders: The adapter folders, or their hub ids.
         weights: A weight for each of them.
         dst: The adapter folder to write; it must not hold anything.
         method: One of COMBINATIONS; this module's docstring has their formulas.
@@ -112,7 +114,7 @@ def combine(
         method = "linear"
     dst = Path(dst)
     refuse_existing(dst)
-    members = [_member(Path(folder)) for folder in folders]
+    members = [_member(folder) for folder in folders]
     _fit(members)
     rank = _rank(members, method, rank)
     noise = _Noise(seed)
@@ -155,7 +157,8 @@ def _check(
         raise ConfigError(f"combine: density={density} must be above 0 and at most 1")
 
 
-def _member(folder: Path) -> _Member:
+def _member(source: str | Path) -> _Member:
+    folder = located(source)
     adapter.refuse_links(folder)
     meta = adapter.read_meta(folder)
     config = meta.method
@@ -167,7 +170,7 @@ def _member(folder: Path) -> _Member:
     for name, array in adapter.read_tensors(folder).items():
         path, dot, factor = name.removeprefix(PREFIX).rpartition(".lora_")
         if not dot or factor not in ("A.weight", "B.weight") or not name.startswith(PREFIX):
-            raise AdapterError(f"{folder / adapter.WEIGHTS}: {name} is not a LoRA factor of a linear layer")
+            raise AdapterError(f"{weights_file(folder)}: {name} is not a LoRA factor of a linear layer")
         found.setdefault(path, {})[factor] = array.astype(mx.float32)
     factors = {}
     for path, pair in found.items():
@@ -177,7 +180,7 @@ def _member(folder: Path) -> _Member:
             or pair["B.weight"].shape[1] != config.rank
         ):
             raise AdapterError(
-                f"{folder / adapter.WEIGHTS}: {path} has not both factors of rank {config.rank}, which "
+                f"{weights_file(folder)}: {path} has not both factors of rank {config.rank}, which "
                 f"{adapter.CONFIG} says"
             )
         factors[path] = _Factors(pair["A.weight"], pair["B.weight"], config.at(path)[1])
@@ -340,6 +343,7 @@ def _write(
         base=first.meta.base,
         template=_common(metas, lambda meta: meta.template),
         loss_on=_common(metas, lambda meta: meta.loss_on),
+        chat=first.meta.chat if all(meta.chat == first.meta.chat for meta in metas) else OWN,
         seen=sorted({item for meta in metas for item in meta.seen}),
         training={"combined": [str(member.folder) for member in members], "weights": weights, "how": method},
     )

@@ -1,12 +1,14 @@
 """Whether the tensors of an adapter's file are all there, and where the configuration says they are."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, counted
 from mlx_adapters.methods.base import LINEARS, Method, plain_weight
 from mlx_adapters.methods.experts import EXPERT_NAMES, is_stack
 from mlx_adapters.methods.low_rank import LowRank
@@ -16,9 +18,10 @@ from mlx_adapters.methods.tied import HEAD
 from mlx_adapters.models import sites
 from mlx_adapters.models.architectures.table import architecture
 from mlx_adapters.models.routers import routers
+from mlx_adapters.models.torch_names import towers
 from mlx_adapters.models.torch_tree import torch_path, tree_of
 
-__all__ = ["Model", "check_tensors"]
+__all__ = ["Model", "check_tensors", "without_towers"]
 
 Arrays = dict[str, mx.array]
 _ROUNDED, _QUANTIZED = 0.01, 0.1  # how far a copy may be off, by the mean size of the values
@@ -54,6 +57,24 @@ def check_tensors(
         _check_norms(grouped, model)
     if isinstance(fields.get("target_modules"), list | str):
         _check_targets(grouped, fields, model)
+
+
+def without_towers(grouped: dict[str, Arrays], model_type: str, folder: Path) -> dict[str, Arrays]:
+    """The tensors of a file without those of layers that text does not pass: a name like q_proj is found by
+    PEFT in the tower for images, too. Says so on stderr; AdapterError where nothing else is there."""
+    places = tuple(f"{tower}." for tower in towers(model_type))
+    inside = [path for path in grouped if f"{path}.".startswith(places)] if places else []
+    if not inside:
+        return grouped
+    tower = inside[0].removeprefix("model.").partition(".")[0]
+    if len(inside) == len(grouped):
+        raise AdapterError(f"{folder}: adapts the {tower} alone, which text does not pass: nothing to load")
+    print(
+        f"mlx-adapters: {folder}: left out {counted(len(inside), 'layer')} of the {tower}, which text does "
+        "not pass",
+        file=sys.stderr,
+    )
+    return {path: own for path, own in grouped.items() if path not in set(inside)}
 
 
 def _copies_of_base(

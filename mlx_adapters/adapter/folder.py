@@ -6,8 +6,9 @@ An adapter folder is already what PEFT reads, so PyTorch opens it as it stands:
     adapter_model.safetensors  PEFT's tensor names and layout, float32
     mlx_adapters.json          ours: the method's options, base model, prompt template, how it was trained
     seen.txt                   hashes of the training questions, one per line: eval tells seen items apart
+    chat_template.jinja        where it was trained with a chat template that is not the tokenizer's own
 
-A folder without the last two (one that PEFT wrote) loads as well.
+A folder without the last three (one that PEFT wrote) loads as well.
 """
 
 import json
@@ -21,7 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_adapters import __version__
-from mlx_adapters.adapter.completeness import Model, check_tensors
+from mlx_adapters.adapter.completeness import Model, check_tensors, without_towers
+from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
 from mlx_adapters.adapter.peft_names import scaled_inputs, sized, with_fields
 from mlx_adapters.adapter.reading import (
@@ -33,6 +35,7 @@ from mlx_adapters.adapter.reading import (
     by_layer,
     read_fields,
     read_tensors,
+    weights_file,
 )
 from mlx_adapters.adapter.translate import Written, inward, outward
 from mlx_adapters.adapter.tree import adapter_set, attached, layers
@@ -181,7 +184,7 @@ def own_tensors(
         tree = tree_of(model, model_type)
     else:
         return arrays, {}
-    with reading(folder / WEIGHTS, AdapterError):
+    with reading(weights_file(folder), AdapterError):
         return inward(
             arrays,
             tree,
@@ -250,15 +253,17 @@ def write(folder: Path, arrays: dict[str, mx.array], *, fields: dict[str, Any], 
         "loss_on": meta.loss_on,
         "training": meta.training,
         **({"names": meta.names} if meta.names else {}),
+        **({"chat": chat} if (chat := meta.chat.record()) else {}),
     }
     with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        meta.chat.store(folder)
         _write(folder, arrays, fields, about, meta.seen)
 
 
 def _write(
     folder: Path, arrays: dict[str, mx.array], fields: dict[str, Any], about: dict[str, Any], seen: list[str]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".adapter_model.tmp.safetensors"
     try:
         with writing_to(folder / WEIGHTS):  # by far the largest
@@ -271,9 +276,10 @@ def _write(
         temporary.unlink(missing_ok=True)
 
 
-def build(model: nn.Module, model_type: str, folder: Path, *, name: str) -> tuple[AdapterMeta, Placed]:
+def build(model: nn.Module, model_type: str, folder: str | Path, *, name: str) -> tuple[AdapterMeta, Placed]:
     """Build the layers of the adapter in `folder` and load their weights, by module path. Freezes `model`,
     installs nothing. `name` is what errors call the model."""
+    folder = located(folder)
     with reading(folder, AdapterError):
         return _build(model, model_type, folder, name)
 
@@ -294,14 +300,14 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         meta = replace(meta, method=scaled_inputs(meta.method, moved, model_type))
     method = meta.method.load_extra(folder)
     grouped, shared = by_layer(arrays, type(method), model_type, folder)
-    grouped = in_model(grouped, model, model_type)
+    grouped = in_model(without_towers(grouped, model_type, folder), model, model_type)
     if (untied := _untied(method, fields, grouped)) != method:
         method = untied
         meta = replace(meta, method=method)
     if isinstance(meta.method, LoRA):
         stacks = fields.get("target_parameters") or []
         grouped = completed(grouped, model, model_type, meta.method.at, stacks)
-    with reading(folder / WEIGHTS, AdapterError):
+    with reading(weights_file(folder), AdapterError):
         check_tensors(
             grouped,
             Model(model, model_type, name),
@@ -322,15 +328,15 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
         load_weights(layer, own, path, folder, name)
         for attribute, tensor in layer.SHARED.items():
             if tensor not in shared:
-                raise AdapterError(f"{folder / WEIGHTS}: {tensor} is missing, which all its layers share")
+                raise AdapterError(f"{weights_file(folder)}: {tensor} is missing, which all its layers share")
             if any(map(lt, shared[tensor].shape, layer[attribute].shape)):
                 size = f"{list(shared[tensor].shape)} is smaller than {list(layer[attribute].shape)}"
-                raise AdapterError(f"{folder / WEIGHTS}: {tensor} {size}, which its layers need")
+                raise AdapterError(f"{weights_file(folder)}: {tensor} {size}, which its layers need")
             layer[attribute] = shared[tensor]
     if grouped:
         raise AdapterError(
-            f"{folder / WEIGHTS}: has {counted(len(grouped), 'layer')} that {method.NAME} does not target "
-            f"here, e.g. {next(iter(grouped))}"
+            f"{weights_file(folder)}: has {counted(len(grouped), 'layer')} that {method.NAME} does not "
+            f"target here, e.g. {next(iter(grouped))}"
         )
     mx.eval([module.parameters() for module in placed.values()])
     return meta, placed
@@ -372,14 +378,14 @@ def load_weights(
     own, arrays = layer.tensors(), layer.accept(arrays)
     if missing := sorted(set(own) - set(arrays)):
         names = ", ".join(layer.TENSORS[name] for name in missing)
-        raise AdapterError(f"{folder / WEIGHTS}: {path} has no {names}")
+        raise AdapterError(f"{weights_file(folder)}: {path} has no {names}")
     if strange := sorted(set(arrays) - set(own)):
         names = ", ".join(layer.TENSORS.get(name, name) for name in strange)
-        raise AdapterError(f"{folder / WEIGHTS}: {path} has {names}, which its configuration does not")
+        raise AdapterError(f"{weights_file(folder)}: {path} has {names}, which its configuration does not")
     for name, array in arrays.items():
         if array.shape != own[name].shape:
             raise AdapterError(
-                f"{folder / WEIGHTS}: {path}.{layer.TENSORS[name]} has shape {list(array.shape)}, but "
+                f"{weights_file(folder)}: {path}.{layer.TENSORS[name]} has shape {list(array.shape)}, but "
                 f"{base} needs {list(own[name].shape)}: this adapter belongs to another model"
             )
     layer.load_weights({name: array.astype(mx.float32) for name, array in arrays.items()})

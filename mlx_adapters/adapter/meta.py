@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import methods
+from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.reading import CONFIG, META, SEEN, read_fields, read_json
 from mlx_adapters.errors import AdapterError, reading
 from mlx_adapters.methods.base import Method
 from mlx_adapters.methods.peft_fields import check_fields
+from mlx_adapters.models import own_template
 from mlx_adapters.models.origin import is_hub_id
+from mlx_adapters.models.own_template import OWN, ChatTemplate
 
 __all__ = ["AdapterMeta", "read_meta"]
 
@@ -27,6 +30,7 @@ class AdapterMeta:
         training: The settings of the run and what became of its data.
         names: Where its tensors are under other names than the base's, or as parts of others: `tensors`
             (`mlx_adapters.models.names`), `paths` and what `peft` is told of them.
+        chat: How chats were written in training, where the tokenizer alone would write them otherwise.
     """
 
     method: Method
@@ -36,6 +40,7 @@ class AdapterMeta:
     seen: list[str] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     names: dict[str, Any] = field(default_factory=dict)
+    chat: ChatTemplate = OWN
 
     @property
     def hub_id(self) -> str | None:
@@ -45,8 +50,8 @@ class AdapterMeta:
 
 
 def read_meta(folder: str | Path) -> AdapterMeta:
-    """What an adapter folder says of itself. Raises AdapterError naming the file and the field."""
-    folder = Path(folder)
+    """What an adapter folder or hub id says of itself. Raises AdapterError naming the file and the field."""
+    folder = located(folder)
     fields = read_fields(folder)
     if not isinstance(fields.get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
@@ -55,9 +60,12 @@ def read_meta(folder: str | Path) -> AdapterMeta:
         if kind.PEFT_FIELDS is not None:
             check_fields(fields, kind.PEFT_FIELDS)
         method = kind.from_peft(fields)
+    file = folder / own_template.FILE
+    text = own_template.read_template(file, AdapterError) if file.is_file() else ""
     if not (folder / META).exists():
         name = fields.get("base_model_name_or_path")
-        return AdapterMeta(method=method, base={"_name_or_path": name} if name else {})
+        chat = ChatTemplate(text, origin=str(file))
+        return AdapterMeta(method=method, base={"_name_or_path": name} if name else {}, chat=chat)
     about = read_json(folder / META, "")
     about.pop("mlx_adapters", None)
     if about.get("method") != kind.NAME:
@@ -71,7 +79,8 @@ def read_meta(folder: str | Path) -> AdapterMeta:
     # a fusion counts the questions that its members have seen as its own
     seen = sorted({item for file in folder.rglob(SEEN) for item in file.read_text().split()})
     with reading(folder / META, AdapterError):
-        return AdapterMeta(**about, seen=seen)
+        chat = own_template.from_record(about.pop("chat", None), text, str(file))
+        return AdapterMeta(**about, seen=seen, chat=chat)
 
 
 # What PyTorch computes with: the file it reads and ours must not say different things.

@@ -32,6 +32,8 @@ import mlx.nn as nn
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.located import short_name
+from mlx_adapters.adapter.other_base import say_other_base
 from mlx_adapters.adapter.tree import AdapterSet, Choice, adapter_set, slots_of
 from mlx_adapters.errors import AdapterError, AdaptersError, ConfigError, UnsupportedError, unknown
 from mlx_adapters.methods.base import AdapterLayer
@@ -41,7 +43,7 @@ __all__ = ["activate", "active", "load_adapters", "load_named", "names", "rows",
 
 
 def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> dict[str, AdapterMeta]:
-    """Load adapter folders by name, beside those already loaded; the active one stays active.
+    """Load adapter folders or hub ids by name, beside those already loaded; the active one stays active.
 
     All of them or, when one raises AdapterError, none.
     """
@@ -60,9 +62,8 @@ def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> d
     done: dict[str, AdapterMeta] = {}
     try:
         for name, folder in folders.items():
-            meta, placed = adapter.build(
-                model, loaded.config["model_type"], Path(folder), name=str(loaded.path)
-            )
+            meta, placed = adapter.build(model, loaded.config["model_type"], folder, name=str(loaded.path))
+            say_other_base(folder, meta, loaded)
             _add(adapters, model, name, placed)
             done[name] = adapters.metas[name] = replace(meta, base={**describe(loaded), **meta.base})
     except AdaptersError:
@@ -79,7 +80,7 @@ def load_adapters(loaded: LanguageModel, folders: Mapping[str, Path | str]) -> d
 def load_named(
     source: str, adapters: Sequence[str], *, base: str
 ) -> tuple[LanguageModel, dict[str, AdapterMeta]]:
-    """The model, with the adapters of `NAME=FOLDER`, or of a `FOLDER` that gives its name.
+    """The model, with the adapters of `NAME=FOLDER`, or of a `FOLDER` or hub id that gives its name.
 
     Raises ConfigError where two of them, or the `base`, would have one name.
     """
@@ -87,7 +88,7 @@ def load_named(
     for text in adapters:
         name, equals, folder = text.partition("=")
         if not equals or Path(text).is_dir():
-            name, folder = Path(text).resolve().name, text
+            name, folder = short_name(text), text
         if not name or not folder:
             raise ConfigError(f"--adapter {text}: give NAME=FOLDER")
         if name in folders or name == base:

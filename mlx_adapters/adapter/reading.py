@@ -13,12 +13,14 @@ import mlx.core as mx
 
 from mlx_adapters.errors import AdapterError, counted
 from mlx_adapters.files.documents import read_object
+from mlx_adapters.files.torch_bin import read_bin
 from mlx_adapters.files.weights import header
 from mlx_adapters.files.writing import refuse_links_out
 from mlx_adapters.methods.base import AdapterLayer, Method
 from mlx_adapters.models import sites
 
 __all__ = [
+    "BIN",
     "CONFIG",
     "MEMBERS",
     "META",
@@ -31,6 +33,7 @@ __all__ = [
     "read_tensors",
     "refuse_links",
     "sound",
+    "weights_file",
 ]
 
 CONFIG, WEIGHTS, META, SEEN = (
@@ -39,6 +42,8 @@ CONFIG, WEIGHTS, META, SEEN = (
     "mlx_adapters.json",
     "seen.txt",
 )
+BIN = "adapter_model.bin"
+"""What PEFT wrote before safetensors."""
 MEMBERS = "members"
 """The folder below an adapter's that holds the adapters it is made of."""
 PREFIX = "base_model.model."
@@ -70,11 +75,19 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, "so it is not an adapter folder")
 
 
-def read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, mx.array]:
-    """The tensors of an adapter folder, by their names in the safetensors file `name`."""
-    file = folder / name
+def weights_file(folder: Path) -> Path:
+    """The file with the tensors of an adapter folder: safetensors, or where there is none PEFT's `.bin`."""
+    old = not (folder / WEIGHTS).exists() and (folder / BIN).exists()
+    return folder / (BIN if old else WEIGHTS)
+
+
+def read_tensors(folder: Path, name: str | None = None) -> dict[str, mx.array]:
+    """The tensors of an adapter folder by their names, of the safetensors file `name` if it is given."""
+    file = folder / name if name else weights_file(folder)
     if not file.exists():
-        raise AdapterError(f"{folder}: has no {name}")
+        raise AdapterError(f"{folder}: has no {file.name}")
+    if file.name == BIN:
+        return sound(read_bin(file), file)
     try:
         header(file)  # MLX would make room for whatever size the header says
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
@@ -128,14 +141,15 @@ def by_layer(
             own = grouped.setdefault(sites.from_hf(path, model_type), {})
             if attribute in own and not (attribute == "bias" and _equal(own[attribute], array)):
                 raise AdapterError(
-                    f"{folder / WEIGHTS}: {key} is not the only tensor of its place: save one adapter alone"
+                    f"{weights_file(folder)}: {key} is not the only tensor of its place: save one adapter "
+                    "alone"
                 )
             own[attribute] = array
     if strange or not grouped:
         what = f"{counted(len(strange), 'unexpected tensor')}, e.g. {strange[0]}" if strange else "no tensors"
         known = next(iter(classes[0].TENSORS.values()))
         raise AdapterError(
-            f"{folder / WEIGHTS}: {what}. Expected names like "
+            f"{weights_file(folder)}: {what}. Expected names like "
             f"{known if classes[0].ROOTED else f'{PREFIX}...{known}'}"
         )
     return grouped, shared

@@ -16,7 +16,7 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.models.sites import to_hf
 from mlx_adapters.models.torch_tree import Spot, TorchTree
 
-__all__ = ["PREFIX", "Group", "Sizes", "Written", "inward", "outward"]
+__all__ = ["PREFIX", "Group", "Sizes", "Written", "inward", "no_origin", "outward"]
 
 Group = dict[str, mx.array]
 """The tensors of one layer by the end of their names."""
@@ -64,7 +64,7 @@ def outward(
             continue
         found = tree.spots(path)
         if not found:
-            raise AdapterError(_unknown(path))
+            raise AdapterError(no_origin(path))
         if len(found) > 1:
             raise AdapterError(_mixed(path, [spot.module for spot in found]))
         spots.setdefault(found[0].module, []).append((found[0], own))
@@ -177,7 +177,7 @@ def _scaled(spot: Spot, name: str, array: mx.array, *, inverse: bool) -> mx.arra
     _, scales, shifts = spot.rows(1 if looked_up else array.shape[0])
     if looked_up:
         if len(set(scales)) > 1:
-            raise AdapterError(_unknown(spot.path))
+            raise AdapterError(no_origin(spot.path))
         scales, shifts = scales[:1], shifts[:1] * 0
     elif not _WHOLE.search(name) or _NAMED.search(name):
         shifts = shifts * 0
@@ -280,10 +280,11 @@ def _blocks(spots: tuple[Spot, ...], b: mx.array, wanted: int | None) -> int | N
     return rank if wanted or values.any() else None
 
 
-def _unknown(path: str) -> str:
+def no_origin(path: str) -> str:
+    """What a user is told of a layer whose adapter has no place in PyTorch."""
     return (
         f"{path}: what its weight is made of in the checkpoint is not known, so no adapter of it can be "
-        "written for PyTorch. Leave this layer out"
+        "written. Leave this layer out, or convert the original checkpoint"
     )
 
 

@@ -144,6 +144,8 @@ def _cached(source: Path) -> Path:
 
 
 def cache() -> Path:
+    if chosen := os.environ.get("MLX_ADAPTERS_CACHE"):
+        return Path(chosen).expanduser()
     wished = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = wished if wished.is_absolute() else Path.home() / ".cache"  # the XDG specification's rule
     return cache / "mlx-adapters"

@@ -4,15 +4,18 @@ Packed, a row holds several examples one after the other; attention keeps them a
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.data.picked import Examples, lengths_of
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["MULTIPLE", "Batch", "batches", "groups", "make_batch", "rows_per_pass"]
+__all__ = ["MULTIPLE", "Batch", "Groups", "batches", "each_batch", "groups", "make_batch", "rows_per_pass"]
 
 # Tokens of a forward pass on a CPU, of all processes together. Fewer take less memory, but a quantized base
 # is written out for every pass, and products of few rows are slower.
@@ -99,7 +102,41 @@ class Batch:
         return named | {name: array for name, array in further.items() if array is not None}
 
 
-def batches(
+class Groups(Sequence[list[list[int]]]):
+    """The batches of an epoch, each made when it is asked for: rows, each the indices of its examples.
+
+    Row r holds `members[starts[r] : starts[r + 1]]`. Batch b is the part number `sequence[b]` of `rows`, in
+    parts of `batch_size`. Four arrays, however many rows there are.
+    """
+
+    def __init__(
+        self,
+        members: np.ndarray,
+        starts: np.ndarray,
+        rows: np.ndarray,
+        sequence: np.ndarray,
+        batch_size: int,
+    ) -> None:
+        self._members, self._starts, self._rows = members, starts, rows
+        self._sequence, self._size = sequence, batch_size
+
+    def __len__(self) -> int:
+        return len(self._sequence)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        first = int(self._sequence[index]) * self._size
+        rows = self._rows[first : first + self._size].tolist()
+        return [self._members[self._starts[row] : self._starts[row + 1]].tolist() for row in rows]
+
+
+def batches(examples: Sequence[Example], **options: Any) -> list[Batch]:
+    """The batches of `each_batch`, as a list."""
+    return list(each_batch(examples, **options))
+
+
+def each_batch(
     examples: Sequence[Example],
     *,
     batch_size: int,
@@ -110,20 +147,13 @@ def batches(
     multiple: int = MULTIPLE,
     pack: int | None = None,
     share: tuple[int, int] = (0, 1),
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """All examples once, in batches of `batch_size` rows (the last may be smaller); see `groups`."""
     found = groups(examples, batch_size=batch_size, seed=seed, epoch=epoch, shuffle=shuffle, pack=pack)
     packed = pack is not None
-    return [
-        make_batch(
-            [[examples[i] for i in row] for row in group],
-            pad_id=pad_id,
-            multiple=multiple,
-            packed=packed,
-            share=share,
-        )
-        for group in found
-    ]
+    for group in found:
+        rows = [[examples[i] for i in row] for row in group]
+        yield make_batch(rows, pad_id=pad_id, multiple=multiple, packed=packed, share=share)
 
 
 def groups(
@@ -134,20 +164,32 @@ def groups(
     epoch: int = 0,
     shuffle: bool = True,
     pack: int | None = None,
-) -> list[list[list[int]]]:
+) -> Sequence[list[list[int]]]:
     """The batches of an epoch as rows of indices, deterministic in (seed, epoch).
 
     A row is one example; with `pack`, as many as fit into so many tokens.
     """
+    if not len(examples):
+        return []
     rng = np.random.default_rng((seed, epoch))
-    order = (rng.permutation(len(examples)) if shuffle else np.arange(len(examples))).tolist()
-    rows = _packed(examples, order, pack) if pack else [[i] for i in order]
+    order = rng.permutation(len(examples)) if shuffle else np.arange(len(examples))
+    if shuffle and isinstance(examples, Examples) and (drawn := examples.drawn(seed, epoch)) is not None:
+        order = drawn[order]
+    lengths = lengths_of(examples)[order]
+    members, starts = order, np.arange(len(order) + 1)
+    if pack:
+        places, starts = _packed(lengths, pack)
+        members, lengths = order[places], np.add.reduceat(lengths[places], starts[:-1])
     window = batch_size * _WINDOW
-    found = []
-    for first in range(0, len(rows), window):
-        chunk = sorted(rows[first : first + window], key=lambda row: sum(len(examples[i].ids) for i in row))
-        found += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return [found[i] for i in rng.permutation(len(found))] if shuffle else found
+    sorted_rows = np.concatenate(
+        [
+            first + np.argsort(lengths[first : first + window], kind="stable")
+            for first in range(0, len(lengths), window)
+        ]
+    )
+    count = math.ceil(len(sorted_rows) / batch_size)
+    sequence = rng.permutation(count) if shuffle else np.arange(count)
+    return Groups(members, starts, sorted_rows, sequence, batch_size)
 
 
 def make_batch(
@@ -192,24 +234,33 @@ def rows_per_pass(rows: int, longest: int, processes: int = 1) -> int:
     return processes * max(1, round(passes / processes))  # and of as many rows for each process
 
 
-def _packed(examples: Sequence[Example], order: list[int], length: int) -> list[list[int]]:
-    """The examples in `order` as rows of at most `length` tokens: each joins the first row with room left.
+def _packed(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Examples of these `lengths` as rows of at most `length` tokens: each joins the first row with room.
 
     Only the last rows are looked at, so that an epoch keeps its order roughly and packing stays linear.
+    Returns (places in `lengths`, row after row; where each row begins in them, and their number).
     """
+    places, starts = array("q"), array("q", [0])
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in order:
-        size = len(examples[index].ids)
-        near = range(max(0, len(rows) - _WINDOW), len(rows))
-        place = next((row for row in near if room[row] >= size), None)
-        if place is None:
-            rows.append([index])
+
+    def close(count: int) -> None:
+        for row in rows[:count]:
+            places.extend(row)
+            starts.append(len(places))
+        del rows[:count], room[:count]
+
+    for place, size in enumerate(lengths.tolist()):
+        near = next((row for row, left in enumerate(room) if left >= size), None)
+        if near is None:
+            close(max(0, len(rows) - _WINDOW + 1))
+            rows.append([place])
             room.append(length - size)
         else:
-            rows[place].append(index)
-            room[place] -= size
-    return rows
+            rows[near].append(place)
+            room[near] -= size
+    close(len(rows))
+    return np.frombuffer(places, np.int64), np.frombuffer(starts, np.int64)
 
 
 def _pad(

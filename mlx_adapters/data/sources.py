@@ -6,14 +6,15 @@ something else is refused by `check_fields`; `notes` names the rest.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.data import wordproblems
+from mlx_adapters.data.large import FileRows, Stamp, is_large, is_large_table, stamp_of_file, stamp_of_table
 from mlx_adapters.data.layouts import FORMS, as_form, known_fields, layout_of, renamed
-from mlx_adapters.data.reading import KINDS, SAVED, is_data, read_rows
+from mlx_adapters.data.reading import KINDS, SAVED, Located, is_data, read_rows
 from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
@@ -21,9 +22,11 @@ __all__ = [
     "FORMS",
     "GENERATED",
     "TRAINING_SETS",
+    "VALIDATION",
     "Rows",
     "check_fields",
     "digest",
+    "line_of",
     "load_rows",
     "notes",
     "read_rows",
@@ -62,7 +65,7 @@ _CHANGING = (
 )
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _WORDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
-_VALIDATION = ("valid", "validation", "val", "dev")  # what others call the file beside train.jsonl
+VALIDATION = ("valid", "validation", "val", "dev")  # what others call the file beside train.jsonl
 
 
 # The paper's training sets: (their files in a copy of LLM-Adapters, a hub dataset with the same rows).
@@ -82,12 +85,15 @@ _SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder ft-training_s
 @dataclass(frozen=True)
 class Rows:
     """The rows of a source in the fields of their form, and where they came from; `unread` are the names of
-    fields that nothing reads."""
+    fields that nothing reads, `sources` what the user named. Of several sources together, `parts` are those
+    of each."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     format: str
     origin: str
     unread: tuple[str, ...] = ()
+    parts: tuple["Rows", ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
@@ -109,7 +115,7 @@ def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] |
         return Rows(wordproblems.generate(2000), "instruction", "generated word problems")
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED):
-            return _checked(_saved(path, split), str(path), columns)
+            return _of_table(_saved(path, split), str(path), columns)
         path = _in_folder(path, split)
     if not path.is_file() and path.name in TRAINING_SETS and path.parent.is_dir():
         return _named(path.name, path.parent, split)
@@ -118,7 +124,7 @@ def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] |
             raise DataError(
                 f"{path}: is not a data file; known are {', '.join(KINDS)}, also .gz and .zst of them"
             )
-        return _checked(list(read_rows(path)), str(path), columns)
+        return _of_file(path, columns)
     if source.startswith((".", "/", "~")) or "/" not in source or is_data(path):
         kinds, names = ", ".join(KINDS), ", ".join([*TRAINING_SETS, GENERATED])
         raise DataError(
@@ -129,7 +135,7 @@ def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] |
 
 def rows_from_list(rows: list[dict[str, Any]], origin: str = "the given rows") -> Rows:
     """Rows that are in memory, checked as those of a file are."""
-    return _checked([(f"row {index}", row) for index, row in enumerate(rows)], origin)
+    return _checked(lambda: _numbered(rows), origin)
 
 
 def check_fields(row: dict[str, Any], fmt: str) -> None:
@@ -149,21 +155,21 @@ def check_fields(row: dict[str, Any], fmt: str) -> None:
 
 
 def notes(rows: Rows) -> list[str]:
-    """What is there and not used: fields that nothing reads, a validation set beside the training set."""
-    found = []
-    if rows.unread:
-        found.append(f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}")
-    file = Path(rows.origin)
-    beside = [file.with_name(f"{name}{kind}") for name in _VALIDATION for kind in KINDS]
-    if file.stem == "train" and (sets := [one for one in beside if one.is_file()]):
-        found.append(f"{sets[0]} is not used: --validation N holds out rows of {file.name}")
-    return found
+    """What is there and not used: fields that nothing reads."""
+    return [f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}"] if rows.unread else []
 
 
-def digest(rows: list[dict[str, Any]]) -> str:
+def digest(rows: Iterable[dict[str, Any]]) -> str:
     """SHA-256 of the rows in their order, whatever file or layout they came in."""
-    lines = (json.dumps(row, sort_keys=True) + "\n" for row in rows)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(line_of(row))
+    return found.hexdigest()
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as `digest` reads it."""
+    return (json.dumps(row, sort_keys=True, default=str) + "\n").encode()
 
 
 def _named(name: str, folder: Path, split: str) -> Rows:
@@ -171,7 +177,7 @@ def _named(name: str, folder: Path, split: str) -> Rows:
     looked = [folder / place / file for place in _PLACES for file in files]
     for file in looked:
         if file.is_file():
-            return _checked(list(read_rows(file)), str(file))
+            return _of_file(file)
     if hub is None or folder != Path():
         raise DataError(f"{folder / name}: found no {files[0]} in {folder}; get it from {_SOURCE}")
     return _hub_rows(hub, split)
@@ -183,7 +189,7 @@ def _in_folder(folder: Path, split: str) -> Path:
             if (file := folder / f"{split}{kind}{packed}").is_file():
                 return file
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_data(file))
-    others = [file for file in files if file.name.partition(".")[0] not in (*_VALIDATION, "test")]
+    others = [file for file in files if file.name.partition(".")[0] not in (*VALIDATION, "test")]
     if len(others) != 1:
         found = ", ".join(file.name for file in files) or "none"
         kinds = ", ".join(KINDS)
@@ -191,17 +197,31 @@ def _in_folder(folder: Path, split: str) -> Path:
     return others[0]
 
 
-def _saved(folder: Path, split: str) -> list[tuple[str, Any]]:
+def _of_file(file: Path, columns: Mapping[str, str] | None = None) -> Rows:
+    large = (lambda: stamp_of_file(file)) if is_large(file) else None
+    return _checked(lambda: read_rows(file), str(file), columns, large)
+
+
+def _of_table(table: Any, origin: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a table of `datasets`, which lies on disk as long as they are not all taken."""
+    large = (lambda: stamp_of_table(table)) if is_large_table(table) else None
+    return _checked(lambda: _numbered(table), origin, columns, large)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
+    return ((f"row {index}", row) for index, row in enumerate(rows))
+
+
+def _saved(folder: Path, split: str) -> Any:
     import datasets
 
     try:
         found = datasets.load_from_disk(str(folder))
-        table = found[split] if isinstance(found, datasets.DatasetDict) else found
+        return found[split] if isinstance(found, datasets.DatasetDict) else found
     except KeyError:
         raise DataError(f"{folder}: has no split {split!r}, but {', '.join(map(str, found))}") from None
     except Exception as error:  # datasets raises many unrelated types
         raise DataError(f"{folder}: cannot be read as a saved dataset ({first_line(error)})") from None
-    return [(f"row {index}", row) for index, row in enumerate(table)]
 
 
 def _hub_rows(source: str, split: str, columns: Mapping[str, str] | None = None) -> Rows:
@@ -214,44 +234,64 @@ def _hub_rows(source: str, split: str, columns: Mapping[str, str] | None = None)
         owner, _, rest = name.partition("/")
         short, _, part = rest.partition("/")
         name = f"{owner}/{short}"
-    rows = _from_hub(name, part or split, config or None, revision or None)
-    found = [(f"row {index}", row) for index, row in enumerate(rows)]
-    return _checked(found, f"{name} ({part or split})", columns)
+    table = _from_hub(name, part or split, config or None, revision or None)
+    return _of_table(table, f"{name} ({part or split})", columns)
 
 
-def _from_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> list[Any]:
+def _from_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Any:
     try:
         from datasets import load_dataset
 
-        return list(load_dataset(name, config, split=split, revision=revision))
+        return load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # datasets raises many unrelated types for "could not get it"
         reason = first_line(error)
         raise DataError(f"{name}: not a file here, and the hub did not give it ({reason})") from None
 
 
-def _checked(rows: list[tuple[str, Any]], origin: str, columns: Mapping[str, str] | None = None) -> Rows:
-    if not rows:
-        raise DataError(f"{origin}: has no rows")
-    made: list[dict[str, Any]] = []
-    forms: dict[str, str] = {}
+def _checked(
+    rows: Callable[[], Iterable[Located]],
+    origin: str,
+    columns: Mapping[str, str] | None = None,
+    large: Callable[[], Stamp] | None = None,
+) -> Rows:
+    """The rows, in memory; with `large` they stay where they are, and only the first is looked at."""
     unread: set[str] = set()
+    checked = _each(rows(), origin, columns, unread)
+    first = next(checked, None)
+    if first is None:
+        raise DataError(f"{origin}: has no rows")
+    row, form = first
+    if large is None:
+        found = [row, *(row for row, _ in checked)]
+        return Rows(found, form, origin, tuple(sorted(unread)))
+
+    def again(unread: set[str]) -> Iterator[dict[str, Any]]:
+        return (row for row, _ in _each(rows(), origin, columns, unread))
+
+    key, count = large()
+    return Rows(FileRows(again, Stamp(f"{key} {columns}", count)), form, origin)
+
+
+def _each(
+    rows: Iterable[Located], origin: str, columns: Mapping[str, str] | None, unread: set[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """(a row in the fields of its form, the form) of each, checked; `unread` gets what nothing reads."""
+    first: tuple[str, str] | None = None
     for where, row in rows:
         try:
             row = renamed(row, columns)
             layout = layout_of(row)
-            unread |= {str(name) for name in row} - known_fields(layout)
+            unread |= {str(name) for name in row} - known_fields(layout) - {*_CHANGING}
             row, form = as_form(row, layout)
-            forms.setdefault(form, where)
             _check_row(row, form)
         except DataError as error:
             raise DataError(f"{origin}: {where}: {error}") from None
-        made.append(row)
-    if len(forms) > 1:
-        first, other = list(forms.items())[:2]
-        raise DataError(
-            f"{origin}: {other[1]}: is of the form {other[0]}, though {first[1]} is of the form {first[0]}"
-        )
-    return Rows(made, next(iter(forms)), origin, tuple(sorted(unread - {*_CHANGING})))
+        first = first or (form, where)
+        if form != first[0]:
+            raise DataError(
+                f"{origin}: {where}: is of the form {form}, though {first[1]} is of the form {first[0]}"
+            )
+        yield row, form
 
 
 def _check_row(row: dict[str, Any], form: str) -> None:

@@ -4,24 +4,31 @@
 |---|---|
 | alpaca | the instruction template of Stanford Alpaca, clean |
 | llm-adapters | the same with the seed's whitespace to the letter; its training and evaluation forms differ |
-| chat | the tokenizer's own chat template |
+| chat | the tokenizer's own chat template, or the one of a file that the user names |
 | plain | the prompt as it is |
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_adapters.errors import ConfigError, DataError, unknown
+from mlx_adapters.files.documents import json_option
 from mlx_adapters.models.chat_template import chat_prompt
+from mlx_adapters.models.own_template import OWN, ChatTemplate, read_template, template_file
 
 __all__ = [
     "TEMPLATES",
+    "Asked",
+    "asked",
     "chosen_template",
     "conversation",
     "default_template",
     "messages_of",
     "prompt_for",
+    "question_of",
     "render",
+    "wanted_template",
 ]
 
 TEMPLATES = ("alpaca", "llm-adapters", "chat", "plain")
@@ -33,10 +40,66 @@ _WRITE = ". Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt template of `TEMPLATES`, and how it writes chats where it is `chat`."""
+
+    template: str
+    chat: ChatTemplate = OWN
+
+    def on(self, tokenizer: Any) -> Any:
+        """The tokenizer to write prompts with, which ends answers where these templates do."""
+        return self.chat.on(tokenizer) if self.template == "chat" else tokenizer
+
+
+def wanted_template(name: str | None) -> str | ChatTemplate | None:
+    """What a user's word for a template means: a name of `TEMPLATES`, or the chat template in that file, read
+    now. Raises ConfigError for an unknown name, or a file that cannot be read."""
+    if file := template_file(name) if name else None:
+        return ChatTemplate(read_template(file), origin=str(file))
+    check(name)
+    return name
+
+
+def asked(
+    wanted: str | ChatTemplate | None,
+    kwargs: str | Mapping[str, Any] | None,
+    *known: tuple[str, ChatTemplate],
+    tokenizer: Any = None,
+    fallback: str = "",
+) -> Asked:
+    """The templates that count. This is the only place that decides it.
+
+    Args:
+        wanted: what the user asks for: a name of `TEMPLATES`, a file with a chat template, or what
+            `wanted_template` made of it.
+        kwargs: the user's variables for the chat template, as a mapping or as JSON.
+        known: what an adapter, then what a fused adapter was trained with; the first that says something.
+        tokenizer: for a question: it gets `chat` where there is a chat template.
+        fallback: what stands in where nobody says anything; by default as `chosen_template`.
+
+    Raises:
+        ConfigError: an unknown name, a file that cannot be read, or variables for another template than chat.
+    """
+    given = json_option(kwargs, "chat_template_kwargs")
+    found = wanted if isinstance(wanted, ChatTemplate) else wanted_template(wanted)
+    earlier, chat = next(((name, how) for name, how in known if name or how != OWN), ("", OWN))
+    if isinstance(found, ChatTemplate):
+        name, chat = "chat", chat.changed(found.text, given, found.origin)
+    else:
+        name, chat = found or earlier, chat.changed("", given)
+    if not name and tokenizer is not None and chat.text:
+        name = "chat"
+    name = name or fallback or chosen_template(tokenizer=tokenizer)
+    _refuse_variables(given, name)
+    return Asked(name, chat if name == "chat" else OWN)
+
+
 def check(template: str | None) -> None:
     """ConfigError for the name of a template that does not exist; None is none."""
     if template is not None and template not in TEMPLATES:
-        raise ConfigError(unknown("template", template, TEMPLATES))
+        more = "" if "." not in template else "; a file of your own ends in .jinja"
+        raise ConfigError(unknown("template", template, TEMPLATES) + more)
 
 
 def default_template(form: str, tokenizer: Any = None) -> str:
@@ -51,9 +114,9 @@ def default_template(form: str, tokenizer: Any = None) -> str:
 def chosen_template(*names: str | None, tokenizer: Any = None) -> str:
     """The first of `names` that is set: the user's template, then the adapter's, then a fused adapter's.
 
-    This is the only place that decides what stands in for it. A question gets `chat` where its `tokenizer`
-    has a chat template, else `plain`. A test set, for which no tokenizer is passed, gets `alpaca`, so that
-    the numbers of all base models compare with the paper's.
+    Without any a question gets `chat` where its `tokenizer` has a chat template, else `plain`. A test set,
+    for which no tokenizer is passed, gets `alpaca`, so that the numbers of all base models compare with the
+    paper's.
     """
     fallback = "alpaca" if tokenizer is None else "chat" if tokenizer.has_chat_template else "plain"
     return next(filter(None, names), fallback)
@@ -70,12 +133,17 @@ def prompt_for(
         return _alpaca(instruction, input)
     if template == "llm-adapters":
         return _seed(instruction, input, phase)
-    text = f"{instruction}\n\n{input}" if input else instruction
+    messages = question_of(instruction, input)
     if template == "plain":
-        return text
+        return messages[0]["content"]
     if template == "chat":
-        return chat_prompt([{"role": "user", "content": text}], tokenizer)
+        return chat_prompt(messages, tokenizer)
     raise ConfigError(unknown("template", template, TEMPLATES))
+
+
+def question_of(instruction: str, input: str = "") -> list[dict[str, str]]:
+    """An instruction as the conversation that it begins."""
+    return [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
 
 
 def conversation(
@@ -91,10 +159,7 @@ def conversation(
     """
     if template == "chat":
         return chat_prompt(messages, tokenizer, kwargs)
-    if kwargs:
-        raise ConfigError(
-            f"chat_template_kwargs ({', '.join(kwargs)}) are read by the template chat, not by {template}"
-        )
+    _refuse_variables(kwargs or {}, template)
     parts = []
     for message in messages:
         if message["role"] == "user":
@@ -102,6 +167,14 @@ def conversation(
         else:
             parts.append(message["content"] + "\n\n")
     return "".join(parts)
+
+
+def _refuse_variables(kwargs: Mapping[str, Any], template: str) -> None:
+    """ConfigError for variables of a chat template that another template would not read."""
+    if kwargs and template != "chat":
+        raise ConfigError(
+            f"chat_template_kwargs ({', '.join(kwargs)}) are read by the template chat, not by {template}"
+        )
 
 
 def render(row: dict[str, Any], fmt: str, *, template: str, tokenizer: Any) -> tuple[str, str]:

@@ -1,19 +1,26 @@
 """Rows to token ids, and where the supervised part begins."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
-from typing import Any
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, islice
+from typing import Any, Protocol
+
+import numpy as np
 
 from mlx_adapters.data.chat import Conversation, closing_token, conversations
+from mlx_adapters.data.showing import LOSS_ON
 from mlx_adapters.data.sources import Rows, check_fields
 from mlx_adapters.data.templates import messages_of, render
 from mlx_adapters.errors import ConfigError, DataError, unknown
 from mlx_adapters.models.chat_template import Rendered
 
-__all__ = ["LOSS_ON", "Encoded", "Example", "encode", "end_id", "prompt_ids"]
+__all__ = ["SUMMED", "Encoded", "Example", "Sink", "encode", "end_id", "examples_of", "prompt_ids"]
 
-LOSS_ON = ("completion", "last", "all")
+Text = Conversation | tuple[str, str]
+"""What an example is made of: a conversation, or a prompt and its completion."""
+_TOGETHER = 256  # rows that are encoded together
 
 
 @dataclass(frozen=True)
@@ -30,27 +37,50 @@ class Example:
         """How many tokens have a label."""
         return max(0, len(self.ids) - self.loss_start) - sum(end - begin for begin, end in self.unlabelled)
 
+    def as_text(self) -> str:
+        """What a run's digest is taken of."""
+        return f"{self.loss_start}{self.unlabelled or ''}:{self.ids}"
+
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         inside = tuple((begin, min(end, length)) for begin, end in self.unlabelled if begin < length)
         return Example(self.ids[:length], self.loss_start, inside)
 
 
+class Sink(Protocol):
+    """Where `encode` puts the examples: a list, or a file of the token cache."""
+
+    def append(self, example: Example, /) -> object:
+        """Take the next one."""
+
+    def __len__(self) -> int:
+        """How many it has."""
+
+
 @dataclass
 class Encoded:
-    """Examples, and what is odd about the rows: `truncated` lost their end (at least the end token) at the
-    cutoff, `dropped` had nothing left to learn, `empty` have no answer, `repeated` are the same as an earlier
-    one, `rewritten` earlier answers are examples of their own. `longest` is the longest before the cutoff, in
-    tokens. `endless`: the tokenizer has no end token."""
+    """Examples, and what is odd about the rows: `truncated` were longer than the max length, `dropped` have
+    nothing to learn, `empty` have no answer, `rewritten` earlier answers are examples of their own. `longest`
+    is the longest row in tokens, whole. `endless`: the tokenizer has no end token. `texts` holds eight bytes
+    of a hash of each row's text."""
 
-    examples: list[Example]
-    truncated: int
-    dropped: int
+    examples: Sequence[Example]
+    truncated: int = 0
+    dropped: int = 0
     empty: int = 0
-    repeated: int = 0
     rewritten: int = 0
     longest: int = 0
     endless: bool = False
+    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @property
+    def repeated(self) -> int:
+        """How many rows are the same as an earlier one."""
+        return len(self.texts) - len(np.unique(self.texts))
+
+
+SUMMED = ("truncated", "dropped", "empty", "rewritten")
+"""The counts of `Encoded` that add up over several sources."""
 
 
 def end_id(tokenizer: Any) -> int | None:
@@ -64,21 +94,19 @@ def end_id(tokenizer: Any) -> int | None:
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt. What a chat template wrote is encoded as it is, as transformers does; any other
     text gets the tokenizer's start token, unless it begins with it, and no end token."""
-    if isinstance(prompt, Rendered):
-        return list(tokenizer.encode(prompt, add_special_tokens=False))
-    start = tokenizer.bos_token
-    ids: list[int] = list(
-        tokenizer.encode(prompt, add_special_tokens=not (start and prompt.startswith(start)))
-    )
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-        ids.pop()
-    return ids
+    return _prompts_ids([prompt], tokenizer)[0]
 
 
 def encode(
-    rows: Rows, tokenizer: Any, *, template: str, cutoff: int = 256, loss_on: str = "completion"
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    template: str,
+    loss_on: str = "completion",
+    into: Sink | None = None,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Encoded:
-    """Encode training rows; what ends an answer is learned unless the row was cut at `cutoff` tokens.
+    """Encode training rows whole (`long_rows.fitted` cuts them); what ends an answer is learned.
 
     With the template `chat` a row is a conversation, encoded whole as the chat template writes it. With the
     others prompt and completion are encoded apart: the boundary is then exact whatever the tokenizer merges,
@@ -88,36 +116,60 @@ def encode(
         rows: what `load_rows` returns.
         tokenizer: the model's.
         template: a name of `TEMPLATES`.
-        cutoff: tokens of the longest row.
         loss_on: `completion` (all answers of a conversation), `last` (its last answer) or `all` (the prompt
             too, as in the paper).
+        into: where the examples go; by default into a list. They are gone through once.
+        told: called now and then with the number of rows done so far.
 
     Raises:
         DataError: a row does not fit the template, or nothing remains to learn.
     """
     if loss_on not in LOSS_ON:
         raise ConfigError(unknown("value of loss-on", loss_on, LOSS_ON))
-    done = Encoded([], 0, 0, endless=end_id(tokenizer) is None)
-    seen: set[Any] = set()
-    for index, row in enumerate(rows.rows):
-        try:
-            check_fields(row, rows.format)
-            texts = _texts(row, rows.format, template, tokenizer, loss_on)
-        except DataError as error:
-            raise DataError(f"{rows.origin}: row {index}: {error}") from None
-        done.rewritten += len(texts) - 1
-        done.repeated += texts[-1] in seen
-        seen.add(texts[-1])
-        for text in texts:
-            _add(done, text, tokenizer, cutoff, loss_on)
-    if not done.examples:
-        raise DataError(f"{rows.origin}: no row has a token to learn within {cutoff} tokens. Raise --cutoff")
+    kept: list[Example] = []
+    sink: Sink = kept if into is None else into
+    done, hashes = Encoded(kept, endless=end_id(tokenizer) is None), array("Q")
+    numbered = iter(enumerate(rows.rows))
+    while some := list(islice(numbered, _TOGETHER)):
+        of_rows = []
+        for index, row in some:
+            try:
+                check_fields(row, rows.format)
+                of_rows.append(_texts(row, rows.format, template, tokenizer, loss_on))
+            except DataError as error:
+                raise DataError(f"{rows.origin}: row {index}: {error}") from None
+        hashes.extend(_text_hash(texts[-1]) for texts in of_rows)
+        done.rewritten += sum(len(texts) - 1 for texts in of_rows)
+        every = [text for texts in of_rows for text in texts]
+        done.empty += sum(map(_is_empty, every))
+        for example in examples_of(every, tokenizer, loss_on):
+            done.longest = max(done.longest, len(example.ids))
+            _keep(example, done, sink)
+        told(len(hashes))
+    if not len(sink):
+        raise DataError(f"{rows.origin}: no row has a token to learn")
+    done.texts = np.frombuffer(hashes, np.uint64) if hashes else done.texts
     return done
 
 
-def _texts(
-    row: dict[str, Any], fmt: str, template: str, tokenizer: Any, loss_on: str
-) -> Sequence[Conversation | tuple[str, str]]:
+def _keep(example: Example, done: Encoded, sink: Sink) -> None:
+    if example.supervised > 0:
+        sink.append(example)
+    else:
+        done.dropped += 1
+
+
+def _text_hash(text: Text) -> int:
+    """Eight bytes, by which the texts of rows are told apart."""
+    plain = repr(text).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little")
+
+
+def _is_empty(text: Text) -> bool:
+    return text.empty if isinstance(text, Conversation) else not text[1].strip()
+
+
+def _texts(row: dict[str, Any], fmt: str, template: str, tokenizer: Any, loss_on: str) -> Sequence[Text]:
     """The training texts of a row: conversations, or its (prompt, completion)."""
     if template != "chat" or fmt == "text":
         return [render(row, fmt, template=template, tokenizer=tokenizer)]
@@ -129,34 +181,35 @@ def _texts(
     return conversations(messages, tokenizer, kwargs, only=only)
 
 
-def _add(
-    done: Encoded, text: Conversation | tuple[str, str], tokenizer: Any, cutoff: int, loss_on: str
-) -> None:
-    if isinstance(text, Conversation):
-        example, empty = conversation_example(text, tokenizer, loss_on), text.empty
-    else:
-        example, empty = _example(*text, tokenizer, loss_on), not text[1].strip()
-    done.empty += empty
-    done.truncated += len(example.ids) > cutoff
-    done.longest = max(done.longest, len(example.ids))
-    example = example.cut(cutoff)
-    if example.supervised > 0:
-        done.examples.append(example)
-    else:
-        done.dropped += 1
+def examples_of(texts: Sequence[Text], tokenizer: Any, loss_on: str) -> list[Example]:
+    """The whole example of each text. All are encoded together: one by one takes three times as long."""
+    chats = [text.text for text in texts if isinstance(text, Conversation)]
+    pairs = [text for text in texts if not isinstance(text, Conversation)]
+    places = iter(_with_places(chats, tokenizer))
+    prompts = iter(_prompts_ids([prompt for prompt, _ in pairs if prompt], tokenizer))
+    completions = iter(_ids([completion for _, completion in pairs], tokenizer, special=False))
+    end, start = end_id(tokenizer), None if all(prompt for prompt, _ in pairs) else _start(tokenizer)
+    found = []
+    for text in texts:
+        if isinstance(text, Conversation):
+            found.append(_conversation_example(text, *next(places), tokenizer, loss_on))
+            continue
+        prompt, completion = text
+        if prompt:
+            before = next(prompts)
+        else:
+            before = [] if tokenizer.bos_token and completion.startswith(tokenizer.bos_token) else start or []
+        ids = [*before, *next(completions)]
+        if end is not None and (len(ids) == len(before) or ids[-1] != end):  # the text may bring its own
+            ids.append(end)
+        found.append(Example(ids, max(1, 1 if loss_on == "all" else len(before))))
+    return found
 
 
-def _example(prompt: str, completion: str, tokenizer: Any, loss_on: str) -> Example:
-    before: Sequence[int] = prompt_ids(prompt, tokenizer) if prompt else _start(completion, tokenizer)
-    ids, end = [*before, *tokenizer.encode(completion, add_special_tokens=False)], end_id(tokenizer)
-    if end is not None and (len(ids) == len(before) or ids[-1] != end):  # the text may bring its own
-        ids.append(end)
-    return Example(ids, max(1, 1 if loss_on == "all" else len(before)))
-
-
-def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Example:
+def _conversation_example(
+    text: Conversation, ids: list[int], places: list[tuple[int, int]], tokenizer: Any, loss_on: str
+) -> Example:
     """The tokens of a conversation, encoded whole, with labels on the tokens of its answers."""
-    ids, places = _with_places(text.text, tokenizer)
     spans = iter((*text.learned, (len(text.text) + 1, len(text.text) + 1)))
     begin, end = next(spans)
     labels = []
@@ -179,21 +232,46 @@ def conversation_example(text: Conversation, tokenizer: Any, loss_on: str) -> Ex
     return Example(ids, max(1, start), tuple(gaps))
 
 
-def _with_places(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """(ids, where each token stands in the text as (begin, end) in characters)."""
+def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    """The token ids of each text, with what the tokenizer puts around it or without."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    if getattr(inner, "is_fast", False):
-        found = inner(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found["input_ids"]), list(found["offset_mapping"])
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
-    ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
-    return ids, list(zip([0, *ends[:-1]], ends, strict=True))
+    if len(texts) > 1 and getattr(inner, "is_fast", False):
+        return list(inner(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+    return [list(tokenizer.encode(text, add_special_tokens=special)) for text in texts]
 
 
-def _start(text: str, tokenizer: Any) -> list[int]:
-    """What the tokenizer writes before an answer by itself, up to its start token, where `text` does not."""
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        return []
-    ids = list(tokenizer.encode("", add_special_tokens=True))
-    start = tokenizer.bos_token_id
+def _prompts_ids(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """`prompt_ids` of each."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token_id
+    begun = [not (isinstance(text, Rendered) or (start and text.startswith(start))) for text in prompts]
+    of_kind = {}
+    for special in (True, False):
+        texts = [text for text, own in zip(prompts, begun, strict=True) if own is special]
+        of_kind[special] = iter(_ids(texts, tokenizer, special=special))
+    found = [next(of_kind[special]) for special in begun]
+    for text, ids in zip(prompts, found, strict=True):
+        if end is None or isinstance(text, Rendered) or text.endswith(tokenizer.eos_token):
+            continue
+        while len(ids) > 1 and ids[-1] == end:
+            ids.pop()
+    return found
+
+
+def _with_places(texts: list[str], tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """(ids, where each token stands in the text as (begin, end) in characters) of each text."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    if texts and getattr(inner, "is_fast", False):
+        found = inner(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+    several = []
+    for text in texts:
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+        ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
+        several.append((ids, list(zip([0, *ends[:-1]], ends, strict=True))))
+    return several
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer writes before a text by itself, up to its start token."""
+    ids, start = list(tokenizer.encode("", add_special_tokens=True)), tokenizer.bos_token_id
     return ids[: ids.index(start) + 1] if start in ids else []

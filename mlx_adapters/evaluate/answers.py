@@ -9,7 +9,8 @@ LLM-Adapters, kept to compare with its tables.
 | letter | the first capital A-E, which also fires inside words ("All", "Because") | the stated one |
 | true/false, answer1-5, ... | the first one in lower case | the one that is stated, in any case |
 
-number.py and stated.py define what counts as stated.
+number.py and stated.py define what counts as stated. The strict reading leaves out a model's reasoning: what
+stands before the end of a thought, and a thought that is not finished.
 """
 
 import re
@@ -25,9 +26,14 @@ Extraction = Literal["strict", "paper"]
 EXTRACTIONS: tuple[Extraction, ...] = ("strict", "paper")
 # How reports name the readings. A new number where a strict reading changes: answers read by different rules
 # must not be compared, or mixed by --resume, without a word.
-RULES: dict[str, str] = {"strict": "strict 2", "paper": "paper"}
+RULES: dict[str, str] = {"strict": "strict 3", "paper": "paper"}
 TOLERANCE = 0.001
 _NUMBER = re.compile(r"-?\d+\.?\d*")
+
+
+# mlx-lm's pairs, as `generate_texts` writes them
+_THOUGHT_ENDS = re.compile(r"</think>|</longcat_think>|<\|think:end\|>|<channel\|>")
+_THOUGHT_BEGINS = re.compile(r"<think>|<longcat_think>|<\|think:start\|>|<\|channel>thought")
 
 
 def extract(response: str, kind: Kind, *, how: Extraction = "strict", question: str = "") -> str | None:
@@ -39,7 +45,7 @@ def extract(response: str, kind: Kind, *, how: Extraction = "strict", question: 
     reply = response.split("### Response:")[0]  # a model that runs on writes the next item itself
     if how == "paper":
         return _paper(reply, kind)
-    reply = reply.split("### Instruction:")[0]
+    reply = _THOUGHT_BEGINS.split(_THOUGHT_ENDS.split(reply.split("### Instruction:")[0])[-1])[0]
     return number(reply) if kind == "number" else stated(reply, kind, question)
 
 

@@ -3,7 +3,7 @@
 An item keeps its index in the test set from here to its record, through decoding and across processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_adapters.data.overlap import item_hash, relation, row_text
-from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.reasoning import before_answer
+from mlx_adapters.data.templates import Asked, prompt_for, question_of
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError, DataError
 from mlx_adapters.evaluate.answers import EXTRACTIONS, RULES, Extraction, correct, extract
@@ -20,6 +21,7 @@ from mlx_adapters.evaluate.score import Record
 from mlx_adapters.evaluate.tasks import Item, Task
 from mlx_adapters.generate.decode import GREEDY, Decoding, generate_texts
 from mlx_adapters.generate.likelihood import choice_ids, loglikelihoods, pick
+from mlx_adapters.models.own_template import OWN, ChatTemplate
 
 __all__ = ["Asking", "answer"]
 
@@ -40,6 +42,7 @@ class Asking:
         batch_size: rows that are computed together, by default as many as memory allows.
         max_tokens: the longest answer; None: each set's own.
         seen: what the adapter remembers of its training rows (`seen_hashes`); items among them are marked.
+        chat: how the template `chat` writes, where it is not as the tokenizer alone would.
     """
 
     template: str
@@ -49,12 +52,14 @@ class Asking:
     batch_size: int | None = None
     max_tokens: int | None = None
     seen: frozenset[str] = frozenset()
+    chat: ChatTemplate = OWN
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a report keeps of the decoding."""
         own = asdict(self.decoding) if self.decoding else {"scored": self.choices}
-        return own | {"max_tokens": self.max_tokens}
+        written = {"chat_template_kwargs": self.chat.kwargs, "chat_template": self.chat.digest}
+        return own | {"max_tokens": self.max_tokens} | {k: v for k, v in written.items() if v}
 
     @property
     def rules(self) -> str | None:
@@ -70,10 +75,11 @@ def answer(
     asking: Asking,
     *,
     done: frozenset[int] = frozenset(),
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Yield a record for each item as its answer is done, not in the items' order; those whose index is in
     `done` are left out."""
     left = {i: item for i, item in enumerate(_labelled(items, task)) if i not in done}
+    tokenizer = Asked(asking.template, asking.chat).on(tokenizer)
     if asking.decoding is None:
         yield from _likeliest(model, tokenizer, task, left, asking)
         return
@@ -113,7 +119,7 @@ def _likeliest(
         prompts = {i: f"Question: {one.question}\nAnswer:" for i, one in choices.items()}
         encoded = {i: _cloze(prompts[i], one, tokenizer) for i, one in choices.items()}
     else:
-        prompts = {i: _prompt(item, asking.template, tokenizer) for i, item in items.items()}
+        prompts = {i: _prompt(item, asking.template, tokenizer, closed=True) for i, item in items.items()}
         says = "The answer is ({})." if task.kind == "letter" else "the correct answer is {}"
         encoded = {
             i: (
@@ -152,7 +158,10 @@ def _labelled(items: Sequence[Item], task: Task) -> list[Item]:
     return found
 
 
-def _prompt(item: Item, template: str, tokenizer: TokenizerWrapper) -> str:
+def _prompt(item: Item, template: str, tokenizer: TokenizerWrapper, *, closed: bool = False) -> str:
+    """The text of a question; `closed`: up to where an answer stands, with no reasoning left open."""
+    if closed and template == "chat":
+        return before_answer(question_of(item.instruction, item.input), tokenizer)
     return prompt_for(item.instruction, item.input, template=template, tokenizer=tokenizer, phase="eval")
 
 

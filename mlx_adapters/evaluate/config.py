@@ -9,6 +9,7 @@ from typing import Any
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.evaluate.protocol import chosen
 from mlx_adapters.fields import field
+from mlx_adapters.files.documents import json_option
 
 __all__ = ["CHOICES", "DECODINGS", "EvalConfig"]
 
@@ -38,7 +39,12 @@ class EvalConfig:
     choices: str = field(
         "label", "what --decoding likelihood scores: label (the paper's answer) or text (lm-eval's cloze)"
     )
-    template: str | None = field(None, "prompt template [default: the adapter's, else alpaca]")
+    template: str | None = field(
+        None, "prompt template, or a FILE.jinja [default: the adapter's, else alpaca]"
+    )
+    chat_template_kwargs: str | None = field(
+        None, "chat template variables, as JSON [default: the adapter's]"
+    )
     force_template: bool = field(False, "allow another template than the adapter's")
     prompt: str | None = field(
         None, "question of your own file, made from its fields: '{text} Options: {options}'"
@@ -50,6 +56,7 @@ class EvalConfig:
         for name in ("limit", "batch_size", "max_tokens", "num_beams"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        json_option(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.choices not in CHOICES:
             raise ConfigError(unknown("value of --choices", self.choices, CHOICES))
 

@@ -7,7 +7,7 @@ answers; both go through this package's batched decoding, whatever the method of
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ from mlx_adapters.data.tokens import end_id
 from mlx_adapters.errors import ConfigError, DataError, UnsupportedError
 from mlx_adapters.generate.decode import Decoding, generate_ids
 from mlx_adapters.generate.likelihood import scored
-from mlx_adapters.generate.using import opened, using
-from mlx_adapters.models.chat_template import chat_writer
+from mlx_adapters.generate.text import way_of
+from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.models.chat_template import chat_prompt, chat_writer
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.models.own_template import OWN, ChatTemplate
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -39,12 +41,15 @@ _ANSWER = 256  # tokens of an answer, where the task does not say
 
 
 class HarnessModel(TemplateLM):
-    """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together."""
+    """`loaded` (with its adapter, if any) as `lm_eval` wants it; `batch_size` rows go together, and `chat` is
+    how conversations are written."""
 
-    def __init__(self, loaded: LanguageModel, *, batch_size: int | None = None) -> None:
+    def __init__(
+        self, loaded: LanguageModel, *, batch_size: int | None = None, chat: ChatTemplate = OWN
+    ) -> None:
         super().__init__()
         self.loaded, self.batch_size = loaded, batch_size
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer = chat.on(loaded.tokenizer)
         self.max_length = (made_for(loaded.config) or _LONGEST) - before_text(loaded.model)
 
     @property
@@ -73,12 +78,12 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as the model's own template writes it."""
+        """The conversation as the model's own template writes it, or the one that the adapter learned."""
+        if add_generation_prompt:
+            return chat_prompt(chat_history, self.tokenizer)
+        kwargs = getattr(self.tokenizer, "chat_template_kwargs", {})
         text: str = chat_writer(self.tokenizer)(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+            chat_history, tokenize=False, continue_final_message=True, **kwargs
         )
         return text
 
@@ -178,12 +183,15 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     chat_template: bool = False,
+    chat_template_kwargs: str | Mapping[str, Any] | None = None,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
     """lm_eval's results, with its standard errors, and samples as plain JSON values, by its own
     `simple_evaluate`.
 
-    `include_path` is a folder of YAML tasks of yours; lm_eval runs the Python that they name.
+    With `chat_template` prompts are written as the adapter's conversations were, or by the model's own
+    template; `chat_template_kwargs` are its variables. `include_path` is a folder of YAML tasks of yours;
+    lm_eval runs the Python that they name.
     Raises ConfigError for a task that lm_eval does not know, DataError where it cannot load one: without a
     network, say. Code that a task marks as unsafe is not run.
     """
@@ -191,6 +199,8 @@ def run_tasks(
 
     if not tasks:
         raise ConfigError("--tasks is empty: name tasks of lm_eval, as in --tasks arc_easy,piqa")
+    if chat_template_kwargs and not chat_template:
+        raise ConfigError("chat_template_kwargs are read with --apply-chat-template: give that too")
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"--include-path {include_path}: no such folder")
     manager, unknown = _managed(tasks, include_path)
@@ -200,11 +210,12 @@ def run_tasks(
             "--include-path adds a folder of YAML files"
         )
     manager.load = partial(_load, manager.load)
-    loaded = opened(model)
+    loaded, meta = opened(model), meta_of(model, adapter)
     loaded.model.eval()
+    chat = way_of(loaded, meta, "chat", chat_template_kwargs).chat if chat_template else OWN
     with using(loaded, adapter), _one_process(), redirect_stdout(sys.stderr):
         found = simple_evaluate(
-            model=HarnessModel(loaded, batch_size=batch_size),
+            model=HarnessModel(loaded, batch_size=batch_size, chat=chat),
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,

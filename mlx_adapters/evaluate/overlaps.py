@@ -46,7 +46,7 @@ def sentences(found: Found, show: int) -> Iterator[str]:
             for index in indices[:show]:
                 yield f"{name} item {index}, {kind}: {' '.join(texts[index].split())[:200]}"
     if any(one.sampled for _, _, one in found):
-        yield "The training set is large: its 13-word hashes are a sample, near items may be missing."
+        yield "The training set is large: its hashes are a sample, seen and near items may be missing."
 
 
 def _questions(tests: str, data_dir: Path | None) -> Iterator[tuple[str, list[str]]]:

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_adapters import adapter as adapters
-from mlx_adapters.data.templates import TEMPLATES, chosen_template
-from mlx_adapters.errors import ConfigError, OutputError, unknown
+from mlx_adapters.data.templates import Asked, asked
+from mlx_adapters.errors import ConfigError, OutputError
 from mlx_adapters.evaluate import tasks as test_sets
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.config import EvalConfig
@@ -29,12 +29,16 @@ from mlx_adapters.evaluate.workers import Workers, processes_for
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
-from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.generate.using import fetched, meta_of, opened, using
+from mlx_adapters.models import own_template
 from mlx_adapters.models.load import LanguageModel, locate, read_config
 from mlx_adapters.models.origin import remembered
+from mlx_adapters.models.own_template import ChatTemplate
 
 __all__ = ["Evaluation", "Evaluator", "Part", "evaluate"]
 
+Known = tuple[str, ChatTemplate]
+"""The prompt template that something was trained with, and how it wrote chats."""
 Answer = Callable[..., Iterator[Record]]
 """`answer` of a model in this process, or `Workers.answer`: (task, items, asking, done=...) -> records."""
 
@@ -152,7 +156,7 @@ class Evaluator:
         if resume and output is None:
             raise ConfigError("--resume goes on with the records of --output: give the same --output")
         config = config or EvalConfig()
-        self.model, self.adapter, self.resume = model, adapter, resume
+        self.model, self.resume = model, resume
         self.output = None if output is None else Path(output)
         self.parts: list[Part] = []
         settled = config.settled()
@@ -165,10 +169,14 @@ class Evaluator:
             prompt=config.prompt,
             label=config.label,
         )
-        meta = meta_of(model, adapter)  # a wrong adapter folder is reported before the model is looked for
+        self.adapter = fetched(model, adapter)
+        meta = meta_of(model, self.adapter)  # a wrong folder is reported before the model is looked for
         fused, self.processes = self._place(model, processes)
+        known = ((meta.template, meta.chat), fused) if meta else (fused,)
+        way = _asked(known, settled.get("template"), config)
         self.asking = Asking(
-            template=_template((meta.template if meta else "") or fused, settled.get("template"), config),
+            template=way.template,
+            chat=way.chat,
             decoding=decoding,
             choices=config.choices,
             reading=settled["reading"],
@@ -179,7 +187,7 @@ class Evaluator:
         self.settings: dict[str, Any] = {
             "model": str(model.path if isinstance(model, LanguageModel) else model),
             "adapter": None if adapter is None else str(adapter),
-            "adapter_sha256": _weights_hash(adapter),
+            "adapter_sha256": _weights_hash(self.adapter),
             "template": self.asking.template,
             "decoding": settled["decoding"],
             "settings": self.asking.settings,
@@ -190,16 +198,17 @@ class Evaluator:
             "seed": config.seed,
         }
 
-    def _place(self, model: LanguageModel | str | Path, processes: int | None) -> tuple[str, int]:
-        """(the template of an adapter fused into the model, how many processes answer)."""
+    def _place(self, model: LanguageModel | str | Path, processes: int | None) -> tuple[Known, int]:
+        """(the templates of an adapter fused into the model, how many processes answer)."""
         if isinstance(model, LanguageModel):
             if (processes or 1) > 1:
                 raise ConfigError("processes load the model themselves: give its folder or hub id instead")
-            return model.template, 1
+            return (model.template, model.chat), 1
         self._folder = locate(model)
         items = sum(len(items) for _, items in self._sets)
         count = processes_for(self._folder, items) if processes is None else processes
-        return remembered(read_config(self._folder)).get("template", ""), count
+        about = read_config(self._folder)
+        return (remembered(about).get("template", ""), own_template.fused(about)), count
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -252,7 +261,7 @@ def evaluate(
         model: a loaded model, a model folder or a hub id.
         tasks: test sets, joined by commas: names ("gsm8k,boolq"), groups ("math") or your own .json and
             .jsonl files.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         template: the prompt template, by default the adapter's, else alpaca.
         decoding: "greedy", "beam" (four beams, as in the paper), "sample", or "likelihood" of the choices.
         limit: use that many items of each set, drawn by `seed`.
@@ -288,18 +297,20 @@ def _decoding(config: EvalConfig, settled: dict[str, Any]) -> Decoding | None:
     return Decoding(kind=kind, **beams, **{name: getattr(config, name) for name in names})
 
 
-def _template(trained: str, wanted: str | None, config: EvalConfig) -> str:
-    if wanted is not None and wanted not in TEMPLATES:
-        raise ConfigError(unknown("template", wanted, TEMPLATES))
-    if trained and wanted and wanted != trained and not config.force_template:
+def _asked(known: Sequence[Known], wanted: str | None, config: EvalConfig) -> Asked:
+    """The templates of the questions: `wanted`, or those of the training."""
+    found = asked(wanted, config.chat_template_kwargs, *known, fallback="alpaca")
+    trained, text = next(((name, chat.text) for name, chat in known if name), ("", ""))
+    asks = f"{wanted}" if found.template == "chat" and found.chat.text != text else found.template
+    if trained and wanted and asks != trained and not config.force_template:
         raise ConfigError(
-            f"the adapter was trained with the template {trained}, not {wanted}. "
+            f"the adapter was trained with the template {trained}, not {asks}. "
             "Leave --template (or --protocol) out, or add --force-template"
         )
-    return chosen_template(wanted, trained)
+    return found
 
 
 def _weights_hash(adapter: str | Path | None) -> str | None:
     """Which adapter it was, should the folder be written again between two runs."""
-    file = None if adapter is None else Path(adapter) / adapters.WEIGHTS
+    file = None if adapter is None else adapters.weights_file(Path(adapter))
     return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None

@@ -1,12 +1,12 @@
 """What an evaluation finds: a record for each item, and the score of a set with its intervals."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlx_adapters.errors import DataError
 
-__all__ = ["Record", "Score", "columns", "none_right", "row", "summarise", "wilson"]
+__all__ = ["Record", "Score", "none_right", "summarise", "table", "wilson"]
 
 Z95 = 1.959964
 
@@ -144,31 +144,51 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def columns(decoding: str = "greedy", reading: str = "strict") -> list[str]:
-    """The heads of a table of scores, whose cells are `row`."""
+def table(
+    scores: Sequence[Score], decoding: str = "greedy", reading: str = "strict"
+) -> tuple[list[str], list[list[str]]]:
+    """(heads, cells) of a table of scores: without what is in the training data where nothing is, and with a
+    last row of the mean accuracy where there are several tasks."""
     second = "strict reading" if reading == "paper" else "paper's rule"
-    second = "per character" if decoding == "likelihood" else second
-    return ["task", "accuracy", "95 % interval", "correct", "seen in training", "near", "unseen", second]
+    heads = {"task": "task", "accuracy": "accuracy", "interval": "95 % interval", "correct": "correct"}
+    if any(score.seen_total for score in scores):
+        heads["seen"] = "seen in training"
+    if any(score.near_total for score in scores):
+        heads["near"] = "near"
+    if "seen" in heads or "near" in heads:
+        heads["unseen"] = "unseen"
+    if any(_second(score, reading) is not None for score in scores):
+        heads["second"] = "per character" if decoding == "likelihood" else second
+    rows = [_cells(score, reading) for score in scores]
+    if len(scores) > 1:
+        rows.append(
+            {"task": "mean", "accuracy": f"{sum(score.accuracy for score in scores) / len(scores):.1%}"}
+        )
+    return [*heads.values()], [[row.get(name, "") for name in heads] for row in rows]
 
 
-def row(score: Score, reading: str = "strict") -> list[str]:
-    """The cells of `columns`. The unseen share has its own interval where some items were seen."""
-
+def _cells(score: Score, reading: str) -> dict[str, str]:
     def part(correct: int, total: int) -> str:
         return f"{correct / total:.1%} of {total}" if total else "none"
 
     unseen = part(score.unseen_correct, score.unseen_total)
-    if 0 < score.unseen_total < score.total:
+    if 0 < score.unseen_total < score.total:  # its own interval where some items were seen
         unseen += f" ({score.unseen_low:.1%} - {score.unseen_high:.1%})"
-    second = score.strict_accuracy if reading == "paper" else score.paper_accuracy
-    second = second if score.norm_accuracy is None else score.norm_accuracy
-    return [
-        score.task,
-        f"{score.accuracy:.1%}",
-        f"{score.low:.1%} - {score.high:.1%}",
-        f"{score.correct}/{score.total}",
-        part(score.seen_correct, score.seen_total),
-        part(score.near_correct, score.near_total),
-        unseen,
-        f"{second:.1%}" if second is not None else "",
-    ]
+    second = _second(score, reading)
+    return {
+        "task": score.task,
+        "accuracy": f"{score.accuracy:.1%}",
+        "interval": f"{score.low:.1%} - {score.high:.1%}",
+        "correct": f"{score.correct}/{score.total}",
+        "seen": part(score.seen_correct, score.seen_total),
+        "near": part(score.near_correct, score.near_total),
+        "unseen": unseen,
+        "second": f"{second:.1%}" if second is not None else "",
+    }
+
+
+def _second(score: Score, reading: str) -> float | None:
+    """The accuracy by the other reading, or by the likelihood per character."""
+    if score.norm_accuracy is not None:
+        return score.norm_accuracy
+    return score.strict_accuracy if reading == "paper" else score.paper_accuracy

@@ -6,6 +6,7 @@ and a few YAML aliases stand for gigabytes once they are written out.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,11 @@ def read_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: is not YAML ({error})") from None
 
 
-def json_option(text: str | None, where: str) -> dict[str, Any]:
-    """The JSON object an option gives, empty when it is not given; ConfigError for anything else."""
+def json_option(text: str | Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """The JSON object an option gives, as its text or from Python as a mapping; empty when it is not given,
+    ConfigError for anything else."""
+    if isinstance(text, Mapping):
+        return dict(text)
     try:
         value = from_json(text) if text is not None else {}
     except ValueError as error:

@@ -92,7 +92,19 @@ def generate_texts(
     check_ids(model, by_index(prompts).values(), tokenizer)
     options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "decoding": decoding}
     for index, ids in generate_ids(model, prompts, stop=stop, **options):
-        yield index, tokenizer.decode(ids, skip_special_tokens=True)
+        yield index, _text(tokenizer, ids)
+
+
+def _text(tokenizer: TokenizerWrapper, ids: list[int]) -> str:
+    """The text of an answer, without special tokens but the one that ends a thought: what is read as the
+    answer begins there."""
+    end = list(tokenizer.think_end_tokens or ())
+    for start in range(len(ids) - len(end), -1, -1) if end else ():
+        if ids[start : start + len(end)] == end:
+            thought = tokenizer.decode(ids[:start], skip_special_tokens=True)
+            rest = tokenizer.decode(ids[start + len(end) :], skip_special_tokens=True)
+            return f"{thought}{tokenizer.think_end}{rest}"
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def generate_ids(

@@ -11,16 +11,17 @@ from typing import Any
 
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import before_text, start_cache, with_virtual
-from mlx_adapters.data.templates import chosen_template, conversation
+from mlx_adapters.data.templates import Asked, asked, conversation
 from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generate.sampling import Sampler, fresh_seed, sampler
 from mlx_adapters.generate.stream import Delta, stream_tokens
-from mlx_adapters.generate.using import meta_of, opened, using
+from mlx_adapters.generate.using import fetched, meta_of, opened, using
 from mlx_adapters.models.limits import check_length
 from mlx_adapters.models.load import LanguageModel
+from mlx_adapters.models.own_template import ChatTemplate
 
-__all__ = ["Answer", "Message", "Prompt", "generate", "prompt_of", "render", "stream"]
+__all__ = ["Answer", "Message", "Prompt", "Question", "generate", "prompt_of", "render", "stream", "way_of"]
 
 Message = Mapping[str, str]
 """A turn of a conversation: `role` (system, user or assistant) and `content`."""
@@ -34,23 +35,51 @@ class Prompt:
     row: list[int]
 
 
+@dataclass(frozen=True)
+class Question:
+    """The text of a prompt, the template that wrote it, and the tokenizer to read it with, which also ends
+    the answer: where the chat template closes a turn."""
+
+    text: str
+    template: str
+    tokenizer: Any
+
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens."""
+        return prompt_ids(self.text, self.tokenizer)
+
+
 def render(
     loaded: LanguageModel,
     messages: Sequence[Message],
     *,
     adapter: AdapterMeta | None = None,
-    template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[str, str]:
-    """(text of the prompt, template) of a conversation, up to where the answer begins.
+    template: str | ChatTemplate | None = None,
+    chat_template_kwargs: str | Mapping[str, Any] | None = None,
+) -> Question:
+    """The prompt of a conversation, up to where the answer begins; the rest is as in `way_of`."""
+    found = way_of(loaded, adapter, template, chat_template_kwargs)
+    tokenizer = found.on(loaded.tokenizer)
+    text = conversation(messages, template=found.template, tokenizer=tokenizer)
+    return Question(text, found.template, tokenizer)
 
-    The template is the one asked for, else the adapter's, else that of an adapter fused into the model, else
-    `chat` where the tokenizer has a chat template, else `plain`.
+
+def way_of(
+    loaded: LanguageModel,
+    adapter: AdapterMeta | None = None,
+    template: str | ChatTemplate | None = None,
+    chat_template_kwargs: str | Mapping[str, Any] | None = None,
+) -> Asked:
+    """How questions are written.
+
+    The template is the one asked for, a name or a file, else the adapter's, else that of an adapter fused
+    into the model, else `chat` where the tokenizer has a chat template, else `plain`. The chat template and
+    its variables are those that the adapter was trained with; `chat_template_kwargs` win over them.
     """
-    names = (template, adapter.template if adapter else None, loaded.template)
-    name = chosen_template(*names, tokenizer=loaded.tokenizer)
-    text = conversation(messages, template=name, tokenizer=loaded.tokenizer, kwargs=chat_template_kwargs)
-    return text, name
+    of_adapter = [(adapter.template, adapter.chat)] if adapter else []
+    known = (*of_adapter, (loaded.template, loaded.chat))
+    return asked(template, chat_template_kwargs, *known, tokenizer=loaded.tokenizer)
 
 
 def prompt_of(loaded: LanguageModel, ids: list[int], max_tokens: int) -> Prompt:
@@ -92,13 +121,13 @@ def stream(
     adapter: str | Path | None = None,
     system: str | None = None,
     template: str | None = None,
-    max_tokens: int = 256,
+    max_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: str | Mapping[str, Any] | None = None,
 ) -> Answer:
     """Answer a prompt piece by piece.
 
@@ -110,17 +139,18 @@ def stream(
     Args:
         model: a loaded model, a model folder or a hub id.
         prompt: the instruction, or a conversation that ends with the user's turn.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         system: a system message in front of the prompt.
-        template: the prompt template; by default the adapter's, else `chat` where the tokenizer has a chat
-            template, else `plain`.
+        template: the prompt template, or a file with a chat template; by default the adapter's, else `chat`
+            where the tokenizer has a chat template, else `plain`.
         max_tokens: the longest answer.
         temperature: 0 takes the most likely token; higher values draw more evenly.
         top_p: draw from the fewest tokens that together have this probability.
         top_k: draw from that many of the likeliest tokens; 0: from all.
         min_p: draw from tokens with at least this share of the likeliest one's probability.
         seed: makes draws repeatable; None: new draws each time.
-        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}; they win
+            over those that the adapter was trained with.
 
     Returns:
         An iterable of text that also knows the template and the number of tokens.
@@ -129,35 +159,40 @@ def stream(
         ConfigError, AdapterError, UnsupportedError: as `generate` raises them.
     """
     loaded = opened(model)
+    adapter = fetched(loaded, adapter)
     meta = meta_of(loaded, adapter)
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    text, name = render(
+    question = render(
         loaded, turns, adapter=meta, template=template, chat_template_kwargs=chat_template_kwargs
     )
-    ids = prompt_ids(text, loaded.tokenizer)
-    if not ids:
+    if not (ids := question.ids):
         raise ConfigError("the prompt is empty: give the instruction to answer")
     seed = fresh_seed() if seed is None else seed
     draw = sampler(seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
-    deltas = _deltas(loaded, adapter, ids, max_tokens, draw)
-    return Answer(deltas, template=name, prompt_tokens=len(ids))
+    deltas = _deltas(loaded, adapter, question.tokenizer, ids, max_tokens, draw)
+    return Answer(deltas, template=question.template, prompt_tokens=len(ids))
 
 
 def _deltas(
-    loaded: LanguageModel, adapter: str | Path | None, ids: list[int], max_tokens: int, draw: Sampler
+    loaded: LanguageModel,
+    adapter: str | Path | None,
+    tokenizer: Any,
+    ids: list[int],
+    max_tokens: int,
+    draw: Sampler,
 ) -> Iterator[Delta]:
     """The answer to the text of `ids`, whose adapter is active until the last piece is read."""
     with using(loaded, adapter):
         training = loaded.model.training
         loaded.model.eval()  # adapter dropout would make the answer random
-        asked = prompt_of(loaded, ids, max_tokens)
+        prompt = prompt_of(loaded, ids, max_tokens)
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": draw}
         options["cache"] = start_cache(loaded.model)
         try:
-            yield from stream_tokens(loaded.model, loaded.tokenizer, asked.row, prompt=asked.ids, **options)
+            yield from stream_tokens(loaded.model, tokenizer, prompt.row, prompt=prompt.ids, **options)
         finally:
             loaded.model.train(training)
 
@@ -169,30 +204,31 @@ def generate(
     adapter: str | Path | None = None,
     system: str | None = None,
     template: str | None = None,
-    max_tokens: int = 256,
+    max_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: str | Mapping[str, Any] | None = None,
 ) -> str:
     """Answer a prompt.
 
     Args:
         model: a loaded model, a model folder or a hub id.
         prompt: the instruction, or a conversation that ends with the user's turn.
-        adapter: an adapter folder, or the name of an adapter that is loaded. None: the model as it is.
+        adapter: an adapter folder, a hub id, or the name of one that is loaded. None: the model as it is.
         system: a system message in front of the prompt.
-        template: the prompt template; by default the adapter's, else `chat` where the tokenizer has a chat
-            template, else `plain`.
+        template: the prompt template, or a file with a chat template; by default the adapter's, else `chat`
+            where the tokenizer has a chat template, else `plain`.
         max_tokens: the longest answer.
         temperature: 0 takes the most likely token; higher values draw more evenly.
         top_p: draw from the fewest tokens that together have this probability.
         top_k: draw from that many of the likeliest tokens; 0: from all.
         min_p: draw from tokens with at least this share of the likeliest one's probability.
         seed: makes draws repeatable; None: new draws each time.
-        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+        chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}; they win
+            over those that the adapter was trained with.
 
     Returns: the text of the answer.
 

@@ -4,16 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_adapters.adapter import AdapterMeta, multi, read_meta
+from mlx_adapters.adapter import AdapterMeta, located, multi, read_meta
 from mlx_adapters.adapter.tree import adapter_set, attached
 from mlx_adapters.models.load import LanguageModel, load
 
-__all__ = ["meta_of", "opened", "using"]
+__all__ = ["fetched", "meta_of", "opened", "using"]
 
 
 def opened(model: LanguageModel | str | Path) -> LanguageModel:
     """The model itself, or the one of that folder or hub id, loaded for answering."""
     return model if isinstance(model, LanguageModel) else load(model, answering=True)
+
+
+def fetched(model: LanguageModel | str | Path, adapter: str | Path | None) -> str | Path | None:
+    """`adapter` as `using` takes it, where a hub id has become its folder: the hub is asked once."""
+    if adapter is None or (isinstance(model, LanguageModel) and str(adapter) in multi.names(model.model)):
+        return adapter
+    return located(adapter)
 
 
 def meta_of(model: LanguageModel | str | Path, adapter: str | Path | None) -> AdapterMeta | None:
@@ -32,8 +39,8 @@ def meta_of(model: LanguageModel | str | Path, adapter: str | Path | None) -> Ad
 
 @contextmanager
 def using(loaded: LanguageModel, adapter: str | Path | None) -> Iterator[None]:
-    """Inside, the model answers with `adapter`: a folder, or the name of one that `load_adapters` has loaded.
-    None leaves the model as it is.
+    """Inside, the model answers with `adapter`: a folder, a hub id, or the name of one that `load_adapters`
+    has loaded. None leaves the model as it is.
 
     A folder is loaded for the block alone, so the files that count are those that are there now. Afterwards
     the adapter that was active before is active again.

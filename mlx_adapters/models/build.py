@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
 from mlx_adapters.models import config as model_config
-from mlx_adapters.models import names, torch_names
+from mlx_adapters.models import marks, names, torch_names
 from mlx_adapters.models.recurrent.install import in_chunks
+from mlx_adapters.models.unread import refuse_unread, unread
 
 __all__ = ["build", "cast"]
 
@@ -42,17 +43,29 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     fresh = functools.partial(_sanitized_anew, model_class, args_class, config)
-    model.tensor_names = names.from_config(config) or names.measure(
-        given, weights, fresh, packed=bool(config.get("quantization"))
-    )
-    if model.tensor_names is None or model.tensor_names.same:
-        # a folder in MLX's format: where its tensors came from is known of the family, or not at all
-        shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
-        known = torch_names.known_names(config["model_type"], shapes)
-        if known is not None and not known.same:
-            model.tensor_names = known
+    found = marks.seen(given, weights)
+    packed = bool(config.get("quantization"))  # a folder in MLX's format holds what is used
+    model.unread = () if packed else refuse_unread(name, config["model_type"], given, found, fresh)
+    model.find_unread = None if packed else functools.partial(unread, found, fresh)
+    # measured when it is asked for: to answer, a model does not need it
+    model.tensor_names = functools.partial(_names, config, found, fresh)
     in_chunks(model)
     return model
+
+
+def _names(
+    config: dict[str, Any],
+    found: marks.Sanitized,
+    fresh: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+) -> names.Names | None:
+    """Where the tensors of a model come from."""
+    made = names.from_config(config) or marks.measure(found, fresh, packed=bool(config.get("quantization")))
+    if made is None or made.same:
+        # a folder in MLX's format: where its tensors came from is known of the family, or not at all
+        known = torch_names.known_names(config["model_type"], found.made)
+        if known is not None and not known.same:
+            return known
+    return made
 
 
 def _sanitized(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -58,9 +58,7 @@ def normalise(config: Config) -> Config:
         config = _both_rope_styles(config, None)
         measured_fields.check(config)
         return config
-    for old, name in row.renamed.items():
-        if config.get(name) is None and config.get(old) is not None:
-            config[name] = config[old]
+    config = _renamed(config, row)
     _bound(config)
     fields = _accepted(config)
     for name, value in {**row.defaults, **measured_fields.defaults(config)}.items():
@@ -80,6 +78,8 @@ def normalise(config: Config) -> Config:
 def _wrapper(config: Config, text: Config) -> Config:
     """A model around a language model, whose configuration is `text`."""
     _bound(text)
+    if "tie_word_embeddings" in config:  # the head is the outer model's, and transformers asks that
+        text = text | {"tie_word_embeddings": config["tie_word_embeddings"]}
     if isinstance(text.get("model_type"), str):
         text = _language_model(text)
     if text.get("vocab_size") is not None:  # some model files look for it outside
@@ -96,8 +96,17 @@ def _language_model(text: Config) -> Config:
         try:
             _plain_classes(text)
         except UnsupportedError:  # a part of another model file
-            return _both_rope_styles(_formed(text, row), None)
+            return _both_rope_styles(_renamed(_formed(text, row), row), None)
     return normalise(text)
+
+
+def _renamed(config: Config, row: Architecture) -> Config:
+    """`config` with fields that the model file reads under other names."""
+    return config | {
+        name: config[old]
+        for old, name in row.renamed.items()
+        if config.get(name) is None and config.get(old) is not None
+    }
 
 
 def _formed(config: Config, row: Architecture) -> Config:
@@ -206,7 +215,12 @@ def _both_rope_styles(config: Config, fields: dict[str, bool] | None) -> Config:
     )
     part = part if part is not None else row.rotary_part
     scaling = _scaling({**old, **modern}, config)
-    written: Config = {"rope_scaling": scaling, "rope_parameters": scaling or {"rope_type": "default"}}
+    # how angles are shared among text and images: to transformers no kind of scaling
+    shared = {name: value for name, value in {**old, **modern}.items() if name.startswith("mrope_")}
+    written: Config = {
+        "rope_scaling": scaling,
+        "rope_parameters": scaling or {"rope_type": "default", **shared},
+    }
     if theta is not None:
         written |= {
             "rope_theta": theta,

@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx_adapters.models.activations import correct_activations
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.attention import attention
+from mlx_adapters.models.corrected_routers import correct_groups
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
 from mlx_adapters.models.rope import correct_rotations
-from mlx_adapters.models.routing import correct_groups
 from mlx_adapters.models.state_space import limit_time_steps
 from mlx_adapters.models.windows import correct_windows, letters, pattern
 from mlx_adapters.rebind import replace_call

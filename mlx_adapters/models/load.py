@@ -16,16 +16,17 @@ from mlx_adapters.errors import (
     CheckpointError,
     ConfigError,
     UnsupportedError,
-    first_line,
     one_line,
     reading,
 )
 from mlx_adapters.files.documents import read_object
+from mlx_adapters.files.hub import snapshot
 from mlx_adapters.files.weights import read_weights, weight_files
-from mlx_adapters.models import attention
+from mlx_adapters.models import attention, own_template
 from mlx_adapters.models import config as model_config
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
+from mlx_adapters.models.own_template import ChatTemplate
 from mlx_adapters.models.stop_tokens import stop_tokens
 
 __all__ = [
@@ -60,6 +61,11 @@ class LanguageModel:
         """The prompt template of an adapter that was fused into the model; empty where there is none."""
         return remembered(self.config).get("template", "")
 
+    @property
+    def chat(self) -> ChatTemplate:
+        """How chats were written for an adapter fused into the model; the text is the tokenizer's."""
+        return own_template.fused(self.config)
+
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of `source`: itself when it exists, else a snapshot of that hub id."""
@@ -73,15 +79,10 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     text = str(source)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(f"{text}: no such folder, and not a hub id like 'owner/name'")
-    from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"] + ["ice_text.model"]
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types for "could not download"
-        reason = first_line(error)
-        raise CheckpointError(f"{text}: no such folder, and the hub did not give it ({reason})") from None
+    return snapshot(text, patterns, CheckpointError, revision=revision)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     source     the hub id it was converted from, by which PyTorch users load it
     revision   the branch, tag or commit of it, if one was asked for
     template   the prompt template it answers by: that of the adapter that was fused into it
+    chat       the chat template's variables of that adapter (`mlx_adapters.models.own_template`)
     names      where its tensors come from in the checkpoint (`mlx_adapters.models.names`)
 
 A config's own `_name_or_path` does not count: it says where somebody once loaded the weights from.

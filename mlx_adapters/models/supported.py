@@ -11,7 +11,7 @@ from mlx_adapters.errors import UnsupportedError, unknown
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.architectures.table import architecture
 
-__all__ = ["TABLE", "architectures", "cells", "compared", "side_by_side", "supported", "targets"]
+__all__ = ["TABLE", "architectures", "overview", "supported", "targets"]
 
 TABLE = Path(__file__).with_name("supported.json")
 """`architectures`: {name: {"refused": a reason for each method that does not work, or one for all of them,
@@ -49,62 +49,51 @@ def supported(model_type: str, methods: list[str]) -> dict[str, Any]:
     }
 
 
-def cells(results: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str]]:
-    """({method: a cell for each of the results of `supported`}, the reasons that cells name by number).
+def overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """(column names, a row for each of the results of `supported`, the reasons that rows name by number).
 
-    Reasons are without the names that their row and column have, so that equal ones share a number.
+    Reasons are without the names that their row has, so that equal ones share a number. What was compared
+    equals transformers and PEFT to float32 rounding; what was only tried takes a step here, and reads a text
+    alike every way.
     """
     reasons: list[str] = []
-    columns: dict[str, list[str]] = {method: [] for method in results[0]["methods"]}
+    rows = []
     for result in results:
-        name = result["architecture"]
+        name, refused = result["architecture"], dict[str, int]()
         for method, reason in result["methods"].items():
-            if not reason:
-                columns[method].append("yes")
-                continue
-            plain = reason.removeprefix(f"{method}: ").removeprefix(f"{name}: ")
-            plain = plain.replace(f"a {name} model", "the model").replace(f"this {name} model", "the model")
-            if plain not in reasons:
-                reasons.append(plain)
-            columns[method].append(f"no {reasons.index(plain) + 1}")
-    return columns, reasons
+            if reason:
+                plain = reason.removeprefix(f"{method}: ").removeprefix(f"{name}: ")
+                plain = plain.replace(f"a {name} model", "the model").replace(
+                    f"this {name} model", "the model"
+                )
+                reasons += [plain] if plain not in reasons else []
+                refused[method] = reasons.index(plain) + 1
+        rows.append([name, _methods(refused, len(result["methods"])), _equal(result["compared"])])
+    return ["architecture", "methods", "equal to PyTorch"], rows, reasons
 
 
-def side_by_side(columns: dict[str, list[str]], room: int) -> list[list[str]]:
-    """The methods in groups whose columns of `cells` stand beside each other in `room` characters."""
-    groups: list[list[str]] = [[]]
-    left = room
-    for method, found in columns.items():
-        width = max(map(len, (*method.split("_"), *found))) + 3
-        if groups[-1] and width > left:
-            groups.append([])
-            left = room
-        groups[-1].append(method)
-        left -= width
-    return groups
+def _methods(refused: dict[str, int], count: int) -> str:
+    """Which of `count` methods work: all but those that are `refused`, each for the reason of its number."""
+    if not refused:
+        return f"all {count}"
+    if len(refused) == count and len({*refused.values()}) == 1:
+        return f"none ({next(iter(refused.values()))})"
+    return "all but " + ", ".join(f"{method} ({number})" for method, number in refused.items())
 
 
-def targets(results: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, column names, rows) of the default targets of each of the results of `supported`."""
+def _equal(compared: dict[str, str | None] | None) -> str:
+    if compared is None:
+        return "only tried"
+    equal = [what for what, reason in compared.items() if reason is None]
+    return ", ".join(equal).replace("_", " ") or "nothing"
+
+
+def targets(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows) of the default targets of each of the results of `supported`."""
     known = {result["architecture"]: result["targets"] for result in results if result["targets"]}
     rows = [[name, *(" ".join(few) or "-" for few in found.values())] for name, found in known.items()]
     heads = ["architecture", *next(iter(known.values()), {})]
-    return "Default targets (--set targets=... chooses others)", heads, rows
-
-
-def compared(results: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, column names, rows) of what equals PyTorch. What was only tried takes a step here, and reads a
-    text alike every way."""
-    rows = []
-    for result in results:
-        found = result["compared"]
-        equal = [what.replace("_", " ") for what, reason in (found or {}).items() if reason is None]
-        rows.append([result["architecture"], ", ".join(equal) or ("nothing" if found else "only tried")])
-    return (
-        "Compared with transformers and PEFT, and equal to float32 rounding",
-        ["architecture", "equal"],
-        rows,
-    )
+    return heads, rows
 
 
 @cache

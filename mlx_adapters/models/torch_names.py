@@ -16,12 +16,13 @@ from typing import Any
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.names import Names, Part, from_record, template
 
-__all__ = ["TABLE", "known_names", "torch_name"]
+__all__ = ["TABLE", "known_names", "reads", "torch_name", "towers"]
 
 TABLE = Path(__file__).with_name("torch_names.json")
 """`names`: {model_type: its `class`, the `prefix` of the base model in it, the names `beside` it, and
-`tensors`, where mlx-lm's come from in a tiny checkpoint of the family (`names.as_record`), and `rules`, each
-a pattern and what takes its place, or a scope, a pattern and what takes its place below it}."""
+`tensors`, where mlx-lm's come from in a tiny checkpoint of the family (`names.as_record`), `rules`, each
+a pattern and what takes its place, or a scope, a pattern and what takes its place below it; `reads`,
+templates of the tensors that it computes text with, and `towers`, its modules that text does not pass}."""
 _BACK = re.compile(r"\\(.)")
 
 
@@ -37,6 +38,17 @@ def torch_name(name: str, model_type: str) -> str:
     if not prefix or name.startswith(f"{prefix}.") or name.partition(".")[0] in entry["beside"]:
         return name
     return f"{prefix}.{name}"
+
+
+def reads(model_type: str) -> frozenset[str] | None:
+    """Templates of the tensors that the model in PyTorch computes text with, None where that is not known."""
+    found = _table().get(model_type, {}).get("reads")
+    return None if found is None else frozenset(found)
+
+
+def towers(model_type: str) -> tuple[str, ...]:
+    """The modules of the model in PyTorch that text does not pass: towers, and what follows them."""
+    return tuple(_table().get(model_type, {}).get("towers", ()))
 
 
 def known_names(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> Names | None:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_adapters.models.names import Names, Part, fill, numbers_of, template
+from mlx_adapters.models.names import Names, Part, fill, names_of, numbers_of, template
 from mlx_adapters.models.sites import to_hf
 from mlx_adapters.models.torch_names import torch_name
 
@@ -149,7 +149,7 @@ def tree_of(model: nn.Module, model_type: str) -> TorchTree:
     """The names of PyTorch for `model`; those of the architecture's row where none were measured."""
     found: Any = getattr(model, "torch_tree", None)
     if found is None or found.model_type != model_type:
-        found = TorchTree(getattr(model, "tensor_names", None), model_type)
+        found = TorchTree(names_of(model), model_type)
         model.torch_tree = found
     tree: TorchTree = found
     return tree

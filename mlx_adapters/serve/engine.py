@@ -12,16 +12,18 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_adapters.adapter import AdapterMeta
 from mlx_adapters.adapter.call import start_cache, with_virtual
 from mlx_adapters.adapter.multi import activate, active
 from mlx_adapters.cpu import threads
-from mlx_adapters.data.tokens import prompt_ids
+from mlx_adapters.data.templates import wanted_template
 from mlx_adapters.errors import AdaptersError, DataError
+from mlx_adapters.files.documents import json_option
 from mlx_adapters.generate.sampling import fresh_seed, penalties, sampler
 from mlx_adapters.generate.stream import Delta, stream_tokens
-from mlx_adapters.generate.text import render
+from mlx_adapters.generate.text import Question, render, way_of
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.serve.requests import CompletionRequest, RequestError
@@ -45,7 +47,11 @@ class Stream:
 
 
 class Engine:
-    """One base and its adapters, answering. `name` is the base's; adapters have those of `metas`."""
+    """One base and its adapters, answering. `name` is the base's; adapters have those of `metas`.
+
+    `template` and `chat_template_kwargs` count for all of them, as in `generate`; the variables of a request
+    win. Raises ConfigError where they cannot be used.
+    """
 
     def __init__(
         self,
@@ -55,13 +61,31 @@ class Engine:
         name: str,
         parallel: int = 8,
         waiting: int = 64,
+        template: str | None = None,
+        chat_template_kwargs: str | Mapping[str, Any] | None = None,
     ) -> None:
         loaded.model.eval()
+        self.template, self.kwargs = (
+            wanted_template(template),
+            json_option(chat_template_kwargs, "chat_template_kwargs"),
+        )
         self.loaded, self.metas, self.name, self.parallel = loaded, dict(metas), name, parallel
+        self._check_templates()
         self.context = made_for(loaded.config)
         self._new: queue.Queue[Stream] = queue.Queue(maxsize=waiting)
         self._streams: deque[Stream] = deque()
         self._stop = threading.Event()
+
+    def _check_templates(self) -> None:
+        """Say what is wrong before somebody asks, unless one of the models can be asked so."""
+        problems = []
+        for adapter in (None, *self.metas.values()):
+            try:
+                way_of(self.loaded, adapter, self.template, self.kwargs).on(self.loaded.tokenizer)
+                return
+            except AdaptersError as error:
+                problems.append(error)
+        raise problems[-1]
 
     @property
     def models(self) -> list[str]:
@@ -150,8 +174,9 @@ class Engine:
         return any(self._pass_on(stream, next(stream.steps)) for _ in range(_TURN))
 
     def _start(self, stream: Stream) -> Generator[Delta]:
-        model, tokenizer, request = self.loaded.model, self.loaded.tokenizer, stream.request
-        ids = prompt_ids(self._text(request), tokenizer)
+        model, request = self.loaded.model, stream.request
+        question = self._question(request)
+        ids, tokenizer = question.ids, question.tokenizer
         if not ids:
             raise RequestError(400, "the prompt has no tokens")
         row = with_virtual(model, ids, tokenizer)
@@ -188,18 +213,20 @@ class Engine:
             cache=cache,
         )
 
-    def _text(self, request: CompletionRequest) -> str:
+    def _question(self, request: CompletionRequest) -> Question:
         """The prompt: as it is, or a conversation through the adapter's template (else the chat template)."""
+        adapter = self.metas.get(request.model)
         if request.prompt is not None:
-            return request.prompt
+            way = way_of(self.loaded, adapter)
+            return Question(request.prompt, "plain", way.on(self.loaded.tokenizer))
         try:
-            text, _ = render(
+            return render(
                 self.loaded,
                 request.messages,
-                adapter=self.metas.get(request.model),
-                chat_template_kwargs=request.template_kwargs,
+                adapter=adapter,
+                template=self.template,
+                chat_template_kwargs={**self.kwargs, **request.template_kwargs},
             )
-            return text
         except DataError as error:
             raise RequestError(400, " ".join(str(error).split()), "messages") from None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.errors import ConfigError, UnsupportedError
+from mlx_adapters.generate.config import AnswerConfig
 from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.requests import CompletionRequest, Message, RequestError
 
@@ -72,13 +73,13 @@ class _Questions:
     """What the page's controls do, and the settings that every question is asked with."""
 
     engine: Engine
-    top_p: float
-    seed: int | None
-    template_kwargs: dict[str, Any]
+    config: AnswerConfig
 
     def requests(
-        self, models: list[str], messages: Turns, limit: float, heat: float
+        self, models: list[str], messages: Turns, system: str, limit: float, heat: float
     ) -> list[CompletionRequest]:
+        first = [{"role": "system", "content": system}] if system.strip() else []
+        messages = [*first, *messages]
         conversation = tuple(Message(role=turn["role"], content=_text(turn["content"])) for turn in messages)
         return [
             CompletionRequest(
@@ -86,56 +87,49 @@ class _Questions:
                 messages=conversation,
                 max_tokens=int(limit),
                 temperature=float(heat),
-                top_p=self.top_p,
-                seed=self.seed,
-                template_kwargs=self.template_kwargs,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k,
+                min_p=self.config.min_p,
+                seed=self.config.seed,
             )
             for model in models
         ]
 
     def chat(
-        self, text: str, turns: Turns, model: str, limit: float, heat: float
+        self, text: str, turns: Turns, model: str, system: str, limit: float, heat: float
     ) -> Iterator[tuple[str, Turns]]:
         if not text.strip():
             yield "", turns
             return
         turns = [*turns, {"role": "user", "content": text}]
         yield "", turns
-        (request,) = self.requests([model], turns, limit, heat)
+        (request,) = self.requests([model], turns, system, limit, heat)
         for found in answer(self.engine, request):
             yield "", [*turns, {"role": "assistant", "content": found}]
 
-    def compare(self, text: str, limit: float, heat: float) -> Iterator[list[str]]:
+    def compare(self, text: str, system: str, limit: float, heat: float) -> Iterator[list[str]]:
         models = self.engine.models
         if not text.strip():
             yield [""] * len(models)
             return
         question = [{"role": "user", "content": text}]
-        yield from side_by_side(self.engine, self.requests(models, question, limit, heat))
+        yield from side_by_side(self.engine, self.requests(models, question, system, limit, heat))
 
 
-def build(
-    engine: Engine,
-    *,
-    title: str,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    template_kwargs: dict[str, Any] | None = None,
-) -> Any:
-    """The page as Gradio's Blocks; the arguments are what its controls start with, and what every question
-    is asked with."""
+def build(engine: Engine, *, title: str, config: AnswerConfig) -> Any:
+    """The page as Gradio's Blocks; `config` is what its controls start with, and what every question is asked
+    with."""
     gr = _gradio()
-    questions = _Questions(engine, top_p, seed, template_kwargs or {})
+    questions, most = _Questions(engine, config), config.max_tokens
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nBase and adapters on this machine. Nothing leaves it.")
         with gr.Row():
             model = gr.Dropdown(engine.models, value=engine.models[-1], label="Answered by", elem_id="model")
-            limit = gr.Slider(
-                1, max(1024, max_tokens), value=max_tokens, step=1, label="Longest answer, tokens"
+            limit = gr.Slider(1, max(1024, most), value=most, step=1, label="Longest answer, tokens")
+            heat = gr.Slider(
+                0, 2, value=config.temperature, step=0.05, label="Temperature (0: most likely token)"
             )
-            heat = gr.Slider(0, 2, value=temperature, step=0.05, label="Temperature (0: most likely token)")
+        system = gr.Textbox(value=config.system or "", label="System message", lines=1, elem_id="system")
         with gr.Tab("Chat"):
             # without "share", which would send the conversation to Hugging Face
             talk = gr.Chatbot(
@@ -147,17 +141,25 @@ def build(
                 )
                 stop = gr.Button("Stop", scale=1, min_width=80)
                 gr.ClearButton([talk], value="New", scale=1, min_width=80)
-            running = message.submit(questions.chat, [message, talk, model, limit, heat], [message, talk])
+            running = message.submit(
+                questions.chat, [message, talk, model, system, limit, heat], [message, talk]
+            )
             stop.click(None, cancels=[running])
         with gr.Tab("Compare"):
-            asked = gr.Textbox(label="One question to all", lines=2, elem_id="ask")
-            go = gr.Button("Compare", variant="primary", elem_id="compare")
+            # one line, or Enter would begin another line instead of sending
+            asked = gr.Textbox(label="One question to all, then Enter", lines=1, max_lines=1, elem_id="ask")
+            with gr.Row():
+                go = gr.Button("Compare", variant="primary", elem_id="compare")
+                halt = gr.Button("Stop", elem_id="halt")
             with gr.Row(elem_classes="answers"):
                 boxes = [
                     gr.Textbox(label=name, lines=8, interactive=False, elem_id=f"answer-{number}")
                     for number, name in enumerate(engine.models)
                 ]
-            gr.on([go.click, asked.submit], questions.compare, [asked, limit, heat], boxes)
+            comparing = gr.on(
+                [go.click, asked.submit], questions.compare, [asked, system, limit, heat], boxes
+            )
+            halt.click(None, cancels=[comparing])
     return page
 
 

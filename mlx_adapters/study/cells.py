@@ -21,16 +21,18 @@ from typing import Any
 from mlx_adapters import methods
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.sources import Rows, load_rows
-from mlx_adapters.data.templates import chosen_template
+from mlx_adapters.data.templates import asked
 from mlx_adapters.errors import AdaptersError, OutputError
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.run import Part
 from mlx_adapters.evaluate.score import summarise
+from mlx_adapters.fields import current
 from mlx_adapters.files.writing import write_json
 from mlx_adapters.generate.decode import Decoding
 from mlx_adapters.study.grid import GENERATED, Cell, Study
+from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.trainer import Trainer
 
 __all__ = [
@@ -202,9 +204,15 @@ class CellRun:
         )
         loaded = load(study.model, answering=True)
         meta = adapters.load(loaded, self.folder / "adapter") if self.cell else None
-        template = chosen_template(meta.template if meta else None, study.cells[0].train.template)
+        trained = study.cells[0].train
+        kwargs = trained.chat_template_kwargs
+        way = asked(trained.template, kwargs, fallback="chat" if kwargs else "alpaca")
+        if meta and meta.template:
+            way = asked(None, None, (meta.template, meta.chat))
+        template = way.template
         asking = Asking(
             template=template,
+            chat=way.chat,
             decoding=Decoding(kind=settings.decoding),
             reading=settings.reading,
             batch_size=settings.batch_size,
@@ -246,6 +254,8 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_json(file, settings)
         return
     before = json.loads(file.read_text())
+    if (cell := before.get("cell")) and "train" in cell:  # fields had other names once, and there were fewer
+        cell["train"] = asdict(TrainConfig()) | current(TrainConfig, cell["train"])
     if before == settings:
         return
     changed = [

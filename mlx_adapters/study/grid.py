@@ -28,7 +28,7 @@ from typing import Any
 from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.evaluate.answers import RULES, Extraction
 from mlx_adapters.evaluate.protocol import DEFAULTS, PROTOCOLS, chosen
-from mlx_adapters.fields import field, parse_fields
+from mlx_adapters.fields import current, field, parse_fields
 from mlx_adapters.files.documents import read_yaml
 from mlx_adapters.train.config import TrainConfig
 
@@ -184,8 +184,9 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         rate_of_cell = {"lr": rate} if rate is not None else {}
-        # the budget of every cell is what the file says, however few the rows
-        config = _checked(TrainConfig, {"epochs": 3} | run | {"seed": seed} | rate_of_cell, where)
+        # budget and length of every cell are what the file says, whatever the rows: cells are compared
+        train_fields = _PAPER | current(TrainConfig, run) | {"seed": seed} | rate_of_cell
+        config = _checked(TrainConfig, train_fields, where)
         text = f"{size[0]} {size[1]}" if size else ""
         parts = [method, str(place), f"{size[0]}{size[1]}" if size else ""]
         parts += [f"lr{config.lr:g}" if len(rates) > 1 else "", f"seed{seed}" if len(seeds) > 1 else ""]
@@ -194,6 +195,7 @@ def _cells(entry: Any, train: dict[str, Any], seeds: list[Any], where: str) -> l
     return cells
 
 
+_PAPER = {"epochs": 3, "max_length": 256}
 _PRODUCT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*\*\s*([A-Za-z_]\w*)\s*")
 
 

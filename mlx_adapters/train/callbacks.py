@@ -1,15 +1,16 @@
 """What a run tells its user on the way, and how the user stops it."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters.train.progress import Step
+from mlx_adapters.train.progress import Measured, Step
 
 if TYPE_CHECKING:
-    from mlx_adapters.train.trainer import TrainResult
+    from mlx_adapters.train.result import TrainResult
 
-__all__ = ["Callback", "StopTraining", "callbacks_of", "continues"]
+__all__ = ["Callback", "Started", "StopTraining", "Tokenizing", "callbacks_of", "continues", "tell_tokens"]
 
 
 class StopTraining(Exception):
@@ -19,10 +20,16 @@ class StopTraining(Exception):
 class Callback:
     """Methods that a run calls; override those you need.
 
-    Returning False from one of the first three, or raising `StopTraining` there, ends the run after this
-    step. The adapter and a checkpoint are saved, so that it can be resumed. Among several processes every one
-    calls its own callbacks, and all of them end after the next step.
+    Returning False from `on_step`, `on_validation` or `on_checkpoint`, or raising `StopTraining` there, ends
+    the run after this step. The adapter and a checkpoint are saved, so that it can be resumed. Among several
+    processes every one calls its own callbacks, and all of them end after the next step.
     """
+
+    def on_tokens(self, done: int, rows: int) -> None:
+        """While the rows of a large set become tokens: how many are `done`, every thousand of them."""
+
+    def on_start(self, measured: Measured) -> None:
+        """Before the first step, where something is measured: validation loss, right answers, samples."""
 
     def on_step(self, step: Step) -> bool | None:
         """After each optimizer step."""
@@ -37,6 +44,31 @@ class Callback:
         """When the adapter is saved."""
 
 
+class Tokenizing(Callback):
+    """Says every ten seconds how many rows of a large set are tokenized."""
+
+    def __init__(self, say: Callable[[str], None], every: float = 10.0) -> None:
+        self._say, self._every, self._last = say, every, time.monotonic()
+
+    def on_tokens(self, done: int, rows: int) -> None:
+        """As of `Callback`."""
+        if time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            self._say(f"tokenized {done:,} of {rows:,} rows")
+
+
+class Started(Callback):
+    """Says what was measured before the first step."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_start(self, measured: Measured) -> None:
+        """As of `Callback`."""
+        for sentence in measured.remarks():
+            self._say(sentence)
+
+
 class _OnStep(Callback):
     def __init__(self, function: Callable[[Step], bool | None]) -> None:
         self.on_step = function  # type: ignore[method-assign, assignment]
@@ -45,6 +77,16 @@ class _OnStep(Callback):
 def callbacks_of(callbacks: Sequence[Callback | Callable[[Step], bool | None]]) -> list[Callback]:
     """Callbacks as objects. A function is called with every step."""
     return [each if isinstance(each, Callback) else _OnStep(each) for each in callbacks]
+
+
+def tell_tokens(callbacks: Sequence[Callback]) -> Callable[[int, int], None]:
+    """A function that tells all callbacks how many rows are tokenized."""
+
+    def tell(done: int, rows: int) -> None:
+        for callback in callbacks:
+            callback.on_tokens(done, rows)
+
+    return tell
 
 
 def continues(callbacks: Sequence[Callback], step: Step, checkpoint: Path | None) -> bool:

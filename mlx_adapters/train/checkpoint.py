@@ -29,6 +29,7 @@ from mlx_adapters.files.weights import header
 
 __all__ = ["digest", "latest", "load_adapter", "restore", "save", "setting"]
 
+_LENGTH = ("epochs", "steps")  # what a resumed run may change: it goes on longer
 _ARRAYS, _FACTS = "state.safetensors", "state.json"
 
 
@@ -88,7 +89,7 @@ def setting(folder: Path, name: str) -> Any:
     """A setting of the run, from the newest checkpoint that can be read; None where there is none."""
     for checkpoint in reversed(_all(folder)):
         try:
-            return from_json((checkpoint / _FACTS).read_text())["settings"].get(name)
+            return _read_facts(checkpoint)["settings"].get(name)
         except Exception:  # as in `restore`
             continue
     return None
@@ -108,7 +109,7 @@ def restore(
     """
     for checkpoint in reversed(_all(folder)):
         try:
-            facts = from_json((checkpoint / _FACTS).read_text())
+            facts = _read_facts(checkpoint)
             step, saved, progress = int(facts["step"]), dict(facts["settings"]), dict(facts["progress"])
             if checkpoint.name != f"step-{step:06d}":
                 raise ValueError(f"it says step {step}")
@@ -116,7 +117,8 @@ def restore(
         except Exception as error:  # a damaged file fails in many ways; the one before may be whole
             warn(f"{checkpoint}: cannot be read ({error}); trying the one before")
             continue
-        _same(saved, settings, checkpoint)
+        for words in _same(saved, settings, checkpoint):
+            warn(words)
         _apply(arrays, model, optimizer, checkpoint)
         return step, progress
     raise TrainingError(f"{folder}: has no readable checkpoint to resume from. Start without --resume")
@@ -142,6 +144,13 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def _read_facts(checkpoint: Path) -> Any:
+    facts = from_json((checkpoint / _FACTS).read_text())
+    if "cutoff" in facts["settings"]:  # what `max_length` was called before
+        facts["settings"]["max_length"] = facts["settings"].pop("cutoff")
+    return facts
+
+
 def _arrays(file: Path) -> dict[str, mx.array]:
     header(file)  # MLX would make room for whatever size the header says
     arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
@@ -162,12 +171,14 @@ def _apply(arrays: dict[str, mx.array], model: nn.Module, optimizer: Optimizer, 
     mx.eval(model.trainable_parameters(), optimizer.state)
 
 
-def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    changed = [f"{k} was {saved[k]!r}, now {v!r}" for k, v in now.items() if saved.get(k, v) != v]
-    if changed:
+def _same(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> list[str]:
+    """What has changed of the run's length, in words; TrainingError where something else has."""
+    changed = {k: f"{k} was {saved[k]!r}, now {v!r}" for k, v in now.items() if saved.get(k, v) != v}
+    if others := [words for name, words in changed.items() if name not in _LENGTH]:
         raise TrainingError(
-            f"{checkpoint}: made with other settings ({'; '.join(changed)}). Use the same to resume"
+            f"{checkpoint}: made with other settings ({'; '.join(others)}). Use the same to resume"
         )
+    return [f"{words}: from here on the rate is that of a run of this length" for words in changed.values()]
 
 
 def _sync(*places: Path) -> None:

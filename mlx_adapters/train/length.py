@@ -42,14 +42,14 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 def epoch_groups(
     examples: Sequence[Example], config: TrainConfig, processes: int, epoch: int
-) -> list[list[list[int]]]:
+) -> Sequence[list[list[int]]]:
     """The batches of an epoch, of all processes: rows, each the examples it holds."""
     return groups(
         examples,
         batch_size=config.batch_size * processes,
         seed=config.seed,
         epoch=epoch,
-        pack=config.cutoff if config.packing else None,
+        pack=config.max_length if config.packing else None,
     )
 
 

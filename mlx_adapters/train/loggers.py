@@ -11,18 +11,19 @@ from typing import Any, Protocol
 
 from mlx_adapters.errors import ConfigError, UnsupportedError, unknown
 from mlx_adapters.train import metrics
-from mlx_adapters.train.progress import Step
+from mlx_adapters.train.progress import Measured
 
 __all__ = ["LOGGERS", "JsonLines", "Logger", "open_loggers"]
 
-_FILE = "metrics.jsonl"
+_FILE, _SAMPLES = "metrics.jsonl", "samples.jsonl"
+_PROJECT = "mlx-adapters"
 
 
 class Logger(Protocol):
     """What the training session needs of a place that numbers go to."""
 
-    def log(self, step: Step) -> None:
-        """Take one step."""
+    def log(self, step: Measured) -> None:
+        """Take one step, or what was measured before the first."""
         ...
 
     def close(self) -> None:
@@ -31,11 +32,12 @@ class Logger(Protocol):
 
 
 def open_loggers(names: Iterable[str], output: Path, settings: Mapping[str, Any]) -> list[Logger]:
-    """JSON lines in `output`, and the named loggers; `settings` are shown there beside the run.
+    """JSON lines in `output`, and the named loggers; `settings` are shown there beside the run, of which
+    `project`, `run_name` and `tags` say what it is called.
 
     Raises ConfigError for an unknown name, UnsupportedError where its package is missing.
     """
-    found: list[Logger] = [JsonLines(output / _FILE)]
+    found: list[Logger] = [JsonLines(output)]
     for name in dict.fromkeys(names):
         if name not in LOGGERS:
             raise ConfigError(unknown("logger", name, LOGGERS))
@@ -44,13 +46,14 @@ def open_loggers(names: Iterable[str], output: Path, settings: Mapping[str, Any]
 
 
 class JsonLines:
-    """One JSON object a step in a file."""
+    """One JSON object a step in `metrics.jsonl`, and one a sample in `samples.jsonl`."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, output: Path) -> None:
+        self.file, self.samples = output / _FILE, output / _SAMPLES
 
-    def log(self, step: Step) -> None:
-        metrics.append(self.file, step)
+    def log(self, step: Measured) -> None:
+        metrics.append(self.file, [step.record()])
+        metrics.append(self.samples, [{"step": step.step, **asdict(sample)} for sample in step.samples])
 
     def close(self) -> None:
         pass
@@ -65,7 +68,7 @@ class TensorBoard:
             "settings", "\n".join(f"    {name}: {value}" for name, value in settings.items())
         )
 
-    def log(self, step: Step) -> None:
+    def log(self, step: Measured) -> None:
         for name, value in _numbers(step).items():
             self.writer.add_scalar(name, value, step.step)
 
@@ -74,13 +77,14 @@ class TensorBoard:
 
 
 class Tracker:
-    """wandb, or trackio, which has the same functions; the project is named after this library."""
+    """wandb, or trackio, which has the same functions but no tags: they stand among its settings."""
 
-    def __init__(self, package: str, output: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, package: str, output: Path, settings: dict[str, Any], **more: Any) -> None:
         self.module = _package(package, package)
-        self.run = self.module.init(project="mlx-adapters", name=output.name, config=settings)
+        project, name = settings.get("project") or _PROJECT, settings.get("run_name") or output.name
+        self.run = self.module.init(project=project, name=name, config=settings, **more)
 
-    def log(self, step: Step) -> None:
+    def log(self, step: Measured) -> None:
         self.run.log(_numbers(step), step=step.step)
 
     def close(self) -> None:
@@ -88,7 +92,8 @@ class Tracker:
 
 
 def _wandb(output: Path, settings: dict[str, Any]) -> Logger:
-    return Tracker("wandb", output, settings)
+    tags = [tag.strip() for tag in (settings.get("tags") or "").split(",") if tag.strip()]
+    return Tracker("wandb", output, settings, tags=tags)
 
 
 def _trackio(output: Path, settings: dict[str, Any]) -> Logger:
@@ -111,9 +116,11 @@ def _package(name: str, extra: str) -> Any:
         ) from None
 
 
-def _numbers(step: Step) -> dict[str, float]:
-    return {
+def _numbers(step: Measured) -> dict[str, float]:
+    found = step.record()
+    shares = {f"accuracy/{task}": share for task, share in found.pop("accuracies", {}).items()}
+    return shares | {
         name: float(value)
-        for name, value in asdict(step).items()
+        for name, value in found.items()
         if isinstance(value, (int, float)) and name not in ("step", "total")
     }

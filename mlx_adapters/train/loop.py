@@ -4,16 +4,22 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
 from mlx_adapters.cpu import threads
-from mlx_adapters.data.batches import MULTIPLE, Batch, batches, make_batch, rows_per_pass
+from mlx_adapters.data.batches import MULTIPLE, Batch, make_batch, rows_per_pass
+from mlx_adapters.data.mixture import Weighted
+from mlx_adapters.data.picked import id_rows, lengths_of
+from mlx_adapters.data.token_cache import StoredExamples
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.models.limits import check_ids, check_length, positions
@@ -22,11 +28,11 @@ from mlx_adapters.train import compile as compilation
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
 from mlx_adapters.train.length import epoch_groups, total_steps, warmup_steps
-from mlx_adapters.train.loss import Head, loss_sum, split_head
+from mlx_adapters.train.loss import Head, split_head
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
 from mlx_adapters.train.packing import packing
-from mlx_adapters.train.progress import INTERRUPTED, RECENT, Progress, Step
+from mlx_adapters.train.progress import INTERRUPTED, RECENT, Measured, Progress, Sample, Step
 from mlx_adapters.train.recompute import Recompute
 from mlx_adapters.train.router_loss import refuse_without_routers
 from mlx_adapters.train.shared_prefix import can_share, share_prefix
@@ -39,8 +45,10 @@ from mlx_adapters.train.step import (
     train_step,
     value_and_grad,
 )
+from mlx_adapters.train.validation import validate
+from mlx_adapters.train.watching import Watch
 
-__all__ = ["CHECKPOINTS", "Run", "validate"]
+__all__ = ["CHECKPOINTS", "Run"]
 
 # Settings that a resumed run must share: they decide the order of the data or the course of the rates.
 _FIXED = (
@@ -51,32 +59,6 @@ _FIXED = (
 CHECKPOINTS = "checkpoints"  # below a run's folder
 
 
-def validate(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    pad_id: int,
-    processes: Processes | None = None,
-    multiple: int = MULTIPLE,
-) -> float:
-    """Mean loss per supervised token over all `examples`, without dropout."""
-    processes = processes or Processes()
-    was_training = model.training
-    model.eval()
-    head = split_head(model)
-    total, count = 0.0, 0
-    share = (processes.rank, processes.size)
-    batch_size *= processes.size
-    options: dict[str, Any] = {"pad_id": pad_id, "shuffle": False, "multiple": multiple, "share": share}
-    for batch in batches(examples, batch_size=batch_size, **options):
-        value = loss_sum(model, batch, head=head, gradient=False)
-        total += float(processes.sums([value], {})[0][0])
-        count += batch.supervised
-    model.train(was_training)
-    return total / max(1, count)
-
-
 class Run:
     """A training run over an attached adapter.
 
@@ -84,7 +66,7 @@ class Run:
     checkpoints go to `folder/checkpoints` every `config.save_every` steps, and `save()` writes one now.
     `identity` is what else a resumed run must share, such as the method and its fields. `rates` are learning
     rate multipliers, by the last name of the trained arrays. `processes` share every batch: each computes
-    `config.batch_size` rows of it.
+    `config.batch_size` rows of it. `watch` is what is measured beside the loss on the `validation` rows.
     """
 
     def __init__(
@@ -99,14 +81,16 @@ class Run:
         identity: dict[str, Any] | None = None,
         rates: dict[str, float] | None = None,
         processes: Processes | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.model, self.examples, self.validation = model, examples, validation
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / CHECKPOINTS if folder else None
-        rows = [example.ids for example in (*examples, *validation)]
-        check_ids(model, [*rows, [pad_id]])
-        longest = max(map(len, rows), default=0) + before_text(model)
-        check_length(model, longest, advice="cut it (--cutoff)")
+        check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
+        lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
+        longest = int(lengths.max(initial=0)) + before_text(model)
+        check_length(model, longest, advice="cut it (--max-length)")
         limit = positions(model)  # padding may not go past it either
         self._multiple = 1 if limit is not None and longest + MULTIPLE > limit else MULTIPLE
         self.processes = processes or Processes()
@@ -129,19 +113,27 @@ class Run:
         self._rate = learning_rate(config, self.total)
         self._start = checkpoint.digest(model)
         self.stopping = False
+        if watch and self.processes.size == 1:  # several have to stop together, after a step
+            watch.stopped = lambda: self.stopping
         self.checkpoint: Path | None = None  # that of the last step, where one was written
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         fixed = {name: value for name, value in asdict(self.config).items() if name in _FIXED}
-        if self.config.packing:
-            fixed["cutoff"] = self.config.cutoff
+        if self.config.max_length:  # packing fills rows up to it; of other runs, how the rows were cut
+            fixed["max_length"] = self.config.max_length
         if self.config.router_aux_loss:
             fixed["router_aux_loss"] = self.config.router_aux_loss
+        if isinstance(self.examples, Weighted):
+            fixed["mixture"] = self.examples.described
         rows = self.config.batch_size * self.processes.size
-        data = {"examples": len(self.examples), "data": _digest(self.examples)}
+        data = {"examples": len(self.examples), "data": self._data}
         return fixed | {"rows per batch, of all processes together": rows} | data | self.identity
+
+    @cached_property
+    def _data(self) -> str:
+        return _digest(self.examples)
 
     @property
     def compiles(self) -> bool:
@@ -154,7 +146,7 @@ class Run:
 
     def use_best(self) -> int:
         """Take the arrays of the best validation; returns its step. Without one nothing changes."""
-        if self.folder is None or self.progress.best_loss is None:
+        if self.folder is None or not self.progress.best_step:
             return self.step
         checkpoint.load_adapter(self.folder, self.model, step=self.progress.best_step)
         return self.progress.best_step
@@ -182,6 +174,8 @@ class Run:
                 self.folder, self.model, self.optimizer, settings=self.settings, warn=warn
             )
             self.progress = Progress(**progress)
+            if self.step > self.total:
+                raise TrainingError(f"{self.folder}: has {self.step} steps already: give more --steps")
         self._share()
         return self.step
 
@@ -189,9 +183,10 @@ class Run:
         """Train to the end, yielding after every step. Raises TrainingError when the loss is not a number."""
         return self.steps()
 
-    def steps(self, record: Callable[[Step], None] = lambda step: None) -> Iterator[Step]:
+    def steps(self, record: Callable[[Measured], None] = lambda step: None) -> Iterator[Step]:
         """Like iterating. `record` gets each step before its checkpoint is written: a run that is killed in
-        between takes the step again, so that what `record` keeps never lacks one."""
+        between takes the step again, so that what `record` keeps never lacks one. What is measured before
+        the first step, to compare with, goes to `record` alone, and is never the best."""
         self.processes.agree(repr(self.settings), "settings or data")
         self.progress.threads = threads.keep_up(self.progress.threads)
         self._share()  # the adapter's random start too
@@ -203,6 +198,9 @@ class Run:
         self.model.train()
         device.prepare_memory()
         try:
+            if self.step == 0 or self.progress.unmeasured:
+                self._measure_first(record)
+            self._tell("compiling" if self.compiles else "")
             for epoch, step_batches in self.step_batches():
                 if self._out_of_patience:
                     break
@@ -252,18 +250,19 @@ class Run:
         seconds = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in batches)
         last = self.step == self.total
-        validation = None
-        if self.validation and (last or self.step % self.config.validate_every == 0):
-            validation = self._measure()
+        measured = self._measure()
         reason = None
         if not last and self._out_of_patience:
-            reason = f"no better validation than step {self.progress.best_step}'s"
+            what = "accuracy" if self.config.judged_by == "accuracy" else "validation"
+            reason = f"no better {what} than step {self.progress.best_step}'s"
+        elif self.progress.unmeasured:
+            reason = INTERRUPTED
         elif not last and (done.stopped if self.processes.size > 1 else self.stopping):
             reason = (
                 INTERRUPTED  # a signal reaches processes at different steps: all have to have heard of it
             )
         return Step(
-            step=self.step,
+            **vars(measured),
             total=self.total,
             epoch=epoch,
             loss=done.loss,
@@ -273,23 +272,49 @@ class Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             memory=device.peak_memory(),
-            validation_loss=validation,
             skipped=not done.good,
             stopped=reason,
         )
 
-    def _measure(self) -> float:
-        loss = validate(
-            self.model,
-            self.validation,
-            batch_size=self.config.batch_size,
-            pad_id=self.pad_id,
-            processes=self.processes,
-            multiple=self._multiple,
-        )
-        if self.progress.measured(self.step, loss):
+    def _measure_first(self, record: Callable[[Measured], None]) -> None:
+        """What a run without steps measures, and one that had to end while it measured its last step."""
+        found = self._measure()
+        if found.anything:
+            record(found)
+        if self.step:
+            self._save()
+
+    def _measure(self) -> Measured:
+        """What is to be measured at this step: the validation loss, right answers, samples."""
+        config, watch, last = self.config, self.watch, self.step == self.total
+        due = last or self.step % config.validate_every == 0
+        ask = last or self.step % (config.eval_every or config.validate_every) == 0
+        loss, samples = None, tuple[Sample, ...]()
+        if due and self.validation:
+            self._tell("validation")
+            loss = validate(
+                self.model,
+                self.validation,
+                batch_size=config.batch_size,
+                pad_id=self.pad_id,
+                processes=self.processes,
+                multiple=self._multiple,
+            )
+        shares = watch.accuracies() if watch and ask else {}
+        self.progress.unmeasured = shares is None and self.step > 0
+        if watch and due and shares is not None:
+            samples = watch.samples()
+        mean = sum(shares.values()) / len(shares) if shares else None
+        named: dict[str, Any] = {"accuracy": mean, "accuracies": shares or None, "samples": samples}
+        found = Measured(step=self.step, validation_loss=loss, **named)
+        if self.step and not self.progress.unmeasured and self.progress.measured(found, config.judged_by):
             self._save(best=True)
-        return loss
+        return found
+
+    def _tell(self, doing: str) -> None:
+        """What takes time now, for the bar."""
+        if self.watch:
+            self.watch.tell(doing)
 
     @property
     def _out_of_patience(self) -> bool:
@@ -315,16 +340,19 @@ class Run:
         if self.processes.size == 1:
             return
         state = {"adapter": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        own, best = self.progress, self.progress.best_loss
+        own, best, right = self.progress, self.progress.best_loss, self.progress.best_accuracy
         recent = own.recent[-RECENT:]
-        numbers = [self.step, best is not None, best or 0.0, own.best_step, own.worse, own.bad, own.threads]
+        numbers = [own.unmeasured, right is not None, right or 0.0, self.step, best is not None, best or 0.0]
+        numbers += [own.best_step, own.worse, own.bad, own.threads]
         numbers += [len(recent), *recent, *[0.0] * (RECENT - len(recent))]
         shared = self.processes.from_first(state | {"numbers": mx.array(numbers, dtype=mx.float32)})
         self.model.update(shared["adapter"])
         self.optimizer.state = shared["optimizer"]
-        step, known, best, *rest = shared["numbers"].tolist()  # float32 everywhere: all must decide alike
+        unmeasured, asked, right, step, known, best, *rest = shared["numbers"].tolist()
+        # float32 everywhere: all must decide alike
         self.step, best_step, worse, bad, count, length = map(int, [step, *rest[:5]])
         self.progress = Progress(best if known else None, best_step, worse, rest[5 : 5 + length], bad, count)
+        self.progress.best_accuracy, self.progress.unmeasured = right if asked else None, bool(unmeasured)
 
     def step_batches(self) -> Iterator[tuple[float, list[Batch]]]:
         """(epoch reached, the batches of one step), from the current step on."""
@@ -348,7 +376,7 @@ class Run:
                 yield epoch + min(1.0, (first + size) / len(order)), step
             epoch += 1
 
-    def _order(self, epoch: int) -> list[list[list[int]]]:
+    def _order(self, epoch: int) -> Sequence[list[list[int]]]:
         return epoch_groups(self.examples, self.config, self.processes.size, epoch)
 
     def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
@@ -363,5 +391,9 @@ class Run:
 
 def _digest(examples: Sequence[Example]) -> str:
     """The examples in a few letters, so that a run does not resume on other data."""
-    text = ";".join(f"{example.loss_start}{example.unlabelled or ''}:{example.ids}" for example in examples)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if isinstance(examples, StoredExamples):
+        return examples.digest
+    found = hashlib.sha256()
+    for number, example in enumerate(examples):
+        found.update(f"{';' if number else ''}{example.as_text()}".encode())
+    return found.hexdigest()[:16]

@@ -25,6 +25,7 @@ from mlx_adapters import adapter, device, methods
 from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.fields import current
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models import load as model
 from mlx_adapters.models.limits import vocabulary
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _SHORT, _LONG = 4, 6
+_TOKENS = 256  # of a row, where nothing is said of its length
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
 
 
@@ -92,7 +94,7 @@ def plan(
         method: the method with its options, as `LoRA(rank=16)`, or its name.
         batch_sizes: the batch sizes to try.
         memory: bytes of the machine; by default of this one.
-        **options: other fields of `TrainConfig`; `cutoff` is the length of the rows.
+        **options: other fields of `TrainConfig`; `max_length` is the length of the rows, by default 256.
 
     Returns:
         A prediction for each of the settings, and which of them fit.
@@ -105,7 +107,7 @@ def plan(
 def candidates(batch_sizes: Sequence[int], **options: Any) -> list[TrainConfig]:
     """Every batch size, without gradient checkpointing and with it."""
     return [
-        TrainConfig(batch_size=size, gradient_checkpointing=again, **options)
+        TrainConfig(batch_size=size, gradient_checkpointing=again, **current(TrainConfig, options))
         for again in (False, True)
         for size in batch_sizes
     ]
@@ -136,7 +138,7 @@ def cells(weighed: MemoryPlan) -> tuple[list[str], list[list[str]]]:
 def command(source: str, plan: Plan, *, method: str, fields: Sequence[str], loss_on: str) -> str:
     """The command that trains as planned; what is the default is left out. `fields` are `name=value`."""
     words = ["mlx-adapters", "train", source, "--data", "my.jsonl", "--output", "my-adapter"]
-    words += ["--batch-size", str(plan.batch_size), "--cutoff", str(plan.tokens)]
+    words += ["--batch-size", str(plan.batch_size), "--max-length", str(plan.tokens)]
     words += ["--gradient-checkpointing"] if plan.gradient_checkpointing else []
     words += [] if method == "lora" else ["--method", method]
     words += [word for field in fields for word in ("--set", field)]
@@ -147,8 +149,8 @@ def command(source: str, plan: Plan, *, method: str, fields: Sequence[str], loss
 def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:
     """The memory of training `method` on the model in `source` with `config`.
 
-    `config.cutoff` is the length of the rows. Raises what loading and attaching raise, and UnsupportedError
-    for a model whose blocks cannot be cut.
+    `config.max_length` is the length of the rows, by default 256. Raises what loading and attaching raise,
+    and UnsupportedError for a model whose blocks cannot be cut.
     """
     return next(predict_all(source, method=method, configs=[config]))
 
@@ -171,7 +173,7 @@ def predict_all(source: str | Path, *, method: Method, configs: Sequence[TrainCo
         growth = (peaks[-1] - peaks[0]) / max(1, blocks[-1] - blocks[0])
         yield Plan(
             batch_size=config.batch_size,
-            tokens=config.cutoff,
+            tokens=_tokens(config),
             gradient_checkpointing=config.gradient_checkpointing,
             weights=weights,
             adapter=trained * _COPIES,
@@ -191,8 +193,12 @@ def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfi
     return min(several or alike, key=lambda one: one.batch_size)
 
 
+def _tokens(config: TrainConfig) -> int:
+    return config.max_length or _TOKENS
+
+
 def _part(config: TrainConfig) -> int:
-    return rows_per_pass(config.batch_size, config.cutoff)
+    return rows_per_pass(config.batch_size, _tokens(config))
 
 
 def overhead(plans: list[Plan]) -> int:
@@ -206,8 +212,8 @@ def _peak(source: str | Path, method: Method, config: TrainConfig, blocks: int) 
     _cut(loaded.model, blocks)
     adapter.attach(loaded, method)
     words = vocabulary(loaded.model) or loaded.config["vocab_size"]
-    rows = np.random.default_rng(0).integers(0, words, (config.batch_size, config.cutoff))
-    start = 1 if config.loss_on == "all" else config.cutoff // 2
+    rows = np.random.default_rng(0).integers(0, words, (config.batch_size, _tokens(config)))
+    start = 1 if config.loss_on == "all" else _tokens(config) // 2
     once = replace(config, steps=1, warmup=0, validation=0)
     run = Run(loaded.model, [Example(row, start) for row in rows.tolist()], config=once)
     # there in every step but the first, whose peak is that of all others then

@@ -1,17 +1,20 @@
 """What a run reports after each step, and what it remembers from one step to the next."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.units import size
 
-__all__ = ["INTERRUPTED", "RECENT", "Progress", "Step", "StepOutcome"]
+__all__ = ["INTERRUPTED", "RECENT", "Measured", "Progress", "Sample", "Step", "StepOutcome"]
 
 INTERRUPTED = "interrupted"  # the `stopped` of a run that was asked to end
 RECENT = 20  # steps whose mean a spike is measured against
 _PATIENCE = 10  # bad steps one after the other that end a run in any case
+_SAME = 1e-6  # accuracies that differ by less are equal: several processes exchange them in float32
+_SHOWN = 100  # characters of a prompt or an answer that a line shows
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,63 @@ class StepOutcome:
     stopped: bool
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step.
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The model's `answer` to a prompt; `expected` is that of the validation row, "" where there is none."""
+
+    prompt: str
+    answer: str
+    expected: str = ""
+
+    def in_words(self) -> str:
+        """One line: the end of the prompt, the answer, and the expected answer where it is another."""
+        expected = "" if self.expected in ("", self.answer) else f", expected {_short(self.expected)}"
+        return f"{_short(self.prompt, end=True)} -> {_short(self.answer)}{expected}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured at a step.
 
     Attributes:
-        step: its number, from 1 on.
+        step: after how many steps; 0 is before the first.
+        validation_loss: mean cross entropy per supervised token of the validation rows, in nats, where a
+            validation followed the step.
+        accuracy: the share of right answers in the test sets, from 0 to 1, where they were asked; of several
+            sets the mean, each weighing the same.
+        accuracies: the same of each test set, by its name.
+        samples: answers to a few prompts, where they were asked for.
+    """
+
+    step: int
+    validation_loss: float | None = None
+    accuracy: float | None = None
+    accuracies: dict[str, float] | None = None
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything was measured."""
+        return self.validation_loss is not None or self.accuracy is not None or bool(self.samples)
+
+    def record(self) -> dict[str, Any]:
+        """The fields that have a value, as a line of `metrics.jsonl`; samples have a file of their own."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "samples"}
+
+    def remarks(self) -> list[str]:
+        """A sentence for what was measured, and one for each sample."""
+        when = f"step {self.step}" if self.step else "before the first step"
+        numbers = [] if self.validation_loss is None else [f"validation loss {self.validation_loss:.4f}"]
+        numbers += [f"accuracy on {task} {share:.1%}" for task, share in (self.accuracies or {}).items()]
+        found = [f"{when}: {', '.join(numbers)}"] if numbers else []
+        return found + [f"{when}: {sample.in_words()}" for sample in self.samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Measured):
+    """One optimizer step, and what was measured after it.
+
+    Attributes:
         total: how many steps the run has.
         epoch: passes over the data so far; 1.5 is the middle of the second.
         loss: mean cross entropy per supervised token, in nats.
@@ -40,12 +94,10 @@ class Step:
         seconds: what the step took, without validation.
         tokens_per_second: `tokens` divided by `seconds`.
         memory: peak of MLX's arrays so far, in bytes.
-        validation_loss: as `loss`, of the validation rows, where a validation followed the step.
         skipped: whether the step was bad, so that it changed nothing.
         stopped: why the run ended early with this step; None otherwise.
     """
 
-    step: int
     total: int
     epoch: float
     loss: float
@@ -55,20 +107,18 @@ class Step:
     seconds: float
     tokens_per_second: float
     memory: int
-    validation_loss: float | None = None
     skipped: bool = False
     stopped: str | None = None
 
     def in_words(self) -> str:
-        """What people read beside a bar: loss, rate, speed and memory."""
+        """What people read beside a bar, the most important first: a narrow terminal shows less of it."""
         speed = f"{self.tokens_per_second:.0f} tokens/s"
-        return f"loss {self.loss:.4f}  lr {self.lr:.2g}  {speed}  memory {size(self.memory)}"
+        memory = f"memory {size(self.memory)}"
+        return f"epoch {self.epoch:.1f}  loss {self.loss:.4f}  {speed}  lr {self.lr:.2g}  {memory}"
 
     def remarks(self) -> list[str]:
-        """What was special about the step, a sentence for each: a validation, a bad loss."""
-        found = []
-        if self.validation_loss is not None:
-            found.append(f"step {self.step}: validation loss {self.validation_loss:.4f}")
+        """What was special about the step, a sentence for each: what was measured, a bad loss."""
+        found = super().remarks()
         if self.skipped:
             found.append(f"step {self.step}: skipped, its loss is {self.loss:.4f}")
         return found
@@ -76,8 +126,9 @@ class Step:
 
 @dataclass
 class Progress:
-    """What a run remembers besides arrays: the best validation and how many were worse since, the losses of
-    the last steps, how many bad ones came in a row, and how many BLAS threads: it decides the last bits."""
+    """What a run remembers besides arrays: the best measurement, by validation loss or by accuracy, and how
+    many were worse since, the losses of the last steps, how many bad ones came in a row, and how many BLAS
+    threads: it decides the last bits. `unmeasured`: the run had to end while it measured its last step."""
 
     best_loss: float | None = None
     best_step: int = 0
@@ -85,14 +136,29 @@ class Progress:
     recent: list[float] = field(default_factory=list)
     bad: int = 0
     threads: int = 0
+    best_accuracy: float | None = None
+    unmeasured: bool = False
 
-    def measured(self, step: int, loss: float) -> bool:
-        """Note a validation; True where it is the best so far."""
-        if self.best_loss is not None and not loss < self.best_loss:
+    def measured(self, found: Measured, by: str) -> bool:
+        """Note a measurement; True where it is the best so far. Of equal accuracies the one with the lower
+        validation loss is better, else the earlier."""
+        value = found.accuracy if by == "accuracy" else found.validation_loss
+        if value is None:
+            return False
+        if self.best_step and not self._better(found, by):
             self.worse += 1
             return False
-        self.best_loss, self.best_step, self.worse = loss, step, 0
+        self.best_loss, self.best_accuracy = found.validation_loss, found.accuracy
+        self.best_step, self.worse = found.step, 0
         return True
+
+    def _better(self, found: Measured, by: str) -> bool:
+        loss, best = found.validation_loss, self.best_loss
+        lower = loss is not None and best is not None and loss < best
+        if by == "loss" or found.accuracy is None or self.best_accuracy is None:
+            return lower
+        gain = found.accuracy - self.best_accuracy
+        return gain > _SAME or (gain > -_SAME and lower)
 
     def max_loss(self, config: TrainConfig) -> float:
         """The largest loss that is not a spike."""
@@ -115,3 +181,11 @@ class Progress:
             "checkpoint before is kept: lower --lr, look for odd rows in the data, or go on with "
             "--on-bad-step skip"
         )
+
+
+def _short(text: str, *, end: bool = False) -> str:
+    """A text in quotes on one line, its beginning or its `end`."""
+    text = " ".join(text.split())
+    if len(text) > _SHOWN:
+        text = f"... {text[-_SHOWN:]}" if end else f"{text[:_SHOWN]} ..."
+    return f'"{text}"'

@@ -1,12 +1,16 @@
 """What a run is about to do, in sentences."""
 
+from mlx_adapters.data.picked import lengths_of
+from mlx_adapters.data.preview import as_trained
+from mlx_adapters.data.showing import Shown
 from mlx_adapters.errors import counted
 from mlx_adapters.models.limits import made_for
 from mlx_adapters.train.length import EPOCHS, epochs
 from mlx_adapters.train.loop import Run
 from mlx_adapters.train.trainer import Trainer
+from mlx_adapters.train.wording import without_start
 
-__all__ = ["summary"]
+__all__ = ["first_row", "summary"]
 
 _MANY_CUT = 0.05  # the share of rows that may lose their end without a word
 
@@ -19,35 +23,54 @@ def summary(trainer: Trainer) -> list[str]:
         f"{trainer.meta.method.NAME} on {counted(len(trainer.paths), 'layer')} ({', '.join(names)})",
         f"trainable {trainer.trainable:,} of {trainer.parameters:,} parameters ({ratio:.3%})",
         _rows(trainer),
+        *_measured(trainer),
     ]
     if trainer.encoded.endless:
         sentences.append("the tokenizer has no end token: answers will not learn where to end")
     cut, rows = trainer.encoded.truncated, len(trainer.encoded.examples) + trainer.encoded.dropped
-    if cut > _MANY_CUT * rows:
+    if cut > _MANY_CUT * rows and trainer.config.long_rows != "split":
         sentences.append(
-            f"{cut / rows:.0%} of the rows are over {trainer.config.cutoff} tokens and lose their end: "
-            f"--cutoff {trainer.encoded.longest} keeps all whole, and takes more memory"
+            f"{cut / rows:.0%} of the rows are over {trainer.config.max_length} tokens: --max-length "
+            f"{trainer.encoded.longest} keeps all whole, and takes more memory"
         )
+    sentences += without_start(trainer.meta.chat, trainer.model.tokenizer, trainer.run.examples)
     long = made_for(trainer.model.config)
-    if long and (over := sum(len(example.ids) > long for example in trainer.run.examples)):
+    if long and (over := int((lengths_of(trainer.run.examples) > long).sum())):
         sentences.append(f"{over} rows are longer than the {long} tokens that the model was made for")
     return sentences + _length(trainer.run)
 
 
+def first_row(trainer: Trainer) -> list[Shown]:
+    """The first example of a run as it is trained, to be printed."""
+    return as_trained(0, trainer.encoded.examples[0], trainer.model.tokenizer)
+
+
 def _rows(trainer: Trainer) -> str:
-    rows, held_out = counted(len(trainer.run.examples), "row"), len(trainer.run.validation)
-    text = f"{rows} to train on, {held_out} held out"
+    text = f"{counted(len(trainer.run.examples), 'row')} to train on"
     text += f", template {trainer.meta.template}, loss on {trainer.meta.loss_on}"
     encoded = trainer.encoded
     counts = (
         (trainer.excluded, "left out because they stand in the excluded files"),
-        (encoded.truncated, f"cut at {trainer.config.cutoff} tokens"),
-        (encoded.dropped, "dropped: nothing to learn within the cutoff"),
+        (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
         (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
     )
-    return text + "".join(f"; {count} {what}" for count, what in counts if count)
+    text += "".join(f"; {count} {what}" for count, what in counts if count)
+    return text + (f"; {encoded.in_words}" if encoded.in_words else "")
+
+
+def _measured(trainer: Trainer) -> list[str]:
+    """What is measured on the way, and what decides which step is the best."""
+    config, sets = trainer.config, trainer.watch.sets
+    found = []
+    if trainer.validation:
+        found.append(f"{trainer.validation}, every {counted(config.validate_every, 'step')}")
+    if sets:
+        names = ", ".join(f"{counted(len(items), 'item')} of {task.name}" for task, items in sets)
+        every = config.eval_every or config.validate_every
+        found.append(f"accuracy on {names}, every {counted(every, 'step')}")
+    return found
 
 
 def _length(run: Run) -> list[str]:

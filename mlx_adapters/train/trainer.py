@@ -9,8 +9,7 @@ for step in Trainer(load("model"), "data.jsonl", "lora", output="adapter", epoch
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +18,35 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.adapter import AdapterMeta
-from mlx_adapters.data.overlap import rows_texts, seen_hashes
-from mlx_adapters.data.sources import Rows, digest, notes
-from mlx_adapters.data.templates import default_template
-from mlx_adapters.errors import OutputError, TrainingError, writing_to
+from mlx_adapters.data.sources import Rows
+from mlx_adapters.data.token_cache import Facts
+from mlx_adapters.errors import OutputError, TrainingError, counted, writing_to
 from mlx_adapters.fields import parse_fields
 from mlx_adapters.files.lock import locked
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe, fingerprint
-from mlx_adapters.train import checkpoint, classes, metrics
-from mlx_adapters.train.callbacks import Callback, callbacks_of, continues
+from mlx_adapters.train import classes, metrics
+from mlx_adapters.train.callbacks import Callback, callbacks_of, continues, tell_tokens
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.examples import Data, encoded, excluded_hashes, pad_id, rows_of, select, split
+from mlx_adapters.train.examples import Data, excluded_hashes, pad_id, prepare, rows_of, select
 from mlx_adapters.train.interrupt import stop_on_interrupt
 from mlx_adapters.train.length import epochs
 from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
-from mlx_adapters.train.progress import INTERRUPTED, Step
+from mlx_adapters.train.max_length import fitted, settled
+from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
+from mlx_adapters.train.result import TrainResult, result_of
+from mlx_adapters.train.validation import parts_of
+from mlx_adapters.train.watching import watch
+from mlx_adapters.train.wording import written_with
+from mlx_adapters.train.written import written_time
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"
+METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 _CALLBACK = "a callback ended it"
 _SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        adapter: the folder of the saved adapter.
-        method: the method's name.
-        loss: of the step whose adapter was saved: mean cross entropy per supervised token, in nats.
-        validation_loss: the same of the validation rows, where that step was followed by a validation.
-        step: the step whose adapter was saved: the last, or that of the best validation.
-        steps: how many steps the run took, with those before it was resumed.
-        seconds: from the first step to the last, with validation, without those before it was resumed.
-        metrics: one row per step, as in `metrics.jsonl`.
-        stopped: why the run ended early; None where it did not.
-        trainable: how many parameters the adapter has.
-        parameters: how many the model has with it.
-        rows: how many rows were trained on.
-    """
-
-    adapter: Path
-    method: str
-    loss: float | None
-    validation_loss: float | None
-    step: int
-    steps: int
-    seconds: float
-    metrics: list[dict[str, Any]]
-    stopped: str | None
-    trainable: int
-    parameters: int
-    rows: int
 
 
 def train(
@@ -131,7 +102,7 @@ class Trainer:
         method: the method with its options, as `LoRA(rank=16)`, or its name.
         output: the new folder for the adapter, its losses and checkpoints.
         callbacks: functions that are called with every `Step`, or objects of `Callback`.
-        start: an adapter folder to continue from, ours or PEFT's: its method and settings count then.
+        start: an adapter's folder or hub id to continue from, ours or PEFT's: its method and settings count.
         resume: continue the run in `output` from its newest checkpoint.
         exclude: test files whose questions must not be trained on, or their hashes.
         log: also to tensorboard, wandb or trackio.
@@ -147,6 +118,8 @@ class Trainer:
         trainable: how many parameters the adapter has.
         parameters: how many the model has with it.
         notes: what a user may want to know, as sentences.
+        validation: what the loss is measured on, in words; None where it is not.
+        watch: what else is measured while training.
 
     Raises:
         ConfigError, DataError, OutputError, UnsupportedError: the model is then as it was.
@@ -180,10 +153,9 @@ class Trainer:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
             rows = rows_of(data, self.config.columns)
-            self.notes = notes(rows)
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
-            self._prepare(rows, method, Path(start) if start else None, resume)
+            self._prepare(rows, method, adapter.located(start) if start else None, resume)
             writes = self.processes.writes
             self._loggers = open_loggers(log, self.output, self.meta.training) if writes else []
         except BaseException:
@@ -238,33 +210,46 @@ class Trainer:
         """Encode the rows, attach the adapter, set up the loop."""
         config, processes = self.config, self.processes
         earlier = adapter.read_meta(start) if start else None
-        before = earlier.template if earlier else ""
-        template = config.template or before or default_template(rows.format, self.model.tokenizer)
-        written = _time(self.output, resume, processes)
-        self.encoded = encoded(rows, self.model, config, template=template, written=written)
-        training, validation = split(self.encoded.examples, config)
+        template, chat, spoken = written_with(rows, self.model, config, earlier)
+        written = written_time(self.output / CHECKPOINTS, resume, processes)
+        told = tell_tokens(self.callbacks)
+        prepared = prepare(rows, spoken, config, template=template, written=written, told=told)
+        whole, facts, self.notes = prepared.encoded, prepared.facts, prepared.notes
+        self.excluded += facts.left_out
         mx.random.seed(config.seed)
         base = describe(self.model)
         chosen, self.paths = _attached(self.model, method, start, earlier)
         self._attached = True
         mx.eval(self.model.model.parameters())
         self.trainable, self.parameters = adapter.count(self.model.model)
+        earlier_run = self.output if resume else None
+        config, reasons = settled(config, whole, self.model, earlier=earlier_run, processes=processes)
+        self.config, self.notes = config, self.notes + reasons
+        self.encoded = fitted(rows, whole, self.model, config)
+        how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
+        parts = parts_of(rows, self.encoded.examples, spoken, config, **how)
+        self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
+        how = {"template": template, "chat": chat, "form": rows.format, "processes": processes}
+        self.watch = watch(self.model, config, parts.validation, **how)
         self.run = Run(
             self.model.model,
-            training,
-            validation,
+            parts.training,
+            parts.validation,
             config=config,
             pad_id=pad_id(self.model),
             folder=self.output,
             processes=processes,
+            watch=self.watch,
             rates=chosen.lr_multipliers() or None,
             identity={
                 "method": chosen.NAME,
                 "fields": asdict(chosen),
                 "template": template,
+                **chat.identity,
                 "loss_on": config.loss_on,
                 "written": written.isoformat(),
                 "base": fingerprint(self.model.path),
+                **self.watch.identity,
             },
         )
         if processes.writes:
@@ -275,13 +260,14 @@ class Trainer:
             method=chosen,
             base=base,
             template=template,
+            chat=chat,
             loss_on=config.loss_on,
-            seen=sorted({*seen_hashes(rows_texts(rows)), *(earlier.seen if earlier else ())}),
-            training=self._record(rows, template),
+            seen=sorted({*facts.seen, *(earlier.seen if earlier else ())}),
+            training=self._record(rows.origin, facts, template),
         )
         adapter.note(self.model.model, self.meta)
 
-    def _record(self, rows: Rows, template: str) -> dict[str, Any]:
+    def _record(self, origin: str, facts: Facts, template: str) -> dict[str, Any]:
         """What the adapter's folder says of its training."""
         passes = None if self.config.steps else epochs(self.run.examples, self.config, self.processes.size)
         return {
@@ -289,18 +275,22 @@ class Trainer:
             "epochs": passes,
             "warmup": self.run.warmup,
             "template": template,
-            "data": rows.origin,
-            "data_sha256": digest(rows.rows),
-            "rows": len(rows.rows),
+            "data": origin,
+            "data_sha256": facts.digest,
+            "rows": facts.rows,
         }
 
     def _resume(self) -> None:
         if self.run.can_resume():
             self.run.resume(self.notes.append)
+            if self.run.step >= self.run.total:
+                done = f"{self.output}: finished, all {counted(self.run.total, 'step')} are done"
+                self.notes.append(f"{done}. To train on, give more --steps or --epochs")
         else:
             self.notes.append(f"{self.output}: has no checkpoint yet, starting from the beginning")
         if self.processes.writes:
-            metrics.forget_after(self.output / METRICS, self.run.step)
+            for name in (METRICS, SAMPLES):
+                metrics.forget_after(self.output / name, self.run.step)
 
     def _hold_lock(self) -> None:
         """Keep other runs out of the folder until this one ends."""
@@ -309,9 +299,12 @@ class Trainer:
             self._lock.callback(setattr, self, "_holds_lock", False)
             self._holds_lock = True
 
-    def _log(self, step: Step) -> None:
+    def _log(self, step: Measured) -> None:
         for logger in self._loggers:
             logger.log(step)
+        if step.step == 0:
+            for callback in self.callbacks:
+                callback.on_start(step)
 
     def _told(self, step: Step) -> Step:
         """The step that the callbacks were told of; where one of them ends the run, `stopped`."""
@@ -332,23 +325,21 @@ class Trainer:
             rows = metrics.read(self.output / METRICS)
             if stopped not in _SAVED:
                 with writing_to(self.output / PLOT):
-                    title = f"{self.meta.method.NAME} on {self.model.path.name}"
+                    data = self.meta.training["data"].rpartition("/")[2]
+                    title = f"{self.meta.method.NAME} on {self.model.path.name}\n{data}"
                     metrics.plot(rows, self.output / PLOT, title=title)
                 if not run.moved:
                     raise TrainingError(
                         f"{self.output}: {step} steps have not changed the adapter, which is saved as it "
                         f"began. Give more --steps, or a higher --lr than {self.config.lr:g}"
                     )
-        row = next((row for row in rows if row["step"] == step), {})
-        return TrainResult(
+        return result_of(
+            rows,
             adapter=self.output,
             method=self.meta.method.NAME,
-            loss=row.get("loss"),
-            validation_loss=row.get("validation_loss"),
             step=step,
             steps=run.step,
             seconds=seconds,
-            metrics=rows,
             stopped=stopped,
             trainable=self.trainable,
             parameters=self.parameters,
@@ -388,13 +379,3 @@ def _attached(
     method = methods.make(method, {}) if isinstance(method, str) else method
     method = method.with_tokenizer(model.tokenizer)
     return method, list(adapter.attach(model, method))
-
-
-def _time(output: Path, resume: bool, processes: Processes) -> datetime:
-    """When the rows are written, for templates that write a date: now, or as the run that is resumed had it.
-    The first process decides, for another may be past midnight."""
-    saved = checkpoint.setting(output / CHECKPOINTS, "written") if resume and processes.writes else None
-    moment = datetime.fromisoformat(saved) if isinstance(saved, str) else datetime.now()
-    parts = processes.from_first(mx.array(moment.timetuple()[:6], dtype=mx.int32)).tolist()
-    year, month, day, hour, minute, second = parts
-    return datetime(year, month, day, hour, minute, second)

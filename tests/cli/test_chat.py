@@ -17,6 +17,7 @@ from tiny import make_tiny
 from trained import make_adapter
 
 from mlx_adapters.adapter.multi import load_adapters
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.generate.conversation import Conversation
 from mlx_adapters.generate.text import Prompt
 from mlx_adapters.models import load as models
@@ -92,6 +93,39 @@ def test_a_pipe_gets_answers_without_control_codes(base: Path, tmp_path: Path) -
     turns = json.loads((tmp_path / "c.json").read_text())
     assert [turn["role"] for turn in turns] == ["user", "assistant"]
     assert turns[1]["content"].split()[:1] == done.stdout.split()[:1]
+
+
+def test_what_can_be_typed_in_a_conversation(base: Path) -> None:
+    lines = [
+        "tom has",
+        "/retry",
+        "/system be kind",
+        "/temperature 0.8",
+        "/temperature hot",
+        '"""how many',
+        'apples ?"""',
+    ]
+    lines += ["/help", "exit", "never read"]
+    command = [*COMMAND, str(base), "--template", "plain", "--max-tokens", "4"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    first, again, *rest = done.stdout.split("\n")
+    assert again == first, "the greedy answer to the same message"
+    assert "system message: be kind" in done.stderr
+    assert "temperature: 0.8" in done.stderr
+    assert "/temperature hot: write a number" in done.stderr
+    assert sum(bool(line) and not line.startswith(("/", '"')) for line in rest) == 1, rest  # and HELP
+
+
+def test_a_message_can_be_answered_again_under_another_system_message(base: Path) -> None:
+    chat = Conversation(models.load(base), template="plain", system="tom", max_tokens=6)
+    with pytest.raises(ConfigError, match="no message to answer again"):
+        list(chat.retry())
+    first = "".join(chat.ask("how many ?"))
+    assert "".join(chat.retry()) == first
+    assert len(chat.turns) == 2
+    with_system = chat.question().ids
+    chat.order("/system off")
+    assert len(chat.question().ids) < len(with_system)
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(base: Path) -> None:

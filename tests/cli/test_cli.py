@@ -140,7 +140,13 @@ def test_train_names_what_it_does_not_use(model: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('{"instr', '{"id": 1, "instr'))
     done = cli("train", model, "--data", folder, "--output", tmp_path / "out", "--steps", 1)
     assert done.stderr.count(f"{file}: fields that are not used: id\n") == 1
-    assert f"{folder}/valid.jsonl is not used: --validation N holds out rows of train.jsonl" in done.stderr
+    assert f"validation on 12 rows of {folder}/valid.jsonl, every 50 steps" in done.stderr
+    assert "12 of the 12 validation rows have the question of a training row" in done.stderr
+    assert "before the first step: validation loss" in done.stderr
+    done = cli("train", model, "--data", file, "--output", tmp_path / "file", "--steps", 1)
+    assert (
+        f"{folder}/valid.jsonl is not used: --validation {folder}/valid.jsonl measures on it" in done.stderr
+    )
     file.write_text(file.read_text().replace('{"id": 1', '{"history": [["a", "b"]]', 1))
     done = cli("train", model, "--data", folder, "--output", tmp_path / "none", "--steps", 1, code=2)
     assert f"{file}: row 0: field 'history' is not read" in done.stderr
@@ -151,7 +157,7 @@ def test_train_writes_the_adapter_and_its_record(adapter: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "mlx_adapters.json", "seen.txt",
-        "metrics.jsonl", "loss.png", "checkpoints",
+        "metrics.jsonl", "loss.png", "checkpoints", "run.json",
     }  # fmt: skip
     record = steps(adapter)
     assert [step["step"] for step in record] == list(range(1, 61))
@@ -165,13 +171,14 @@ def test_train_says_what_it_does(model: Path, tmp_path: Path) -> None:
     test = rows(tmp_path / "test.jsonl", 2)
     # fmt: off
     said = cli("train", model, "--data", data, "--output", tmp_path / "a", "--steps", 2, "--validation", 3,
-               "--exclude", test, "--cutoff", 40, "--set", "rank=2").stderr
+               "--exclude", test, "--max-length", 40, "--set", "rank=2").stderr
     # fmt: on
     assert "12 rows of the form instruction" in said
     assert "q_proj, v_proj" in said
     # 2 layers x (q: 32 -> 32, v: 32 -> 16) at rank 2
     assert f"trainable {2 * 2 * (32 + 32 + 32 + 16):,} of " in said
-    assert "7 rows to train on, 3 held out" in said
+    assert "7 rows to train on, template" in said
+    assert "validation on 3 rows of the data, held out by the seed" in said
     assert "2 left out" in said
     assert "validation loss" in said
 
@@ -281,10 +288,59 @@ def test_eval_prints_a_table_and_takes_another_template_by_force(
     assert "items/s" in result.stderr
 
 
+def test_a_field_of_the_method_is_an_option_and_options_have_other_names(model: Path, tmp_path: Path) -> None:
+    data, out = rows(tmp_path / "d.jsonl"), tmp_path / "a"
+    typed = [
+        "--rank",
+        4,
+        "--lora-alpha=12",
+        "--lora-bias",
+        "--targets",
+        "q_proj,o_proj",
+        "--set",
+        "dropout=0,rslora=yes",
+    ]
+    cli("train", model, "--data", data, "--output", out, *typed, "--iters", 1, "--learning-rate", 0.01)
+    found = meta(out)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["lora_bias"], written["use_rslora"]) == (
+        4,
+        12,
+        True,
+        True,
+    )
+    assert set(written["target_modules"]) == {"q_proj", "o_proj"}
+    assert (found["training"]["steps"], found["training"]["lr"]) == (1, 0.01)
+    refused = cli("train", model, "--data", data, "--output", tmp_path / "b", "--rnak", 4, code=2)
+    assert "No such option: --rnak" in refused.stderr
+    series = cli("train", "--help", "--method", "series").stdout
+    assert "--bottleneck-size" in series
+    assert "--lora-plus" not in series
+
+
 def test_generate_answers_as_trained(model: Path, adapter: Path) -> None:
     asked = ["generate", model, "--prompt", "Tom has w5 apples", "--max-tokens", 8]
     assert cli(*asked, "--adapter", adapter).stdout.strip() == ANSWER
     assert cli(*asked).stdout.strip() != ANSWER, "the base does not know it: the control of the line above"
+    said = cli("generate", model, "Tom has w5 apples", "--adapter", adapter, "--max-new-tokens", 8)
+    assert said.stdout.strip() == ANSWER
+    assert "tokens/s" in said.stderr
+    system = cli(
+        "generate", model, "Tom", "--system", "be kind", "--template", "plain", "--max-tokens", 4, "--json"
+    )
+    assert json.loads(system.stdout)["prompt_tokens"] > 1
+    for wrong in ((), ("Tom", "--prompt", "Tom")):
+        assert "give one prompt" in cli("generate", model, *wrong, code=2).stderr
+    assert "top_p=2.0 must be at most 1" in cli("generate", model, "Tom", "--top-p", 2, code=2).stderr
+
+
+def test_the_answer_of_generate_is_drawn_as_told(model: Path) -> None:
+    drawn = ["generate", model, "Tom has", "--max-tokens", 12, "--temperature", 1.5, "--seed", 3]
+    free = cli(*drawn).stdout
+    assert cli(*drawn).stdout == free
+    greedy = cli("generate", model, "Tom has", "--max-tokens", 12).stdout
+    assert free != greedy
+    assert cli(*drawn, "--top-k", 1).stdout == greedy
 
 
 # Convert, export, info, quickstart -------------------------------------------------------------------------

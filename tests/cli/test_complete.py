@@ -14,8 +14,8 @@ from command_line import commands
 from mlx_adapters import methods
 from mlx_adapters.adapter import combine
 from mlx_adapters.convert import checkpoint, exchange, fuse
+from mlx_adapters.data.showing import LOSS_ON
 from mlx_adapters.data.templates import TEMPLATES
-from mlx_adapters.data.tokens import LOSS_ON
 from mlx_adapters.evaluate import config as evaluation
 from mlx_adapters.evaluate import tasks
 from mlx_adapters.models import load as model

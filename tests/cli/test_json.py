@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{name}.json").write_text(json.dumps({"records": records}))
     study = {
         "name": "tiny", "model": str(model), "rows": 8, "limit": 2, "max_tokens": 2,
-        "train": {"steps": 1, "batch_size": 2, "cutoff": 48, "warmup": 0},
+        "train": {"steps": 1, "batch_size": 2, "max_length": 48, "warmup": 0},
         "grid": [{"method": "lora", "size": {"rank": [2]}}],
     }  # fmt: skip
     (root / "study.yaml").write_text(json.dumps(study))
@@ -64,7 +64,7 @@ class Case:
 def _scores(found: Any) -> list[str]:
     (one,) = found["scores"]
     shares = (f"{one[key]:.1%}" for key in ("accuracy", "low", "high"))
-    return [*shares, f"{one['correct']}/{one['total']}", f"of {one['unseen_total']}"]
+    return [*shares, f"{one['correct']}/{one['total']}"]
 
 
 def _verdict(found: Any) -> list[str]:
@@ -149,10 +149,12 @@ CASES = {
             f"{d['rows']} rows, {d['examples']} examples with the template {d['template']}",
             f"{d['tokens']} tokens, {d['supervised'] / d['tokens']:.0%} supervised",
             f"{d['repeated']} repeated, {d['empty']} with an empty answer",
-            *(f"{length} ({share} %)" for share, length in d["lengths"].items()),
-            *(f"{share:.1%} at {cutoff}" for cutoff, share in d["cut"].items()),
+            *(f"{share} % {length}" for share, length in d["lengths"].items() if share not in ("50", "100")),
+            f"median {d['lengths']['50']}",
+            f"longest {d['lengths']['100']}",
+            *(f"{share:.1%} over {length}" for length, share in d["cut"].items() if share),
             f"{d['histogram'][-1][0]} {'█' * 30} {d['histogram'][-1][1]}",
-            f"--cutoff {d['suggested_cutoff']}",
+            d["long_rows"] or "keeps all rows whole",
         ],
     ),
     "info": Case(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlx_adapters.cli import screen
+from mlx_adapters import screen
 from mlx_adapters.cli.app import app
 from mlx_adapters.doctor import Finding
 from mlx_adapters.errors import counted

@@ -3,6 +3,7 @@ and a reader of the output who has gone."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_notes_stand_above_the_bar_and_an_error_below() -> None:
     """They were written on the bar's line: "284 MB 0:00:03s / tep 3: validation loss"."""
     code = """
 import sys, time, warnings
-from mlx_adapters.cli.screen import complain, lines, say, track
+from mlx_adapters.screen import complain, lines, say, track
 with lines("train", 3) as update:
     for step in (1, 2, 3):
         update(step, f"loss {step}")
@@ -92,6 +93,23 @@ for number in track("plan", range(9), 9, str):
     assert lines[7] == "between"
     assert lines[8].startswith("plan ")
     assert lines[9:] == ["error: interrupted"]
+
+
+def test_tables_fit_eighty_columns_and_cut_no_name() -> None:
+    from mlx_adapters import methods
+    from mlx_adapters.models.architectures.table import with_layers
+
+    for command, names in (("methods", methods.names()), ("models", with_layers()), ("doctor", ["mlx-lm"])):
+        with Terminal([sys.executable, "-m", "mlx_adapters.cli.app", command], columns=80) as terminal:
+            terminal.end()
+        links = re.findall("\x1b\\]8;[^;]*;([^\x1b]+)", terminal.text)
+        assert bool(links) == (command == "methods"), "papers are links"
+        lines = shown(re.sub("\x1b\\]8;[^\x1b]*\x1b\\\\", "", terminal.text))
+        rule = next(index for index, line in enumerate(lines) if "────" in line)
+        drawn = lines[: lines.index("", rule)]
+        assert max(map(len, drawn)) <= 80
+        assert {*names} <= {word for line in drawn for word in line.split()}
+        assert not any("…" in line for line in drawn)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP twice"])

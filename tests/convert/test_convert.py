@@ -139,7 +139,7 @@ def test_shards_and_the_end_of_a_turn(tmp_path: Path) -> None:
 
 
 def test_a_bin_checkpoint_is_read(tmp_path: Path) -> None:
-    pytest.importorskip("mlx_adapters.convert.torch_bin")
+    pytest.importorskip("mlx_adapters.files.torch_bin")
     from safetensors.torch import load_file
 
     source = make_tiny("llama", tmp_path)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from mlx_adapters import adapter, methods
 from mlx_adapters.cli.app import app
 from mlx_adapters.convert import exchange
-from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError, CheckpointError, ConfigError
+from mlx_adapters.files.torch_bin import read_bin
 from mlx_adapters.models import load as model
 
 ARCHS = ("llama", "qwen2", "gemma2", "phi3", "glm", "gpt2", "gptj", "gpt_neox", "bloom", "opt", "gpt_neo")

@@ -11,8 +11,9 @@ import pytest
 from tiny_gguf import HEADS, HIDDEN, KV, VOCAB, as_written, gguf, llama_weights, write_tiny
 
 from mlx_adapters.convert.checkpoint import convert
-from mlx_adapters.convert.gguf import read_gguf
-from mlx_adapters.convert.gguf_blocks import BLOCKS, MLX_GROUP, dense, packed
+from mlx_adapters.convert.gguf import place, read_gguf
+from mlx_adapters.convert.gguf_blocks import BLOCKS, FROM_PACKAGE, MLX_GROUP, Groups, dense, packed
+from mlx_adapters.convert.gguf_families import FAMILIES
 from mlx_adapters.convert.gguf_file import read_container
 from mlx_adapters.errors import AdaptersError, CheckpointError, ConfigError, UnsupportedError
 from mlx_adapters.models.embedded import embedded_model
@@ -36,7 +37,9 @@ def test_blocks_equal_the_reference_bit_for_bit(kind: int) -> None:
     random = np.random.default_rng(kind)
     data = random.integers(0, 256, (6, 3, block.width), dtype=np.uint8)
     halves = {10: [80, 82], 11: [108], 14: [208]} | {key: [0, 2] for key in (3, 7, 12, 13)}
-    halves |= {key: [0] for key in (2, 6, 8)}
+    halves |= {key: [0] for key in (2, 6, 8, 20, 23)} | {39: []}
+    if kind == 39:  # exponents of numbers that float32 has
+        data[..., 0] = random.integers(1, 250, (6, 3))
     for at in halves[kind]:
         values = random.standard_normal((6, 3, 1)).astype(np.float16)
         data[..., at : at + 2] = values.view(np.uint8)
@@ -44,20 +47,32 @@ def test_blocks_equal_the_reference_bit_for_bit(kind: int) -> None:
     groups = block.groups(data.reshape(-1), 6)
     np.testing.assert_array_equal(np.array(dense(groups)), expected)
     if groups.group == MLX_GROUP:
-        weight, scales, biases = packed(groups)
-        wide = (part.astype(mx.float32) for part in (scales, biases))
-        found = mx.dequantize(weight, *wide, group_size=MLX_GROUP, bits=groups.bits)
+        found = unpacked(groups)
         np.testing.assert_array_equal(np.array(found), expected)
+
+
+@pytest.mark.parametrize("kind", sorted(FROM_PACKAGE))
+def test_blocks_of_the_package_have_its_sizes(kind: int) -> None:
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == (256, FROM_PACKAGE[kind])
+
+
+def unpacked(groups: Groups) -> Any:
+    wide = {
+        name: part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
+        for name, part in packed(groups).items()
+    }
+    return mx.dequantize(
+        wide.pop("weight"), **wide, group_size=MLX_GROUP, bits=groups.bits, mode=groups.mode, dtype=mx.float32
+    )
 
 
 def test_scales_stay_exact_when_float16_cannot_hold_them() -> None:
     block = np.zeros((1, 34), dtype=np.uint8)
     block[0, :2] = np.array([1000], dtype=np.float16).view(np.uint8)  # bias -128000 is beyond float16
     block[0, 2:] = np.arange(32, dtype=np.int8).view(np.uint8)
-    weight, scales, biases = packed(BLOCKS[8].groups(block.reshape(-1), 1))
-    assert scales.dtype == biases.dtype == mx.float32
-    found = mx.dequantize(weight, scales, biases, group_size=32, bits=8)
-    np.testing.assert_array_equal(np.array(found)[0], 1000.0 * np.arange(32))
+    groups = BLOCKS[8].groups(block.reshape(-1), 1)
+    assert packed(groups)["scales"].dtype == packed(groups)["biases"].dtype == mx.float32
+    np.testing.assert_array_equal(np.array(unpacked(groups))[0], 1000.0 * np.arange(32))
 
 
 @pytest.mark.parametrize("kind", [None, "Q8_0", "Q4_1"])
@@ -114,9 +129,8 @@ def widened(model: Any) -> Any:
 
 
 def hugging(name: str) -> str:
-    from mlx_adapters.convert.gguf import _name
-
-    return _name(Path("x.gguf"), name)
+    (found,) = place(Path("x.gguf"), name, FAMILIES["llama"], 30)
+    return found
 
 
 @pytest.mark.slow
@@ -214,9 +228,9 @@ def test_a_huge_count_reserves_no_memory(tiny: Path, at: int) -> None:
 
 def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     found = read_gguf(
-        write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), pre="tekken"), keep_quantized=True
+        write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), pre="afmoe"), keep_quantized=True
     )
-    with pytest.raises(UnsupportedError, match=r"a\.gguf.*tokenizer\.ggml\.pre.*tekken"):
+    with pytest.raises(UnsupportedError, match=r"a\.gguf.*tokenizer\.ggml\.pre.*afmoe"):
         found.write_tokenizer(tmp_path)
 
 

@@ -202,13 +202,13 @@ def test_the_server_and_the_chat_prompt_a_fused_model_so(tiny: Path, tmp_path: P
         question = {"role": "user", "content": "tom has"}
         assert (
             Engine(loaded, {}, name="m")
-            ._text(CompletionRequest(model="m", messages=(question,)))
-            .startswith(begins)
+            ._question(CompletionRequest(model="m", messages=(question,)))
+            .text.startswith(begins)
         )
         if place == folder:  # without a template of its own or the tokenizer's, chat falls back to alpaca too
             chat = Conversation(replace(loaded, config=remember(loaded.config, template="plain")))
             chat.turns = [question]
-            assert chat.prompt().ids == prompt_ids("tom has", loaded.tokenizer)
+            assert chat.question().ids == prompt_ids("tom has", loaded.tokenizer)
 
 
 # LLM-Adapters -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mlx_adapters.convert.against_torch import auto_class, bound, logits, max_di
 from mlx_adapters.convert.checkpoint import convert
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.models import load as models
+from mlx_adapters.models.names import names_of
 
 peft = pytest.importorskip("peft")
 DENSE = {
@@ -92,16 +93,36 @@ def test_a_folder_in_mlx_format_knows_its_family(tmp_path: Path) -> None:
     convert(source, tmp_path / "mlx", bits=4, group_size=32)
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert "model.language_model.layers.#" in json.dumps(config["mlx_adapters"]["names"])
-    measured = models.load(tmp_path / "mlx").model.tensor_names
+    measured = names_of(models.load(tmp_path / "mlx").model)
     del config["mlx_adapters"]
     (tmp_path / "mlx" / "config.json").write_text(json.dumps(config))
-    assert models.load(tmp_path / "mlx").model.tensor_names == measured
+    assert names_of(models.load(tmp_path / "mlx").model) == measured
+
+
+def test_what_reaches_a_tower_is_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT finds q_proj in the tower for images, too; text does not pass it."""
+    folder = make_family("gemma3", tmp_path)
+    for name, targets in (("both", ["q_proj"]), ("tower", r".*vision_tower.*q_proj")):
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        adapted = peft.get_peft_model(opened(folder), config).eval()
+        adapted.save_pretrained(tmp_path / name)
+        loaded = models.load(folder, dtype="float32")
+        if name == "tower":
+            with pytest.raises(AdapterError, match="adapts the vision_tower alone"):
+                adapter.load(loaded, tmp_path / name)
+            return
+        adapter.load(loaded, tmp_path / name)
+        assert "left out 1 layer of the vision_tower" in capsys.readouterr().err
+        theirs = in_torch(adapted)
+        assert max_diff(logits(loaded.model, TEXT), theirs) <= bound(theirs)
 
 
 def test_a_layer_that_cannot_be_written_is_refused_before_it_trains(tmp_path: Path) -> None:
     folder = make_family("llama", tmp_path)
     loaded = models.load(folder, dtype="float32")
-    loaded.model.tensor_names.tensors["model.layers.#.self_attn.q_proj.weight"] = ()
+    names_of(loaded.model).tensors["model.layers.#.self_attn.q_proj.weight"] = ()
     unknown = r"model\.layers\.0\.self_attn\.q_proj: what its weight is made of"
     with pytest.raises(AdapterError, match=unknown):
         adapter.attach(loaded, methods.make("lora", {"rank": 2, "targets": "q_proj"}))

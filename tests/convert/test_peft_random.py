@@ -2,14 +2,13 @@
 
 import copy
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import TEXT, make_family, opened
+from families import TEXT, in_float64, make_family, opened
 from peft_random import drawn, made
 
 from mlx_adapters import adapter
@@ -18,14 +17,13 @@ from mlx_adapters.errors import AdaptersError
 from mlx_adapters.models import load as models
 
 pytest.importorskip("peft")
-FAMILIES = ("llama", "qwen3_5_text", "gemma3", "gpt_oss", "granitemoehybrid")
+FAMILIES = ("llama", "qwen3_5", "gemma3", "gpt_oss", "granitemoehybrid")
 SAMPLE, ALL = 3, 40
 
 
 # by default one whose names are the same in PyTorch, and one whose names are measured
 CHOSEN = [
-    pytest.param(name, marks=() if name in ("llama", "qwen3_5_text") else pytest.mark.slow)
-    for name in FAMILIES
+    pytest.param(name, marks=() if name in ("llama", "qwen3_5") else pytest.mark.slow) for name in FAMILIES
 ]
 
 
@@ -50,9 +48,11 @@ def outcome(loaded: Any, network: Any, fields: dict[str, Any], seed: int, place:
     adapted = made(copy.deepcopy(network), fields, place, seed)
     if adapted is None:
         return None
-    theirs = exact = in_torch(adapted)
-    with suppress(RuntimeError):  # the kernel of experts has no float64
-        exact = in_torch(adapted.double())
+    try:
+        theirs = in_torch(adapted)
+    except ValueError:  # PEFT makes it and cannot compute it: tokens of an embedding that is saved whole
+        return None
+    exact = in_torch(in_float64(adapted))
     try:
         adapter.load(loaded, place)
     except AdaptersError as error:

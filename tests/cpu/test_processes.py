@@ -50,7 +50,7 @@ def evaluation(model: Path, folder: Path, items: int) -> list[str]:
 
 
 def study(model: Path, folder: Path, steps: int) -> list[str]:
-    train = {"steps": steps, "batch_size": 2, "cutoff": 48, "warmup": 0, "save_every": 1}
+    train = {"steps": steps, "batch_size": 2, "max_length": 48, "warmup": 0, "save_every": 1}
     grid = [{"method": "lora", "size": {"rank": [2, 4]}}]
     file = study_file(folder, model, train=train, grid=grid, base=False)
     return ["study", str(file), "--output", str(folder / "study"), "--jobs", "2"]

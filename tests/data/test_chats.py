@@ -1,25 +1,18 @@
-"""What is learned of a conversation: by each kind of template, token by token as in TRL's SFTTrainer."""
+"""What is learned of a conversation, by each kind of template."""
 
 import re
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pytest
+from learned import TWO_TURNS, bracketed, encoded, labels
 from spoken import TEMPLATES, make_speaker
 
 from mlx_adapters.data.sources import Rows
-from mlx_adapters.data.tokens import Encoded, Example, encode
+from mlx_adapters.data.templates import prompt_for
+from mlx_adapters.data.tokens import Example, encode, prompt_ids
 from mlx_adapters.errors import DataError
-from mlx_adapters.models.chat_template import chat_prompt
 from mlx_adapters.models.load import read_tokenizer
 
-TWO_TURNS = [
-    {"role": "user", "content": "tom has 3"},
-    {"role": "assistant", "content": "he has 3"},
-    {"role": "user", "content": "how?"},
-    {"role": "assistant", "content": "so"},
-]
 # Template -> its training texts of TWO_TURNS, the learned parts in brackets.
 LEARNED = {
     "Qwen2.5": [
@@ -55,28 +48,6 @@ LEARNED = {
         "<|start|>user<|message|>how?<|end|><|start|>assistant[<|channel|>final<|message|>so<|return|>]",
     ],
 }
-
-
-def labels(example: Example) -> list[bool]:
-    """Whether each token of an example has a label."""
-    found = [index >= example.loss_start for index in range(len(example.ids))]
-    for begin, end in example.unlabelled:
-        found[begin:end] = [False] * (end - begin)
-    return found
-
-
-def bracketed(example: Example, tokenizer: Any) -> str:
-    """The text of an example with what is learned in brackets."""
-    parts, tagged = [], zip(labels(example), example.ids, strict=True)
-    for learned, run in groupby(tagged, key=lambda pair: pair[0]):
-        text = tokenizer.decode([id for _, id in run])
-        parts.append(f"[{text}]" if learned else text)
-    return "".join(parts)
-
-
-def encoded(tokenizer: Any, messages: list[dict[str, Any]], **settings: Any) -> Encoded:
-    row = {"messages": messages} | settings.pop("row", {})
-    return encode(Rows([row], "messages", "here"), tokenizer, template="chat", **settings)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -128,131 +99,104 @@ def test_an_open_thought_does_not_swallow_an_answer(tmp_path: Path) -> None:
 def test_a_cut_conversation_keeps_the_answers_before_the_cut(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
     (whole,) = encoded(tokenizer, TWO_TURNS).examples
-    for cutoff in range(whole.loss_start + 1, len(whole.ids)):
-        done = encoded(tokenizer, TWO_TURNS, cutoff=cutoff)
-        assert done.truncated == 1
-        assert labels(done.examples[0]) == labels(whole)[:cutoff]
-        assert done.examples[0].supervised == sum(labels(whole)[:cutoff])
+    for length in range(whole.loss_start + 1, len(whole.ids)):
+        cut = whole.cut(length)
+        assert labels(cut) == labels(whole)[:length]
+        assert cut.supervised == sum(labels(whole)[:length])
 
 
-# TRL ------------------------------------------------------------------------------------------------------
-
-# In the default run one of each kind: ChatML, thinking, headers, sentencepiece's markers, channels.
-SAMPLE = ("gemma3", "llama3", "phi3", "qwen2_5")
-NAMES = (
-    *("cohere2", "deepseekv3", "gemma", "gemma3", "glm4moe", "lfm2", "llama3", "nemotron_3_nano", "phi3"),
-    *("phi3_5", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_instruct_2507"),
-)
-SPECIAL = re.compile(
-    r"<\|[\w▁ ]+\|>|<｜[\w▁]+｜>|</?(?:think|start_of_turn|end_of_turn|s|bos|eos)>|\[gMASK\]<sop>"
-)
-
-
-@pytest.fixture(scope="module")
-def trl_templates() -> Path:
-    trl = pytest.importorskip("trl")
-    return Path(trl.__file__).parent / "chat_templates"
-
-
-def speaker(template: str, folder: Path) -> Path:
-    """A tokenizer of bytes with the special tokens that the template names."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", *dict.fromkeys(SPECIAL.findall(template))]
-    special = list(dict.fromkeys(special))
-    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens=special,
-    )
-    made.chat_template = template
-    made.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function from (tokenizer folder, row, settings) to TRL's (ids, labels) of that row."""
-    pytest.importorskip("trl")
-    import datasets
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    model, out = LlamaForCausalLM(config), str(tmp_path_factory.mktemp("trl"))
-
-    def tokens(folder: Path, row: dict[str, Any], **settings: Any) -> tuple[list[int], list[bool]]:
-        arguments = SFTConfig(out, report_to=[], use_cpu=True, bf16=False, max_length=None, **settings)
-        trainer = SFTTrainer(
-            model,
-            arguments,
-            train_dataset=datasets.Dataset.from_list([row]),
-            processing_class=AutoTokenizer.from_pretrained(folder),
-        )
-        (found,) = trainer.train_dataset
-        return found["input_ids"], [label != -100 for label in found["labels"]]
-
-    return tokens
-
-
-def sampled(names: tuple[str, ...]) -> list[Any]:
-    return [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def assert_same(ours: Example, ids: list[int], learned: list[bool], tokenizer: Any) -> None:
-    """The same ids and labels, but we do not learn what the generation prompt writes (some marks of TRL's
-    include it), nor what stands behind the token that ends a turn."""
-    mine = labels(ours)
-    if len(ours.ids) > len(ids):  # GLM: the next turn's token ends an answer; TRL's last answer has no end
-        ids, learned = [*ids, ours.ids[-1]], [*learned, True]
-        assert ids[-1] in tokenizer.eos_token_ids
-    assert ours.ids == ids
-    assert not any(a and not b for a, b in zip(mine, learned, strict=True))
-    asked, told = (chat_prompt(TWO_TURNS[:1], tokenizer, answer=answer) for answer in (True, False))
-    begin = 0
-    for more, run in groupby(b and not a for a, b in zip(mine, learned, strict=True)):
-        end = begin + len(list(run))
-        text = tokenizer.decode(ids[begin:end])
-        if more and end < len(ids) and mine[end]:
-            assert text in asked[len(told) :]
-        elif more:
-            assert mine[begin - 1]
-            assert ids[begin - 1] in tokenizer.eos_token_ids
-            assert not text.strip() or ids[end - 1] in tokenizer.all_special_ids
-        begin = end
-
-
-@pytest.mark.parametrize("name", sampled(NAMES))
-def test_answers_are_those_that_trl_learns(
-    name: str, trl_templates: Path, trained: Any, tmp_path: Path
-) -> None:
-    """Every answer of a conversation, by the marks in TRL's training template; ours are found."""
-    template = (trl_templates / f"{name}_training.jinja").read_text()
-    folder = speaker(template, tmp_path)
+def test_a_system_message_that_stands_in_the_last_question_alone(tmp_path: Path) -> None:
+    """Mistral-Nemo's template leaves it out of a conversation that ends with an answer, but asks with it."""
+    folder = make_speaker("Mistral", tmp_path)
+    written = (Path(__file__).parent / "chat_templates" / "mistral_nemo.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(written)
     tokenizer = read_tokenizer(folder, {})
-    ids, learned = trained(folder, {"messages": TWO_TURNS}, assistant_only_loss=True)
-    (ours,) = encoded(tokenizer, TWO_TURNS, cutoff=4096).examples
-    assert_same(ours, ids, learned, tokenizer)
+    done = encoded(tokenizer, [{"role": "system", "content": "be kind"}, *TWO_TURNS])
+    assert [bracketed(example, tokenizer) for example in done.examples] == [
+        "<s> [INST]be kind\n\ntom has 3[/INST][he has 3</s>]",
+        "<s> [INST]tom has 3[/INST]he has 3</s> [INST]be kind\n\nhow?[/INST][so</s>]",
+    ]
+    assert done.rewritten == 1
 
 
-@pytest.mark.parametrize("name", sampled(NAMES))
-def test_a_completion_is_that_which_trl_learns(
-    name: str, trl_templates: Path, trained: Any, tmp_path: Path
-) -> None:
-    """One question and its answer, by the template as published."""
-    template = (trl_templates / f"{name}.jinja").read_text()
-    folder = speaker(template, tmp_path)
-    tokenizer = read_tokenizer(folder, {})
-    row = {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}
-    ids, learned = trained(folder, row, completion_only_loss=True)
-    (ours,) = encoded(tokenizer, TWO_TURNS[:2], cutoff=4096).examples
-    assert_same(ours, ids, learned, tokenizer)
+# Marks ----------------------------------------------------------------------------------------------------
+
+_MARKED = (
+    "{%% for m in messages %%}{{ '<|im_start|>' + m.role + '\\n' }}{%% if m.role == 'assistant' %%}%s"
+    "{%% else %%}{{ m.content + '<|im_end|>' }}{%% endif %%}{{ '\\n' }}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
+)
+_ALL = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+_TEXT = "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}"
+_PART = "{{ m.content[:3] }}{% generation %}{{ m.content[3:] + '<|im_end|>' }}{% endgeneration %}"
+_LAST = f"{{% if loop.last %}}{_ALL}{{% else %}}{{{{ m.content + '<|im_end|>' }}}}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    ("marks", "learned"),
+    [
+        (_ALL, ["he has 3<|im_end|>", "so<|im_end|>"]),
+        (_TEXT, ["he has 3<|im_end|>", "so<|im_end|>"]),  # the end of a turn is learned with it
+        (_PART, ["has 3<|im_end|>", "<|im_end|>"]),
+        (_LAST, ["so<|im_end|>"]),
+    ],
+)
+def test_what_a_template_marks_is_what_is_learned(marks: str, learned: list[str], tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    tokenizer.chat_template = _MARKED % marks
+    (example,) = encoded(tokenizer, TWO_TURNS).examples
+    assert re.findall(r"\[(.*?)\]", bracketed(example, tokenizer)) == learned
+    theirs = tokenizer._tokenizer.apply_chat_template(
+        TWO_TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert example.ids == theirs["input_ids"]
+    if marks != _TEXT:
+        assert labels(example) == [bool(each) for each in theirs["assistant_masks"]]
+
+
+def test_a_template_that_marks_no_answer_is_refused(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    tokenizer.chat_template = _MARKED % "{{ m.content }}{% generation %}{% endgeneration %}"
+    with pytest.raises(DataError, match=r"row 0: .*\{% generation %\} marks no part of the answers"):
+        encoded(tokenizer, TWO_TURNS)
+
+
+def test_reasoning_that_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(make_speaker("Qwen2.5", tmp_path), {})
+    for answer in ({"content": "so", "reasoning_content": "three"}, {"content": "so", "reasoning": "three"}):
+        with pytest.raises(DataError, match=r"row 0: .*does not write the reasoning of an answer .'three'"):
+            encoded(tokenizer, [TWO_TURNS[0], {"role": "assistant", **answer}])
+
+
+def test_answers_end_where_a_template_closes_turns_by_ordinary_text(tmp_path: Path) -> None:
+    """Each is a row of its own, for in a conversation no token would end it."""
+    tokenizer = read_tokenizer(make_speaker("writes <s> itself", tmp_path), {})
+    done = encoded(tokenizer, TWO_TURNS)
+    assert [bracketed(example, tokenizer).rpartition("[")[2] for example in done.examples] == [
+        " he has 3</s>]",
+        " so</s>]",
+    ]
+
+
+# The first token ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, spoken in TEMPLATES.items() if spoken.bos and spoken.front])
+def test_a_text_begins_once(name: str, tmp_path: Path) -> None:
+    """In training and in prompts, whether the template writes the first token or the tokenizer."""
+    tokenizer = read_tokenizer(make_speaker(name, tmp_path), {})
+    start = tokenizer.bos_token_id
+    expected = 0 if name in ("TinyLlama", "Phi-3") else 1  # transformers adds none to what a template writes
+    (example,) = encoded(tokenizer, TWO_TURNS[:2]).examples
+    assert example.ids.count(start) == expected
+    prompts = [
+        prompt_for("tom has 3", template=template, tokenizer=tokenizer, phase="eval")
+        for template in ("chat", "plain", "alpaca")
+    ]
+    counts = [prompt_ids(prompt, tokenizer).count(start) for prompt in prompts]
+    assert counts == [expected, 1, 1]
+    rows = {"text": {"text": "tom"}, "completion": {"prompt": "tom", "completion": "3"}}
+    for fmt, row in rows.items():
+        for text in ({}, {name: f"{tokenizer.bos_token}{value}" for name, value in list(row.items())[:1]}):
+            (example,) = encode(Rows([row | text], fmt, "here"), tokenizer, template="plain").examples
+            assert example.ids.count(start) == 1, text

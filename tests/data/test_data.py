@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import make_tokenizer
 
 from mlx_adapters.data.batches import batches
+from mlx_adapters.data.long_rows import Fitted, fitted
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import TEMPLATES, default_template, prompt_for, render
 from mlx_adapters.data.tokens import Example, encode, prompt_ids
@@ -151,21 +152,26 @@ def test_boundary_and_end_token(tokenizer: Any) -> None:
         encode(_rows(ROW), tokenizer, template="plain", loss_on="both")
 
 
-@pytest.mark.parametrize("cutoff", range(5, 11))
-def test_end_token_unless_truncated(tokenizer: Any, cutoff: int) -> None:
-    done = encode(_rows(ROW), tokenizer, template="plain", cutoff=cutoff)
+def _cut(rows: Rows, tokenizer: Any, length: int, **settings: Any) -> Fitted:
+    whole = encode(rows, tokenizer, template="plain", **settings)
+    return fitted(whole, length, "cut", form=rows.format, origin=rows.origin, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("length", range(5, 11))
+def test_end_token_unless_truncated(tokenizer: Any, length: int) -> None:
+    done = _cut(_rows(ROW), tokenizer, length)
     (example,) = done.examples
-    assert len(example.ids) == min(cutoff, 9)
-    assert (example.ids[-1] == 2) == (done.truncated == 0) == (cutoff >= 9)
+    assert len(example.ids) == min(length, 9)
+    assert (example.ids[-1] == 2) == (done.truncated == 0) == (length >= 9)
 
 
 def test_rows_without_a_target_are_dropped(tokenizer: Any) -> None:
     short = {"prompt": "a", "completion": "b"}
-    done = encode(_rows(ROW, short), tokenizer, template="plain", cutoff=4)
+    done = _cut(_rows(ROW, short), tokenizer, 4)
     assert (len(done.examples), done.truncated, done.dropped) == (1, 1, 1)
-    assert encode(_rows(ROW), tokenizer, template="plain", cutoff=4, loss_on="all").dropped == 0
-    with pytest.raises(DataError, match=r"here: .*4 tokens.*--cutoff"):
-        encode(_rows(ROW), tokenizer, template="plain", cutoff=4)
+    assert _cut(_rows(ROW), tokenizer, 4, loss_on="all").dropped == 0
+    with pytest.raises(DataError, match=r"here: .*4 tokens.*--max-length"):
+        _cut(_rows(ROW), tokenizer, 4)
 
 
 def test_start_token_once(with_start: Any) -> None:

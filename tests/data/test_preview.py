@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from mlx_adapters.cli.app import app
 from mlx_adapters.data import preview
-from mlx_adapters.data.showing import Preview
 from mlx_adapters.data.sources import load_rows
 from mlx_adapters.data.tokens import encode
 from mlx_adapters.models.load import read_tokenizer
@@ -44,12 +43,12 @@ def run(*arguments: Any) -> str:
 
 def test_a_row_is_shown_as_it_is_trained(places: tuple[Path, Path]) -> None:
     folder, file = places
-    first, *others = preview.shown(file, folder, Preview(rows=2))
+    first, *others = preview.show_rows(file, folder, rows=2)
     assert (first.row, [one.row for one in others]) == (0, [1])
     assert first.pieces == [(CHAT, "context"), ("apples<|im_end|>", "learned"), ("\n", "context")]
     (example,) = encode(load_rows(str(file)), read_tokenizer(folder, {}), template="chat").examples[:1]
     assert (first.tokens, first.supervised) == (len(example.ids), example.supervised)
-    (cut,) = preview.shown(file, folder, Preview(rows=1, cutoff=example.loss_start + 2))
+    (cut,) = preview.show_rows(file, folder, rows=1, cutoff=example.loss_start + 2)
     assert [kind for _, kind in cut.pieces] == ["context", "learned", "cut"]
     assert cut.supervised == 2
     assert "".join(text for text, _ in cut.pieces) == CHAT + "apples<|im_end|>\n"
@@ -69,9 +68,7 @@ def test_the_command_prints_what_is_learned_in_brackets_where_there_are_no_colou
 def test_statistics_count_what_training_will_see(places: tuple[Path, Path]) -> None:
     folder, file = places
     found = json.loads(run("stats", file, "--model", folder, "--json"))
-    examples = encode(
-        load_rows(str(file)), read_tokenizer(folder, {}), template="chat", cutoff=1 << 20
-    ).examples
+    examples = encode(load_rows(str(file)), read_tokenizer(folder, {}), template="chat").examples
     lengths = sorted(len(example.ids) for example in examples)
     assert (found["rows"], found["examples"], found["template"]) == (4, 4, "chat")
     assert (found["repeated"], found["empty"]) == (1, 1)
@@ -81,7 +78,7 @@ def test_statistics_count_what_training_will_see(places: tuple[Path, Path]) -> N
     assert found["lengths"]["50"] in lengths
     assert sum(count for _, count in found["histogram"]) == 4
     assert found["cut"]["256"] == sum(length > 256 for length in lengths) / 4
-    assert found["suggested_cutoff"] == 128, "the model was made for no more"
+    assert found["suggested_max_length"] == 128, "the model was made for no more"
     assert "4 rows, 4 examples with the template chat" in run("stats", file, "--model", folder)
 
 
@@ -95,11 +92,11 @@ def test_many_rows_that_are_cut_are_worth_a_sentence(tmp_path: Path) -> None:
         ma.load(make_tiny("llama", tmp_path)),
         [{"prompt": "tom has 3", "completion": "4 " * 9}] * 20,
     )
-    for cutoff, said in (
-        (8, ["100% of the rows are over 8 tokens and lose their end: --cutoff 13 keeps"]),
+    for length, said in (
+        (8, ["100% of the rows are over 8 tokens: --max-length 13 keeps"]),
         (13, []),
     ):
-        trainer = ma.Trainer(loaded, rows, output=tmp_path / f"{cutoff}", steps=1, cutoff=cutoff)
-        found = [line for line in summary(trainer) if "lose their end" in line]
+        trainer = ma.Trainer(loaded, rows, output=tmp_path / f"{length}", steps=1, max_length=length)
+        found = [line for line in summary(trainer) if "of the rows are over" in line]
         assert [line[: len(text)] for line, text in zip(found, said, strict=True)] == said
         trainer.detach()

@@ -120,7 +120,7 @@ def learned(
 ) -> list[tuple[str, str]]:
     """(what stands before, what is learned) of every training text."""
     rows = load_rows(str(source), columns=column_names(columns))
-    examples = encode(rows, tokenizer, template="chat", cutoff=1 << 16, **settings).examples
+    examples = encode(rows, tokenizer, template="chat", **settings).examples
     return [
         (
             tokenizer.decode(example.ids[: example.loss_start]),

@@ -119,7 +119,7 @@ def test_odd_rows_are_counted_when_training_starts(folders: dict[str, Path], tmp
     made += [{"prompt": "how many", "completion": "  "}, {"prompt": "tom", "completion": "apples " * 40}]
     arguments = ["--data", str(rows(tmp_path, made)), "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(
-        app, ["train", str(folders["llama"]), *arguments, "--steps", "1", "--cutoff", "20"]
+        app, ["train", str(folders["llama"]), *arguments, "--steps", "1", "--max-length", "20"]
     )
     assert done.exit_code == 0, done.output
     said = "; 1 cut at 20 tokens; 1 with an empty answer; 2 the same as an earlier row"

@@ -74,11 +74,6 @@ def test_what_is_not_used_is_named_once(tmp_path: Path) -> None:
     rows = [PAIR | {"id": 1}, PAIR | {"source": "x", "id": 2}]
     origin = _file(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")
     assert notes(load_rows(origin)) == [f"{origin}: fields that are not used: id, source"]
-    beside = _file(tmp_path, json.dumps(PAIR), "valid.jsonl")
-    for source in (origin, str(tmp_path)):
-        _, note = notes(load_rows(source))
-        assert note == f"{beside} is not used: --validation N holds out rows of train.jsonl"
-    assert notes(load_rows(beside)) == []
     used = TURNS | {"tools": [], "system": "a", "chat_template_kwargs": None}
     assert notes(load_rows(_file(tmp_path, json.dumps(used)))) == []
 

@@ -136,7 +136,7 @@ ASKED = {
     "template": "alpaca",
     "decoding": "greedy",
     "settings": {"kind": "greedy", "beams": 4, "max_tokens": None},
-    "reading": "strict 2",
+    "reading": "strict 3",
 }
 LIKELIHOOD = {"decoding": "likelihood", "settings": {"scored": "label", "max_tokens": None}, "reading": None}
 

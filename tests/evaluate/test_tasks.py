@@ -493,6 +493,25 @@ def test_a_score_is_of_one_task() -> None:
         summarise([])
 
 
+def test_the_table_leaves_out_what_there_is_not_and_ends_in_the_mean() -> None:
+    from mlx_adapters.evaluate.score import Record, summarise, table
+
+    def record(task: str, right: bool, seen: bool = False) -> Record:
+        return Record(
+            task, 0, "", "", "", None, "", right, strict_correct=right, paper_correct=right, seen=seen
+        )
+
+    new = [summarise([record(task, right=True), record(task, right=task == "b")]) for task in ("a", "b")]
+    heads, rows = table(new)
+    assert heads == ["task", "accuracy", "95 % interval", "correct", "paper's rule"]
+    assert rows[0][:2] == ["a", "50.0%"]
+    assert rows[-1] == ["mean", "75.0%", "", "", ""]
+    heads, rows = table([summarise([record("a", right=True, seen=True), record("a", right=False)])])
+    assert heads[4:6] == ["seen in training", "unseen"]
+    assert rows == [["a", "50.0%", rows[0][2], "1/2", "100.0% of 1", rows[0][5], "50.0%"]]
+    assert rows[0][5].startswith("0.0% of 1 (")
+
+
 def test_the_start_token_is_not_doubled_and_no_end_token_is_fed() -> None:
     from mlx_adapters.data.tokens import prompt_ids
 

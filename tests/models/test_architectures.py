@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 ROWS = {f"mlx_adapters/models/architectures/{name}.py" for name in ("discovered", "table")}
 # Besides the rows and the files of the models that mlx-lm lacks.
 EXCEPTIONS = {
-    "convert/gguf.py": "the architectures of llama.cpp, whose names are GGUF's and happen to be the same",
+    "convert/gguf_families.py": "the architectures of llama.cpp, and which model each is here",
+    "convert/gguf_pretokenizers.py": "the rules for cutting texts, as llama.cpp calls them",
     "convert/gguf_tokenizer.py": "the kinds of tokenizers in a GGUF file, as llama.cpp calls them",
     "convert/load_adapter.py": "is handed over with an adapter, and runs where this package is not installed",
 }

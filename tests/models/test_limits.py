@@ -186,7 +186,7 @@ def test_learned_positions_end_where_the_table_does(arch: str, folders: dict[str
             )
     with pytest.raises(UnsupportedError, match="positions for 256"):
         list(loglikelihoods(network, [(prompt, [[4] * 5])]))
-    with pytest.raises(UnsupportedError, match=r"300 tokens long, .* for 256: cut it \(--cutoff\)"):
+    with pytest.raises(UnsupportedError, match=r"300 tokens long, .* for 256: cut it \(--max-length\)"):
         Run(network, [Example([4] * 300, 1)], config=TrainConfig(steps=1))
 
 
@@ -228,7 +228,7 @@ def test_the_server_knows_the_length_whatever_it_is_called(folders: dict[str, Pa
 def test_rotary_positions_are_only_advised(folders: dict[str, Path], tmp_path: Path) -> None:
     text = "tom " * 300
     data = rows(tmp_path / "d.jsonl", [{"text": text}] * 2)
-    options = ("--data", data, "--output", tmp_path / "out", "--steps", 1, "--cutoff", 400)
+    options = ("--data", data, "--output", tmp_path / "out", "--steps", 1, "--max-length", 400)
     done = invoke("train", folders["llama"], *options)
     assert done.exit_code == 0, done.output
     assert "2 rows are longer than the 256 tokens that the model was made for" in done.stderr

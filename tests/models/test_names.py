@@ -5,7 +5,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import pytest
 
-from mlx_adapters.models.names import Names, Part, as_record, from_record, measure
+from mlx_adapters.models.marks import measure, seen
+from mlx_adapters.models.names import Names, Part, as_record, from_record
 from mlx_adapters.models.torch_tree import TorchTree
 
 Weights = dict[str, mx.array]
@@ -128,7 +129,7 @@ def test_what_sanitize_does_is_found(
 def found(sanitize: Callable[[Weights], Weights]) -> Names:
     source = given()
     made = sanitize(dict(source))
-    names = measure(source, made, lambda weights: sanitize(dict(weights)))
+    names = measure(seen(source, made), lambda weights: sanitize(dict(weights)))
     assert names is not None
     return names
 

@@ -16,9 +16,9 @@ FLOORS = (
     ("models",),
     ("methods",),
     ("adapter",),
-    ("data", "generate", "train", "evaluate"),
+    ("data", "generate", "train", "evaluate", "screen"),
     ("convert",),
-    ("study", "serve", "doctor"),
+    ("study", "serve", "doctor", "next_steps"),
     ("api",),
     ("cli",),
 )

@@ -28,8 +28,9 @@ from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import AdaptersError, ConfigError
 from mlx_adapters.models import load as model
 from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.loop import Run, validate
+from mlx_adapters.train.loop import Run
 from mlx_adapters.train.loss import loss_sum, split_head
+from mlx_adapters.train.validation import validate
 
 SOURCE = Path(mlx_adapters.__file__).parent
 

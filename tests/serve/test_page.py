@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_adapters.adapter.multi import load_adapters
 from mlx_adapters.cli.app import app
+from mlx_adapters.generate.config import AnswerConfig
 from mlx_adapters.models.load import load
 from mlx_adapters.serve.engine import Engine
 from mlx_adapters.serve.page import answer, build, side_by_side
@@ -90,7 +91,7 @@ def test_leaving_early_ends_the_request(engine: Engine) -> None:
 
 def test_the_page_has_every_adapter(engine: Engine) -> None:
     pytest.importorskip("gradio", reason="the extra web is not installed")
-    page = build(engine, title="t", max_tokens=HOLD, temperature=0.0, top_p=1.0, seed=0)
+    page = build(engine, title="t", config=AnswerConfig(max_tokens=HOLD, seed=0))
     found = [block for block in page.config["components"] if block["props"].get("elem_id") == "model"]
     assert [choice[0] for choice in found[0]["props"]["choices"]] == engine.models
     labels = [block["props"].get("label") for block in page.config["components"]]

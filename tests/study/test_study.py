@@ -298,7 +298,7 @@ def test_cells_read_by_other_rules_are_not_put_into_one_table(done: tuple[Path, 
     file.write_text(json.dumps(json.loads(before) | {"reading": "strict 1"}))
     said = cli("study", done[0], "--output", done[1], code=2).stderr
     file.write_text(before)
-    assert f"{file}: its answers were read by other rules (strict 1; now strict 2)" in said
+    assert f"{file}: its answers were read by other rules (strict 1; now strict 3)" in said
     assert "Remove" in said
 
 

@@ -13,7 +13,16 @@ from typing import Any
 from family_fields import FAMILIES, WRAPPERS
 from tiny import make_tokenizer
 
-__all__ = ["FAMILIES", "TEXT", "WRAPPERS", "make_family", "model_type_of", "opened"]
+__all__ = [
+    "FAMILIES",
+    "TEXT",
+    "WRAPPERS",
+    "in_float64",
+    "leave_out_towers",
+    "make_family",
+    "model_type_of",
+    "opened",
+]
 
 TEXT = [[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [30, 11, 45, 9, 8, 60, 6, 5, 33, 3, 21, 9, 8, 7]]
 """Two texts of 14 tokens: longer than every window of the table."""
@@ -36,7 +45,7 @@ def make_family(name: str, folder: Path, *, seed: int = 0, **fields: Any) -> Pat
     from transformers import AutoConfig
 
     torch.manual_seed(seed)
-    _leave_out_towers()
+    leave_out_towers()
     model_type = model_type_of(name)
     # copies: some configurations change the objects that they are given
     if name in WRAPPERS:
@@ -59,7 +68,7 @@ def _built(config: Any, wrapper: bool) -> Any:
     return kind.from_config(config, attn_implementation="eager")
 
 
-def _leave_out_towers() -> None:
+def leave_out_towers() -> None:
     """Gemma 3n's tower of images is in the package timm: its model is made without both of its towers."""
     import torch
     from transformers.models.gemma3n import modeling_gemma3n
@@ -92,6 +101,14 @@ def _randomise(model: Any) -> None:
             array.copy_(array + noise if starts else noise)
 
 
+def in_float64(network: Any) -> Any:
+    """The same model of torch in float64; the kernel of experts has none, their loop has."""
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    if hasattr(inner, "set_experts_implementation"):
+        inner.set_experts_implementation("eager")
+    return network.double()
+
+
 def opened(folder: Path, *, told: bool = False) -> Any:
     """The model in `folder` in transformers, ready to compare with; with `told` also what transformers says
     of missing and unexpected names.
@@ -102,7 +119,7 @@ def opened(folder: Path, *, told: bool = False) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    _leave_out_towers()
+    leave_out_towers()
     config = json.loads((folder / "config.json").read_text())
     (saved,) = config["architectures"]
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"], saved)

@@ -13,6 +13,7 @@ from family_parts import (
     GPT,
     HEADS,
     LINEAR,
+    MAMBA,
     MINISTRAL3,
     MISTRAL3_TEXT,
     MLA,
@@ -309,6 +310,47 @@ FAMILIES: dict[str, Fields] = {
     | windows(SLIDING, SLIDING, SLIDING, FULL)
     | rope(1e6)
     | {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    # of those that mlx-lm has besides, the ones that transformers has too and that are quick to make
+    "nemotron": BASE | HEADS | rope(10000.0, partial_rotary_factor=0.5),
+    "mamba": MAMBA,
+    "falcon_mamba": MAMBA,
+    "glm4_moe_lite": BASE | MLA | SHARED | rope(1e6) | {"mlp_layer_types": ["dense", "sparse"]},
+    "afmoe": BASE
+    | HEADS
+    | EXPERTS
+    | windows(SLIDING, SLIDING, SLIDING, FULL)
+    | rope(10000.0)
+    | {"num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True},
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "deepseek_v32": BASE  # with so many heads of the index that no two tokens score the same
+    | MLA
+    | SHARED
+    | rope(10000.0)
+    | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+    | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8},
+    "solar_open": BASE
+    | HEADS
+    | SHARED
+    | rope(1e6, partial_rotary_factor=1.0)
+    | {"first_k_dense_replace": 0, "norm_topk_prob": True},
+    "minicpm3": BASE
+    | MLA
+    | rope(
+        10000.0,
+        rope_type="longrope",
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[1.0, 2.0, 3.0, 4.0],
+        original_max_position_embeddings=64,
+    )
+    | {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 32, "tie_word_embeddings": False},
     "minimax": BASE
     | HEADS
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": [FULL, LINEAR], "block_size": 8}
@@ -330,6 +372,21 @@ WRAPPERS: dict[str, Fields] = {
     "gemma3": {"text_config": GEMMA3, "vision_config": TOWER, "mm_tokens_per_image": 4},
     "gemma3n": {"text_config": GEMMA3N},
     "gemma4": {"text_config": GEMMA4, "vision_config": None, "audio_config": None},
+    "qwen2_vl": {
+        "tie_word_embeddings": False,
+        "text_config": BASE | rope(1e6, mrope_section=[4, 2, 2]),
+        "vision_config": {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    },
+    "qwen2_5_vl": {
+        "tie_word_embeddings": False,
+        "text_config": BASE | rope(1e6, mrope_section=[4, 2, 2]),
+        "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [0], "window_size": 16},
+    },
+    "qwen3_vl": {
+        "tie_word_embeddings": False,
+        "text_config": BASE | HEADS | rope(5e6, mrope_section=[8, 4, 4], mrope_interleaved=True),
+        "vision_config": {**QWEN_TOWER, "deepstack_visual_indexes": [0]},
+    },
     "qwen3_5": {"text_config": QWEN35, "vision_config": QWEN_TOWER},
     "qwen3_5_moe": {"text_config": QWEN35_MOE, "vision_config": QWEN_TOWER},
 }

@@ -43,6 +43,14 @@ MLA: Fields = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
+MAMBA: Fields = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+    "time_step_rank": 32,
+    "conv_kernel": 4,
+}
 DELTA: Fields = {
     "num_hidden_layers": 4,
     "layer_types": [LINEAR, LINEAR, LINEAR, FULL],

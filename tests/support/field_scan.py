@@ -24,7 +24,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import tiny
-from families import FAMILIES, WRAPPERS
+from families import FAMILIES, WRAPPERS, in_float64, leave_out_towers
 from field_table import Seen, as_text, entry, merged
 from field_values import Case, cases
 
@@ -198,6 +198,10 @@ def _see(base: Base, case: Case) -> Seen:
     far = [_far(one, theirs) for one in ours]
     if max(far) <= _ROUNDING:
         return Seen(case, "right", moves)
+    # float32 may be all of it: norms without an epsilon amplify what two libraries, or two runs, round
+    # differently, and float64 tells how far torch is away from itself
+    if max(far) <= _ROUNDING + 4 * _far(_their_logits(in_float64(model), ids), theirs):
+        return Seen(case, "right", moves)
     return Seen(case, "wrong", moves, f"{max(far):.1f} bounds{', cached' if far[0] <= _ROUNDING else ''}")
 
 
@@ -266,6 +270,7 @@ def scan(model_type: str) -> list[list[Seen]]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+    leave_out_towers()
     with _unrefused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found: list[list[Seen]] = []

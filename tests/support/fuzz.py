@@ -136,7 +136,7 @@ def rows_read(file: Path) -> None:
     from mlx_adapters.data.sources import load_rows
     from mlx_adapters.data.tokens import encode
 
-    encode(load_rows(str(file)), loaded().tokenizer, template="alpaca", cutoff=64, loss_on="completion")
+    encode(load_rows(str(file)), loaded().tokenizer, template="alpaca", loss_on="completion")
 
 
 def run_file(folder: Path) -> None:
@@ -287,7 +287,7 @@ READERS: dict[str, Reader] = {
 def _read_bin(file: Path) -> None:
     import mlx.core as mx
 
-    from mlx_adapters.convert.torch_bin import read_bin
+    from mlx_adapters.files.torch_bin import read_bin
 
     mx.eval([mx.array(array) for array in read_bin(file).values()])
 

@@ -50,7 +50,11 @@ def drawn(rng: random.Random, network: Any) -> dict[str, Any]:
         "exclude_modules": [rng.choice(ends)],
         "trainable_token_indices": rng.sample(range(60), 3),
         "lora_bias": True,
+        "ensure_weight_tying": True,
     }
+    stacks = {".".join(name.split(".")[-2:]) for name, array in network.named_parameters() if array.ndim == 3}
+    if stacks := {name for name in stacks if "conv" not in name}:  # of experts
+        extras["target_parameters"] = rng.sample(sorted(stacks), rng.randint(1, len(stacks)))
     for name in rng.sample(sorted(extras), rng.choice([0, 1, 1, 2, 3])):
         fields[name] = extras[name]
     if isinstance(targets, list) and rng.random() < 0.25:

@@ -13,7 +13,7 @@ def study_file(folder: Path, model: Path, **changes: Any) -> Path:
         "rows": 20,
         "limit": 4,
         "max_tokens": 4,
-        "train": {"steps": 4, "batch_size": 2, "cutoff": 48, "warmup": 0, "save_every": 2},
+        "train": {"steps": 4, "batch_size": 2, "max_length": 48, "warmup": 0, "save_every": 2},
         "grid": [
             {"method": "lora", "placement": {"attn": {"targets": "attn"}}, "size": {"rank": [2, 4]}},
             {"method": "prefix", "size": {"num_virtual_tokens": [2, 3]}},

@@ -12,6 +12,7 @@ from typing import Any
 
 from families import FAMILIES, WRAPPERS, model_type_of
 from family_exceptions import KNOWN, REFUSED, exception
+from gguf_cases import CASES
 from mlx_lm.utils import MODEL_REMAPPING
 from samples import architectures
 from trials import support, targets
@@ -57,10 +58,13 @@ _COMPARED = {
 def compared() -> dict[str, dict[str, str | None]]:
     """{model_type of a family: {what was compared with PyTorch: why it is not equal, None where it is}}.
 
-    `test_families.py` tries each claim, and fails where the lists of exceptions say otherwise than it finds.
+    `test_families.py` tries each claim, and fails where the lists of exceptions say otherwise than it finds;
+    `test_gguf_families.py` compares the logits of a GGUF file.
     """
+    from_gguf = {model_type_of(name) for name in CASES}
     return {
         name: {what: _exception(name, claims) for what, claims in _COMPARED.items()}
+        | ({"gguf": None} if name in from_gguf else {})
         for name in sorted({*FAMILIES, *WRAPPERS})
         if name == model_type_of(name)
     }

@@ -26,7 +26,10 @@ def tokens() -> tuple[list[str], list[int], list[str]]:
 
 def write_tiny(path: Path, weights: dict[str, Any], *, kind: Any = None, **extra: Any) -> Path:
     """A GGUF file of a two-layer llama, written by the gguf package; `kind` quantizes the matrices."""
-    writer = gguf.GGUFWriter(path, "llama")
+    arch = extra.pop("arch", "llama")
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in extra.pop("fields", {}).items():
+        writer.add_key_value(name if "split" in name else f"{arch}.{name}", value, _type(value))
     for name, value in (
         ("block_count", 2),
         ("context_length", 128),
@@ -35,9 +38,9 @@ def write_tiny(path: Path, weights: dict[str, Any], *, kind: Any = None, **extra
         ("attention.head_count", HEADS),
         ("attention.head_count_kv", KV),
     ):
-        writer.add_uint32(f"llama.{name}", extra.pop(name, value))
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32("llama.rope.freq_base", extra.pop("theta", 777.0))
+        writer.add_uint32(f"{arch}.{name}", extra.pop(name, value))
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32(f"{arch}.rope.freq_base", extra.pop("theta", 777.0))
     names, kinds, merges = tokens()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(extra.pop("pre", "smollm"))
@@ -59,6 +62,11 @@ def write_tiny(path: Path, weights: dict[str, Any], *, kind: Any = None, **extra
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _type(value: Any) -> Any:
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
+    return kinds.get(type(value), gguf.GGUFValueType.STRING)
 
 
 def llama_weights(seed: int = 0) -> dict[str, np.ndarray]:

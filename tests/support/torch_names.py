@@ -17,6 +17,7 @@ import tiny
 import torch
 from families import FAMILIES, WRAPPERS, make_family, model_type_of
 
+from mlx_adapters.models.names import template
 from mlx_adapters.models.torch_names import TABLE
 
 __all__ = ["entry", "written"]
@@ -49,7 +50,24 @@ def entry(name: str) -> tuple[str, dict[str, Any]]:
         "prefix": model.base_model_prefix,
         "beside": sorted(tops - {model.base_model_prefix}),
         "rules": rules,
-    } | _tensors(name)
+    } | _read(model) | _tensors(name)
+
+
+def _read(model: Any) -> dict[str, Any]:
+    """What the model reads of a checkpoint to compute text, and which of its modules it does not need for
+    that."""
+    ends = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(tensor) for end in ends if end is not None for tensor in [*end.parameters(), *end.buffers()]}
+    wrapper = model.config.get_text_config() is not model.config
+    state = model.state_dict(keep_vars=True).items()
+    read = [name for name, tensor in state if not wrapper or id(tensor) in text]
+    towers = {".".join(name.split(".")[:2]) for name, _ in state} - {
+        ".".join(name.split(".")[:2]) for name in read
+    }
+    return {
+        "reads": sorted({template(name) for name in read}),
+        **({"towers": sorted(towers)} if towers else {}),
+    }
 
 
 def _tensors(name: str) -> dict[str, Any]:
@@ -64,7 +82,7 @@ def _tensors(name: str) -> dict[str, Any]:
         except AdaptersError as error:
             print(f"{name}: {error}")
             return {}
-    found = loaded.model.tensor_names
+    found = names.names_of(loaded.model)
     return {"tensors": names.as_record(found)} if found else {}
 
 
@@ -73,7 +91,8 @@ def written() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _FIELDS:
         try:
-            found[model_type_of(name)] = entry(name)[1]
+            own, before = entry(name)[1], found.get(model_type_of(name), {}).get("reads", ())
+            found[model_type_of(name)] = own | {"reads": sorted({*before, *own["reads"]})}
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:100]}")
     return {"transformers": metadata.version("transformers"), "names": dict(sorted(found.items()))}

@@ -40,7 +40,7 @@ def test_every_method(case: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"packing": True, "cutoff": 32},
+        {"packing": True, "max_length": 32},
         {"gradient_checkpointing": True},
         {"neftune": 5.0},
         {"accumulation": 2},

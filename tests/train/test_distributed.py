@@ -26,6 +26,7 @@ def command(count: int, setting: tuple[Path, Path], output: Path, *more: str) ->
     model, data = setting
     program = [sys.executable, "-m", "mlx_adapters.cli.app", "train", str(model), "--data", str(data)]
     program += ["--output", str(output), "--template", "plain", "--lr", "0.01", "--warmup", "2"]
+    program += ["--eval-task", str(data.with_name("test.jsonl")), "--eval-limit", "3", "--eval-every", "10"]
     launch = [str(LAUNCH), "-n", str(count), "--backend", "ring", "-p", str(free_ports(count)), "--"]
     return [*(launch if count > 1 else []), *program, *more]
 
@@ -43,8 +44,8 @@ def records(output: Path) -> list[dict[str, Any]]:
 def compare(left: Path, right: Path) -> None:
     a, b = records(left), records(right)
     assert [row["step"] for row in a] == [row["step"] for row in b]
-    assert [row["tokens"] for row in a] == [row["tokens"] for row in b]
-    for name in ("loss", "grad_norm", "validation_loss"):
+    assert [row.get("tokens") for row in a] == [row.get("tokens") for row in b]
+    for name in ("loss", "grad_norm", "validation_loss", "accuracy"):
         np.testing.assert_allclose(
             [row.get(name, 0) for row in a], [row.get(name, 0) for row in b], rtol=1e-5, err_msg=name
         )
@@ -64,6 +65,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for n in range(31)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = [{"question": row["prompt"], "answer": row["completion"].split()[-1]} for row in rows]
+    data.with_name("test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in test))
     return make_tiny("llama", root), data
 
 
@@ -79,7 +82,8 @@ def alone(setting: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize(
-    ("count", "more"), [(2, ()), (3, ()), (2, ("--packing", "--cutoff", "40", "--gradient-checkpointing"))]
+    ("count", "more"),
+    [(2, ()), (3, ()), (2, ("--packing", "--max-length", "40", "--gradient-checkpointing"))],
 )
 def test_processes_match_one(
     count: int, more: tuple[str, ...], setting: tuple[Path, Path], alone: Path, tmp_path: Path
@@ -94,6 +98,7 @@ def test_processes_match_one(
     compare(alone, tmp_path / "adapter")
     last = records(alone)[-1]
     assert last["step"] == 10 or more
+    assert "accuracy" in last
 
 
 def test_a_run_goes_on_with_another_number_of_processes(

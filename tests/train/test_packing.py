@@ -35,7 +35,7 @@ def test_packed_equals_apart(arch: str, folders: dict[str, Path]) -> None:
     apart = of_batches(
         Run(loaded.model, items, config=config()), batches(items, batch_size=1, pad_id=0, multiple=1)
     )
-    packed = Run(loaded.model, items, config=config(packing=True, cutoff=64))
+    packed = Run(loaded.model, items, config=config(packing=True, max_length=64))
     given = batches(items, batch_size=2, pad_id=0, pack=64)
     assert sum(len(batch.ids) for batch in given) < len(items) / 2
     same(apart, of_batches(packed, given))
@@ -49,7 +49,7 @@ def test_packing_rounds_no_more_than_padding_does(arch: str, folders: dict[str, 
     plain = Run(loaded.model, items, config=config())
     apart = summed(plain, batches(items, batch_size=1, pad_id=0, multiple=1))
     padded = summed(plain, batches(items, batch_size=3, pad_id=0, multiple=32))
-    run = Run(loaded.model, items, config=config(packing=True, cutoff=64))
+    run = Run(loaded.model, items, config=config(packing=True, max_length=64))
     packed = summed(run, batches(items, batch_size=2, pad_id=0, pack=64))
     assert 0 < distance(apart, packed) < 2 * distance(apart, padded) < 1e-5
 
@@ -59,7 +59,7 @@ def test_packed_equals_apart_for_every_kind_of_method(case: str, folders: dict[s
     items = rows()
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     apart = of_batches(Run(loaded.model, items, config=config()), batches(items, batch_size=1, pad_id=0))
-    again = config(packing=True, cutoff=64, gradient_checkpointing=True)
+    again = config(packing=True, max_length=64, gradient_checkpointing=True)
     loaded, _ = attached(folders["llama"], METHODS[case], trained=True)
     same(
         apart,
@@ -136,7 +136,7 @@ def test_nothing_is_lost_or_repeated(lengths: list[int], size: int, pack: int, p
 
 def test_a_packed_run_trains_and_counts_its_steps() -> None:
     items = examples(40)
-    settings = config(packing=True, cutoff=64, batch_size=2, steps=None, epochs=3)
+    settings = config(packing=True, max_length=64, batch_size=2, steps=None, epochs=3)
     steps = list(Run(tiny(), items, config=settings))
     assert len(steps) == total_steps(items, settings)
     assert len(steps) < 3 * 40 / 2 / 3

@@ -39,7 +39,7 @@ def test_prediction_is_within_15_percent(
     method: str, again: bool, rows: int, tokens: int, folder: Path
 ) -> None:
     config = TrainConfig(
-        batch_size=rows, cutoff=tokens, steps=2, warmup=0, gradient_checkpointing=again, loss_on="all"
+        batch_size=rows, max_length=tokens, steps=2, warmup=0, gradient_checkpointing=again, loss_on="all"
     )
     predicted = predict(folder, method=methods.make(method, {}), config=config)
     loaded = model.load(folder)
@@ -57,14 +57,14 @@ def test_prediction_is_within_15_percent(
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe", "phi"])
 def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
     folder = make_tiny(arch, tmp_path, num_hidden_layers=8)
-    config = TrainConfig(batch_size=2, cutoff=64, loss_on="all")
+    config = TrainConfig(batch_size=2, max_length=64, loss_on="all")
     peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (2, 6)]
     assert peaks[1] > peaks[0]
 
 
 def test_checkpointing_costs_one_hidden_state_per_token_and_layer(folder: Path) -> None:
     """Growth per layer: the block's weights and trained arrays, and one hidden state per token."""
-    config = TrainConfig(batch_size=4, cutoff=256, gradient_checkpointing=True, loss_on="all")
+    config = TrainConfig(batch_size=4, max_length=256, gradient_checkpointing=True, loss_on="all")
     peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (4, 8)]
     loaded = model.load(folder)
     block = sum(v.nbytes for _, v in _leaves(loaded.model.layers[0]))
@@ -118,7 +118,7 @@ def test_the_last_line_is_a_command_that_trains_what_fits(
     training = json.loads((tmp_path / "out" / "mlx_adapters.json").read_text())
     assert training["method"] == "parallel"
     assert training["config"]["bottleneck_size"] == 4
-    assert (training["training"]["batch_size"], training["training"]["cutoff"]) == (3, 32)
+    assert (training["training"]["batch_size"], training["training"]["max_length"]) == (3, 32)
 
     monkeypatch.setattr(plan, "overhead", lambda plans: 0)  # what this process took before differs by more
     plans = json.loads(CliRunner().invoke(app, [*ask, "--json", "--memory", "64GB"]).stdout)
@@ -135,7 +135,7 @@ def test_batches_of_like_parts_are_measured_once_and_take_as_much(
 ) -> None:
     """On a CPU; a GPU computes a batch whole. Rows of 128 tokens: parts of 1, 2, 4, 4, 5 and 4 rows."""
     configs = [
-        TrainConfig(batch_size=rows, cutoff=128, loss_on="all", gradient_checkpointing=again)
+        TrainConfig(batch_size=rows, max_length=128, loss_on="all", gradient_checkpointing=again)
         for rows in (1, 2, 4, 8, 10, 16)
     ]
     asked: list[int] = []

@@ -96,7 +96,7 @@ def test_it_trains_and_packed_rows_count_the_same(tmp_path: Path) -> None:
     convert(make_tiny("qwen3_moe", tmp_path), tmp_path / "mlx")
     apart = losses(tmp_path / "mlx", steps=4, batch_size=2)
     assert apart[-1] < apart[0]
-    (packed,) = losses(tmp_path / "mlx", steps=1, batch_size=1, packing=True, cutoff=32)
+    (packed,) = losses(tmp_path / "mlx", steps=1, batch_size=1, packing=True, max_length=32)
     assert packed == pytest.approx(apart[0], abs=1e-5), "which row a token stands in is all the same"
 
 

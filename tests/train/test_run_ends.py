@@ -79,9 +79,14 @@ def test_progress_survives_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"patience": 2}, {"best": True}])
-def test_best_without_validation_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="give validation too"):
-        TrainConfig(**fields)
+def test_best_without_validation_is_refused(
+    fields: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="give validation, or eval_task"):
+        TrainConfig(validation=0, **fields)
+    loaded = model.load(folders["llama"])
+    with pytest.raises(ConfigError, match="give validation, or eval_task"):
+        Trainer(loaded, rows_file(tmp_path), output=tmp_path / "out", **fields)
 
 
 Spoil = Callable[[Run, int, float], None]
@@ -219,7 +224,7 @@ def test_a_kill_beside_a_checkpoint_loses_no_line_of_the_record(
     monkeypatch.setattr(checkpoint, "save", save)
     resumed = trainer(folders, tmp_path, resume=True)
     list(resumed)
-    assert [row["step"] for row in metrics.read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics.read(tmp_path / "out" / "metrics.jsonl")] == list(range(7))
 
 
 def test_numbers_go_to_tensorboard(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_numbers_go_to_tensorboard(folders: dict[str, Path], tmp_path: Path) -> 
     content = events.read_bytes()
     for name in (b"loss", b"validation_loss", b"tokens_per_second", b"settings"):
         assert name in content
-    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 6
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 7
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -251,11 +256,18 @@ def test_trackers_get_every_step(
 
     spec = ModuleSpec(name, None)  # other packages look whether it is installed
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init, __spec__=spec))
-    steps = list(trainer(folders, tmp_path, log=[name]))
-    assert [(step, numbers["loss"]) for step, numbers in logged] == [(s.step, s.loss) for s in steps]
+    made = trainer(folders, tmp_path, log=[name])
+    steps = list(made)
+    before, *later = logged
+    assert before == (0, {"validation_loss": made.result.validation_loss_before})
+    assert [(step, numbers["loss"]) for step, numbers in later] == [(s.step, s.loss) for s in steps]
     assert told["closed"]
-    assert told["project"] == "mlx-adapters"
+    assert (told["project"], told["name"]) == ("mlx-adapters", "out")
     assert told["config"]["batch_size"] == 4
+    options = {"project": "desk", "run_name": "first", "tags": "lora, tiny"}
+    open_loggers([name], tmp_path, options)
+    assert (told["project"], told["name"], told["config"]) == ("desk", "first", options)
+    assert told.get("tags") == (["lora", "tiny"] if name == "wandb" else None), "trackio has none"
 
 
 def test_an_unknown_logger_and_a_missing_package_are_named(

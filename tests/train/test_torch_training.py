@@ -137,7 +137,8 @@ def test_fifty_steps_of_a_real_model_on_real_data(smollm2: Path, tmp_path: Path)
 
     def prepared() -> tuple[model.LanguageModel, Run]:
         loaded = model.load(smollm2)
-        items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca", cutoff=256).examples[:400]
+        items = encode(load_rows(str(MATH)), loaded.tokenizer, template="alpaca").examples[:400]
+        items = [item.cut(256) for item in items]
         mx.random.seed(0)
         adapter.attach(loaded, chosen)
         return loaded, Run(loaded.model, items, config=settings)

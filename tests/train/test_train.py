@@ -17,8 +17,9 @@ from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.train import metrics
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.length import LEAST_STEPS, epochs, total_steps, warmup_steps
-from mlx_adapters.train.loop import Run, validate
+from mlx_adapters.train.loop import Run
 from mlx_adapters.train.optimizers import learning_rate
+from mlx_adapters.train.validation import validate
 
 
 def test_loss_falls_and_the_base_stays() -> None:
@@ -160,8 +161,10 @@ def test_record_and_plot(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     steps = list(Run(tiny(), examples(), examples(3, seed=9), config=config(validate_every=3)))
     for step in steps:
-        metrics.append(file, step)
-    metrics.append(file, replace(steps[-1], loss=0.5))  # a resumed run repeats a step: the later one counts
+        metrics.append(file, [step.record()])
+    metrics.append(
+        file, [replace(steps[-1], loss=0.5).record()]
+    )  # a resumed run repeats a step: the later one counts
     with file.open("a") as stream:
         stream.write('{"step": 7, "lo')  # a killed run
     rows = metrics.read(file)

@@ -6,9 +6,9 @@ A model file of mlx-lm about which nothing particular is known has no row.
 from dataclasses import replace
 
 from mlx_adapters.models import (
+    corrected_routers,
     corrections,
     interleaved,
-    routing,
     saved_forms,
     saved_weights,
     state_space,
@@ -58,7 +58,7 @@ DISCOVERED: dict[str, Architecture] = {
         experts=_EXPERTS,
         checked=True,
         renamed={"num_local_experts": "num_experts"},
-        corrections=(routing.normalise_chosen,),
+        corrections=(corrected_routers.normalise_chosen,),
         peft=PeftGaps(routed=True),
     ),
     "qwen3_moe": Architecture(
@@ -133,7 +133,7 @@ DISCOVERED: dict[str, Architecture] = {
     **dict.fromkeys(("llama4", "llama4_text"), Architecture(peft=PeftGaps(absent="experts"))),
     "ernie4_5_moe": Architecture(
         kept=((r"(.*\.mlp)\.(?:moe_statics\.)?e_score_correction_bias", r"\1.e_score_correction_bias"),),
-        corrections=(routing.choose_with_bias,),
+        corrections=(corrected_routers.choose_with_bias,),
         peft=_MIXTURE,
     ),
     "granitemoe": Architecture(experts=_GRANITE_EXPERTS, peft=PeftGaps(routed=True)),
@@ -147,7 +147,7 @@ DISCOVERED: dict[str, Architecture] = {
     ),
     "jamba": Architecture(
         as_built=corrections.count_expert_layers,
-        corrections=(routing.weigh_all_experts,),
+        corrections=(corrected_routers.weigh_all_experts,),
         # transformers reads the weight of dt_proj and passes PEFT's layer by
         peft=PeftGaps(absent=r"mamba\.dt_proj", routed=True),
     ),

@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import typer
@@ -52,40 +53,48 @@ def _write(text: str) -> None:
         drop(sys.stderr)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout, each cell as it is: `[cpu]` is text here, not Rich's markup."""
+def table(columns: list[str], rows: list[list[str]], links: Iterable[str] = ()) -> None:
+    """A table on stdout, each cell as it is: `[cpu]` is text here, not Rich's markup.
+
+    Columns that are empty are left out, and what stands in the first is never cut. `links` are addresses that
+    the cells of the last column lead to on a terminal.
+    """
     from rich import box
     from rich.console import Console
+    from rich.style import Style
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        drawn.add_column(Text(column))
-    for row in rows:
-        drawn.add_row(*(Text(plain(cell)) for cell in row))
+    kept = [index for index in range(len(columns)) if not rows or any(row[index] for row in rows)]
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index in kept:
+        drawn.add_column(Text(columns[index]), no_wrap=index == 0, overflow="fold")
+    for row, link in zip_longest(rows, links):
+        cells = [Text(plain(row[index])) for index in kept]
+        cells[-1].stylize(Style(link=link))
+        drawn.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as text:
         console.print(drawn)
     typer.echo(text.get(), nl=False)  # Rich would end the program with 1 where nobody reads it
 
 
-def pieces(rows: Iterable[Any]) -> None:
-    """Rows as they are trained, on stdout: what is learned in colour, or in brackets where there is none."""
-    colours: dict[str, dict[str, Any]] = {
-        "learned": {"fg": "green", "bold": True},
-        "cut": {"dim": True, "strikethrough": True},
-    }
-    marks = {"learned": "⟦{}⟧", "cut": "⟨cut: {}⟩"}
-    for one in rows:
-        typer.secho(f"row {one.row}: {one.tokens} tokens, {one.supervised} supervised", bold=True)
-        for part, kind in one.pieces:
-            text = plain(part)
-            if sys.stdout.isatty():
-                typer.secho(text, nl=False, **colours.get(kind, {}))
-            else:
-                typer.echo(marks.get(kind, "{}").format(text), nl=False)
-        typer.echo()
+def picture(rows: Sequence[Any], *, err: bool = False) -> None:
+    """Rows as they are trained, in colour or with marks, and what those mean: on stdout, `err` on stderr."""
+    from rich.console import Console
+
+    from mlx_adapters.data.showing import in_colour, in_marks
+
+    console = Console(stderr=err, highlight=False)
+    with console.capture() as text:
+        console.print(in_colour(rows))
+    coloured = console.is_terminal and not console.no_color
+    typer.echo(text.get() if coloured else plain(in_marks(rows)), nl=False, err=err)
+
+
+def ended(text: str, following: Iterable[str]) -> None:
+    """A result on stdout, and below it what may come next: lines that are ready to be pasted."""
+    typer.echo("\n".join([*filter(None, [text]), "Next:", *(f"    {line}" for line in following)]))
 
 
 @contextmanager
@@ -99,30 +108,40 @@ def lines(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(file=Patient(sys.stderr))  # type: ignore[arg-type]
+    wide = 24 if console.width >= 100 else 12
+    room = console.width - wide - len(title) - 2 * len(str(total)) - 12  # of the counts and the time left
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=wide),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
-    console = Console(file=Patient(sys.stderr))  # type: ignore[arg-type]
     with Progress(*columns, console=console, redirect_stdout=False) as bar:
         task, _live = bar.add_task(title, total=total, text=""), bar
         try:
-            yield lambda done, text: bar.update(task, completed=done, text=text)
+            yield lambda done, text: bar.update(task, completed=done, text=_fitting(text, room))
         finally:
             _live = None
 
 
+def _fitting(text: str, room: int) -> str:
+    """The first parts of a text, which two spaces divide: as many as there is room for, but one at least."""
+    while len(text) > room and "  " in text:
+        text = text.rpartition("  ")[0]
+    return text
+
+
 def _log(title: str, total: int) -> Callable[[int, str], None]:
-    last = 0.0
+    last, before, ends = 0.0, time.monotonic(), {1, total}
 
     def update(done: int, text: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if done in (1, total) or now - last >= _LOG_EVERY:
+        if done in ends or now - (last if done else last or before) >= _LOG_EVERY:
             last = now
+            ends.discard(done)
             say(f"{title} {done}/{total}  {text}")
 
     return update

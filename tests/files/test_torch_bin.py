@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_adapters.convert.torch_bin import read_bin
 from mlx_adapters.errors import CheckpointError, UnsupportedError
+from mlx_adapters.files.torch_bin import read_bin
 
 torch = pytest.importorskip("torch", reason="the reference needs torch (extra: dev)")
 
