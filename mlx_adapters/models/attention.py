@@ -67,7 +67,7 @@ def kept_scores(model: nn.Module, scores: int) -> int:
     names = {name for kind in kinds for code in _codes(kind) for name in code.co_names}
     if "scaled_dot_product_attention" not in names or any(map(_asks_mlx, kinds)):
         return scores
-    return min(scores, _SCORES if device.on_cpu() else _MOST_SCORES)
+    return 0 if device.on_cpu() else min(scores, _MOST_SCORES)  # those of a block are few
 
 
 def attention(
