@@ -21,6 +21,7 @@ __all__ = ["attention", "differentiated", "kept_scores", "rebind"]
 
 # On a GPU MLX's own kernel is faster while it keeps no more scores than these of a layer (64 MB in float32).
 _MOST_SCORES = 1 << 24
+_OF_A_BLOCK = 1 << 18  # scores, on a CPU, of all rows and heads
 
 
 class _Switch:
@@ -67,7 +68,7 @@ def kept_scores(model: nn.Module, scores: int) -> int:
     names = {name for kind in kinds for code in _codes(kind) for name in code.co_names}
     if "scaled_dot_product_attention" not in names or any(map(_asks_mlx, kinds)):
         return scores
-    return 0 if device.on_cpu() else min(scores, _MOST_SCORES)  # those of a block are few
+    return min(scores, _OF_A_BLOCK if device.on_cpu() else _MOST_SCORES)
 
 
 def attention(
