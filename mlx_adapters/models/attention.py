@@ -14,14 +14,13 @@ from mlx_lm.models import base
 
 from mlx_adapters import device
 from mlx_adapters import rebind as rebinding
-from mlx_adapters.models.attention_blocks import HIDDEN, Blocks, by_group
+from mlx_adapters.models.attention_blocks import HIDDEN, SCORES, Blocks, by_group
 from mlx_adapters.models.masks import Mask, create_attention_mask
 
 __all__ = ["attention", "differentiated", "kept_scores", "rebind"]
 
 # On a GPU MLX's own kernel is faster while it keeps no more scores than these of a layer (64 MB in float32).
 _MOST_SCORES = 1 << 24
-_OF_A_BLOCK = 1 << 18  # scores, on a CPU, of all rows and heads
 
 
 class _Switch:
@@ -68,7 +67,7 @@ def kept_scores(model: nn.Module, scores: int) -> int:
     names = {name for kind in kinds for code in _codes(kind) for name in code.co_names}
     if "scaled_dot_product_attention" not in names or any(map(_asks_mlx, kinds)):
         return scores
-    return min(scores, _OF_A_BLOCK if device.on_cpu() else _MOST_SCORES)
+    return min(scores, SCORES if device.on_cpu() else _MOST_SCORES)
 
 
 def attention(

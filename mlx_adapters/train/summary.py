@@ -55,7 +55,7 @@ def _rows(trainer: Trainer) -> str:
         (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
-        (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
+        (encoded.rewritten, "for an earlier answer that a whole chat has otherwise, or without an end token"),
     )
     return text + "".join(f"; {count} {what}" for count, what in counts if count)
 
@@ -64,8 +64,8 @@ def _measured(trainer: Trainer) -> list[str]:
     """What is measured on the way, and what decides which step is the best."""
     config, sets = trainer.config, trainer.watch.sets
     found = []
-    if trainer.validation:
-        found.append(f"{trainer.validation}, every {counted(config.validate_every, 'step')}")
+    if trainer.measured_on:
+        found.append(f"{trainer.measured_on}, every {counted(config.validate_every, 'step')}")
     if sets:
         names = ", ".join(f"{counted(len(items), 'item')} of {task.name}" for task, items in sets)
         every = config.eval_every or config.validate_every
