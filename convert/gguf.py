@@ -62,12 +62,12 @@ def read_gguf(path: Path, *, keep_quantized: bool) -> GGUF:
     family, found = family_in(container)
     config = {"architectures": [family.model_class], "model_type": family.model_type} | common(found)
     config |= family.fields(found, config)
-    packable = _packable(container.path, config) if keep_quantized else set()
+    packable = _packable(container.path, config)
     weights: dict[str, mx.array] = {}
     modes: dict[str, dict[str, Any]] = {}
     for name, matrix in _matrices(container, family, config):
         module = name.removesuffix(".weight")
-        if isinstance(matrix, Groups) and module in packable and has_form(matrix):
+        if keep_quantized and isinstance(matrix, Groups) and module in packable and has_form(matrix):
             weights |= {f"{module}.{part}": array for part, array in packed(matrix).items()}
             modes[module] = _USUAL | {"bits": matrix.bits, "mode": matrix.mode}
         else:
@@ -86,11 +86,6 @@ def family_in(container: Container) -> tuple[Family, Metadata]:
     arch = container.fields.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
         raise UnsupportedError(f"{container.path}: {unknown('architecture', str(arch)[:60], FAMILIES)}")
-    parts = container.fields.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedError(
-            f"{container.path}: is one of {parts} parts; join them with `llama-gguf-split --merge` first"
-        )
     found = Metadata(container, arch)
     return family_of(arch, found), found
 
@@ -196,12 +191,12 @@ def _values(container: Container, tensor: Tensor) -> Matrix:
 
 def _packable(path: Path, config: dict[str, Any]) -> set[str]:
     """The modules of the model that MLX can hold in groups."""
-    config = model_config.normalise(config)
     try:
+        config = model_config.normalise(config)
         model_class, args = model_config.classes(config)
         model = model_class(args.from_dict(config))
-    except AdaptersError:
-        raise
+    except AdaptersError as error:  # speaks of config.json, whose fields the metadata are
+        raise type(error)(f"{path}: {error}") from None
     except Exception as error:  # sizes that a model file stumbles over
         raise CheckpointError(f"{path}: its metadata describe no model ({one_line(error)})") from None
     return {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}

@@ -14,10 +14,10 @@ from mlx_lm.models import base
 
 from mlx_adapters import device
 from mlx_adapters import rebind as rebinding
-from mlx_adapters.models.attention_blocks import HIDDEN, Blocks, by_group
+from mlx_adapters.models.attention_blocks import HIDDEN, SCORES, Blocks, by_group
 from mlx_adapters.models.masks import Mask, create_attention_mask
 
-__all__ = ["attention", "differentiated", "rebind"]
+__all__ = ["attention", "differentiated", "kept_scores", "rebind"]
 
 # On a GPU MLX's own kernel is faster while it keeps no more scores than these of a layer (64 MB in float32).
 _MOST_SCORES = 1 << 24
@@ -50,9 +50,24 @@ def rebind(model: nn.Module) -> None:
 
 def _asks_mlx(kind: type) -> bool:
     """Whether a module calls MLX's own attention, which takes masks as arrays only."""
-    methods = [getattr(method, "__code__", None) for part in kind.__mro__ for method in vars(part).values()]
-    names = [code.co_names for code in methods if code is not None]
+    names = [code.co_names for code in _codes(kind)]
     return any("fast" in some and "scaled_dot_product_attention" in some for some in names)
+
+
+def _codes(kind: type) -> list[Any]:
+    """The code of a class's methods."""
+    methods = [getattr(method, "__code__", None) for part in kind.__mro__ for method in vars(part).values()]
+    return [code for code in methods if code is not None]
+
+
+def kept_scores(model: nn.Module, scores: int) -> int:
+    """How many of a layer's `scores`, one for each row, head, query and key, are kept at once at most while
+    gradients are taken: all of them where the layers compute attention without this module."""
+    kinds = {type(module) for module in model.modules()}
+    names = {name for kind in kinds for code in _codes(kind) for name in code.co_names}
+    if "scaled_dot_product_attention" not in names or any(map(_asks_mlx, kinds)):
+        return scores
+    return min(scores, SCORES if device.on_cpu() else _MOST_SCORES)
 
 
 def attention(

@@ -28,12 +28,12 @@ from mlx_adapters.cpu.exponential import exp2
 from mlx_adapters.cpu.fused import fused
 from mlx_adapters.models.masks import Mask
 
-__all__ = ["HIDDEN", "Blocks", "by_group"]
+__all__ = ["HIDDEN", "SCORES", "Blocks", "by_group"]
 
 HIDDEN = -3.0e38  # a score that no real one reaches
 # Queries and keys of a block. On a CPU its scores stay in the cache; a GPU wants larger products.
 _QUERIES, _KEYS = {"cpu": 128, "gpu": 512}, {"cpu": 256, "gpu": 1024}
-_SCORES = 1 << 18  # few queries take more keys at once: up to so many scores
+SCORES = 1 << 18  # few queries take more keys at once: up to so many scores
 
 Range = tuple[int, int]
 
@@ -110,7 +110,7 @@ class Blocks:
         kind = "cpu" if device.on_cpu() else "gpu"
         self.query_blocks = _split(self.time, _QUERIES[kind])
         at_once = self.rows * self.heads * (self.query_blocks[0][1] - self.query_blocks[0][0])
-        self.key_blocks = _split(self.length, max(_KEYS[kind], _SCORES // at_once))
+        self.key_blocks = _split(self.length, max(_KEYS[kind], SCORES // at_once))
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, *given: mx.array) -> mx.array:
         """The output [rows, heads, time, width of v]; `given` are a mask that is an array, and the sinks."""
