@@ -108,7 +108,8 @@ def _train(run: "Written", *, resume: bool, show_example: bool) -> None:
         check_output(output, resume)
     else:
         be_quiet()  # the first process speaks for all
-    rows, hashes = rows_of(what.data, run.config.columns), excluded_hashes(several(what.exclude))
+    streamed, hashes = run.config.streamed(together.size), excluded_hashes(several(what.exclude))
+    rows = rows_of(what.data, run.config.columns, streamed)
     say(f"{rows.origin}: {counted(len(rows.rows), 'row')} of the form {rows.format}")
     loaded = models.load(what.model, dtype=what.dtype)
     more: dict[str, Any] = {"start": what.adapter, "exclude": hashes, "log": several(what.log)}

@@ -107,8 +107,7 @@ def fuse(
     quantize = _check_request(to, dtype, bits, group_size, mode, verify)
     loaded = models.load(source, dtype="float32")
     refuse_links(loaded.path)
-    folder = adapter.located(folder)
-    adapter.refuse_links(folder)
+    adapter.refuse_links(folder := adapter.located(folder))
     model_type = loaded.config["model_type"]
     unchecked = to == "transformers" and model_type not in CHECKED
     if unchecked:

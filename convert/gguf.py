@@ -62,12 +62,12 @@ def read_gguf(path: Path, *, keep_quantized: bool) -> GGUF:
     family, found = family_in(container)
     config = {"architectures": [family.model_class], "model_type": family.model_type} | common(found)
     config |= family.fields(found, config)
-    packable = _packable(container.path, config) if keep_quantized else set()
+    packable = _packable(container.path, config)
     weights: dict[str, mx.array] = {}
     modes: dict[str, dict[str, Any]] = {}
     for name, matrix in _matrices(container, family, config):
         module = name.removesuffix(".weight")
-        if isinstance(matrix, Groups) and module in packable and has_form(matrix):
+        if keep_quantized and isinstance(matrix, Groups) and module in packable and has_form(matrix):
             weights |= {f"{module}.{part}": array for part, array in packed(matrix).items()}
             modes[module] = _USUAL | {"bits": matrix.bits, "mode": matrix.mode}
         else:
@@ -86,11 +86,6 @@ def family_in(container: Container) -> tuple[Family, Metadata]:
     arch = container.fields.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
         raise UnsupportedError(f"{container.path}: {unknown('architecture', str(arch)[:60], FAMILIES)}")
-    parts = container.fields.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedError(
-            f"{container.path}: is one of {parts} parts; join them with `llama-gguf-split --merge` first"
-        )
     found = Metadata(container, arch)
     return family_of(arch, found), found
 
@@ -105,8 +100,7 @@ def _matrices(container: Container, family: Family, config: dict[str, Any]) -> I
         targets = place(container.path, tensor.name, family, config["num_hidden_layers"])
         if not targets:
             continue
-        matrix = _changed(container, tensor, family, config)
-        parts = shared_out(matrix, len(targets)) if len(targets) > 1 else [matrix]
+        parts = _changed(container, tensor, len(targets), family, config)
         for target, part in zip(targets, parts, strict=True):
             name, bracket, rest = target.partition("[")
             if not bracket:
@@ -116,22 +110,31 @@ def _matrices(container: Container, family: Family, config: dict[str, Any]) -> I
             pieces = waiting.setdefault(f"{name}{ending}", {})
             pieces[int(index)] = part
             if len(pieces) == 2:
-                yield f"{name}{ending}", _joined(name, waiting.pop(f"{name}{ending}"), family, config)
+                whole = _joined(container.path, name, waiting.pop(f"{name}{ending}"), family, config)
+                yield f"{name}{ending}", whole
     for name in waiting:
         raise CheckpointError(f"{container.path}: has only a half of {name}; download it again")
 
 
-def _joined(module: str, pieces: dict[int, Matrix], family: Family, config: dict[str, Any]) -> Matrix:
-    whole = joined([pieces[index] for index in sorted(pieces)])
+def _joined(
+    path: Path, module: str, pieces: dict[int, Matrix], family: Family, config: dict[str, Any]
+) -> Matrix:
     change = next((c for name, c in family.joined.items() if module.endswith(name)), None)
-    return change(whole, config) if change else whole
+    try:
+        whole = joined([pieces[index] for index in sorted(pieces)])
+        return change(whole, config) if change else whole
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the halves of {module} do not fit ({one_line(error)})") from None
 
 
-def _changed(container: Container, tensor: Tensor, family: Family, config: dict[str, Any]) -> Matrix:
+def _changed(
+    container: Container, tensor: Tensor, parts: int, family: Family, config: dict[str, Any]
+) -> list[Matrix]:
     matrix = _values(container, tensor)
     change = family.changes.get(_part(tensor.name))
     try:
-        return change(matrix, config) if change else matrix
+        matrix = change(matrix, config) if change else matrix
+        return shared_out(matrix, parts) if parts > 1 else [matrix]
     except ValueError as error:
         raise CheckpointError(
             f"{container.path}: tensor '{tensor.name}' {one_line(error)}; download it again"
@@ -140,7 +143,7 @@ def _changed(container: Container, tensor: Tensor, family: Family, config: dict[
 
 def _part(name: str) -> str:
     """`attn_q` of blk.3.attn_q.weight."""
-    rest = name.split(".", 2)[2] if name.startswith("blk.") else name
+    rest = name.split(".", 2)[-1] if name.startswith("blk.") else name
     base, dot, _ = rest.rpartition(".")
     return base if dot else rest
 
@@ -158,7 +161,7 @@ def place(path: Path, name: str, family: Family, layers: int) -> tuple[str, ...]
     if block.isdecimal():
         if int(block) >= layers:
             return ()  # predicts further tokens
-        rest, modules = name.split(".", 2)[2], LAYER | dict(family.layer)
+        rest, modules = name.split(".", 2)[-1], LAYER | dict(family.layer)
         prefix = f"{prefix}model.layers.{int(block)}."
     found = modules.get(rest)
     ending = ""
@@ -196,12 +199,12 @@ def _values(container: Container, tensor: Tensor) -> Matrix:
 
 def _packable(path: Path, config: dict[str, Any]) -> set[str]:
     """The modules of the model that MLX can hold in groups."""
-    config = model_config.normalise(config)
     try:
+        config = model_config.normalise(config)
         model_class, args = model_config.classes(config)
         model = model_class(args.from_dict(config))
-    except AdaptersError:
-        raise
+    except AdaptersError as error:  # speaks of config.json, whose fields the metadata are
+        raise type(error)(f"{path}: {error}") from None
     except Exception as error:  # sizes that a model file stumbles over
         raise CheckpointError(f"{path}: its metadata describe no model ({one_line(error)})") from None
     return {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}

@@ -15,6 +15,7 @@ _KINDS = {True: "sliding_attention", False: "full_attention"}
 
 
 def dense(found: Metadata, config: Config) -> Config:
+    """Any model without experts."""
     if found.whole("expert_count", 0):
         raise UnsupportedError(f"{found.path}: is a mixture of experts, which is not read of {found.arch!r}")
     return rotation(found)
@@ -26,10 +27,12 @@ def _biases(found: Metadata) -> Config:
 
 
 def llama(found: Metadata, config: Config) -> Config:
+    """LLaMA, and what is built alike: biases are where there are tensors of them."""
     return dense(found, config) | _biases(found)
 
 
 def mixtral(found: Metadata, config: Config) -> Config:
+    """Mixtral, which is llama.cpp's llama with experts."""
     return rotation(found) | {
         "num_local_experts": found.whole("expert_count"),
         "num_experts_per_tok": found.whole("expert_used_count"),
@@ -38,6 +41,7 @@ def mixtral(found: Metadata, config: Config) -> Config:
 
 
 def smollm3(found: Metadata, config: Config) -> Config:
+    """SmolLM3, some of whose layers have no rotations."""
     # llama.cpp has this interval in its code; every fourth layer of the release has no rotations
     turned = [int((layer + 1) % 4 != 0) for layer in range(found.layers)]
     return llama(found, config) | {"no_rope_layers": turned, "no_rope_layer_interval": 4}
@@ -69,6 +73,7 @@ def _experts(found: Metadata) -> Config:
 
 
 def qwen3_moe(found: Metadata, config: Config) -> Config:
+    """Qwen 3 with experts."""
     return rotation(found) | _experts(found) | {"norm_topk_prob": True}
 
 
@@ -80,6 +85,7 @@ def _shared_expert(found: Metadata) -> Config:
 
 
 def qwen2_moe(found: Metadata, config: Config) -> Config:
+    """Qwen 2 with experts, one of which every token passes."""
     return rotation(found) | _experts(found) | _shared_expert(found) | {"norm_topk_prob": False}
 
 
@@ -105,6 +111,7 @@ def delta(found: Metadata, config: Config) -> Config:
 
 
 def delta_experts(found: Metadata, config: Config) -> Config:
+    """Qwen 3-Next and 3.5 with experts."""
     return delta(found, config) | _experts(found) | _shared_expert(found) | {"norm_topk_prob": True}
 
 
@@ -115,6 +122,7 @@ def _soft_caps(found: Metadata, *names: str) -> Config:
 
 
 def gemma(found: Metadata, config: Config) -> Config:
+    """Gemma."""
     return rotation(found) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
@@ -132,11 +140,13 @@ def _scalar(found: Metadata, config: Config, layers: int) -> Config:
 
 
 def gemma2(found: Metadata, config: Config) -> Config:
+    """Gemma 2: windows in every other layer, and soft-caps."""
     made = gemma(found, config) | _windows(found, 2) | _scalar(found, config, 46)
     return made | _soft_caps(found, "attn", "final")
 
 
 def gemma3(found: Metadata, config: Config) -> Config:
+    """Gemma 3: rotations of two kinds, by the kind of layer."""
     made = gemma(found, config) | _windows(found, 6) | _scalar(found, config, 62)
     theta, scaling = found.real("rope.freq_base", 1e6), made.pop("rope_scaling")
     local = {"rope_type": "default", "rope_theta": found.real("rope.freq_base_swa", 10000.0)}
@@ -147,6 +157,7 @@ def gemma3(found: Metadata, config: Config) -> Config:
 
 
 def gemma4(found: Metadata, config: Config) -> Config:
+    """Gemma 4: sizes by the kind of layer, layers that use keys of others, inputs by layer, experts."""
     windows = _windows(found, 6)
     sliding = [kind == _KINDS[True] for kind in windows["layer_types"]]
     full = next((layer for layer, one in enumerate(sliding) if not one), None)
@@ -204,6 +215,7 @@ def _gemma4_rotation(found: Metadata, width: int) -> Config:
 
 
 def gpt_oss(found: Metadata, config: Config) -> Config:
+    """gpt-oss."""
     # GGUF has no field for `truncate`, which is off in both released models
     return (
         rotation(found, truncate=False)
@@ -218,6 +230,7 @@ def gpt_oss(found: Metadata, config: Config) -> Config:
 
 
 def lfm2(found: Metadata, config: Config) -> Config:
+    """LFM2: convolutions where a layer has no heads of keys."""
     found.refuse("attention.sliding_window", "gives its attention a window")
     conv = [count == 0 for count in found.by_layer("attention.head_count_kv")]
     return rotation(found) | {
@@ -234,6 +247,7 @@ def lfm2(found: Metadata, config: Config) -> Config:
 
 
 def lfm2_moe(found: Metadata, config: Config) -> Config:
+    """LFM2 with experts."""
     dense = found.whole("leading_dense_block_count", 0)
     experts = _experts(found) | {"num_dense_layers": dense, "norm_topk_prob": True}
     biased = f"blk.{dense}.exp_probs_b.bias" in found.container.tensors
@@ -251,7 +265,15 @@ def _multipliers(found: Metadata) -> Config:
 
 
 def granite(found: Metadata, config: Config) -> Config:
+    """Granite 3, and Granite 4 without Mamba."""
+    _refuse_no_rotation(found)
     return llama(found, config) | _multipliers(found)
+
+
+def _refuse_no_rotation(found: Metadata) -> None:
+    # llama.cpp's switch for the rotations of Granite
+    if found.fields.get(f"{found.arch}.rope.scaling.finetuned") is False:
+        raise UnsupportedError(f"{found.path}: is a Granite model without rotations, which is not read")
 
 
 def _granite_experts(found: Metadata) -> Config:
@@ -262,12 +284,15 @@ def _granite_experts(found: Metadata) -> Config:
 
 
 def granite_moe(found: Metadata, config: Config) -> Config:
+    """Granite 3 with experts."""
     found.refuse("expert_shared_feed_forward_length", "is of a shared expert")
+    _refuse_no_rotation(found)
     biases = {"attention_bias": _biases(found)["attention_bias"]}
     return rotation(found) | _multipliers(found) | _granite_experts(found) | biases
 
 
 def granite_hybrid(found: Metadata, config: Config) -> Config:
+    """Granite 4."""
     inner, heads = found.whole("ssm.inner_size"), found.whole("ssm.time_step_rank")
     if not heads or inner % heads or inner % config["hidden_size"]:
         raise found.wrong("ssm.inner_size", "multiple of the heads and of the width", inner)
@@ -297,6 +322,7 @@ def granite_hybrid(found: Metadata, config: Config) -> Config:
 
 
 def glm4(found: Metadata, config: Config) -> Config:
+    """GLM-4-0414."""
     sections = found.fields.get(f"{found.arch}.rope.dimension_sections")
     if isinstance(sections, list) and any(sections):
         raise UnsupportedError(f"{found.path}: is the language model of GLM-4V, whose rotations are not read")
@@ -336,6 +362,7 @@ def seed_oss(found: Metadata, config: Config) -> Config:
 
 
 def phi3(found: Metadata, config: Config) -> Config:
+    """Phi-3 and Phi-4."""
     original = found.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
     return dense(found, config) | {
         "sliding_window": found.whole("attention.sliding_window", 0) or None,

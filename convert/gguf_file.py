@@ -1,8 +1,9 @@
 """The container of GGUF: metadata and where each tensor lies, every count checked against the file's size."""
 
+import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"(.*)-(?:\d{5})-of-(\d{5})\.gguf")
 _NAMES = {9: "Q8_1", 15: "Q8_K", 40: "NVFP4"}
 
 
@@ -41,20 +43,20 @@ class Tensor:
     kind: int
     begin: int
     size: int
+    data: NDArray[np.uint8] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Container:
-    """A GGUF file: its metadata, its tensors, and its bytes (mapped, read on use)."""
+    """A GGUF file, or the parts of one: its metadata, and its tensors (mapped, read on use)."""
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
-    data: NDArray[np.uint8]
 
     def bytes_of(self, tensor: Tensor) -> NDArray[np.uint8]:
         """The raw bytes of a tensor."""
-        return self.data[tensor.begin : tensor.begin + tensor.size]
+        return tensor.data[tensor.begin : tensor.begin + tensor.size]
 
 
 class _Cursor:
@@ -64,7 +66,9 @@ class _Cursor:
         self.path, self.view, self.at = path, memoryview(data.data), 0
 
     def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: is truncated or damaged ({what}); download it again")
+        return CheckpointError(
+            f"{self.path}: is truncated or damaged ({' '.join(what.split())}); download it again"
+        )
 
     def take(self, count: int, what: str) -> memoryview:
         if count > len(self.view) - self.at:
@@ -107,7 +111,33 @@ class _Cursor:
 
 
 def read_container(path: Path) -> Container:
-    """Read the header of a GGUF file; CheckpointError when it is not one, truncated or inconsistent."""
+    """Read the header of a GGUF file, and of the parts beside it where it is one of several; CheckpointError
+    when it is not one, truncated or inconsistent, or a part is missing."""
+    found = _read(path)
+    count = found.fields.get("split.count", 0)
+    if not isinstance(count, int) or count < 2:
+        return found
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[2]) != count:
+        raise CheckpointError(
+            f"{path}: is one of {count} parts, which are found by their names: it should end with "
+            f"-00001-of-{count:05}.gguf"
+        )
+    parts = []
+    for number in range(1, count + 1):
+        part = path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise CheckpointError(f"{part}: no such file; it is part {number} of {count} of {path.name}")
+        parts.append(_read(part))
+    tensors: dict[str, Tensor] = {}
+    for one in parts:
+        if twice := tensors.keys() & one.tensors.keys():
+            raise CheckpointError(f"{one.path}: tensor '{min(twice)}' is in another part too")
+        tensors |= one.tensors
+    return Container(path, parts[0].fields, tensors)
+
+
+def _read(path: Path) -> Container:
     try:
         if path.stat().st_size < 24:
             raise CheckpointError(f"{path}: is not a GGUF file (it has {path.stat().st_size} bytes)")
@@ -125,7 +155,7 @@ def read_container(path: Path) -> Container:
     count = cursor.count(24, "number of tensors")
     fields = dict(_fields(cursor))
     entries = [_entry(cursor) for _ in range(count)]
-    return Container(path, fields, _place(cursor, fields, entries), data)
+    return Container(path, fields, _place(cursor, fields, entries, data))
 
 
 def _fields(cursor: _Cursor) -> Iterator[tuple[str, Any]]:
@@ -146,7 +176,10 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _place(
-    cursor: _Cursor, fields: dict[str, Any], entries: list[tuple[str, tuple[int, ...], int, int]]
+    cursor: _Cursor,
+    fields: dict[str, Any],
+    entries: list[tuple[str, tuple[int, ...], int, int]],
+    data: NDArray[np.uint8],
 ) -> dict[str, Tensor]:
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -161,7 +194,7 @@ def _place(
             raise cursor.damaged(
                 f"tensor '{name}' wants {size} bytes at {start + offset}, the file has {len(cursor.view)}"
             )
-        tensors[name] = Tensor(name, shape, kind, start + offset, size)
+        tensors[name] = Tensor(name, shape, kind, start + offset, size, data)
     return tensors
 
 

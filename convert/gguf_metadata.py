@@ -118,6 +118,7 @@ def common(found: Metadata) -> dict[str, Any]:
         raise UnsupportedError(
             f"{found.path}: attends in both directions: it is no model that generates text"
         )
+    _fits(found, embedding.shape[-1], heads[0] * head_dim)
     config: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
         "hidden_size": found.whole("embedding_length"),
@@ -139,6 +140,22 @@ def common(found: Metadata) -> dict[str, Any]:
     if ends := [found.fields[name] for name in names if name in found.fields]:
         config["eos_token_id"] = ends
     return config
+
+
+def _fits(found: Metadata, width: int, queries: int) -> None:
+    """CheckpointError where sizes are not the tensors': modules of any size are built before any is read."""
+    if width != found.whole("embedding_length"):
+        raise found.wrong(
+            "embedding_length", f"width of the tokens, {width}", found.whole("embedding_length")
+        )
+    tensors = found.container.tensors.items()
+    rows = [
+        tensor.shape[0] for name, tensor in tensors if name.endswith((".attn_q.weight", ".attn_qkv.weight"))
+    ]
+    if max(rows, default=0) < queries:
+        raise CheckpointError(
+            f"{found.path}: has no tensor 'attn_q' of {queries} rows, as its metadata say; download it again"
+        )
 
 
 # Rotations -------------------------------------------------------------------------------------------------

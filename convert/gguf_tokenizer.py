@@ -27,6 +27,9 @@ def write(fields: dict[str, Any], dst: Path, *, source: Path) -> None:
         tokenizer = _byte_level(fields, tokens, source)
     elif model == "llama":
         scores = _list(fields, "scores", float, source, length=len(tokens))
+        if str(fields.get("general.architecture")).startswith("gemma"):
+            # its merges go by the places of the pieces, as transformers has it, and the scores may not
+            scores = [-float(place) for place in range(len(tokens))]
         tokenizer = building.sentencepiece_bpe(
             list(zip(tokens, scores, strict=True)),
             mergeable=[kind in (_NORMAL, _UNUSED) for kind in kinds],

@@ -15,10 +15,11 @@ import mlx.core as mx
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.from_mlx_lm import MLX_LM, settings
+from mlx_adapters.adapter.reading import read_json
 from mlx_adapters.convert.card import short_card
 from mlx_adapters.convert.joined import joined
 from mlx_adapters.convert.parts import Parts, assemble, need, take_apart
-from mlx_adapters.errors import AdapterError
 from mlx_adapters.files.writing import writing
 from mlx_adapters.methods.dora import DoRA
 from mlx_adapters.methods.experts import PARTS, UNGATED, by_matrix
@@ -30,7 +31,7 @@ from mlx_adapters.models.sites import to_hf
 
 __all__ = ["METHODS", "detect", "export", "import_adapter"]
 
-_CONFIG, _WEIGHTS = adapter.CONFIG, "adapters.safetensors"
+_CONFIG, _WEIGHTS = adapter.CONFIG, MLX_LM
 METHODS = ("lora", "dora")
 _PROMPTS = (
     "`mlx_lm.generate` puts a prompt into the chat template, unless it is given --ignore-chat-template."
@@ -110,27 +111,18 @@ def _layers(parts: Parts, method: LowRank) -> Iterator[tuple[str, dict[str, mx.a
 
 def import_adapter(source: Path, dst: Path, *, loaded: LanguageModel) -> AdapterMeta:
     """Write mlx-lm's LoRA or DoRA folder as ours. AdapterError for what is not a low-rank adapter."""
-    fields = adapter.read_fields(source)
-    kind = fields.get("fine_tune_type", "lora")
-    need(
-        kind in ("lora", "dora"),
-        source / _CONFIG,
-        f"fine_tune_type {kind!r} is not an adapter: only lora, dora",
-    )
-    settings = fields.get("lora_parameters") or {}
-    if absent := [name for name in ("rank", "scale") if not isinstance(settings.get(name), (int, float))]:
-        raise AdapterError(f"{source / _CONFIG}: lora_parameters has no number for {' and '.join(absent)}")
+    fields = read_json(source / _CONFIG, "so it is not an adapter folder")
+    kind, rank, scale, dropout = settings(fields, source / _CONFIG)
     ours = {theirs: name for name, theirs in _NAMES.items()}
     arrays: dict[str, dict[str, mx.array]] = {}
     for name, array in adapter.read_tensors(source, _WEIGHTS).items():
         path, _, leaf = name.rpartition(".")
         need(leaf in ours, source / _WEIGHTS, f"{name} is not a tensor of a {kind} adapter")
         arrays.setdefault(path, {})[ours[leaf]] = mx.contiguous(array.T) if array.ndim == 2 else array
-    rank, scale = int(settings["rank"]), float(settings["scale"])
     method: LowRank = (DoRA if kind == "dora" else LoRA)(
         rank=rank,
         alpha=scale * rank,
-        dropout=float(settings.get("dropout") or 0.0),
+        dropout=dropout,
         targets=",".join(sorted({path.rpartition(".")[2] for path in arrays})),
     )
     if isinstance(method, LoRA):

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.from_mlx_lm import refuse_mlx_lm
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.methods.base import Method
 from mlx_adapters.models.load import LanguageModel, describe
@@ -26,6 +27,7 @@ class Parts:
 
 def take_apart(source: Path) -> Parts:
     """Read one of our folders. AdapterError where it does not say what kind of model it is for."""
+    refuse_mlx_lm(source)
     meta = adapter.read_meta(source)
     model_type = meta.base.get("model_type")
     if not model_type:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter.call import start_cache, with_virtual
+from mlx_adapters.adapter.from_mlx_lm import refuse_mlx_lm
 from mlx_adapters.convert.against_torch import (
     auto_class,
     bound,
@@ -121,6 +122,7 @@ def export(source: Path, dst: Path, *, base: str | None = None) -> Exported:
     """
     source = adapter.located(source)
     adapter.refuse_links(source)
+    refuse_mlx_lm(source)
     meta = adapter.read_meta(source)
     fields = adapter.read_fields(source)
     fields["base_model_name_or_path"] = base = base_name(source, fields, base)

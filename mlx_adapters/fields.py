@@ -119,7 +119,10 @@ def _parse(raw: Any, hint: Any) -> Any:
     if hint is str and isinstance(raw, (list, tuple)):
         return ",".join(map(str, raw))
     if hint is str and isinstance(raw, Mapping):  # as it is written on a command line
-        return json.dumps(raw, ensure_ascii=False)
+        try:
+            return json.dumps(raw, ensure_ascii=False)
+        except TypeError:  # a value that JSON does not have
+            raise ValueError from None
     raise ValueError
 
 

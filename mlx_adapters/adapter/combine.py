@@ -27,6 +27,7 @@ import numpy as np
 
 from mlx_adapters import adapter
 from mlx_adapters.adapter import AdapterMeta
+from mlx_adapters.adapter.from_mlx_lm import refuse_mlx_lm
 from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.reading import PREFIX, weights_file
 from mlx_adapters.errors import AdapterError, ConfigError, counted, unknown
@@ -160,6 +161,7 @@ def _check(
 def _member(source: str | Path) -> _Member:
     folder = located(source)
     adapter.refuse_links(folder)
+    refuse_mlx_lm(folder)
     meta = adapter.read_meta(folder)
     config = meta.method
     if not isinstance(config, LoRA):

@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from mlx_adapters import __version__
 from mlx_adapters.adapter.completeness import Model, check_tensors, without_towers
+from mlx_adapters.adapter.from_mlx_lm import as_peft_tensors, is_mlx_lm
 from mlx_adapters.adapter.located import located
 from mlx_adapters.adapter.meta import AdapterMeta, read_meta
 from mlx_adapters.adapter.peft_names import scaled_inputs, sized, with_fields
@@ -178,6 +179,8 @@ def own_tensors(
     """The tensors of an adapter folder by the names of the modules here, and {path: module of PyTorch} of
     those that PyTorch has otherwise; `model` knows that too where the folder does not."""
     arrays = read_tensors(folder)
+    if is_mlx_lm(folder):
+        return as_peft_tensors(arrays, model_type, weights_file(folder)), {}
     if record := meta.names.get("tensors"):
         tree = TorchTree(from_record(record), model_type)
     elif model is not None:
@@ -292,8 +295,9 @@ def _build(model: nn.Module, model_type: str, folder: Path, name: str) -> tuple[
             f"{folder}: was trained on a {trained_on} model, but {name} is a {model_type} model"
         )
     arrays, moved = own_tensors(folder, meta, model_type, model)
-    fields = read_fields(folder)
-    from_torch = not (folder / META).exists()  # a method written here keeps its fields as they are
+    fields = {} if is_mlx_lm(folder) else read_fields(folder)
+    # a method written here keeps its fields as they are
+    from_torch = bool(fields) and not (folder / META).exists()
     if moved and from_torch and isinstance(meta.method, LowRank):
         meta = replace(meta, method=sized(meta.method, fields, arrays, moved, model_type))
     if moved and from_torch and isinstance(meta.method, IA3):

@@ -54,7 +54,10 @@ def read_meta(folder: str | Path) -> AdapterMeta:
     folder = located(folder)
     fields = read_fields(folder)
     if not isinstance(fields.get("peft_type"), str):
-        raise AdapterError(f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown")
+        raise AdapterError(
+            f"{folder / CONFIG}: field 'peft_type' is missing, so the method is unknown. If it is "
+            "AdapterHub's: mlx-adapters import SRC DST --model MODEL"
+        )
     with reading(folder / CONFIG, AdapterError):
         kind = methods.claiming(fields)
         if kind.PEFT_FIELDS is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters.adapter.from_mlx_lm import MLX_LM, as_peft_fields, is_mlx_lm
 from mlx_adapters.errors import AdapterError, counted
 from mlx_adapters.files.documents import read_object
 from mlx_adapters.files.torch_bin import read_bin
@@ -71,12 +72,19 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """The `adapter_config.json` of an adapter folder."""
-    return read_json(folder / CONFIG, "so it is not an adapter folder")
+    """The `adapter_config.json` of an adapter folder; of mlx-lm's, what PEFT's would say."""
+    fields = read_json(folder / CONFIG, "so it is not an adapter folder")
+    if "peft_type" in fields or not is_mlx_lm(folder):
+        return fields
+    names = {name for name in header(folder / MLX_LM) if name != "__metadata__"}
+    return as_peft_fields(fields, folder / CONFIG, {name.rpartition(".")[0] for name in names})
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the tensors of an adapter folder: safetensors, or where there is none PEFT's `.bin`."""
+    """The file with the tensors of an adapter folder: safetensors, or where there is none PEFT's `.bin`, or
+    mlx-lm's."""
+    if is_mlx_lm(folder):
+        return folder / MLX_LM
     old = not (folder / WEIGHTS).exists() and (folder / BIN).exists()
     return folder / (BIN if old else WEIGHTS)
 

@@ -18,6 +18,7 @@ from mlx_adapters import device
 __all__ = ["fused"]
 
 _SMALL = 1 << 13  # elements for which the way to another thread takes longer than it saves
+_TINY = 1 << 10  # elements for which nothing is worth a compiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,6 +29,8 @@ def fused(function: Function) -> Function:
 
     @wraps(function)
     def call(*arrays: mx.array) -> Any:
+        if arrays[0].size < _TINY:
+            return function(*arrays)
         if arrays[0].size < _SMALL or not device.on_cpu():
             return compiled(*arrays)
         return _thread().submit(_within, mx.default_stream(mx.cpu), compiled, arrays).result()

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from mlx_adapters.data.reasoning import PROBE, common, opens_thinking, reasoning_of
+from mlx_adapters.data.tool_calls import with_arguments
 from mlx_adapters.errors import DataError
 from mlx_adapters.models.chat_template import assistant_marks, chat_prompt
 from mlx_adapters.models.stop_tokens import turn_end
@@ -91,6 +92,7 @@ def conversations(
             "no message is an answer to learn: the role must be 'assistant', after at least one other message"
         )
     kwargs, (_, closing) = dict(kwargs or {}), closing_token(tokenizer, tokenizer.chat_template)
+    messages = with_arguments(messages, tokenizer, kwargs)
     answers = [_answer(messages, index, tokenizer, kwargs, closing) for index in learned]
     whole = answers[-1].done
     spans: dict[int, tuple[int, int]] = {}  # of the answers that stand in the whole conversation as learned

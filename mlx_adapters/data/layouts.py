@@ -63,6 +63,12 @@ def layout_of(row: Any) -> Layout:
     for layout in _LAYOUTS:
         if all(name in row for name in layout.needed.values()):
             return layout
+    if {"chosen", "rejected"} <= row.keys():
+        known = "messages" if isinstance(row["chosen"], list) else "completion"
+        raise DataError(
+            "fields 'chosen' and 'rejected' are a preference, which is not learned here: --columns "
+            f"{known}=chosen trains on the chosen answers alone"
+        )
     found = ", ".join(map(str, row)) or "none"
     for layout in _LAYOUTS:
         needed = {*layout.needed.values()}
@@ -106,7 +112,9 @@ def renamed(row: Any, columns: Mapping[str, str] | None) -> Any:
     for known, column in columns.items():
         if column not in row:
             raise DataError(f"column {column!r} (for {known}) is missing; there are {', '.join(row)}")
-    kept = {name: value for name, value in row.items() if name not in {*columns, *columns.values()}}
+    taken = {*columns, *columns.values()}
+    taken |= {"rejected"} if "chosen" in taken else set()  # whoever asks for one of the two has chosen
+    kept = {name: value for name, value in row.items() if name not in taken}
     return {**{known: row[column] for known, column in columns.items()}, **kept}
 
 

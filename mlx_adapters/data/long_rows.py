@@ -35,14 +35,14 @@ class Fitted(Encoded):
 
     @property
     def in_words(self) -> str:
-        """What became of the long rows; empty where there is none."""
+        """What became of the long rows, behind their number; empty where there is none."""
         what = {
             "cut": f"cut at {self.max_length} tokens",
             "left": f"shortened to {self.max_length} tokens at the prompt's beginning",
             "split": f"split into {self.chunks} chunks of at most {self.max_length} tokens",
             "drop": f"left out: longer than {self.max_length} tokens",
         }
-        return f"{self.truncated} {what[self.long_rows]}" if self.truncated else ""
+        return what[self.long_rows] if self.truncated else ""
 
 
 def fitted(

@@ -156,7 +156,7 @@ def _fitted(rows: Rows, done: Encoded, tokenizer: Any, max_length: int, long_row
         )
     except DataError:
         return f"no row has a token to learn within {max_length} tokens"
-    return found.in_words
+    return f"{found.truncated} {found.in_words}" if found.truncated else ""
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from mlx_adapters.errors import DataError, one_line
 from mlx_adapters.files.documents import from_json
 
-__all__ = ["KINDS", "SAVED", "Located", "is_data", "is_packed", "open_bytes", "read_rows"]
+__all__ = ["KINDS", "SAVED", "Located", "is_data", "is_packed", "open_bytes", "read_rows", "without_gaps"]
 
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """The kinds of files that are read, in the order of preference in a folder."""
@@ -180,10 +180,22 @@ def _table(file: Path, kind: str) -> Iterator[Located]:
         for batch in _record_batches(file, kind):
             for first in range(0, batch.num_rows, _AT_ONCE):
                 for row in batch.slice(first, _AT_ONCE).to_pylist():
-                    yield f"row {index}", row
+                    yield f"row {index}", without_gaps(row)
                     index += 1
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read as {kind[1:]} ({one_line(error)})") from None
+
+
+def without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table, whose objects have every field that an object of any row has: without those that are
+    None, which a chat template would write as null."""
+    return {name: _filled(value) for name, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(part) for name, part in value.items() if part is not None}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
 
 
 def _record_batches(file: Path, kind: str) -> Iterator[Any]:

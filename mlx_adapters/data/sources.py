@@ -14,7 +14,7 @@ from typing import Any
 from mlx_adapters.data import wordproblems
 from mlx_adapters.data.large import FileRows, Stamp, is_large, is_large_table, stamp_of_file, stamp_of_table
 from mlx_adapters.data.layouts import FORMS, as_form, known_fields, layout_of, renamed
-from mlx_adapters.data.reading import KINDS, SAVED, Located, is_data, read_rows
+from mlx_adapters.data.reading import KINDS, SAVED, Located, is_data, read_rows, without_gaps
 from mlx_adapters.errors import DataError, first_line
 from mlx_adapters.files.documents import from_json
 
@@ -48,8 +48,10 @@ _CHANGING = (
     "documents",
     "chat_template",
     "chat_template_kwargs",
+    "input_ids",
     "label",
     "labels",
+    "kto_tag",
     "chosen",
     "rejected",
     "rewards",
@@ -96,7 +98,13 @@ class Rows:
     sources: tuple[str, ...] = ()
 
 
-def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
+def load_rows(
+    source: str,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    streamed: int | None = None,
+) -> Rows:
     """Read and check all rows of `source`.
 
     Args:
@@ -106,11 +114,14 @@ def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] |
             none is in the test set of that name; or `OWNER/NAME[:CONFIG][/SPLIT][@REVISION]` of the hub.
         split: the part of a folder or hub dataset that names none.
         columns: {a known field: the rows' name for it}.
+        streamed: read only so many rows, as they come over the network; for datasets of the hub.
 
     Raises:
         DataError: names the file and the line or row at fault.
     """
     path = Path(source)
+    if streamed is not None and (path.exists() or source in TRAINING_SETS or source == GENERATED):
+        raise DataError(f"{source}: is no dataset of the hub, so it is not streamed. Leave out --streaming")
     if source == GENERATED and not path.exists():
         return Rows(wordproblems.generate(2000), "instruction", "generated word problems")
     if path.is_dir():
@@ -130,7 +141,7 @@ def load_rows(source: str, *, split: str = "train", columns: Mapping[str, str] |
         raise DataError(
             f"{source}: no such file or folder. Give a file ({kinds}), a folder, a hub id, or one of {names}"
         )
-    return _hub_rows(source, split, columns)
+    return _hub_rows(source, split, columns, streamed)
 
 
 def rows_from_list(rows: list[dict[str, Any]], origin: str = "the given rows") -> Rows:
@@ -155,8 +166,13 @@ def check_fields(row: dict[str, Any], fmt: str) -> None:
 
 
 def notes(rows: Rows) -> list[str]:
-    """What is there and not used: fields that nothing reads."""
-    return [f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}"] if rows.unread else []
+    """What is there and not used: fields that nothing reads, a test set beside the training set."""
+    found = [f"{rows.origin}: fields that are not used: {', '.join(rows.unread)}"] if rows.unread else []
+    file = Path(rows.origin)
+    if file.name.partition(".")[0] == "train" and file.is_file():
+        tests = (one for one in sorted(file.parent.glob("test.*")) if is_data(one))
+        found += [f"{one} is left alone: `eval --task` takes it" for one in tests]
+    return found
 
 
 def digest(rows: Iterable[dict[str, Any]]) -> str:
@@ -209,7 +225,7 @@ def _of_table(table: Any, origin: str, columns: Mapping[str, str] | None = None)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
-    return ((f"row {index}", row) for index, row in enumerate(rows))
+    return ((f"row {index}", without_gaps(row)) for index, row in enumerate(rows))
 
 
 def _saved(folder: Path, split: str) -> Any:
@@ -224,7 +240,9 @@ def _saved(folder: Path, split: str) -> Any:
         raise DataError(f"{folder}: cannot be read as a saved dataset ({first_line(error)})") from None
 
 
-def _hub_rows(source: str, split: str, columns: Mapping[str, str] | None = None) -> Rows:
+def _hub_rows(
+    source: str, split: str, columns: Mapping[str, str] | None = None, streamed: int | None = None
+) -> Rows:
     """Rows of `OWNER/NAME[:CONFIG][/SPLIT][@REVISION]`."""
     rest, _, revision = source.partition("@")
     name, _, config = rest.partition(":")
@@ -234,14 +252,27 @@ def _hub_rows(source: str, split: str, columns: Mapping[str, str] | None = None)
         owner, _, rest = name.partition("/")
         short, _, part = rest.partition("/")
         name = f"{owner}/{short}"
-    table = _from_hub(name, part or split, config or None, revision or None)
-    return _of_table(table, f"{name} ({part or split})", columns)
+    which, origin = (name, part or split, config or None, revision or None), f"{name} ({part or split})"
+    if streamed is None:
+        return _of_table(_from_hub(*which), origin, columns)
+    rows = _from_hub(*which, streamed)
+    return _checked(lambda: _numbered(rows), f"{origin}, its first {len(rows)} rows", columns)
 
 
-def _from_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Any:
+def _from_hub(
+    name: str,
+    split: str,
+    config: str | None = None,
+    revision: str | None = None,
+    streamed: int | None = None,
+) -> Any:
     try:
         from datasets import load_dataset
 
+        if streamed is not None:
+            return list(
+                load_dataset(name, config, split=split, revision=revision, streaming=True).take(streamed)
+            )
         return load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # datasets raises many unrelated types for "could not get it"
         reason = first_line(error)

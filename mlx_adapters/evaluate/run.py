@@ -12,18 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mlx_adapters import adapter as adapters
 from mlx_adapters.data.templates import Asked, asked
-from mlx_adapters.errors import ConfigError, OutputError
+from mlx_adapters.errors import ConfigError, OutputError, UnsupportedError
 from mlx_adapters.evaluate import tasks as test_sets
 from mlx_adapters.evaluate.ask import Asking, answer
 from mlx_adapters.evaluate.config import EvalConfig
 from mlx_adapters.evaluate.records import RecordFile
 from mlx_adapters.evaluate.score import Record, Score, summarise
+from mlx_adapters.evaluate.score import table as score_table
 from mlx_adapters.evaluate.tasks import Item, Task
 from mlx_adapters.evaluate.workers import Workers, processes_for
 from mlx_adapters.fields import parse_fields
@@ -34,6 +36,7 @@ from mlx_adapters.models import own_template
 from mlx_adapters.models.load import LanguageModel, locate, read_config
 from mlx_adapters.models.origin import remembered
 from mlx_adapters.models.own_template import ChatTemplate
+from mlx_adapters.notebook import table
 
 __all__ = ["Evaluation", "Evaluator", "Part", "evaluate"]
 
@@ -66,6 +69,21 @@ class Evaluation:
         """The report of `eval --output` as JSON values."""
         scores = [asdict(score) for score in self.scores]
         return self.settings | {"scores": scores, "records": [asdict(record) for record in self.records]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per item: the fields of a `Record`."""
+        return [asdict(record) for record in self.records]
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame; UnsupportedError where pandas is not installed: take `rows`."""
+        try:
+            pandas: Any = import_module("pandas")
+        except ImportError:
+            raise UnsupportedError("pandas is not installed: pip install pandas, or take rows()") from None
+        return pandas.DataFrame(self.rows())
+
+    def _repr_html_(self) -> str:
+        return table(*score_table(self.scores, self.settings["decoding"], self.settings["reading"]))
 
     def save(self, path: str | Path) -> None:
         """Write the report, which `compare` reads. Raises OutputError where the file exists."""

@@ -93,22 +93,19 @@ class ChatTemplate:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a run that is resumed must share; empty where the tokenizer alone writes the chats."""
-        facts = {
-            "chat_template": self.digest,
-            "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True),
-        }
-        return {name: value for name, value in facts.items() if value not in ("", "{}")}
+        """What a run that is resumed must share."""
+        return {"chat_template": self.digest, "chat_template_kwargs": json.dumps(self.kwargs, sort_keys=True)}
 
     def record(self) -> dict[str, Any]:
         """What is stored beside the text, as JSON values; empty where there is nothing to say."""
         return {name: value for name in ("kwargs", "unasked", "stops") if (value := getattr(self, name))}
 
     def store(self, folder: Path) -> None:
-        """Write the text to the file in `folder` that transformers reads; without one, none stays there."""
+        """Write the text to the file in `folder` that transformers reads; without one, no text of another
+        adapter stays there. That of a tokenizer in the same folder does."""
         if self.text:
             write_whole(folder / FILE, self.text)
-        else:
+        elif not (folder / "tokenizer_config.json").exists():
             (folder / FILE).unlink(missing_ok=True)
 
 

@@ -254,8 +254,8 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_json(file, settings)
         return
     before = json.loads(file.read_text())
-    if (cell := before.get("cell")) and "train" in cell:  # fields had other names once, and there were fewer
-        cell["train"] = asdict(TrainConfig()) | current(TrainConfig, cell["train"])
+    if (cell := before.get("cell")) and "train" in cell:
+        cell["train"] = _of_today(cell["train"])
     if before == settings:
         return
     changed = [
@@ -265,6 +265,13 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
         if (before.get(part) or {}).get(key) != value
     ]
     raise OutputError(f"{folder}: made with other settings ({'; '.join(changed)}). Use another --output")
+
+
+def _of_today(train: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training as today's `TrainConfig` has them: there were fewer, with other names."""
+    if "cutoff" in train:  # before 0 rows of validation could be told from none that were asked for
+        train = train | {"validation": train.get("validation") or None}
+    return asdict(TrainConfig()) | current(TrainConfig, train)
 
 
 def parameters(study: Study) -> dict[str, int]:

@@ -36,18 +36,15 @@ def draw(results: Sequence[Result], adapters: Mapping[str, Path]) -> dict[str, b
 
 
 def _png(paint: Callable[[Any], None]) -> bytes:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
     paint(axes)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=130, format="png")
-    pyplot.close(figure)
     return stream.getvalue()
 
 

@@ -107,6 +107,9 @@ class TrainConfig:
         None, "names of the rows' fields, where they are others: prompt=question,completion=answer"
     )
     limit: int | None = field(None, "use only the first N rows")
+    streaming: bool = field(
+        False, "read hub datasets only as far as the steps go, without downloading them whole; needs steps"
+    )
     weights: str | None = field(
         None,
         "with several --data: their shares of what is learned, as 3,1 [default: every row once an epoch]",
@@ -148,8 +151,17 @@ class TrainConfig:
                 "router_aux_loss needs the routers' activations: leave gradient_checkpointing off"
             )
         json_option(self.chat_template_kwargs, "--chat-template-kwargs")
+        if self.streaming and not self.steps:
+            problems.append("streaming reads as many rows as the steps take: give steps too")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def streamed(self, processes: int) -> int | None:
+        """How many rows to read of a dataset that is streamed: as many as the steps take. None: all."""
+        if not self.streaming:
+            return None
+        held_out = self.validation if isinstance(self.validation, int) else 0
+        return (self.steps or 0) * self.batch_size * self.accumulation * processes + held_out
 
     def shared(self, processes: int) -> "TrainConfig":
         """The settings of one of the processes that share every batch: its part of the rows."""

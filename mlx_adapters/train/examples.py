@@ -32,19 +32,20 @@ Data = str | Path | Sequence[str | Path] | Sequence[dict[str, Any]] | Rows
 """Training data: a file, folder, hub id or set of the paper; several of them; or the rows themselves."""
 
 
-def rows_of(data: Data, columns: str | None = None) -> Rows:
-    """All rows of `data`. Raises DataError, also where two sources have rows that cannot be trained together.
+def rows_of(data: Data, columns: str | None = None, streamed: int | None = None) -> Rows:
+    """All rows of `data`, or of each hub dataset the first `streamed`.
 
-    `columns` names the rows' fields, as `prompt=question,completion=answer`.
+    `columns` names the rows' fields, as `prompt=question,completion=answer`. Raises DataError, also where two
+    sources have rows that cannot be trained together.
     """
     if isinstance(data, Rows):
         return data
     names = column_names(columns)
     if isinstance(data, str | Path):
-        return replace(load_rows(str(data), columns=names), sources=(str(data),))
+        return replace(load_rows(str(data), columns=names, streamed=streamed), sources=(str(data),))
     if all(isinstance(each, dict) for each in data):
         return rows_from_list([each for each in data if isinstance(each, dict)])
-    rows = together([load_rows(str(each), columns=names) for each in data])
+    rows = together([load_rows(str(each), columns=names, streamed=streamed) for each in data])
     return replace(rows, sources=tuple(map(str, data)))
 
 
@@ -87,7 +88,7 @@ def _select_parts(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> t
         limit = None if limit is None else max(0, limit - len(found.rows))
         chosen.append(found)
         left_out += count
-    return together(chosen), left_out
+    return replace(together(chosen), sources=rows.sources), left_out
 
 
 def excluded_hashes(files: Sequence[str | Path]) -> frozenset[str]:

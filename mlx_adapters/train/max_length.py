@@ -3,12 +3,12 @@
 How long rows may be for the machine's memory is arithmetic, so that it takes no time and is the same every
 time. `plan` measures; this estimates from the layers' widths what a step keeps for its backward pass:
 
-    bytes = weights + 4 trained + b rows tokens (kept per token)
-    kept per token = 3/4 (inputs and outputs of all linear layers) + (blocks + 8) heads tokens
+    bytes = weights + 4 trained + b (kept)
+    kept = 3/4 rows tokens (inputs and outputs of all linear layers) + (blocks + 8) scores
 
-with b bytes per number. The scores of a block's attention are kept (twice where they are capped), and its
-backward pass takes up to eight more of their size. With gradient checkpointing only one hidden state per
-block is kept, and one block at a time.
+with b bytes per number. The scores of a block's attention are kept, as far as `models/attention.py` does not
+compute them in parts (twice where they are capped), and its backward pass takes up to eight more of their
+size. With gradient checkpointing only one hidden state per block is kept, and one block at a time.
 """
 
 from dataclasses import replace
@@ -30,6 +30,7 @@ from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.tokens import Encoded
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.files.documents import from_json
+from mlx_adapters.models.attention import kept_scores
 from mlx_adapters.models.blocks import layer_index
 from mlx_adapters.models.limits import made_for, positions
 from mlx_adapters.models.load import LanguageModel
@@ -166,16 +167,16 @@ def estimate(model: LanguageModel, config: TrainConfig, tokens: int, *, processe
         rows = min(rows, rows_per_pass(rows * processes, tokens, processes) // processes)
     widths, hidden = _widths(network, model.config)
     heads = _field(model.config, "num_attention_heads", "n_head", "n_heads") or _UNKNOWN_HEADS
-    scores = heads * tokens * (2 if _capped(model.config) else 1)
-    blocks = [_KEPT * width + scores for width in widths]
+    scores = kept_scores(network, rows * heads * tokens**2) * (2 if _capped(model.config) else 1)
+    blocks = [_KEPT * rows * tokens * width + scores for width in widths]
     kept = sum(blocks) + _SCORES * scores
     if config.gradient_checkpointing:
-        again = len(blocks) * hidden + 2 * max(blocks, default=0) + _SCORES * scores
+        again = rows * tokens * len(blocks) * hidden + 2 * max(blocks, default=0) + _SCORES * scores
         kept = min(kept, again)
     trained = _bytes(network.trainable_parameters())
     width = 4 if device.on_cpu() else 2
     weights = _bytes(network.parameters()) + (_COPIES - 1) * trained  # the trained arrays are among them
-    return _PROCESS + weights + int(rows * tokens * kept * width)
+    return _PROCESS + weights + int(kept * width)
 
 
 def _widths(network: nn.Module, config: dict[str, Any]) -> tuple[list[int], int]:
@@ -188,7 +189,7 @@ def _widths(network: nn.Module, config: dict[str, Any]) -> tuple[list[int], int]
         if block is None or weight is None or weight.ndim < 2:
             continue
         packed = module.get("scales")
-        inputs = weight.shape[-1] if packed is None else packed.shape[-1] * module.group_size
+        inputs = weight.shape[-1] if packed is None else packed.shape[-1] * getattr(module, "group_size", 32)
         experts = active if weight.ndim == 3 else 1
         found[block] = found.get(block, 0) + experts * (inputs + weight.shape[-2])
         hidden = hidden or inputs

@@ -65,18 +65,16 @@ def _lines(file: Path) -> list[Row]:
 def plot(rows: Sequence[Row], file: Path, *, title: str) -> None:
     """Draw what `metrics.jsonl` holds against the step as a PNG: training and validation loss, and below them
     the share of right answers where test sets were asked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # without pyplot, whose backend is a notebook's to choose
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     asked = [row for row in rows if row.get("accuracy") is not None]
-    with pyplot.rc_context(_STYLE):
-        figure, found = pyplot.subplots(
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 5.6 if asked else 4), layout="constrained")
+        found = figure.subplots(
             2 if asked else 1,
-            figsize=(6.4, 5.6 if asked else 4),
-            layout="constrained",
             sharex=True,
             squeeze=False,
             height_ratios=(3, 2) if asked else None,
@@ -93,7 +91,6 @@ def plot(rows: Sequence[Row], file: Path, *, title: str) -> None:
             each.spines[["top", "right"]].set_visible(False)
         temporary = file.with_name("." + file.name)
         figure.savefig(temporary, dpi=130, format="png")
-        pyplot.close(figure)
     temporary.replace(file)
 
 

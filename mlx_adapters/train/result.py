@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TrainResult", "result_of"]
+from mlx_adapters.errors import counted
+from mlx_adapters.notebook import Picture, table
+
+__all__ = ["PLOT", "TrainResult", "result_of"]
+
+PLOT = "loss.png"  # in the adapter's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,17 @@ class TrainResult:
     accuracy: float | None = None
     accuracy_before: float | None = None
 
+    def plot(self) -> Picture:
+        """The picture of the losses, `loss.png` in the adapter's folder; a notebook shows it."""
+        return Picture(self.adapter / PLOT)
+
+    def _repr_html_(self) -> str:
+        numbers = {"loss": self.loss, "validation loss": self.validation_loss, "accuracy": self.accuracy}
+        rows: list[tuple[str, object]] = [("adapter", self.adapter), ("method", self.method)]
+        rows += [(name, f"{value:.4f}") for name, value in numbers.items() if value is not None]
+        rows += [("steps", self.steps), ("trained on", counted(self.rows, "row"))]
+        return table(("", ""), rows) + self.plot().inline()
+
     def remarks(self) -> list[str]:
         """What a user may not expect of the adapter: another step than the last, or no gain."""
         loss, before = self.validation_loss, self.validation_loss_before
@@ -54,7 +70,7 @@ class TrainResult:
         numbers += [] if self.accuracy is None else [f"accuracy {self.accuracy:.1%}"]
         found = []
         if self.step != self.steps:
-            found.append(f"the adapter is that of step {self.step}, {', '.join(numbers)}")
+            found.append(", ".join([f"the adapter is that of step {self.step}", *numbers]))
         if loss is not None and before is not None and loss >= before:
             found.append(f"the validation loss was lower before training: {before:.4f}, now {loss:.4f}")
         right, first = self.accuracy, self.accuracy_before

@@ -51,21 +51,21 @@ def _rows(trainer: Trainer) -> str:
     encoded = trainer.encoded
     counts = (
         (trainer.excluded, "left out because they stand in the excluded files"),
+        (encoded.truncated, encoded.in_words),
         (encoded.dropped, "dropped: nothing to learn within the max length"),
         (encoded.empty, "with an empty answer"),
         (encoded.repeated, "the same as an earlier row"),
-        (encoded.rewritten, "for an earlier answer that the chat template writes differently later"),
+        (encoded.rewritten, "for an earlier answer that a whole chat has otherwise, or without an end token"),
     )
-    text += "".join(f"; {count} {what}" for count, what in counts if count)
-    return text + (f"; {encoded.in_words}" if encoded.in_words else "")
+    return text + "".join(f"; {count} {what}" for count, what in counts if count)
 
 
 def _measured(trainer: Trainer) -> list[str]:
     """What is measured on the way, and what decides which step is the best."""
     config, sets = trainer.config, trainer.watch.sets
     found = []
-    if trainer.validation:
-        found.append(f"{trainer.validation}, every {counted(config.validate_every, 'step')}")
+    if trainer.measured_on:
+        found.append(f"{trainer.measured_on}, every {counted(config.validate_every, 'step')}")
     if sets:
         names = ", ".join(f"{counted(len(items), 'item')} of {task.name}" for task, items in sets)
         every = config.eval_every or config.validate_every

@@ -36,15 +36,16 @@ from mlx_adapters.train.loggers import open_loggers
 from mlx_adapters.train.loop import CHECKPOINTS, Run
 from mlx_adapters.train.max_length import fitted, settled
 from mlx_adapters.train.progress import INTERRUPTED, Measured, Step
-from mlx_adapters.train.result import TrainResult, result_of
+from mlx_adapters.train.result import PLOT, TrainResult, result_of
+from mlx_adapters.train.shown import shown
 from mlx_adapters.train.validation import parts_of
-from mlx_adapters.train.watching import watch
+from mlx_adapters.train.watching import test_items, watch
 from mlx_adapters.train.wording import written_with
 from mlx_adapters.train.written import written_time
 
 __all__ = ["TrainResult", "Trainer", "check_output", "train"]
 
-METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _CALLBACK = "a callback ended it"
 _SAVED = (INTERRUPTED, _CALLBACK)  # why a run ends that is saved as it is then, to be resumed
 
@@ -56,6 +57,7 @@ def train(
     *,
     output: str | Path,
     callbacks: Sequence[Callback | Callable[[Step], bool | None]] = (),
+    progress: bool | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train an adapter to the end, and save it.
@@ -69,6 +71,7 @@ def train(
         method: the method with its options, as `LoRA(rank=16)`, or its name.
         output: the new folder for the adapter, its losses and checkpoints.
         callbacks: functions that are called with every `Step`, or objects of `Callback`.
+        progress: show how it goes; by default in a notebook and on a terminal.
         **options: the other arguments of `Trainer`, and the fields of `TrainConfig`: `epochs=3, lr=2e-4`.
 
     Returns:
@@ -80,9 +83,9 @@ def train(
     """
     trainer = Trainer(model, data, method, output=output, callbacks=callbacks, **options)
     try:
-        with stop_on_interrupt(trainer.stop) as interrupted:
-            for _ in trainer:
-                pass
+        with stop_on_interrupt(trainer.stop) as interrupted, shown(trainer.run.total, progress) as show:
+            for step in trainer:
+                show(step)
     finally:
         trainer.detach()
     if interrupted:
@@ -118,7 +121,7 @@ class Trainer:
         trainable: how many parameters the adapter has.
         parameters: how many the model has with it.
         notes: what a user may want to know, as sentences.
-        validation: what the loss is measured on, in words; None where it is not.
+        measured_on: the validation rows in words; None where there are none.
         watch: what else is measured while training.
 
     Raises:
@@ -152,7 +155,8 @@ class Trainer:
         try:
             if resume:
                 self._hold_lock()  # or it would continue from what another run is writing
-            rows = rows_of(data, self.config.columns)
+            self._sets = test_items(self.config)  # a wrong name is told before much is read
+            rows = rows_of(data, self.config.columns, self.config.streamed(self.processes.size))
             hashes = exclude if isinstance(exclude, frozenset) else excluded_hashes(exclude)
             rows, self.excluded = select(rows, self.config, hashes)
             self._prepare(rows, method, adapter.located(start) if start else None, resume)
@@ -228,9 +232,9 @@ class Trainer:
         self.encoded = fitted(rows, whole, self.model, config)
         how: dict[str, Any] = {"template": template, "written": written, "seen": facts.seen}
         parts = parts_of(rows, self.encoded.examples, spoken, config, **how)
-        self.validation, self.notes = parts.words, [*self.notes, *parts.notes]
+        self.measured_on, self.notes = parts.words, [*self.notes, *parts.notes]
         how = {"template": template, "chat": chat, "form": rows.format, "processes": processes}
-        self.watch = watch(self.model, config, parts.validation, **how)
+        self.watch = watch(self.model, config, parts.validation, self._sets, **how)
         self.run = Run(
             self.model.model,
             parts.training,

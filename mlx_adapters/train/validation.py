@@ -71,7 +71,7 @@ def parts_of(
     if isinstance(wanted, int):
         training, validation = split(examples, wanted, config.seed)
         text = f"validation on {counted(len(validation), 'row')} of the data, held out by the seed"
-        shared = _learned(_both(training, validation), len(validation), "are among the training rows too")
+        shared = _learned(_both(training, validation), len(validation), "also among the training rows")
         return Parts(training, validation, text if wanted else None, shared)
     found = _found(rows, config) if wanted is None else _named(str(wanted), rows, config)
     if not found:
@@ -88,7 +88,7 @@ def parts_of(
         known += sum(item_hash(text) in trained for text in rows_texts(used))
         total += len(used.rows)
     validation = others[0] if len(others) == 1 else Joined(others)
-    notes = _learned(known, total, "have the question of a training row")
+    notes = _learned(known, total, "with the question of a training row")
     return Parts(examples, validation, f"validation on {' and '.join(words)}", notes)
 
 
@@ -207,5 +207,5 @@ def _both(training: Sequence[Example], validation: Sequence[Example]) -> int:
 
 
 def _learned(known: int, total: int, how: str) -> tuple[str, ...]:
-    note = f"{known} of the {total} validation rows {how}: on these the loss tells what was learned by heart"
+    note = f"validation rows {how}: {known} of {total}. On these the loss tells what was learned by heart"
     return (note,) if known else ()

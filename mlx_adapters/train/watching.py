@@ -36,6 +36,9 @@ _ROWS = 16  # answers that are decoded together, beside what training keeps in m
 _TOKENS = 100  # the longest sample
 _BEGINNING = 16  # tokens of a text without a prompt that a sample continues
 
+TestSets = Sequence[tuple[Task, list[Item]]]
+"""Test sets with their items."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -64,7 +67,7 @@ class Watch:
 
     loaded: LanguageModel
     template: str
-    sets: Sequence[tuple[Task, list[Item]]] = ()
+    sets: TestSets = ()
     asked: Sequence[Question] = ()
     chat: ChatTemplate = OWN
     processes: Processes = field(default_factory=Processes)
@@ -126,22 +129,21 @@ def watch(
     loaded: LanguageModel,
     config: TrainConfig,
     validation: Sequence[Example],
+    sets: TestSets,
     *,
     template: str,
     chat: ChatTemplate = OWN,
     form: str,
     processes: Processes,
 ) -> Watch:
-    """What `config` asks to watch. Raises ConfigError, DataError where it cannot be."""
-    sets = test_items(config)
+    """What `config` asks to watch; `sets` are its `test_items`. Raises ConfigError, DataError where it cannot
+    be."""
     tokenizer = _tokenizer(loaded, template, chat)
     asked = list(_asked(tokenizer, config, validation, template=template, form=form))
     return Watch(loaded, template, sets, asked, chat, processes, _judge(config, sets, validation))
 
 
-def _judge(
-    config: TrainConfig, sets: Sequence[tuple[Task, list[Item]]], validation: Sequence[Example]
-) -> dict[str, str]:
+def _judge(config: TrainConfig, sets: TestSets, validation: Sequence[Example]) -> dict[str, str]:
     """What decides which step is the best, in a few letters; ConfigError where nothing does."""
     if not (config.best or config.patience):
         return {}
@@ -154,7 +156,7 @@ def _judge(
     return {"rows that decide which step is best": hashlib.sha256(repr(judge).encode()).hexdigest()[:16]}
 
 
-def test_items(config: TrainConfig) -> list[tuple[Task, list[Item]]]:
+def test_items(config: TrainConfig) -> TestSets:
     """The test sets of `config` with the items that `mlx-adapters eval --limit` draws."""
     if not config.eval_task:
         return []

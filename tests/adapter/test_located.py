@@ -19,6 +19,7 @@ from trained import make_adapter
 from mlx_adapters import adapter
 from mlx_adapters.adapter.located import located, short_name
 from mlx_adapters.adapter.other_base import other_base, say_other_base
+from mlx_adapters.convert import exchange
 from mlx_adapters.convert.torch_bin_write import write_bin
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.generate.text import generate
@@ -145,6 +146,45 @@ def test_old_files_of_peft_compute_the_same(root: Path) -> None:
     write_bin(root / "old" / "broken" / "adapter_model.bin", {"a": mx.zeros(1)})
     with pytest.raises(AdapterError, match=r"broken/adapter_model.bin: 1 unexpected tensor, e.g. a"):
         adapter.load(base, root / "old" / "broken")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_mlx_lms_folder_computes_the_same(method: str, root: Path) -> None:
+    ours = make_adapter(root / "llama", root / f"own-{method}", method, {"rank": 4, "layers": "1"}, seed=5)
+    theirs = root / f"mlx-lm-{method}"
+    exchange.export(ours, theirs, format="mlx-lm")
+    base = models.load(root / "llama", answering=True)
+    said = [generate(base, "tom has", adapter=folder, max_tokens=8) for folder in (ours, theirs)]
+    assert said[0] == said[1] != generate(base, "tom has", max_tokens=8)
+    meta = adapter.load(base, theirs)
+    assert (meta.method.NAME, meta.method.targets) == (method, "q_proj,v_proj")  # type: ignore[attr-defined]
+    adapter.save(base, root / f"saved-{method}")
+    one, other = (mx.load(str(folder / adapter.WEIGHTS)) for folder in (ours, root / f"saved-{method}"))
+    assert one.keys() == other.keys()  # type: ignore[union-attr]
+    assert all(bool(mx.array_equal(one[k], other[k])) for k in one)  # type: ignore[index,call-overload]
+    with pytest.raises(AdapterError, match=r"is mlx-lm's, .* mlx-adapters import SRC DST --model MODEL"):
+        exchange.export(theirs, root / "no", format="peft", base="owner/base")
+    fields = json.loads((theirs / adapter.CONFIG).read_text())
+    (theirs / adapter.CONFIG).write_text(json.dumps(fields | {"fine_tune_type": "full"}))
+    with pytest.raises(AdapterError, match="fine_tune_type 'full' is not an adapter"):
+        adapter.read_meta(theirs)
+
+
+@pytest.mark.parametrize("method", ["lora", "series"])
+def test_llm_adapters_folder_computes_the_same(method: str, root: Path) -> None:
+    ours = make_adapter(root / "llama", root / f"paper-{method}", method, {}, seed=5)
+    theirs = root / f"llm-adapters-{method}"
+    exchange.export(ours, theirs, format="llm-adapters", base="owner/base")
+    base = models.load(root / "llama", answering=True)
+    said = [generate(base, "tom has", adapter=folder, max_tokens=8) for folder in (ours, theirs)]
+    assert said[0] == said[1] != generate(base, "tom has", max_tokens=8)
+
+
+def test_adapterhubs_folder_is_to_be_imported_first(root: Path) -> None:
+    ours = make_adapter(root / "llama", root / "seq_bn", "seq_bn", {}, seed=5)
+    exchange.export(ours, root / "hub", format="adapterhub")
+    with pytest.raises(AdapterError, match="If it is AdapterHub's: mlx-adapters import SRC DST"):
+        adapter.read_meta(root / "hub")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_train_names_what_it_does_not_use(model: Path, tmp_path: Path) -> None:
     done = cli("train", model, "--data", folder, "--output", tmp_path / "out", "--steps", 1)
     assert done.stderr.count(f"{file}: fields that are not used: id\n") == 1
     assert f"validation on 12 rows of {folder}/valid.jsonl, every 50 steps" in done.stderr
-    assert "12 of the 12 validation rows have the question of a training row" in done.stderr
+    assert "validation rows with the question of a training row: 12 of 12" in done.stderr
     assert "before the first step: validation loss" in done.stderr
     done = cli("train", model, "--data", file, "--output", tmp_path / "file", "--steps", 1)
     assert (

@@ -27,8 +27,9 @@ from mlx_adapters.convert.gguf import family_in, place, read_gguf
 from mlx_adapters.convert.gguf_families import FAMILIES
 from mlx_adapters.convert.gguf_file import read_container
 from mlx_adapters.convert.verify import verify_model
-from mlx_adapters.errors import UnsupportedError
+from mlx_adapters.errors import CheckpointError, UnsupportedError
 from mlx_adapters.models.load import load
+from mlx_adapters.models.names import names_of
 
 CHECKOUT = os.environ.get("MLX_ADAPTERS_LLAMA_CPP")
 FAST = ("qwen3_5_moe_text", "gemma3_text", "gemma4_text:experts", "gpt_oss", "granitemoehybrid", "ministral3")
@@ -181,6 +182,8 @@ def test_groups_keep_the_values_of_the_file(source: Path, tmp_path: Path, kind: 
     for name, array in _plain(kept):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
     assert close(our_logits(tmp_path / "kept"), our_logits(tmp_path / "plain"))
+    convert(source, tmp_path / "hf")  # an exported adapter has the same names from either
+    assert names_of(kept) == names_of(load(tmp_path / "hf").model)
 
 
 def test_a_type_of_the_package_becomes_plain(tmp_path: Path) -> None:
@@ -225,12 +228,25 @@ def refused(file: Path, match: str) -> None:
     [
         ({"rope.scaling.type": "other"}, "rope scaling 'other'"),
         ({"attention.causal": False}, "both directions"),
-        ({"split.count": 3}, "one of 3 parts; join them"),
         ({"attention.value_length": 8}, "keys and values of different widths"),
     ],
 )
 def test_what_is_not_read_is_refused_in_one_line(tmp_path: Path, fields: dict[str, Any], match: str) -> None:
     refused(write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), fields=fields), match)
+
+
+@pytest.mark.parametrize("name", ["blk.1", "blk.x.attn_q.weight", "blk.0.attn_q.weigh", "other", "blk."])
+def test_a_tensor_of_no_model_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    weights = as_written(llama_weights()) | {name: np.ones(3, np.float32)}
+    refused(write_tiny(tmp_path / "a.gguf", weights), f"tensor '{name}' belongs to no")
+
+
+def test_parts_that_do_not_fit_are_an_error_of_the_file(tmp_path: Path) -> None:
+    from mlx_adapters.convert import gguf as reader
+
+    halves = {0: mx.zeros((4, 8)), 1: mx.zeros((4, 6))}
+    with pytest.raises(CheckpointError, match=r"x\.gguf: the halves of m do not fit"):
+        reader._joined(Path("x.gguf"), "m", halves, FAMILIES["granitehybrid"], {})
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
@@ -249,3 +265,37 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert not any(".2." in name for name in found.weights)
     with pytest.raises(UnsupportedError, match=r"blk\.1\.nextn\.enorm"):
         place(file, "blk.1.nextn.enorm.weight", FAMILIES["llama"], 2)
+
+
+def in_parts(folder: Path) -> list[Path]:
+    """The tiny llama in three files, as llama.cpp writes large models."""
+    whole = gguf.GGUFReader(write_tiny(folder / "whole.gguf", as_written(llama_weights())))
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=8)
+    for name, found in whole.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            inner = found.types[1] if len(found.types) > 1 else None
+            writer.add_key_value(name, found.contents(), found.types[0], sub_type=inner)
+    for tensor in whole.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("m-*.gguf"))
+
+
+def test_a_file_in_parts_is_read_from_any_of_them(tmp_path: Path) -> None:
+    parts = in_parts(tmp_path)
+    assert [part.name for part in parts] == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    expected = read_gguf(tmp_path / "whole.gguf", keep_quantized=True)
+    for part in parts:
+        found = read_gguf(part, keep_quantized=True)
+        assert found.config == expected.config
+        assert found.weights.keys() == expected.weights.keys()
+        for name, array in found.weights.items():
+            np.testing.assert_array_equal(np.array(array), np.array(expected.weights[name]))
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: no such file; it is part 2 of 3"):
+        read_gguf(parts[0], keep_quantized=True)
+    with pytest.raises(CheckpointError, match=r"should end with -00001-of-00003\.gguf"):
+        read_gguf(parts[0].rename(tmp_path / "other.gguf"), keep_quantized=True)

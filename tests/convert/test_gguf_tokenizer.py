@@ -1,5 +1,6 @@
 """Tokenizers of GGUF files against transformers': how texts are cut, and Gemma 4's own kind."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,62 @@ def test_a_file_that_does_not_say_begins_as_llama_cpp_does(tmp_path: Path, pre: 
     encoded = AutoTokenizer.from_pretrained(tmp_path).encode("abc a")
     assert (encoded[0] == 1) == begins
     assert encoded[-2:] == [32, 31]
+
+
+def sentencepiece_fields(scores: str, **others: Any) -> tuple[Any, dict[str, Any]]:
+    """A sentencepiece model trained on our pages, and its metadata as llama.cpp's converter writes them."""
+    import sentencepiece
+
+    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    lines = [line for page in pages[:4] for line in page.read_text(encoding="utf-8").splitlines() if line]
+    users, out = ["\n", "\n\n", "▁▁", "▁▁▁", "▁▁▁▁", "<turn>"], io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=700,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=others.get("add_space_prefix", True),
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=users,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    pieces = [model.id_to_piece(place) for place in range(model.vocab_size())]
+    kinds = [3, 3, 3, 2] + [4 if p in users else 6 if p.startswith("<0x") else 1 for p in pieces[4:]]
+    fields = {
+        "model": "llama",
+        "tokens": [p.replace("▁", " ") if p in users else p for p in pieces],
+        "token_type": kinds,
+        "scores": [model.get_score(p) if scores == "own" else -1000.0 for p in range(len(pieces))],
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "unknown_token_id": 3,
+    }
+    return model, {f"tokenizer.ggml.{name}": value for name, value in (fields | others).items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "scores", "prefix"),
+    [("llama", "own", True), ("gemma3", "own", False), ("gemma3", "none", False)],
+)
+def test_sentencepiece_encodes_as_itself(tmp_path: Path, arch: str, scores: str, prefix: bool) -> None:
+    from transformers import AutoTokenizer
+
+    model, fields = sentencepiece_fields(scores, add_space_prefix=prefix)
+    gguf_tokenizer.write(fields | {"general.architecture": arch}, tmp_path, source=Path("x.gguf"))
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["The adapter trains.", "c 12345 x", "漢字 é ñ 🙂", "it ends with a space "]
+    if not prefix:  # Hugging Face puts the prefix after each token that is matched whole as well
+        texts += ["  two  spaces   three    four     five", "a\n\nb\n\n\nc", "<turn>user\n    code<turn>"]
+    for text in texts:
+        found = ours.encode(text, add_special_tokens=False)
+        assert found == model.encode(text), text
+        assert ours.decode(found) == text
+    assert len(ours.encode(texts[0], add_special_tokens=False)) < len(texts[0]) / 2

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from spoken import make_speaker
+from spoken_as_published import speaker
 
 from mlx_adapters.data.layouts import column_names
-from mlx_adapters.data.sources import load_rows
+from mlx_adapters.data.sources import check_fields, load_rows
 from mlx_adapters.data.tokens import encode
 from mlx_adapters.errors import DataError
 from mlx_adapters.models.load import read_tokenizer
@@ -120,7 +122,8 @@ def learned(
 ) -> list[tuple[str, str]]:
     """(what stands before, what is learned) of every training text."""
     rows = load_rows(str(source), columns=column_names(columns))
-    examples = encode(rows, tokenizer, template="chat", **settings).examples
+    template = "plain" if rows.format == "text" else "chat"
+    examples = encode(rows, tokenizer, template=template, **settings).examples
     return [
         (
             tokenizer.decode(example.ids[: example.loss_start]),
@@ -136,11 +139,12 @@ def learned(
     ]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *NESTED])
-@pytest.mark.parametrize("name", [*FLAT, *DEEP])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in FLAT for layout in LAYOUTS]  # a table of text holds no lists
+    + [(name, layout) for name in DEEP for layout in (*LAYOUTS, *NESTED)],
+)
 def test_every_kind_of_file_in_every_layout(name: str, layout: str, tokenizer: Any, tmp_path: Path) -> None:
-    if name in FLAT and layout in NESTED:
-        pytest.skip("a table of text holds no lists")
     (FLAT | DEEP)[name](tmp_path / name, (LAYOUTS | NESTED)[layout])
     assert learned(tmp_path / name, tokenizer) == [(TEXT, LEARNED)]
 
@@ -230,3 +234,138 @@ def test_a_folder_saved_by_datasets_names_its_splits(tmp_path: Path) -> None:
     _saved(tmp_path / "saved", LAYOUTS["Alpaca"])
     with pytest.raises(DataError, match=r"saved: has no split 'test', but train"):
         load_rows(str(tmp_path / "saved"), split="test")
+
+
+# Texts, folders, compressed tables ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FLAT, *DEEP])
+def test_texts_are_learned_whole(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    (FLAT | DEEP)[name](tmp_path / name, {"text": f"{QUESTION}\n{ANSWER}"})
+    ((before, text),) = learned(tmp_path / name, tokenizer)
+    assert before + text == f"{QUESTION}\n{ANSWER}<|endoftext|>"
+
+
+def test_a_text_file_is_one_text(tokenizer: Any, tmp_path: Path) -> None:
+    for name, packed in (("book.txt", False), ("book.txt.gz", True)):
+        raw = f"\ufeff{QUESTION}\r\n{ANSWER}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(raw) if packed else raw)
+        ((before, text),) = learned(tmp_path / name, tokenizer)
+        assert (before + text).replace("\r", "") == f"{QUESTION}\n{ANSWER}\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet", ".tsv.gz"])
+def test_a_folder_of_parts_trains_on_its_train_file(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    writers = {".jsonl": _jsonl, ".csv": _separated(","), ".parquet": _parquet, ".tsv.gz": _packed_table}
+    for part in ("train", "valid", "test"):
+        writers[kind](tmp_path / f"{part}{kind}", LAYOUTS["Alpaca"] | {"output": part})
+    assert learned(tmp_path, tokenizer) == [(TEXT, "train<|im_end|>")]
+
+
+def _packed_table(file: Path, row: dict[str, Any]) -> None:
+    _separated("\t")(file, row)
+    file.write_bytes(gzip.compress(file.read_bytes()))
+
+
+# Tool calls -----------------------------------------------------------------------------------------------
+
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def called(*calls: tuple[str, Any]) -> dict[str, Any]:
+    """A row whose answer calls tools, and answers with what they say."""
+    made = [
+        {"id": str(n), "type": "function", "function": {"name": name, "arguments": arguments}}
+        for n, (name, arguments) in enumerate(calls)
+    ]
+    tools = [{"role": "tool", "tool_call_id": str(n), "content": "56"} for n in range(len(calls))]
+    asked = {"role": "assistant", "content": None, "tool_calls": made}
+    return {"messages": [TURNS[0], asked, *tools, TURNS[1]]}
+
+
+NESTED_CALLS = (
+    ("add", {"a": 7, "how": {"carefully": True, "times": [1, 2]}}),
+    ("ask", {"how": {"to": "Tom"}, "text": "7 × 8?"}),
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", DEEP)
+def test_nested_tool_calls(name: str, as_text: bool, tmp_path: Path) -> None:
+    """Arrow gives every object the fields of all others, and OpenAI writes arguments as JSON text."""
+    tokenizer = read_tokenizer(speaker(CALLING, tmp_path / "speaker"), {})
+    calls = [(name, json.dumps(value) if as_text else value) for name, value in NESTED_CALLS]
+    DEEP[name](tmp_path / name, called(*calls))
+    ((_, text),) = learned(tmp_path / name, tokenizer)
+    written = "".join(
+        f"<tool_call>{name} {json.dumps(value, ensure_ascii=False)}</tool_call>"
+        for name, value in NESTED_CALLS
+    )
+    assert text == f"{written}<|im_end|>{LEARNED}"
+
+
+def test_arguments_become_text_where_the_template_takes_no_object(tmp_path: Path) -> None:
+    textual = CALLING.replace("call.function.arguments | tojson", "' ' + call.function.arguments")  # DeepSeek
+    tokenizer = read_tokenizer(speaker(textual, tmp_path / "speaker"), {})
+    _jsonl(tmp_path / "rows.jsonl", called(("add", {"a": 7})))
+    ((_, text),) = learned(tmp_path / "rows.jsonl", tokenizer)
+    assert text.startswith('<tool_call>add  {"a": 7}</tool_call><|im_end|>')
+
+
+# Rows that mean something else -----------------------------------------------------------------------------
+
+PREFERENCE = (
+    r"fields 'chosen' and 'rejected' are a preference, which is not learned here: --columns \w+=chosen"
+)
+LABEL = r"field 'label' is not read in rows of the form completion.*: put it into the text, or take it out"
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "a preference": ({"prompt": QUESTION, "chosen": ANSWER, "rejected": "no"}, PREFERENCE),
+    "a preference without a question": ({"chosen": ANSWER, "rejected": "no"}, PREFERENCE),
+    "a label": ({"prompt": QUESTION, "completion": ANSWER, "label": False}, LABEL),
+    "a label of 0": ({"prompt": QUESTION, "completion": ANSWER, "label": 0}, LABEL),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "saved"])
+def test_rows_that_mean_something_else_are_refused(
+    name: str, case: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    row, message = OTHERWISE[case]
+    (FLAT | DEEP)[name](tmp_path / name, row)
+    where = rf"{name.partition('.')[0]}.*: (?:line|row) \d: "
+    with pytest.raises(DataError, match=where + message) as caught:
+        learned(tmp_path / name, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_whoever_asks_for_the_chosen_answers_gets_them(tokenizer: Any, tmp_path: Path) -> None:
+    _jsonl(tmp_path / "rows.jsonl", {"prompt": QUESTION, "chosen": ANSWER, "rejected": "no"})
+    assert learned(tmp_path / "rows.jsonl", tokenizer, "completion=chosen") == [(TEXT, LEARNED)]
+    _jsonl(tmp_path / "pairs.jsonl", {"chosen": TURNS, "rejected": TURNS[:1]})
+    assert learned(tmp_path / "pairs.jsonl", tokenizer, "messages=chosen") == [(TEXT, LEARNED)]
+
+
+def test_every_column_that_trl_reads_is_read_or_refused() -> None:
+    """The names that SFTTrainer looks up in a row, found in its source; what it makes itself is left out."""
+    trl = pytest.importorskip("trl")
+    source = (Path(trl.__file__).parent / "trainer" / "sft_trainer.py").read_text()
+    looked_up = re.findall(r'\bexamples?(?:\[0\])?(?:\.get\(|\[)"(\w+)"', source)
+    looked_up += re.findall(
+        r'"(\w+)" (?:not )?in (?:example|examples\[0\]|dataset_sample|column_names|cols)\b', source
+    )
+    made = {"seq_lengths", "attention_mask", "text_ids"}
+    names = {*looked_up} - made
+    assert {"messages", "prompt", "completion", "tools", "chat_template_kwargs", "images"} <= names
+    known = {"messages", "conversations", "prompt", "completion", "text", "tools", "chat_template_kwargs"}
+    for name in sorted(names - known):
+        with pytest.raises(DataError, match=f"field '{name}' is not read"):
+            check_fields({"text": "a", name: [1]}, "text")
+    for name in ("tools", "chat_template_kwargs"):
+        with pytest.raises(DataError, match=f"field '{name}' is not read"):
+            check_fields({"text": "a", name: [1]}, "text")

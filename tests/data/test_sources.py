@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mlx_adapters.data.layouts import layout_of
 from mlx_adapters.data.overlap import item_hash, row_text
 from mlx_adapters.data.sources import TRAINING_SETS, check_fields, load_rows, notes
-from mlx_adapters.errors import DataError
+from mlx_adapters.errors import ConfigError, DataError
+from mlx_adapters.train.config import TrainConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [{"instruction": f"add {n}", "input": "", "output": f"é{n}", "answer": n} for n in range(9)]
@@ -162,6 +163,54 @@ def test_the_papers_training_sets_are_found_by_name(
     assert load_rows(str(tmp_path / name)).rows == ROWS
     monkeypatch.chdir(tmp_path)
     assert load_rows(name).rows == ROWS
+
+
+def test_the_test_set_of_a_folder_is_left_alone(tmp_path: Path) -> None:
+    _file(tmp_path, "\n".join(LINES), "train.jsonl")
+    test = _file(tmp_path, "\n".join(LINES[:3]), "test.jsonl")
+    rows = load_rows(str(tmp_path))
+    assert len(rows.rows) == len(ROWS)
+    assert notes(rows)[1:] == [f"{test} is left alone: `eval --task` takes it"]
+    assert len(notes(load_rows(test))) == 1
+
+
+def test_text_is_one_row(tmp_path: Path) -> None:
+    rows = load_rows(_file(tmp_path, "\ufeffOnce upon\r\n\r\na time\n", "book.txt"))
+    assert (rows.rows, rows.format) == ([{"text": "Once upon\r\n\r\na time\n"}], "text")
+    with pytest.raises(DataError, match=r"bad.txt: is not UTF-8 text \(byte 3\): save it as UTF-8"):
+        load_rows(_file(tmp_path, b"a\n\n\xff", "bad.txt"))
+
+
+def test_a_hub_set_is_streamed_as_far_as_the_steps_go(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is that of `datasets` over a file, which stands in for the hub."""
+    import datasets
+
+    from mlx_adapters import load, train
+
+    whole = [{"prompt": f"tom has {n} apples", "completion": "it is", "id": n} for n in range(5000)]
+    file, asked, read = _file(tmp_path, "\n".join(map(json.dumps, whole))), [], []
+    stream = datasets.load_dataset
+
+    def hub(name: str, config: Any, *, split: str, revision: Any, streaming: bool) -> Any:
+        asked.append((name, config, split, revision))
+        rows = stream("json", data_files=file, split=split, streaming=streaming)
+        return rows.map(lambda row: read.append(row["id"]) or row)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    options: dict[str, Any] = {"streaming": True, "steps": 3, "batch_size": 4, "validation": 2}
+    result = train(
+        load(folders["llama"]), "owner/large@v2", output=tmp_path / "out", template="plain", **options
+    )
+    assert asked == [("owner/large", None, "train", "v2")]
+    assert (result.rows, result.steps) == (12, 3)
+    assert read[:14] == [*range(14)]
+    assert len(read) <= 20  # `datasets` looks a little ahead; what lies behind is not read
+    with pytest.raises(DataError, match=r"rows.jsonl: is no dataset of the hub, so it is not streamed"):
+        load_rows(file, streamed=9)
+    with pytest.raises(ConfigError, match="streaming reads as many rows as the steps take: give steps too"):
+        TrainConfig(streaming=True)
 
 
 def test_a_training_set_that_is_not_here_comes_from_the_hub(

@@ -10,7 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import base, gpt_oss
 
-from mlx_adapters.models import attention as blocks
+from mlx_adapters.models import attention as called
+from mlx_adapters.models import attention_blocks as blocks
 from mlx_adapters.models.attention import attention
 from mlx_adapters.models.masks import Mask, create_attention_mask
 from mlx_adapters.train.caches import ExampleCache
@@ -25,12 +26,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_QUERIES", {"cpu": 16, "gpu": 16})
     monkeypatch.setattr(blocks, "_KEYS", {"cpu": 32, "gpu": 32})
     monkeypatch.setattr(blocks, "_SCORES", 1)
-    monkeypatch.setattr(blocks, "_MOST_SCORES", 0)
+    monkeypatch.setattr(called, "_MOST_SCORES", 0)
 
 
 @pytest.fixture(autouse=True)
 def gradients() -> Iterator[None]:
-    with blocks.differentiated():
+    with called.differentiated():
         yield
 
 
@@ -62,7 +63,8 @@ PACKED = {
 
 def compare(mask: Any, shape: Sizes, *, sinks: bool = False, cap: float | None = None) -> None:
     """Output and gradients of everything, that of an added mask among them, against torch's in float64."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     rows, heads, groups, time, length = shape
     given = [mx.random.normal((rows, heads, time, WIDTH))]
     given += [mx.random.normal((rows, groups, length, WIDTH)) for _ in range(2)]
@@ -138,7 +140,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 )
 def test_what_is_hidden_is_not_computed(mask: Mask | None, cells: int) -> None:
     x = mx.zeros((1, 2, 64, WIDTH))
-    plan = blocks._Blocks(x, x, 1.0, mask, None, sinks=False)
+    plan = blocks.Blocks(x, x, 1.0, mask, None, sinks=False)
     found = [cell for block in plan.query_blocks for cell in plan._row(block)]
     assert len(found) == cells
     if mask is not None:  # what is called whole is whole
@@ -188,7 +190,7 @@ def test_a_model_with_windows_and_sinks_also_where_blocks_are_computed_again() -
         return dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
 
     plain = slopes()
-    blocks.rebind(model)
+    called.rebind(model)
     names = type(model.layers[0].self_attn).__call__.__globals__
     assert names["scaled_dot_product_attention"] is attention
     for found in (slopes(), Recompute(model)(slopes)()):

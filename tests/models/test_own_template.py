@@ -17,9 +17,11 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.data.preview import show_rows
 from mlx_adapters.data.templates import asked
 from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.fields import parse_fields
 from mlx_adapters.models import load as models
 from mlx_adapters.models.load import read_tokenizer
 from mlx_adapters.models.own_template import OWN, ChatTemplate
+from mlx_adapters.train.config import TrainConfig
 
 DATED = "{% if date %}{{ '<|im_start|>system\n' + date + '<|im_end|>\n' }}{% endif %}"
 TEXT = DATED + TEMPLATES["thinks unless told"].template
@@ -126,7 +128,8 @@ def test_it_leaves_whole(trained: Trained, tmp_path: Path) -> None:
     expected = theirs(TEXT, **KWARGS).replace("tom has 3", "YOUR INSTRUCTION")
     cli("export", trained.adapter, tmp_path / "p", "--base", "owner/base")
     assert (tmp_path / "p" / "chat_template.jinja").read_text() == TEXT
-    assert json.loads((tmp_path / "p" / "generation_config.json").read_text()) == {"eos_token_id": [1, 3]}
+    ends = json.loads((tmp_path / "p" / "generation_config.json").read_text())
+    assert ends == {"eos_token_id": [1, 3], "do_sample": False, "repetition_penalty": 1.0}
     card = (tmp_path / "p" / "README.md").read_text()
     assert "`chat_template.jinja`" in card
     assert "`enable_thinking`, `date`" in card
@@ -246,3 +249,30 @@ def test_the_tokenizer_itself_stays_as_it_was(tmp_path: Path) -> None:
     }
     assert (tokenizer.chat_template, set(tokenizer.eos_token_ids), dict(vars(tokenizer))) == before
     assert OWN.on(tokenizer) is tokenizer
+
+
+@pytest.mark.parametrize("change", ["text", "variables", "neither"])
+def test_a_run_is_resumed_with_the_same_template_only(change: str, trained: Trained, tmp_path: Path) -> None:
+    """Also where the user leaves it out: the rows would be other rows."""
+    (file := tmp_path / "own.jinja").write_text(TEXT)
+    rows = [{"messages": [*ASKED, {"role": "assistant", "content": "7"}]}]
+    options = {"output": tmp_path / "a", "steps": 2, "chat_template_kwargs": KWARGS, "template": str(file)}
+    ma.train(ma.load(trained.base), rows, **options)
+    if change == "text":
+        file.write_text(TEXT + " ")
+    again = options | {"resume": True}
+    if change == "variables":
+        again |= {"chat_template_kwargs": None}
+    if change == "neither":
+        assert ma.train(ma.load(trained.base), rows, **again).steps == 2
+        return
+    with pytest.raises(ma.TrainingError, match=r"made with other settings \(.*chat_template"):
+        ma.train(ma.load(trained.base), rows, **again)
+
+
+@pytest.mark.parametrize("given", [KWARGS, json.dumps(KWARGS)])
+def test_variables_are_json_on_a_command_line_and_a_mapping_in_yaml_and_python(given: Any) -> None:
+    config = parse_fields(TrainConfig, {"chat_template_kwargs": given}, where="train")
+    assert json.loads(config.chat_template_kwargs) == KWARGS
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        parse_fields(TrainConfig, {"chat_template_kwargs": {"date": object()}}, where="train")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The packages and modules of mlx_adapters, from the ground up; those of one floor may import each other.
 FLOORS = (
-    ("errors", "fields", "rebind", "signals", "units"),
+    ("errors", "fields", "notebook", "rebind", "signals", "units"),
     ("files",),
     ("device",),
     ("cpu",),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from command_line import cli
 from study_files import study_file
 from tiny import make_tiny
 
+from mlx_adapters.errors import OutputError
 from mlx_adapters.evaluate.score import wilson
 from mlx_adapters.files.lock import locked
 from mlx_adapters.study import cells, grid
@@ -200,6 +202,27 @@ def test_mistakes_are_told_in_one_line(
     assert str(file) in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_an_earlier_version_goes_on(model: Path, tmp_path: Path) -> None:
+    """Its cells' settings had `cutoff`, and 0 rows of validation; the file says nothing of either."""
+    read = grid.read({"model": str(model), "train": {"steps": 4}, "grid": [{"method": "lora"}]})
+    (cell,) = read.cells
+    assert cell.train.max_length == 256, "a study's cells have one length, whatever the rows"
+    settings = json.loads(json.dumps({"study": read.common(), "cell": asdict(cell)}))
+    train = settings["cell"]["train"]
+    train |= {"cutoff": train.pop("max_length"), "validation": 0}
+    for name in ("long_rows", "weights"):
+        del train[name]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    now = {"study": read.common(), "cell": asdict(cell)}
+    cells._same_settings(tmp_path, now)
+    train["cutoff"] = 128
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(OutputError, match="made with other settings"):
+        cells._same_settings(tmp_path, now)
+    again = {"model": str(model), "train": {"cutoff": 48}, "grid": [{"method": "lora"}]}
+    assert grid.read(again).cells[0].train.max_length == 48
 
 
 def test_the_examples_have_the_paper_s_parameter_counts() -> None:

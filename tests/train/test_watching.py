@@ -138,7 +138,7 @@ def test_what_is_measured_is_said(watched: Watched) -> None:
     assert f"validation on 2 rows of {watched.options['validation']}, every 15 steps" in said
     assert "accuracy on 5 items of test, every 10 steps" in said
     assert [note for note in watched.trainer.notes if "validation" in note] == [
-        "1 of the 2 validation rows have the question of a training row: on these the loss tells what was "
+        "validation rows with the question of a training row: 1 of 2. On these the loss tells what was "
         "learned by heart"
     ]
 
