@@ -8,6 +8,7 @@ model is a tiny one too, so the blocks are run as they stand. One that cannot be
     <!-- slow: half a minute even so -->      run by `pytest -m slow`
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -288,6 +289,33 @@ def test_the_page_on_validation_names_tests_that_exist() -> None:
     named = set(re.findall(r"`(test_\w+\.py)`", TEXTS["docs/validation.md"]))
     assert len(named) > 20
     assert named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+
+
+def said(node: ast.AST) -> str:
+    """The text of an expression, with `...` for what is filled in; empty where it is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(said(part) or "..." for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return (said(left) or "...") + (said(right) or "...")
+        case _:
+            return ""
+
+
+def test_the_page_on_messages_quotes_the_program() -> None:
+    """Each message is there word for word, with `...` where the program fills in."""
+    quoted = re.findall(r"^\| `([^`]+)` \|", TEXTS["docs/messages.md"], re.MULTILINE)
+    assert len(quoted) > 25
+    sources = [
+        file for folder in ("mlx_adapters", "convert", "cli") for file in (ROOT / folder).rglob("*.py")
+    ]
+    codes = [code for file in sources if "Error(" in (code := file.read_text(encoding="utf-8"))]
+    trees = [ast.parse(code) for code in codes]
+    texts = {text for tree in trees for node in ast.walk(tree) if len(text := said(node)) > 20}
+    missing = [one for one in quoted if not any(one in text for text in texts)]
+    assert not missing
 
 
 def prose(page: str) -> str:
