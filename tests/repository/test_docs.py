@@ -8,6 +8,7 @@ model is a tiny one too, so the blocks are run as they stand. One that cannot be
     <!-- slow: half a minute even so -->      run by `pytest -m slow`
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -290,12 +291,61 @@ def test_the_page_on_validation_names_tests_that_exist() -> None:
     assert named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 
 
-def test_links_between_pages_and_pictures_lead_somewhere() -> None:
-    for page, text in TEXTS.items():
-        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
-            if not link.startswith("http"):
-                assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+def said(node: ast.AST) -> str:
+    """The text of an expression, with `...` for what is filled in; empty where it is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(said(part) or "..." for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return (said(left) or "...") + (said(right) or "...")
+        case _:
+            return ""
+
+
+def test_the_page_on_messages_quotes_the_program() -> None:
+    """Each message is there word for word, with `...` where the program fills in."""
+    quoted = re.findall(r"^\| `([^`]+)` \|", TEXTS["docs/messages.md"], re.MULTILINE)
+    assert len(quoted) > 25
+    sources = [
+        file for folder in ("mlx_adapters", "convert", "cli") for file in (ROOT / folder).rglob("*.py")
+    ]
+    codes = [code for file in sources if "Error(" in (code := file.read_text(encoding="utf-8"))]
+    trees = [ast.parse(code) for code in codes]
+    texts = {text for tree in trees for node in ast.walk(tree) if len(text := said(node)) > 20}
+    missing = [one for one in quoted if not any(one in text for text in texts)]
+    assert not missing
+
+
+def prose(page: str) -> str:
+    """The page without its blocks."""
+    return re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """What `#...` may name on the page, as GitHub and mkdocs both write it."""
+    heads = re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", head).lower() for head in heads]
+    return {re.sub(r"[^\w\s-]", "", head).strip().replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_and_pictures_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", prose(page)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        made = ":::" in target.read_text(encoding="utf-8") if target.suffix == ".md" else True
+        if anchor and not made:  # mkdocs --strict knows the anchors that are made of docstrings
+            assert anchor in anchors(str(target.relative_to(ROOT))), f"{page}: {link}"
+
+
+def test_every_page_is_in_the_site_s_menu_once() -> None:
+    menu = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(menu) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
 def test_blocks_are_found_and_marked() -> None:
