@@ -31,6 +31,7 @@ INSIDE = {
     "examples/benchmarks/generation.py": "measures parts",
     "examples/benchmarks/hybrids.py": "measures parts",
     "examples/benchmarks/memory.py": "measures parts",
+    "examples/benchmarks/planned.py": "measures parts",
     "examples/benchmarks/training.py": "measures parts",
 }
 
