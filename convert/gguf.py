@@ -100,8 +100,7 @@ def _matrices(container: Container, family: Family, config: dict[str, Any]) -> I
         targets = place(container.path, tensor.name, family, config["num_hidden_layers"])
         if not targets:
             continue
-        matrix = _changed(container, tensor, family, config)
-        parts = shared_out(matrix, len(targets)) if len(targets) > 1 else [matrix]
+        parts = _changed(container, tensor, len(targets), family, config)
         for target, part in zip(targets, parts, strict=True):
             name, bracket, rest = target.partition("[")
             if not bracket:
@@ -111,22 +110,31 @@ def _matrices(container: Container, family: Family, config: dict[str, Any]) -> I
             pieces = waiting.setdefault(f"{name}{ending}", {})
             pieces[int(index)] = part
             if len(pieces) == 2:
-                yield f"{name}{ending}", _joined(name, waiting.pop(f"{name}{ending}"), family, config)
+                whole = _joined(container.path, name, waiting.pop(f"{name}{ending}"), family, config)
+                yield f"{name}{ending}", whole
     for name in waiting:
         raise CheckpointError(f"{container.path}: has only a half of {name}; download it again")
 
 
-def _joined(module: str, pieces: dict[int, Matrix], family: Family, config: dict[str, Any]) -> Matrix:
-    whole = joined([pieces[index] for index in sorted(pieces)])
+def _joined(
+    path: Path, module: str, pieces: dict[int, Matrix], family: Family, config: dict[str, Any]
+) -> Matrix:
     change = next((c for name, c in family.joined.items() if module.endswith(name)), None)
-    return change(whole, config) if change else whole
+    try:
+        whole = joined([pieces[index] for index in sorted(pieces)])
+        return change(whole, config) if change else whole
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the halves of {module} do not fit ({one_line(error)})") from None
 
 
-def _changed(container: Container, tensor: Tensor, family: Family, config: dict[str, Any]) -> Matrix:
+def _changed(
+    container: Container, tensor: Tensor, parts: int, family: Family, config: dict[str, Any]
+) -> list[Matrix]:
     matrix = _values(container, tensor)
     change = family.changes.get(_part(tensor.name))
     try:
-        return change(matrix, config) if change else matrix
+        matrix = change(matrix, config) if change else matrix
+        return shared_out(matrix, parts) if parts > 1 else [matrix]
     except ValueError as error:
         raise CheckpointError(
             f"{container.path}: tensor '{tensor.name}' {one_line(error)}; download it again"
@@ -135,7 +143,7 @@ def _changed(container: Container, tensor: Tensor, family: Family, config: dict[
 
 def _part(name: str) -> str:
     """`attn_q` of blk.3.attn_q.weight."""
-    rest = name.split(".", 2)[2] if name.startswith("blk.") else name
+    rest = name.split(".", 2)[-1] if name.startswith("blk.") else name
     base, dot, _ = rest.rpartition(".")
     return base if dot else rest
 
@@ -153,7 +161,7 @@ def place(path: Path, name: str, family: Family, layers: int) -> tuple[str, ...]
     if block.isdecimal():
         if int(block) >= layers:
             return ()  # predicts further tokens
-        rest, modules = name.split(".", 2)[2], LAYER | dict(family.layer)
+        rest, modules = name.split(".", 2)[-1], LAYER | dict(family.layer)
         prefix = f"{prefix}model.layers.{int(block)}."
     found = modules.get(rest)
     ending = ""

@@ -36,7 +36,7 @@ def make_rows(model: Path, length: int, count: int) -> Rows:
 
     tokenizer = models.load(model, lazy=True).tokenizer
     data = Data(generate(1 + length * count // 60), "instruction", "word problems")
-    examples = encode(data, tokenizer, template="alpaca", cutoff=512, loss_on="all").examples
+    examples = encode(data, tokenizer, template="alpaca", loss_on="all").examples
     tokens = [token for example in examples for token in example.ids]
     return [tokens[first : first + length] for first in range(0, length * count, length)]
 

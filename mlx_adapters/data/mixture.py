@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_adapters.data.large import FileRows, Stamp
 from mlx_adapters.data.picked import Examples, id_rows, lengths_of, pick
-from mlx_adapters.data.sources import Rows, check_fields
+from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import messages_of
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import ConfigError, DataError, counted
@@ -24,29 +24,30 @@ __all__ = ["Weighted", "parse_weights", "shares", "together"]
 
 
 def together(parts: Sequence[Rows]) -> Rows:
-    """The rows of several sources. Where their forms differ, all become conversations.
+    """The rows of several sources; `parts` has them in their own forms, which may differ.
 
-    Raises DataError where that cannot be: rows of text are no conversations.
+    Together they are conversations then, which is what a chat template makes of each. Raises DataError where
+    that cannot be: rows of text are no conversations.
     """
     if len(parts) == 1:
         return parts[0]
-    forms = {part.format for part in parts}
-    if len(forms) > 1:
+    same = parts
+    if len({part.format for part in parts}) > 1:
         if text := next((part for part in parts if part.format == "text"), None):
             other = next(part for part in parts if part.format != "text")
             raise DataError(
                 f"{text.origin}: rows of text, which are learned whole, but those of {other.origin} are of "
                 f"the form {other.format}. Train on them one after the other, or give them one form"
             )
-        parts = [_as_messages(part) for part in parts]
+        same = [_as_messages(part) for part in parts]
     origin = ", ".join(part.origin for part in parts)
     rows: Sequence[dict[str, Any]]
-    if any(isinstance(part.rows, FileRows) for part in parts):
-        stamp = Stamp(" ".join(part.origin for part in parts), sum(len(part.rows) for part in parts))
-        rows = FileRows(lambda unread: chain.from_iterable(part.rows for part in parts), stamp)
+    if any(isinstance(part.rows, FileRows) for part in same):
+        stamp = Stamp(" ".join(part.origin for part in same), sum(len(part.rows) for part in same))
+        rows = FileRows(lambda unread: chain.from_iterable(part.rows for part in same), stamp)
     else:
-        rows = [row for part in parts for row in part.rows]
-    return Rows(rows, parts[0].format, origin, parts=tuple(parts))
+        rows = [row for part in same for row in part.rows]
+    return Rows(rows, same[0].format, origin, parts=tuple(parts))
 
 
 def _as_messages(part: Rows) -> Rows:
@@ -55,10 +56,6 @@ def _as_messages(part: Rows) -> Rows:
     own = {"instruction", "input", "output"} if part.format == "instruction" else {"prompt", "completion"}
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            check_fields(row, part.format)
-        except DataError as error:
-            raise DataError(f"{part.origin}: {error}") from None
         messages, _ = messages_of(row, part.format)
         return {"messages": messages, **{name: value for name, value in row.items() if name not in own}}
 

@@ -189,13 +189,13 @@ def _table(file: Path, kind: str) -> Iterator[Located]:
 def without_gaps(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a table, whose objects have every field that an object of any row has: without those that are
     None, which a chat template would write as null."""
-    return {name: _filled(value) for name, value in row.items()}
+    return {name: _without_none(value) for name, value in row.items()}
 
 
-def _filled(value: Any) -> Any:
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _filled(part) for name, part in value.items() if part is not None}
-    return [_filled(part) for part in value] if isinstance(value, list) else value
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _record_batches(file: Path, kind: str) -> Iterator[Any]:

@@ -22,8 +22,8 @@ from mlx_adapters.errors import (
 from mlx_adapters.files.documents import read_object
 from mlx_adapters.files.hub import snapshot
 from mlx_adapters.files.weights import read_weights, weight_files
-from mlx_adapters.models import attention, own_template
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import own_template
 from mlx_adapters.models.build import build, cast
 from mlx_adapters.models.origin import remember, remembered
 from mlx_adapters.models.own_template import ChatTemplate
@@ -151,7 +151,6 @@ def load(
     except Exception as error:  # mlx raises RuntimeError and ValueError for files, names and shapes alike
         raise CheckpointError(f"{folder}: the weights do not fit ({one_line(error)})") from None
     layers.speed_up(model)
-    attention.rebind(model)
     tokenizer = read_tokenizer(folder, config)
     return LanguageModel(model=model, tokenizer=tokenizer, config=config, path=folder)
 

@@ -88,7 +88,7 @@ def _select_parts(rows: Rows, config: TrainConfig, exclude: frozenset[str]) -> t
         limit = None if limit is None else max(0, limit - len(found.rows))
         chosen.append(found)
         left_out += count
-    return together(chosen), left_out
+    return replace(together(chosen), sources=rows.sources), left_out
 
 
 def excluded_hashes(files: Sequence[str | Path]) -> frozenset[str]:

@@ -141,10 +141,9 @@ def _chunked_cross_entropy(
     largest = mx.full((count, 1), -math.inf)
     label_logits, z = mx.zeros((count,)), mx.zeros((count, 1))
     weighted_rows = mx.zeros(hidden.shape)  # the sum of e^l W
-    done = z
     for first in range(0, vocabulary, size):
-        # the dependency makes a chunk wait for the one before: else the logits of all are alive together
-        states = mx.depends([hidden], [done])[0]
+        # a chunk waits for all that is made of the one before: else the logits of all are alive together
+        states = mx.depends([hidden], [z, weighted_rows, label_logits])[0]
         chunk = _VocabChunk(layer, slice(first, first + size), after=states)
         logits = chunk.logits(states).astype(mx.float32)
         index = batch.labels - first
@@ -156,9 +155,9 @@ def _chunked_cross_entropy(
         before, largest = largest, mx.maximum(largest, logits.max(axis=-1, keepdims=True))
         p = exponential.shifted_exp(logits, largest) if kind == "cpu" else mx.exp(logits - largest)
         scale = mx.exp(before - largest)
-        done = z = z * scale + p.sum(axis=-1, keepdims=True)
+        z = z * scale + p.sum(axis=-1, keepdims=True)
         if gradient:
-            done = weighted_rows = weighted_rows * scale + chunk.times(p)
+            weighted_rows = weighted_rows * scale + chunk.times(p)
     loss = (((largest + mx.log(z))[:, 0] - label_logits) * batch.weights).sum()
     if not gradient:
         return loss, mx.zeros_like(hidden)

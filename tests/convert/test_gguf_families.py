@@ -235,6 +235,20 @@ def test_what_is_not_read_is_refused_in_one_line(tmp_path: Path, fields: dict[st
     refused(write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), fields=fields), match)
 
 
+@pytest.mark.parametrize("name", ["blk.1", "blk.x.attn_q.weight", "blk.0.attn_q.weigh", "other", "blk."])
+def test_a_tensor_of_no_model_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    weights = as_written(llama_weights()) | {name: np.ones(3, np.float32)}
+    refused(write_tiny(tmp_path / "a.gguf", weights), f"tensor '{name}' belongs to no")
+
+
+def test_parts_that_do_not_fit_are_an_error_of_the_file(tmp_path: Path) -> None:
+    from mlx_adapters.convert import gguf as reader
+
+    halves = {0: mx.zeros((4, 8)), 1: mx.zeros((4, 6))}
+    with pytest.raises(CheckpointError, match=r"x\.gguf: the halves of m do not fit"):
+        reader._joined(Path("x.gguf"), "m", halves, FAMILIES["granitehybrid"], {})
+
+
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "a.gguf", as_written(llama_weights()), arch="gptneox")
     refused(file, "'gptneox'.*Known: .*qwen35moe")

@@ -11,9 +11,12 @@ from tiny import make_tiny
 import mlx_adapters as ma
 from mlx_adapters import LoRA
 from mlx_adapters.adapter import read_meta
+from mlx_adapters.data.reasoning import before_answer
+from mlx_adapters.data.tokens import prompt_ids
 from mlx_adapters.evaluate.answers import extract
 from mlx_adapters.generate import decode
 from mlx_adapters.models.load import read_tokenizer
+from mlx_adapters.models.own_template import ChatTemplate
 
 ANSWERS = {"a": "3", "b": "7", "c": "5", "d": "9"}
 # (TRL's copy of a published template, its variables, the end of the prompt, what is written there)
@@ -70,3 +73,24 @@ def test_the_end_of_a_thought_stays_in_the_text_though_it_is_a_special_token(tmp
     assert tokenizer.decode(ids, skip_special_tokens=True) == "3 or 47"
     assert decode._text(tokenizer, ids) == "3 or 4</think>7"
     assert decode._text(tokenizer, ids[:3]) == "3 o"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "prompt"),
+    [
+        ("qwen3_5_think", {}, "<think>\n\n</think>\n\n"),
+        ("qwen3_5_think", {"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+        ("deepseek_r1_distill", {}, "<｜Assistant｜>"),
+        ("qwen2_5", {}, "<|im_start|>assistant\n"),
+    ],
+)
+def test_choices_are_scored_where_an_answer_stands(
+    name: str, kwargs: dict[str, Any], prompt: str, tmp_path: Path
+) -> None:
+    """Not inside the reasoning that the generation prompt opens."""
+    trl = pytest.importorskip("trl")
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = ChatTemplate(kwargs=kwargs).on(read_tokenizer(speaker(template, tmp_path), {}))
+    text = before_answer([{"role": "user", "content": "a"}], tokenizer)
+    assert text.endswith(prompt)
+    assert tokenizer.encode(text, add_special_tokens=False) == prompt_ids(text, tokenizer)

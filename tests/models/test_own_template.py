@@ -17,9 +17,11 @@ from mlx_adapters.cli.app import app
 from mlx_adapters.data.preview import show_rows
 from mlx_adapters.data.templates import asked
 from mlx_adapters.errors import AdaptersError, ConfigError
+from mlx_adapters.fields import parse_fields
 from mlx_adapters.models import load as models
 from mlx_adapters.models.load import read_tokenizer
 from mlx_adapters.models.own_template import OWN, ChatTemplate
+from mlx_adapters.train.config import TrainConfig
 
 DATED = "{% if date %}{{ '<|im_start|>system\n' + date + '<|im_end|>\n' }}{% endif %}"
 TEXT = DATED + TEMPLATES["thinks unless told"].template
@@ -266,3 +268,11 @@ def test_a_run_is_resumed_with_the_same_template_only(change: str, trained: Trai
         return
     with pytest.raises(ma.TrainingError, match=r"made with other settings \(.*chat_template"):
         ma.train(ma.load(trained.base), rows, **again)
+
+
+@pytest.mark.parametrize("given", [KWARGS, json.dumps(KWARGS)])
+def test_variables_are_json_on_a_command_line_and_a_mapping_in_yaml_and_python(given: Any) -> None:
+    config = parse_fields(TrainConfig, {"chat_template_kwargs": given}, where="train")
+    assert json.loads(config.chat_template_kwargs) == KWARGS
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        parse_fields(TrainConfig, {"chat_template_kwargs": {"date": object()}}, where="train")

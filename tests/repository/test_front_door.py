@@ -30,6 +30,7 @@ INSIDE = {
     "examples/02_new_method.py": "the same method",
     "examples/benchmarks/generation.py": "measures parts",
     "examples/benchmarks/hybrids.py": "measures parts",
+    "examples/benchmarks/long_rows.py": "measures parts",
     "examples/benchmarks/memory.py": "measures parts",
     "examples/benchmarks/planned.py": "measures parts",
     "examples/benchmarks/training.py": "measures parts",

@@ -160,6 +160,7 @@ def _unrefused() -> Iterator[None]:
         stack.enter_context(mock.patch.object(fields, "defaults", return_value={}))
         stack.enter_context(mock.patch.object(model_config, "_refuse"))
         stack.enter_context(mock.patch.object(corrections, "_refuse_lost_biases"))
+        stack.enter_context(mock.patch.object(build, "refuse_unread", return_value=()))
         yield
 
 

@@ -19,6 +19,7 @@ FAST = (
     "cpu/test_quantized.py",
     "cpu/test_threads.py",
     "data/test_data.py",
+    "data/test_long_rows.py",
     "data/test_overlap.py",
     "data/test_sources.py",
     "evaluate/test_answers.py",

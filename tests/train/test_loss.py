@@ -241,3 +241,19 @@ def test_another_family_is_split_or_right_without() -> None:
     model, given = gpt2.Model(args), batch()
     value = loss_sum(model, given, head=split_head(model)).item()
     assert value == pytest.approx(plain(model, given), rel=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_logits_of_all_chunks_are_never_there_together(
+    gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_LOGITS", {"cpu": 1 << 17, "gpu": 1 << 17})
+    tokens, words = 512, 65536
+    layer, hidden = nn.Embedding(words, 8), mx.random.normal((tokens, 8))
+    labels, weights = mx.zeros((tokens,), mx.int32), mx.ones((tokens,))
+    batch = Batch(labels[None], labels, labels, weights, tokens, tokens)
+    mx.eval(layer.parameters(), hidden, labels, weights)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(losses._chunked_cross_entropy(hidden, batch, layer, gradient=gradient))
+    assert mx.get_peak_memory() - before < 4 * tokens * words / 2, "half of them"

@@ -156,8 +156,8 @@ def test_every_form_of_data_is_the_same_run(folders: dict[str, Path], tmp_path: 
         result = train(loaded, data, output=tmp_path / str(number), **OPTIONS)
         losses.append([row["loss"] for row in result.metrics])
     assert losses[1:] == losses[:1] * 3
-    other = jsonl(tmp_path / "c.jsonl", [{"instruction": "a", "output": "b"}])
-    with pytest.raises(DataError, match=r"c\.jsonl: rows of the form instruction.*a\.jsonl.*completion"):
+    other = jsonl(tmp_path / "c.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"c\.jsonl: rows of text.*a\.jsonl are of the form completion"):
         train(loaded, [parts[0], other], output=tmp_path / "mixed", **OPTIONS)
     with pytest.raises(DataError, match="row 1: field 'completion' is missing"):
         train(loaded, [ROWS[0], {"prompt": "a"}], output=tmp_path / "odd", **OPTIONS)
