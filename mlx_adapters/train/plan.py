@@ -1,45 +1,30 @@
-"""How much memory a training run will take, measured on a few of the model's own blocks before it starts.
+"""How much memory and time a training run will take, from a few small steps before it starts.
 
-Peak memory grows by the same amount with every block. So one step is run on the model cut to four and to six
-blocks, with rows of the full length, and the line through the two peaks is read at the real depth:
-
-    peak(blocks) = peak(4) + (blocks - 4) * (peak(6) - peak(4)) / 2
-
-Nothing is assumed about the architecture, the method or the precision. The rows are random tokens of the
-longest length, so the prediction is for the largest batch of the run.
+The steps are of a few of the model's own blocks (see step_memory.py), so nothing is assumed about the
+architecture, the method or the precision; what other depths and batches take is arithmetic. That is compared
+with the peak of a real step, which was not used for it. The rows are random tokens of the longest length, so
+the prediction is for the largest batch of the run.
 """
 
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import is_
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
-
-from mlx_adapters import adapter, device, methods
+from mlx_adapters import device, methods
 from mlx_adapters.data.batches import rows_per_pass
-from mlx_adapters.data.tokens import Example
-from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.fields import current
 from mlx_adapters.methods.base import Method
-from mlx_adapters.models import load as model
-from mlx_adapters.models.limits import vocabulary
 from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.loop import Run
+from mlx_adapters.train.step_memory import Bench, Pieces, row_length
 from mlx_adapters.units import size
 
 __all__ = [
-    *("MemoryPlan", "Plan", "candidates", "cells", "command"),
-    *("overhead", "plan", "predict", "predict_all", "weigh"),
+    *("MemoryPlan", "Plan", "accuracy", "candidates", "cells", "command"),
+    *("in_words", "overhead", "plan", "predict", "predict_all", "weigh"),
 ]
 
-_SHORT, _LONG = 4, 6
-_TOKENS = 256  # of a row, where nothing is said of its length
 _COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
 
 
@@ -48,7 +33,9 @@ class Plan:
     """What a run with these settings takes, in bytes of arrays; the process itself comes on top.
 
     `weights` is the base model, `adapter` the trained arrays with their gradients and optimizer state, `peak`
-    everything at the worst moment of a step; `measured` the peak that was seen on the way.
+    everything at the worst moment of a step; `measured` the peak that was seen on the way. `seconds` are
+    those of a step. `error` is by how much the arithmetic was off for a real step of four blocks, 0.05 being
+    5 % too much; None where it was not compared.
     """
 
     batch_size: int
@@ -58,6 +45,8 @@ class Plan:
     adapter: int
     peak: int
     measured: int
+    seconds: float = 0.0
+    error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +64,17 @@ class MemoryPlan:
     @property
     def best(self) -> Plan | None:
         """The fastest that fits: computing blocks again costs more than small batches do."""
+        return next(iter(self._ranked), None)
+
+    @property
+    def runner_up(self) -> Plan | None:
+        """The next one that fits."""
+        return next(iter(self._ranked[1:]), None)
+
+    @property
+    def _ranked(self) -> list[Plan]:
         fitting = filter(self.fits, self.plans)
-        return max(fitting, key=lambda plan: (not plan.gradient_checkpointing, plan.batch_size), default=None)
+        return sorted(fitting, key=lambda plan: (plan.gradient_checkpointing, -plan.batch_size))
 
 
 def plan(
@@ -101,7 +99,7 @@ def plan(
     """
     method = methods.make(method, {}) if isinstance(method, str) else method
     configs = candidates(batch_sizes, **options)
-    return weigh(list(predict_all(source, method=method, configs=configs)), memory)
+    return weigh(list(predict_all(source, method=method, configs=configs, check=True)), memory)
 
 
 def candidates(batch_sizes: Sequence[int], **options: Any) -> list[TrainConfig]:
@@ -121,18 +119,33 @@ def weigh(plans: list[Plan], memory: int | None = None) -> MemoryPlan:
 
 def cells(weighed: MemoryPlan) -> tuple[list[str], list[list[str]]]:
     """(heads, lines) of a table of the predictions."""
-    heads = ["batch size", "gradient checkpointing", "arrays at the peak", "with the process"]
+    heads = ["batch size", "gradient checkpointing", "arrays at the peak", "with the process", "a step"]
     lines = [
         [
             str(one.batch_size),
             "yes" if one.gradient_checkpointing else "no",
             size(one.peak),
             size(one.peak + weighed.process),
+            f"{one.seconds:.1f} s",
             "yes" if weighed.fits(one) else "NO",
         ]
         for one in weighed.plans
     ]
     return [*heads, f"fits {size(weighed.memory)}"], lines
+
+
+def in_words(plan: Plan) -> str:
+    """What a setting takes, in a line."""
+    again = " with gradient checkpointing" if plan.gradient_checkpointing else ""
+    return f"batch size {plan.batch_size}{again}: {size(plan.peak)}, {plan.seconds:.1f} s a step"
+
+
+def accuracy(plans: Sequence[Plan]) -> str:
+    """How far the arithmetic was off, in a sentence; empty where it was not compared."""
+    errors = [abs(plan.error) for plan in plans if plan.error is not None]
+    if not errors:
+        return ""
+    return f"The arithmetic was off by {max(errors):.0%} for a real step of four blocks."
 
 
 def command(source: str, plan: Plan, *, method: str, fields: Sequence[str], loss_on: str) -> str:
@@ -155,87 +168,46 @@ def predict(source: str | Path, *, method: Method, config: TrainConfig) -> Plan:
     return next(predict_all(source, method=method, configs=[config]))
 
 
-def predict_all(source: str | Path, *, method: Method, configs: Sequence[TrainConfig]) -> Iterator[Plan]:
-    """`predict` for each of the settings. Those whose batches are computed in parts of the same size are
-    measured once: on a CPU a larger batch takes more time, and no more memory."""
-    whole = model.load(source, lazy=True)
-    depth, weights = len(whole.model.layers), _bytes(whole.model.parameters())
-    adapter.attach(whole, method)
-    trained = _bytes(whole.model.trainable_parameters())
-    del whole
-    blocks = list(dict.fromkeys((min(_SHORT, depth), min(_LONG, depth))))
-    found: dict[TrainConfig, list[int]] = {}
+def predict_all(
+    source: str | Path, *, method: Method, configs: Sequence[TrainConfig], check: bool = False
+) -> Iterator[Plan]:
+    """`predict` for each of the settings, as soon as it is known. Those that differ in their batch size alone
+    share the steps that are measured. With `check` each prediction says its error for a real step."""
+    bench = Bench(source, method)
+    found: dict[TrainConfig, Pieces] = {}
     for config in configs:
-        measured = _smallest(config, configs)
-        if measured not in found:
-            found[measured] = [_peak(source, method, measured, count) for count in blocks]
-        peaks = found[measured]
-        growth = (peaks[-1] - peaks[0]) / max(1, blocks[-1] - blocks[0])
+        alike = replace(config, batch_size=1)
+        if alike not in found:
+            rows = [_part(one) for one in configs if replace(one, batch_size=1) == alike]
+            found[alike] = bench.measure(alike, rows, check=check)
+        pieces, rows_at_once = found[alike], _part(config)
+        passes = -(-config.batch_size // rows_at_once) * config.accumulation
+        resident = bench.weights + _resident(bench.trained, passes)
         yield Plan(
             batch_size=config.batch_size,
-            tokens=_tokens(config),
+            tokens=row_length(config),
             gradient_checkpointing=config.gradient_checkpointing,
-            weights=weights,
-            adapter=trained * _COPIES,
-            peak=peaks[0] + int((depth - blocks[0]) * growth),
-            measured=max(peaks),
+            weights=bench.weights,
+            adapter=bench.trained * _COPIES,
+            peak=resident + pieces.transient(rows_at_once, bench.depth),
+            measured=bench.seen,
+            seconds=passes * pieces.seconds(rows_at_once, bench.depth),
+            error=pieces.error,
         )
 
 
-def _smallest(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The smallest batch among `configs` that takes as much memory as that of `config`: one of two parts or
-    more, whose gradients are added up, where there is one."""
-    if not device.on_cpu():
-        return config
-    alike = [one for one in configs if replace(one, batch_size=config.batch_size) == config]
-    alike = [one for one in alike if _part(one) == _part(config)]
-    several = [one for one in alike if one.batch_size > _part(one)]
-    return min(several or alike, key=lambda one: one.batch_size)
-
-
-def _tokens(config: TrainConfig) -> int:
-    return config.max_length or _TOKENS
+def _resident(trained: int, passes: int) -> int:
+    """Bytes of what trains and the optimizer's two moments, and of the sum of several passes' gradients."""
+    return trained * (3 + (passes > 1))
 
 
 def _part(config: TrainConfig) -> int:
-    return rows_per_pass(config.batch_size, _tokens(config))
+    """The rows that are computed together: on a CPU those of a large batch never are."""
+    if not device.on_cpu() or config.router_aux_loss:
+        return config.batch_size
+    return rows_per_pass(config.batch_size, row_length(config))
 
 
 def overhead(plans: list[Plan]) -> int:
     """Bytes this process took besides MLX's arrays: Python, libraries, the allocator's slack."""
     return max(0, device.peak_memory() - max(plan.measured for plan in plans)) if device.on_cpu() else 0
-
-
-def _peak(source: str | Path, method: Method, config: TrainConfig, blocks: int) -> int:
-    """Peak bytes of a training step on the model cut to its first `blocks` blocks."""
-    loaded = model.load(source, lazy=True)
-    _cut(loaded.model, blocks)
-    adapter.attach(loaded, method)
-    words = vocabulary(loaded.model) or loaded.config["vocab_size"]
-    rows = np.random.default_rng(0).integers(0, words, (config.batch_size, _tokens(config)))
-    start = 1 if config.loss_on == "all" else _tokens(config) // 2
-    once = replace(config, steps=1, warmup=0, validation=0)
-    run = Run(loaded.model, [Example(row, start) for row in rows.tolist()], config=once)
-    # there in every step but the first, whose peak is that of all others then
-    mx.eval(loaded.model.trainable_parameters(), run.optimizer.state)
-    mx.reset_peak_memory()
-    for _ in run:
-        pass
-    return mx.get_peak_memory()
-
-
-def _cut(network: nn.Module, blocks: int) -> None:
-    """Leave only the first `blocks` decoder blocks; the others' weights are never read."""
-    whole = list(network.layers)  # the model's own list, or a copy: that of a stage of its pipeline
-    for module in network.modules():
-        for name, value in module.items():
-            if isinstance(value, list) and len(value) == len(whole) and all(map(is_, value, whole)):
-                module[name] = whole[:blocks]
-                return
-    raise UnsupportedError(
-        f"{type(network).__name__}: its blocks cannot be cut, so memory cannot be predicted"
-    )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(tree))

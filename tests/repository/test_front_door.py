@@ -32,6 +32,7 @@ INSIDE = {
     "examples/benchmarks/hybrids.py": "measures parts",
     "examples/benchmarks/long_rows.py": "measures parts",
     "examples/benchmarks/memory.py": "measures parts",
+    "examples/benchmarks/planned.py": "measures parts",
     "examples/benchmarks/training.py": "measures parts",
 }
 

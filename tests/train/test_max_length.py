@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peaks import run_peak
 from tiny import make_tiny
 
 import mlx_adapters as ma
 from mlx_adapters import adapter
 from mlx_adapters.methods import LoRA
 from mlx_adapters.models import load as model
-from mlx_adapters.train import max_length, plan
+from mlx_adapters.train import max_length
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.max_length import estimate, within_memory
 
@@ -117,7 +118,7 @@ def test_the_estimate_is_what_a_step_takes(again: bool, tokens: int, tmp_path: P
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
     folder = make_tiny("llama", tmp_path, **shape, num_key_value_heads=8)
     config = TrainConfig(batch_size=1, max_length=tokens, gradient_checkpointing=again, loss_on="all")
-    measured = plan._peak(folder, LoRA(), config, 4)
+    measured = run_peak(folder, LoRA(), replace(config, steps=1, warmup=0))
     attached = model.load(folder)
     adapter.attach(attached, LoRA())
     found = estimate(attached, config, tokens) - max_length._PROCESS

@@ -2,25 +2,23 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 from cases import few
+from peaks import run_peak
 from tiny import make_tiny
 from typer.testing import CliRunner
 
-from mlx_adapters import adapter, device, methods
+from mlx_adapters import device, methods
 from mlx_adapters.cli.app import app
-from mlx_adapters.data.tokens import Example
 from mlx_adapters.methods import LoRA
-from mlx_adapters.models import load as model
 from mlx_adapters.train import plan
 from mlx_adapters.train.config import TrainConfig
-from mlx_adapters.train.loop import Run
-from mlx_adapters.train.plan import _peak, predict, predict_all
+from mlx_adapters.train.plan import predict, predict_all
+from mlx_adapters.train.step_memory import Bench
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +39,12 @@ def test_prediction_is_within_15_percent(
     config = TrainConfig(
         batch_size=rows, max_length=tokens, steps=2, warmup=0, gradient_checkpointing=again, loss_on="all"
     )
-    predicted = predict(folder, method=methods.make(method, {}), config=config)
-    loaded = model.load(folder)
-    adapter.attach(loaded, methods.make(method, {}))
-    mx.eval(loaded.model.parameters())
-    mx.reset_peak_memory()
-    ids = np.random.default_rng(0).integers(0, 64, (rows, tokens)).tolist()
-    for _ in Run(loaded.model, [Example(row, 1) for row in ids], config=config):
-        pass
-    assert predicted.peak == pytest.approx(mx.get_peak_memory(), rel=0.15)
+    made = methods.make(method, {})
+    predicted = predict(folder, method=made, config=config)
+    assert predicted.peak == pytest.approx(run_peak(folder, made, config), rel=0.15)
     assert predicted.measured < predicted.peak
+    assert predicted.seconds > 0
+    assert predicted.error is None
 
 
 # the first two have a copy of the list they run; phi is called with a cache or not at all
@@ -58,25 +52,23 @@ def test_prediction_is_within_15_percent(
 def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
     folder = make_tiny(arch, tmp_path, num_hidden_layers=8)
     config = TrainConfig(batch_size=2, max_length=64, loss_on="all")
-    peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (2, 6)]
-    assert peaks[1] > peaks[0]
+    bench = Bench(folder, LoRA())
+    whole = bench.depth, len(bench.network.layers)
+    pieces = bench.measure(config, [2], check=True)
+    assert whole == (8, 6)
+    assert pieces.kept > 0
+    assert pieces.error is not None
+    assert abs(pieces.error) < 0.15
 
 
-def test_checkpointing_costs_one_hidden_state_per_token_and_layer(folder: Path) -> None:
-    """Growth per layer: the block's weights and trained arrays, and one hidden state per token."""
-    config = TrainConfig(batch_size=4, max_length=256, gradient_checkpointing=True, loss_on="all")
-    peaks = [_peak(folder, LoRA(), config, blocks) for blocks in (4, 8)]
-    loaded = model.load(folder)
-    block = sum(v.nbytes for _, v in _leaves(loaded.model.layers[0]))
-    adapters = 4 * 4 * 2 * 8 * (128 + 128)  # rank 8 on q and v: weight, gradient, two moments
-    hidden = 4 * 256 * 128 * 4
-    assert (peaks[1] - peaks[0]) / 4 <= 1.02 * (block + adapters + hidden)
-
-
-def _leaves(module: object) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(module.parameters())  # type: ignore[attr-defined, no-any-return]
+def test_checkpointing_costs_one_hidden_state_per_token_and_block(folder: Path) -> None:
+    """And without it every activation of the block is kept."""
+    bench = Bench(folder, LoRA())
+    configs = [TrainConfig(max_length=256, gradient_checkpointing=again) for again in (False, True)]
+    kept = [bench.measure(config, [1], check=False).kept for config in configs]
+    hidden = 256 * 128 * 4
+    assert kept[1] <= 1.02 * hidden
+    assert kept[0] > 4 * hidden
 
 
 def test_command_says_what_fits(folder: Path) -> None:
@@ -129,29 +121,56 @@ def test_the_last_line_is_a_command_that_trains_what_fits(
     assert poor["command"] is None or "--gradient-checkpointing" in poor["command"]
 
 
+def test_steps_are_measured_once_for_all_batch_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of few blocks, and one more to compare with; a batch that a CPU computes in parts takes the
+    memory of a part, as a real run does."""
+    asked: list[tuple[int, int]] = []
+    gradient = Bench._gradient
+
+    def counting(bench: Bench, run: Any, blocks: int, rows: int, head: Any) -> tuple[int, float]:
+        asked.append((blocks, rows))
+        return gradient(bench, run, blocks, rows, head)
+
+    monkeypatch.setattr(Bench, "_gradient", counting)
+    configs = plan.candidates([1, 2, 4, 8, 16], max_length=128, loss_on="all")[:5]
+    plans = list(predict_all(folder, method=LoRA(), configs=configs, check=True))
+    assert [one.batch_size for one in plans] == [1, 2, 4, 8, 16]
+    assert asked == [(6, 1), (2, 1), (2, 2), (4, 4 if device.on_cpu() else 16)]
+    assert all(one.error == plans[0].error and abs(one.error or 1) < 0.15 for one in plans)
+    if device.on_cpu():  # parts of 1, 2, 4, 4 and 4 rows
+        assert plans[2].peak < plans[3].peak == plans[4].peak < 1.02 * plans[2].peak
+        assert plans[4].seconds == pytest.approx(2 * plans[3].seconds)
+
+
+def test_ctrl_c_keeps_what_is_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = predict_all
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[plan.Plan]:
+        for number, one in enumerate(whole(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(plan, "predict_all", interrupted)
+    ask = ["plan", str(folder), "--batch-sizes", "1,2,4", "--tokens", "32", "--memory", "64GB", "--json"]
+    done = CliRunner().invoke(app, ask)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [one["batch_size"] for one in told["plans"]] == [1, 2]
+    assert "--batch-size 2" in told["command"]
+    assert "--batch-size 1" in told["runner_up"]
+    assert "stopped: 2 of 6 settings are known" in done.stderr
+    assert "batch size 2: " in done.stderr  # each as soon as it is known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [128, 512])
 @pytest.mark.parametrize("again", [False, True])
-def test_batches_of_like_parts_are_measured_once_and_take_as_much(
-    again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU; a GPU computes a batch whole. Rows of 128 tokens: parts of 1, 2, 4, 4, 5 and 4 rows."""
+def test_prediction_for_smollm2_is_within_15_percent(tokens: int, again: bool, smollm2: Path) -> None:
+    """Batch sizes of one part, of the largest part, and of several."""
     configs = [
-        TrainConfig(batch_size=rows, max_length=128, loss_on="all", gradient_checkpointing=again)
-        for rows in (1, 2, 4, 8, 10, 16)
+        TrainConfig(batch_size=rows, max_length=tokens, steps=1, warmup=0, gradient_checkpointing=again)
+        for rows in (1, 4, 8)
     ]
-    asked: list[int] = []
-
-    def counting(*arguments: Any) -> int:
-        asked.append(arguments[2].batch_size)
-        return _peak(*arguments)
-
-    monkeypatch.setattr(plan, "_peak", counting)
-    plans = list(predict_all(folder, method=LoRA(), configs=configs))
-    assert [one.batch_size for one in plans] == [1, 2, 4, 8, 10, 16]
-    if not device.on_cpu():
-        assert asked == [1, 1, 2, 2, 4, 4, 8, 8, 10, 10, 16, 16]
-        return
-    assert asked == [1, 1, 2, 2, 8, 8, 10, 10]
-    assert plans[2].peak == plans[3].peak == plans[5].peak
-    largest = _peak(folder, LoRA(), configs[5], 4)
-    assert largest == pytest.approx(_peak(folder, LoRA(), configs[3], 4), rel=0.02)
-    assert largest == pytest.approx(_peak(folder, LoRA(), configs[2], 4), rel=0.05)
+    for one, config in zip(predict_all(smollm2, method=LoRA(), configs=configs), configs, strict=True):
+        assert one.peak == pytest.approx(run_peak(smollm2, LoRA(), config), rel=0.15)
