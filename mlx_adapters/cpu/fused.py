@@ -6,9 +6,11 @@ call is made in another one, which knows of no trace. That hides the operations 
 stands in an `mx.custom_function` with a gradient of its own may be called so.
 """
 
+import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -33,7 +35,7 @@ def fused(function: Function) -> Function:
             return function(*arrays)
         if arrays[0].size < _SMALL or not device.on_cpu():
             return compiled(*arrays)
-        return _thread().submit(_within, mx.default_stream(mx.cpu), compiled, arrays).result()
+        return _elsewhere(_within, mx.default_stream(mx.cpu), compiled, arrays)
 
     return call  # type: ignore[return-value]
 
@@ -43,6 +45,33 @@ def _within(stream: mx.Stream, compiled: Callable[..., Any], arrays: tuple[mx.ar
         return compiled(*arrays)
 
 
+def _elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns or raises in the other thread."""
+    reply: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    _tasks().put((function, arguments, reply))
+    value, error = reply.get()
+    if error is not None:
+        raise error
+    return value
+
+
 @cache
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="fused")
+def _tasks() -> "SimpleQueue[Any]":
+    """The tasks of the other thread. It never ends: a thread that ends drops what MLX compiled in it, for
+    which it needs Python, and a program that ends just then is aborted."""
+    tasks: SimpleQueue[Any] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            function, arguments, reply = tasks.get()
+            try:
+                reply.put((function(*arguments), None))
+            except BaseException as error:  # raised again where the call was made
+                reply.put((None, error))
+            del function, arguments, reply
+
+    threading.Thread(target=work, name="fused", daemon=True).start()
+    return tasks
+
+
+os.register_at_fork(after_in_child=_tasks.cache_clear)  # a child has no other threads

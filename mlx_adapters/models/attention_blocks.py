@@ -139,7 +139,7 @@ class Blocks:
             for cell in self._row(block):
                 own = mx.depends([own], after)[0] if after else own
                 part = slice(*cell.keys)
-                x = hide(self._scores(own @ k[:, :, part].swapaxes(-1, -2)), cell)
+                x = hide.of_scores(self._scores(own @ k[:, :, part].swapaxes(-1, -2)), cell)
                 o, m, z = sums = _with_more(sums, x, v[:, :, part])
                 after = [o, z]
             if self.sinks:
@@ -246,7 +246,14 @@ class _Hiding:
         self.given = by_group(given[0], blocks.groups) if len(given) > int(blocks.sinks) else None
         self.made: dict[Any, mx.array] = {}
 
+    def of_scores(self, x: mx.array, cell: _Cell) -> mx.array:
+        """The scores x, which of padding may not be finite: adding would not hide those."""
+        if self.given is None or self.given.dtype != mx.bool_:
+            return self(x, cell)
+        return mx.where(_of_block(self.given, cell), self._spread(x, cell), HIDDEN).reshape(x.shape)
+
     def __call__(self, x: mx.array, cell: _Cell) -> mx.array:
+        """The scores x, or what they are above the maxima of their rows."""
         hidden = self._hidden(cell)
         if hidden is None:
             return x

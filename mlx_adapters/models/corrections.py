@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_adapters.models.activations import correct_activations
 from mlx_adapters.models.architectures.row import Architecture, Config
 from mlx_adapters.models.attention import attention
+from mlx_adapters.models.attention import rebind as rebind_attention
 from mlx_adapters.models.corrected_routers import correct_groups
 from mlx_adapters.models.fields import ignored, measured
 from mlx_adapters.models.reference import reference
@@ -139,6 +140,7 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     correct_activations(model, text)
     correct_rotations(model, text)
     correct_windows(model, text)
+    rebind_attention(model)  # the blocks with windows make masks that mlx-lm's attention does not take
     limit_time_steps(model, text)
     correct_groups(model, text)
 

@@ -25,7 +25,7 @@ Sizes = tuple[int, int, int, int, int]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_QUERIES", {"cpu": 16, "gpu": 16})
     monkeypatch.setattr(blocks, "_KEYS", {"cpu": 32, "gpu": 32})
-    monkeypatch.setattr(blocks, "_SCORES", 1)
+    monkeypatch.setattr(blocks, "SCORES", 1)
     monkeypatch.setattr(called, "_MOST_SCORES", 0)
 
 
