@@ -117,8 +117,7 @@ def _gguf_logits(file: Path, prompts: list[list[int]], dst: Path) -> list[np.nda
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(dst)
-    if hasattr(config, "quantization_config"):  # MLX's, of the converted weights
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)  # MLX's, of the converted weights
     return _logits(file.parent, prompts, gguf_file=file.name, config=config)
 
 

@@ -98,7 +98,7 @@ def generate_texts(
 def _text(tokenizer: TokenizerWrapper, ids: list[int]) -> str:
     """The text of an answer, without special tokens but the one that ends a thought: what is read as the
     answer begins there."""
-    end = list(tokenizer.think_end_tokens or ())
+    end = list(getattr(tokenizer, "think_end_tokens", None) or ())
     for start in range(len(ids) - len(end), -1, -1) if end else ():
         if ids[start : start + len(end)] == end:
             thought = tokenizer.decode(ids[:start], skip_special_tokens=True)

@@ -28,7 +28,7 @@ from mlx_adapters.data.long_rows import Fitted
 from mlx_adapters.data.picked import lengths_of
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.tokens import Encoded
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, counted
 from mlx_adapters.files.documents import from_json
 from mlx_adapters.models.attention import kept_scores
 from mlx_adapters.models.blocks import layer_index
@@ -93,7 +93,7 @@ def fitted(rows: Rows, whole: Encoded, model: LanguageModel, config: TrainConfig
 def _chosen(
     config: TrainConfig, encoded: Encoded, model: LanguageModel, processes: int, memory: int | None
 ) -> tuple[int, str]:
-    rows = f"{len(encoded.examples):,} rows"
+    rows = counted(len(encoded.examples), "row")
     needed, reason = max(2, encoded.longest), f"the longest of {rows}"
     if config.packing and needed < PACKED:
         needed, reason = PACKED, f"packed; the longest of {rows} has {encoded.longest}"

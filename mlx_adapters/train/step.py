@@ -70,10 +70,9 @@ def value_and_grad(model: nn.Module, head: Head | None, *, router_aux_loss: floa
         arguments = (parameters, above, below, model, batch, head, router_aux_loss)
         try:
             with attention.differentiated():
-                found: LossAndGradients = differentiated(*arguments)
+                return differentiated(*arguments)
         except ValueError as error:
             raise undifferentiable(model, error) from None
-        return found
 
     return gradient
 

@@ -83,7 +83,7 @@ def parts_of(
         done = _encoded(used, model, config, template, written)
         others.append(done.examples)
         drawn = f", drawn by the seed from {len(part.rows)}" if len(used.rows) < len(part.rows) else ""
-        long = f", {done.in_words}" if done.in_words else ""
+        long = f", {done.truncated} {done.in_words}" if done.in_words else ""
         words.append(f"{counted(len(used.rows), 'row')} of {part.origin}{drawn}{long}")
         known += sum(item_hash(text) in trained for text in rows_texts(used))
         total += len(used.rows)

@@ -252,7 +252,7 @@ def test_a_failed_verification_is_a_document_too(
     assert "NaN" not in text  # JSON has no such word
     assert json.loads(text)["verify"] == {
         "peft_diff": None, "auto_diff": None, "bound": 0.1, "effect": 1.0, "greedy_equal": False,
-        "tokens": 60, "missing": ["x"], "unexpected": [], "passed": False,
+        "tokens": 60, "missing": ["x"], "unexpected": [], "answer_equal": None, "passed": False,
     }  # fmt: skip
 
 

@@ -103,8 +103,8 @@ def chat(base: Path, *options: str) -> Any:
 
 
 def test_what_it_refuses(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result = chat(base, "--template", "alpaca")
-    assert (result.exit_code, "leave --template out" in result.stderr) == (2, True)
+    result = chat(base, "--template", "alpca")
+    assert (result.exit_code, "Unknown template 'alpca'" in result.stderr) == (2, True)
     shutil.copytree(base.parent / "lora", tmp_path / "base")
     result = chat(base, "--adapter", str(tmp_path / "base"))
     assert (
