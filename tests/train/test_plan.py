@@ -1,8 +1,8 @@
 """The memory plan against what a run then takes."""
 
 import json
-import statistics
 import shlex
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
