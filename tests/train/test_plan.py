@@ -63,8 +63,8 @@ def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
 
 
 def test_checkpointing_keeps_a_fraction_of_a_block(folder: Path) -> None:
-    """Without it every activation of the block is kept. What is kept beside one hidden state varies from run to
-    run: when the arrays of a block that was computed again are freed is MLX's to decide."""
+    """Without it every activation of the block is kept. What is kept beside one hidden state varies from run
+    to run: when the arrays of a block that was computed again are freed is MLX's to decide."""
     bench = Bench(folder, LoRA())
     configs = [TrainConfig(max_length=256, gradient_checkpointing=again) for again in (False, True)]
     kept = [
