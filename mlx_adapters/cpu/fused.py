@@ -8,8 +8,7 @@ stands in an `mx.custom_function` with a gradient of its own may be called so.
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -18,28 +17,10 @@ import mlx.core as mx
 
 from mlx_adapters import device
 
-__all__ = ["fused", "in_trace"]
+__all__ = ["fused"]
 
 _SMALL = 1 << 13  # elements for which the way to another thread takes longer than it saves
 _TINY = 1 << 10  # elements for which nothing is worth a compiler
-
-
-class _Switch:
-    """Whether calls leave the trace."""
-
-    on = True
-
-
-@contextmanager
-def in_trace() -> Iterator[None]:
-    """Inside, calls stay in the trace. Where blocks are computed again, what a trace does not see kept 0.8
-    hidden states per token and block."""
-    before, _Switch.on = _Switch.on, False
-    try:
-        yield
-    finally:
-        _Switch.on = before
-
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,7 +33,7 @@ def fused(function: Function) -> Function:
     def call(*arrays: mx.array) -> Any:
         if arrays[0].size < _TINY:
             return function(*arrays)
-        if arrays[0].size < _SMALL or not (_Switch.on and device.on_cpu()):
+        if arrays[0].size < _SMALL or not device.on_cpu():
             return compiled(*arrays)
         return _elsewhere(_within, mx.default_stream(mx.cpu), compiled, arrays)
 

@@ -22,7 +22,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_adapters.adapter.call import call_model, needs_cache
-from mlx_adapters.cpu.fused import in_trace
 from mlx_adapters.device import rounding
 from mlx_adapters.errors import UnsupportedError
 from mlx_adapters.methods.dropout import drawing_from
@@ -64,8 +63,7 @@ class Recompute:
         def recomputed(*args: P.args, **kwargs: P.kwargs) -> R:
             self._active.on = True
             try:
-                with in_trace():
-                    return gradient(*args, **kwargs)
+                return gradient(*args, **kwargs)
             finally:
                 self._active.on = False
 
