@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from peaks import run_peak
+from peaks_vary import once_of_three
 from tiny import make_tiny
 
 import mlx_adapters as ma
@@ -113,6 +114,7 @@ def test_a_resumed_run_keeps_it_whatever_the_machine(
 
 
 @pytest.mark.parametrize(("again", "tokens"), [(False, 256), (True, 256), (False, 512)])
+@once_of_three
 def test_the_estimate_is_what_a_step_takes(again: bool, tokens: int, tmp_path: Path) -> None:
     """Within a third: `plan` measures, this only has to keep a run from a length that cannot fit."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cases import few
 from peaks import run_peak
+from peaks_vary import once_of_three
 from tiny import make_tiny
 from typer.testing import CliRunner
 
@@ -34,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", few(["lora", "dora", "prefix", "parallel"], every=2))
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 64), (8, 128)])
+@once_of_three
 def test_prediction_is_within_15_percent(
     method: str, again: bool, rows: int, tokens: int, folder: Path
 ) -> None:
@@ -50,6 +52,7 @@ def test_prediction_is_within_15_percent(
 
 # the first two have a copy of the list they run; phi is called with a cache or not at all
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe", "phi"])
+@once_of_three
 def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
     folder = make_tiny(arch, tmp_path, num_hidden_layers=8)
     config = TrainConfig(batch_size=2, max_length=64, loss_on="all")
@@ -62,6 +65,7 @@ def test_blocks_are_cut_whatever_holds_them(arch: str, tmp_path: Path) -> None:
     assert abs(pieces.error) < 0.15
 
 
+@once_of_three
 def test_checkpointing_keeps_less_than_half_of_a_block(folder: Path) -> None:
     """Without it every activation of the block is kept. What is kept beside one hidden state varies from run
     to run: when the arrays of a block that was computed again are freed is MLX's to decide."""
@@ -94,6 +98,7 @@ def test_command_refuses_nonsense(option: str, value: str, folder: Path) -> None
     assert value in done.stderr
 
 
+@once_of_three
 def test_the_last_line_is_a_command_that_trains_what_fits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
