@@ -3,6 +3,7 @@
 import json
 import shlex
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,12 @@ def test_the_last_line_is_a_command_that_trains_what_fits(
     assert arguments[arguments.index("--batch-size") + 1] == "3"
     data = tmp_path / "my.jsonl"
     data.write_text('{"prompt": "tom has", "completion": "7"}\n' * 5)
-    places = {"my.jsonl": str(data), "my-adapter": str(tmp_path / "out")}
+    out = Path(tempfile.mkdtemp(dir=tmp_path)) / "out"  # another one each time
+    places = {"my.jsonl": str(data), "my-adapter": str(out)}
     arguments = [places.get(word, word) for word in arguments]
     done = CliRunner().invoke(app, [*arguments, "--template", "plain", "--steps", "1"])
     assert done.exit_code == 0, done.output
-    training = json.loads((tmp_path / "out" / "mlx_adapters.json").read_text())
+    training = json.loads((out / "mlx_adapters.json").read_text())
     assert training["method"] == "parallel"
     assert training["config"]["bottleneck_size"] == 4
     assert (training["training"]["batch_size"], training["training"]["max_length"]) == (3, 32)
