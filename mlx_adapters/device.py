@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -19,6 +19,7 @@ __all__ = [
     "rounding",
     "sharing",
     "total_memory",
+    "tree_bytes",
 ]
 
 SHARING = "MLX_ADAPTERS_PROCESSES"  # how many share this machine
@@ -122,3 +123,10 @@ def _container_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
         return max(0, limit - used + int(facts["inactive_file"]))  # files' pages that are given up on demand
     except (OSError, ValueError, KeyError):  # "max" is not a number
         return sys.maxsize
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree, such as a model's parameters."""
+    from mlx.utils import tree_flatten
+
+    return sum(array.nbytes for _, array in tree_flatten(tree))

@@ -12,6 +12,7 @@ from mlx_adapters.data.reading import KINDS
 from mlx_adapters.data.sources import GENERATED, Rows
 from mlx_adapters.errors import AdaptersError
 from mlx_adapters.evaluate.tasks import load_file
+from mlx_adapters.train.run_file import several
 
 __all__ = [
     *("after_adapter", "after_convert", "after_eval", "after_export", "after_fuse", "after_quickstart"),
@@ -42,7 +43,7 @@ def after_train(model: str, data: str | list[str], rows: Rows, output: Path, met
         output: the adapter's folder.
         meta: what that folder says.
     """
-    sources = [Path(one) for one in ([data] if isinstance(data, str) else data)]
+    sources = [Path(one) for one in several(data)]
     found = []
     for source in sources:
         if (task := _TASKS.get(source.stem)) is not None:

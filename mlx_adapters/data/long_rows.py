@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.data.mixture import Weighted
-from mlx_adapters.data.picked import Examples, id_rows, lengths_of
+from mlx_adapters.data.picked import Examples, bounds_of, lengths_of
 from mlx_adapters.data.showing import LONG_ROWS
 from mlx_adapters.data.tokens import Encoded, Example
 from mlx_adapters.errors import ConfigError, DataError
@@ -130,8 +130,7 @@ class _Shortened(Examples):
         for index, parts in shorter.items():
             first = int(np.searchsorted(indices, index))
             self.lengths[first : first + len(parts)] = parts
-        ids = [id for row in id_rows(examples) if row for id in (min(row), max(row))]
-        self.bounds = (min(ids), max(ids)) if ids else None
+        self.bounds = bounds_of(examples)
 
     def read(self, index: int) -> Example:
         """As of `Examples`."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.data.large import FileRows, Stamp
-from mlx_adapters.data.picked import Examples, id_rows, lengths_of, pick
+from mlx_adapters.data.picked import Examples, bounds_of, lengths_of, pick
 from mlx_adapters.data.sources import Rows
 from mlx_adapters.data.templates import messages_of
 from mlx_adapters.data.tokens import Example
@@ -95,8 +95,7 @@ class Weighted(Examples):
     def __init__(self, examples: Sequence[Example], sources: np.ndarray, weights: Sequence[float]) -> None:
         self._examples, self._sources, self._weights = examples, sources, weights
         self.lengths = lengths_of(examples)
-        ids = [id for row in id_rows(examples) if row for id in (min(row), max(row))]
-        self.bounds = (min(ids), max(ids)) if ids else None
+        self.bounds = bounds_of(examples)
 
     def read(self, index: int) -> Example:
         """As of `Examples`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_adapters.data.tokens import Example
 
-__all__ = ["Examples", "Joined", "Picked", "id_rows", "lengths_of", "pick"]
+__all__ = ["Examples", "Joined", "Picked", "bounds_of", "id_rows", "lengths_of", "pick"]
 
 
 class Examples(Sequence[Example]):
@@ -75,8 +75,7 @@ class Joined(Examples):
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.lengths = np.concatenate([lengths_of(part) for part in parts])
-        ids = [id for part in parts for row in id_rows(part) if row for id in (min(row), max(row))]
-        self.bounds = (min(ids), max(ids)) if ids else None
+        self.bounds = bounds_of(*parts)
 
     def read(self, index: int) -> Example:
         """As of `Examples`."""
@@ -96,6 +95,12 @@ def id_rows(examples: Sequence[Example]) -> Iterable[Sequence[int]]:
     if isinstance(examples, Examples):
         return [examples.bounds] if examples.bounds else []
     return (example.ids for example in examples)
+
+
+def bounds_of(*parts: Sequence[Example]) -> tuple[int, int] | None:
+    """The lowest and the highest token id of all parts; None where there is no token."""
+    ids = [id for part in parts for row in id_rows(part) if row for id in (min(row), max(row))]
+    return (min(ids), max(ids)) if ids else None
 
 
 def pick(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:

@@ -29,6 +29,7 @@ __all__ = [
     "line_of",
     "load_rows",
     "notes",
+    "part_file",
     "read_rows",
     "rows_from_list",
 ]
@@ -199,11 +200,15 @@ def _named(name: str, folder: Path, split: str) -> Rows:
     return _hub_rows(hub, split)
 
 
+def part_file(folder: Path, part: str) -> Path | None:
+    """The file of a data folder that holds a part, such as `train`; None where there is none."""
+    files = (folder / f"{part}{kind}{packed}" for kind in KINDS for packed in ("", ".gz", ".zst"))
+    return next((file for file in files if file.is_file()), None)
+
+
 def _in_folder(folder: Path, split: str) -> Path:
-    for kind in KINDS:
-        for packed in ("", ".gz", ".zst"):
-            if (file := folder / f"{split}{kind}{packed}").is_file():
-                return file
+    if (file := part_file(folder, split)) is not None:
+        return file
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_data(file))
     others = [file for file in files if file.name.partition(".")[0] not in (*VALIDATION, "test")]
     if len(others) != 1:

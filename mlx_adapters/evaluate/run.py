@@ -68,7 +68,7 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """The report of `eval --output` as JSON values."""
         scores = [asdict(score) for score in self.scores]
-        return self.settings | {"scores": scores, "records": [asdict(record) for record in self.records]}
+        return self.settings | {"scores": scores, "records": self.rows()}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per item: the fields of a `Record`."""

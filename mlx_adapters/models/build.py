@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdaptersError, CheckpointError, UnsupportedError, one_line
-from mlx_adapters.models import attention, marks, names, torch_names
 from mlx_adapters.models import config as model_config
+from mlx_adapters.models import marks, names, torch_names
 from mlx_adapters.models.recurrent.install import in_chunks
 from mlx_adapters.models.unread import refuse_unread, unread
 
@@ -50,7 +50,6 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], name: str) -> nn
     # measured when it is asked for: to answer, a model does not need it
     model.tensor_names = functools.partial(_names, config, found, fresh)
     in_chunks(model)
-    attention.rebind(model)
     return model
 
 

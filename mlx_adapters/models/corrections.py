@@ -140,7 +140,7 @@ def _correct(model: Any, config: Config, row: Architecture) -> None:
     correct_activations(model, text)
     correct_rotations(model, text)
     correct_windows(model, text)
-    rebind_attention(model)  # the blocks with windows make masks that mlx-lm's attention does not take
+    rebind_attention(model)  # for every model: the blocks with windows make masks for it alone
     limit_time_steps(model, text)
     correct_groups(model, text)
 

@@ -3,17 +3,24 @@
 import math
 from collections.abc import Sequence
 
+from mlx_adapters import device
 from mlx_adapters.data.batches import groups
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
 
-__all__ = ["EPOCHS", "LEAST_STEPS", "epoch_groups", "epochs", "total_steps", "warmup_steps"]
+__all__ = ["EPOCHS", "LEAST_STEPS", "epoch_groups", "epochs", "in_parts", "total_steps", "warmup_steps"]
 
 EPOCHS = 3  # the paper's, for its thousands of rows
 # Steps of a run whose length nobody chose. Eight rows make three steps in three epochs, and learn nothing; at
 # LoRA's default rate SmolLM2-135M's loss on them fell from 4.8 to 3.4 in 20 steps, and to 0.9 in 60.
 LEAST_STEPS = 50
 _WARMUP = 10
+
+
+def in_parts(config: TrainConfig) -> bool:
+    """Whether a batch is computed a few rows at a time, so that a larger one takes no more memory: on a CPU,
+    unless the balance of experts is learned, which is a property of the whole batch."""
+    return device.on_cpu() and not config.router_aux_loss
 
 
 def epochs(examples: Sequence[Example], config: TrainConfig, processes: int = 1) -> int:

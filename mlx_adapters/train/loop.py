@@ -27,7 +27,7 @@ from mlx_adapters.train import checkpoint
 from mlx_adapters.train import compile as compilation
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
-from mlx_adapters.train.length import epoch_groups, total_steps, warmup_steps
+from mlx_adapters.train.length import epoch_groups, in_parts, total_steps, warmup_steps
 from mlx_adapters.train.loss import Head, split_head
 from mlx_adapters.train.noise import add_noise
 from mlx_adapters.train.optimizers import kinds_of, learning_rate, make_optimizer
@@ -88,7 +88,8 @@ class Run:
         self.config, self.pad_id, self.identity = config, pad_id, identity or {}
         self.folder = folder / CHECKPOINTS if folder else None
         check_ids(model, chain(id_rows(examples), id_rows(validation), [[pad_id]]))
-        lengths = np.concatenate([lengths_of(examples), lengths_of(validation)])
+        self._lengths = lengths_of(examples)
+        lengths = np.concatenate([self._lengths, lengths_of(validation)])
         longest = int(lengths.max(initial=0)) + before_text(model)
         check_length(model, longest, advice="cut it (--max-length)")
         limit = positions(model)  # padding may not go past it either
@@ -382,9 +383,9 @@ class Run:
     def _passes(self, group: list[list[int]]) -> list[list[list[int]]]:
         """On a CPU a batch is computed a few rows at a time: the sums are the same, and the activations of
         fewer rows take less memory and stay nearer. A GPU wants all rows together."""
-        if not device.on_cpu() or self.config.router_aux_loss:  # balance is a property of the batch
+        if not in_parts(self.config):
             return [group]
-        longest = max(sum(len(self.examples[i].ids) for i in row) for row in group)
+        longest = max(int(self._lengths[row].sum()) for row in group)
         rows = rows_per_pass(len(group), longest, self.processes.size)
         return [group[first : first + rows] for first in range(0, len(group), rows)]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_adapters import device
 from mlx_adapters.adapter.call import before_text
@@ -37,7 +36,9 @@ from mlx_adapters.models.load import LanguageModel
 from mlx_adapters.train import checkpoint
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.distributed import Processes
+from mlx_adapters.train.length import in_parts
 from mlx_adapters.train.loop import CHECKPOINTS
+from mlx_adapters.train.optimizers import COPIES
 
 __all__ = ["PACKED", "estimate", "fitted", "settled", "within_memory"]
 
@@ -46,7 +47,6 @@ _BEFORE = 256  # what it was for all rows before it followed them: memory is nev
 _STEP = 128  # where memory decides, a multiple of it
 _SHARE = 0.75  # of the machine's memory
 _PROCESS = 500 << 20  # bytes of Python and the libraries
-_COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
 _KEPT, _SCORES = 0.75, 8  # see above
 _UNKNOWN_HEADS = 32
 
@@ -163,7 +163,7 @@ def estimate(model: LanguageModel, config: TrainConfig, tokens: int, *, processe
     """
     network = model.model
     rows = config.batch_size
-    if device.on_cpu() and not config.router_aux_loss:
+    if in_parts(config):
         rows = min(rows, rows_per_pass(rows * processes, tokens, processes) // processes)
     widths, hidden = _widths(network, model.config)
     heads = _field(model.config, "num_attention_heads", "n_head", "n_heads") or _UNKNOWN_HEADS
@@ -173,9 +173,11 @@ def estimate(model: LanguageModel, config: TrainConfig, tokens: int, *, processe
     if config.gradient_checkpointing:
         again = rows * tokens * len(blocks) * hidden + 2 * max(blocks, default=0) + _SCORES * scores
         kept = min(kept, again)
-    trained = _bytes(network.trainable_parameters())
+    trained = device.tree_bytes(network.trainable_parameters())
     width = 4 if device.on_cpu() else 2
-    weights = _bytes(network.parameters()) + (_COPIES - 1) * trained  # the trained arrays are among them
+    weights = (
+        device.tree_bytes(network.parameters()) + (COPIES - 1) * trained
+    )  # the trained arrays are among them
     return _PROCESS + weights + int(kept * width)
 
 
@@ -208,7 +210,3 @@ def _field(config: dict[str, Any], *names: str) -> int | None:
 def _capped(config: dict[str, Any]) -> bool:
     """Whether attention scores go through a tanh, whose result is kept too."""
     return any(f.get("attn_logit_softcapping") for f in (config, config.get("text_config") or {}))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(tree))

@@ -15,7 +15,10 @@ from mlx_adapters.errors import ConfigError, unknown
 from mlx_adapters.train.config import TrainConfig
 from mlx_adapters.train.length import warmup_steps
 
-__all__ = ["OPTIMIZERS", "kinds_of", "learning_rate", "make_optimizer"]
+__all__ = ["COPIES", "OPTIMIZERS", "kinds_of", "learning_rate", "make_optimizer"]
+
+COPIES = 4
+"""What a trained array takes in all: itself, its gradient, and the optimizer's two moments."""
 
 # name: (class, the arguments that differ from the class's defaults)
 OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {

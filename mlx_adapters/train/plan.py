@@ -17,6 +17,8 @@ from mlx_adapters.data.batches import rows_per_pass
 from mlx_adapters.fields import current
 from mlx_adapters.methods.base import Method
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.length import in_parts
+from mlx_adapters.train.optimizers import COPIES
 from mlx_adapters.train.step_memory import Bench, Pieces, row_length
 from mlx_adapters.units import size
 
@@ -24,8 +26,6 @@ __all__ = [
     *("MemoryPlan", "Plan", "accuracy", "candidates", "cells", "command"),
     *("in_words", "overhead", "plan", "predict", "predict_all", "weigh"),
 ]
-
-_COPIES = 4  # a trained array, its gradient, and the optimizer's two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def predict_all(
             tokens=row_length(config),
             gradient_checkpointing=config.gradient_checkpointing,
             weights=bench.weights,
-            adapter=bench.trained * _COPIES,
+            adapter=bench.trained * COPIES,
             peak=resident + pieces.transient(rows_at_once, bench.depth),
             measured=bench.seen,
             seconds=passes * pieces.seconds(rows_at_once, bench.depth),
@@ -203,7 +203,7 @@ def _resident(trained: int, passes: int) -> int:
 
 def _part(config: TrainConfig) -> int:
     """The rows that are computed together: on a CPU those of a large batch never are."""
-    if not device.on_cpu() or config.router_aux_loss:
+    if not in_parts(config):
         return config.batch_size
     return rows_per_pass(config.batch_size, row_length(config))
 

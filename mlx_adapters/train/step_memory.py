@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from mlx_adapters import adapter
+from mlx_adapters import adapter, device
 from mlx_adapters.adapter.call import call_model
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.tokens import Example
@@ -38,7 +36,7 @@ from mlx_adapters.train.loss import Head, loss_sum, split_head
 from mlx_adapters.train.optimizers import kinds_of, make_optimizer
 from mlx_adapters.train.step import make_update, train_step
 
-__all__ = ["Bench", "Pieces", "bytes_of_arrays", "row_length"]
+__all__ = ["Bench", "Pieces", "row_length"]
 
 _FEW, _CHECKED, _MORE = 2, 4, 6  # blocks; in four of them hybrids have each of their kinds
 _WORDS = 1024  # of the small head
@@ -94,9 +92,9 @@ class Bench:
     def __init__(self, source: str | Path, method: Method) -> None:
         whole = model.load(source, lazy=True)
         self.depth = len(whole.model.layers)
-        self.weights = bytes_of_arrays(whole.model.parameters())
+        self.weights = device.tree_bytes(whole.model.parameters())
         adapter.attach(whole, method)
-        self.trained = bytes_of_arrays(whole.model.trainable_parameters())
+        self.trained = device.tree_bytes(whole.model.trainable_parameters())
         self.network = whole.model
         self._holder, self._name, self._blocks = _list_of_blocks(self.network)
         self._cut(_MORE)
@@ -146,11 +144,11 @@ class Bench:
             return pieces
         count = min(_CHECKED, self.depth)
         start = self._gradient(run, count, most, self.head)[0]
-        resident = bytes_of_arrays(self.network.parameters()) + 2 * self._trains()
+        resident = device.tree_bytes(self.network.parameters()) + 2 * self._trains()
         return replace(pieces, error=(pieces.step(most, count) + resident) / (start + resident) - 1)
 
     def _trains(self) -> int:
-        return bytes_of_arrays(self.network.trainable_parameters())
+        return device.tree_bytes(self.network.trainable_parameters())
 
     def _cut(self, blocks: int) -> None:
         """Leave only the first decoder blocks; the others' weights are never read."""
@@ -239,8 +237,3 @@ def _list_of_blocks(network: nn.Module) -> tuple[nn.Module, str, list[nn.Module]
     raise UnsupportedError(
         f"{type(network).__name__}: its blocks cannot be cut, so memory cannot be predicted"
     )
-
-
-def bytes_of_arrays(tree: Any) -> int:
-    """Bytes of all arrays in a tree."""
-    return sum(array.nbytes for _, array in tree_flatten(tree))

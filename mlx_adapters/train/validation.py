@@ -16,7 +16,7 @@ from mlx_adapters.data.long_rows import Fitted, fitted
 from mlx_adapters.data.overlap import item_hash, rows_texts
 from mlx_adapters.data.picked import Joined
 from mlx_adapters.data.reading import is_data
-from mlx_adapters.data.sources import GENERATED, TRAINING_SETS, VALIDATION, Rows, load_rows
+from mlx_adapters.data.sources import GENERATED, TRAINING_SETS, VALIDATION, Rows, load_rows, part_file
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.errors import DataError, counted
 from mlx_adapters.models.load import LanguageModel
@@ -164,13 +164,7 @@ def _has(folder: Path, part: str) -> bool:
     """Whether a data folder, or one that `datasets` saved, has a part of that name."""
     if (folder / "dataset_dict.json").is_file():
         return (folder / part).is_dir()
-    return _file(folder, part) is not None
-
-
-def _file(folder: Path, part: str) -> Path | None:
-    """The file of a data folder that holds a part."""
-    found = (file for file in folder.iterdir() if file.name.partition(".")[0] == part and is_data(file))
-    return min(found, default=None)
+    return part_file(folder, part) is not None
 
 
 def _part(source: str, part: str) -> str | None:
@@ -186,7 +180,7 @@ def _beside(rows: Rows) -> list[str]:
     """A note where a validation set lies beside a training file, and nothing is measured on it."""
     files = [Path(source) for source in rows.sources or (rows.origin,)]
     files = [file for file in files if file.name.partition(".")[0] == "train" and file.is_file()]
-    sets = [_file(file.parent, name) for file in files if (name := _own(file.parent)) is not None]
+    sets = [part_file(file.parent, name) for file in files if (name := _own(file.parent)) is not None]
     return [f"{one} is not used: --validation {one} measures on it" for one in sets]
 
 

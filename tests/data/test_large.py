@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_run
+from small_run import losses
 from spoken import make_speaker
 
 from mlx_adapters.data import large, overlap, token_cache, tokenized
@@ -65,8 +67,7 @@ def loaded(folders: dict[str, Path]) -> model.LanguageModel:
 
 
 def jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(small_run.jsonl(file, rows))
 
 
 def in_memory(source: str, monkeypatch: pytest.MonkeyPatch) -> Rows:
@@ -249,16 +250,6 @@ def run(loaded: model.LanguageModel, source: Any, output: Path, **options: Any) 
         "max_length": 9,
     }
     return Trainer(loaded, source, "lora", output=output, **settings | options)
-
-
-def losses(trainer: Trainer, stop: int = 0) -> list[float]:
-    found = []
-    for step in trainer:
-        found.append(step.loss)
-        if step.step == stop:
-            break
-    trainer.detach()
-    return found
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_run
+from small_run import losses
 from spoken import make_speaker
 from typer.testing import CliRunner
 
@@ -36,23 +38,12 @@ def loaded(folders: dict[str, Path]) -> model.LanguageModel:
 
 
 def jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(small_run.jsonl(file, rows))
 
 
 def run(loaded: model.LanguageModel, data: Any, output: Path, **options: Any) -> Trainer:
     settings = {"template": "plain", "steps": 8, "lr": 1e-2, "save_every": 2, "batch_size": 4}
     return Trainer(loaded, data, "lora", output=output, **settings | options)
-
-
-def losses(trainer: Trainer, stop: int = 0) -> list[float]:
-    found = []
-    for step in trainer:
-        found.append(step.loss)
-        if step.step == stop:
-            break
-    trainer.detach()
-    return found
 
 
 @pytest.mark.parametrize(

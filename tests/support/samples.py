@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 
 import mlx_adapters.models
 from mlx_adapters.errors import AdaptersError, UnsupportedError, unknown
-from mlx_adapters.models import attention, config
+from mlx_adapters.models import config
 from mlx_adapters.models.architectures.table import architecture
 
 __all__ = ["IDS", "architectures", "file_of", "known", "sample", "sample_config"]
@@ -296,7 +296,6 @@ def sample(model_type: str) -> nn.Module:
             # arrays that start at zero would hide what stands behind them
             network.update(tree_map(_shaken, network.parameters()))
             network.eval()
-            attention.rebind(network)  # as every model that is loaded or converted
             mx.eval(network(IDS))
     except AdaptersError:
         raise

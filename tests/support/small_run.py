@@ -1,5 +1,8 @@
 """A random two-layer llama, rows and settings for a training run of seconds."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +15,7 @@ from tiny import random_llama
 from mlx_adapters import adapter, methods
 from mlx_adapters.data.tokens import Example
 from mlx_adapters.train.config import TrainConfig
+from mlx_adapters.train.trainer import Trainer
 
 
 def tiny(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -59,3 +63,21 @@ def llama_with(case: str) -> Any:
 
 # the rows of METHODS that need no model folder
 CASES = [case for case, method in METHODS.items() if "llama" not in method.refused and method.prepare is None]
+
+
+def jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write `rows` to `file`, one object per line; its folder is made."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def losses(trainer: Trainer, stop: int = 0) -> list[float]:
+    """The losses of a run to its end, or to step `stop`; the adapter is off the model afterwards."""
+    found = []
+    for step in trainer:
+        found.append(step.loss)
+        if step.step == stop:
+            break
+    trainer.detach()
+    return found

@@ -1,6 +1,5 @@
 """From Python: `train` to the end, `Trainer` step by step, callbacks, every form of data, a bare model."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from cases import METHODS
 from mlx.utils import tree_flatten
+from small_run import jsonl
 
 from mlx_adapters import adapter, methods
 from mlx_adapters.errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
@@ -22,11 +22,6 @@ from mlx_adapters.train.trainer import Trainer, TrainResult, train
 ROWS = [{"prompt": f"tom has {n % 10} apples", "completion": f"the answer is {n % 7}"} for n in range(12)]
 OPTIONS: dict[str, Any] = {"steps": 4, "batch_size": 4, "lr": 1e-2, "template": "plain"}
 IDS = mx.array([[5, 6, 7, 8, 9, 10]])
-
-
-def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def logits(loaded: model.LanguageModel) -> np.ndarray:

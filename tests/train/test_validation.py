@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import jsonl
 
 from mlx_adapters.errors import DataError
 from mlx_adapters.models import load as model
@@ -15,12 +16,6 @@ from mlx_adapters.train.validation import Parts, parts_of
 
 ROWS = [{"prompt": f"tom has {n // 10} {n % 10} apples", "completion": "the answer"} for n in range(30)]
 OTHER = [{"prompt": f"{n} more", "completion": "?"} for n in range(5)]
-
-
-def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import jsonl
 
 from mlx_adapters import adapter
 from mlx_adapters.errors import ConfigError, TrainingError
@@ -22,11 +23,6 @@ from mlx_adapters.train.trainer import Trainer, train
 ROWS = [{"prompt": f"tom has {n} apples", "completion": f"the answer is {n}"} for n in range(1, 6)]
 METHOD = LoRA(rank=8, targets="all-linear", dropout=0.1)
 OPTIONS: dict[str, Any] = {"steps": 40, "batch_size": 5, "lr": 1e-2, "template": "plain", "save_every": 8}
-
-
-def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @dataclass
